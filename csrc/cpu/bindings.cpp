@@ -1,0 +1,145 @@
+// The Python module `_cpu`: raw pointers and sizes in, nothing allocated for the caller, the GIL released around the work.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cross_entropy.h"
+#include "embedding.h"
+#include "match_counts.h"
+#include "threads.h"
+
+namespace py = pybind11;
+using namespace wmengine;
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// (values, gradient, filters, size, key); a bare vector of M weights is one filter of size M.
+using WeightTuple = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, uint64_t>;
+
+std::vector<Weight> weights_of(const std::vector<WeightTuple>& tuples) {
+    std::vector<Weight> weights;
+    weights.reserve(tuples.size());
+    for (const auto& [values, gradient, filters, size, key] : tuples) {
+        weights.push_back({pointer<const float>(values), pointer<float>(gradient), filters, size, key});
+    }
+    return weights;
+}
+
+std::string instruction_set() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("x86-64-v4")) {
+        return "x86-64-v4 (AVX-512)";
+    }
+    if (__builtin_cpu_supports("x86-64-v3")) {
+        return "x86-64-v3 (AVX2)";
+    }
+    return "x86-64 (SSE2)";
+#else
+    return "generic";
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "wmengine's operators on CPUs";
+    m.def("instruction_set", &instruction_set);
+    m.def("thread_count", &thread_count);
+    m.def("set_thread_count", &set_thread_count, py::arg("count"));
+
+    m.def(
+        "carrier_projection",
+        [](const std::vector<WeightTuple>& weights, int carrier, int projection, int64_t total, double scale,
+           uintptr_t inverse_norms, uintptr_t y) {
+            const std::vector<Weight> list = weights_of(weights);
+            py::gil_scoped_release release;
+            carrier_projection(list, static_cast<Carrier>(carrier), static_cast<Projection>(projection), total, scale,
+                               pointer<float>(inverse_norms), pointer<float>(y));
+        },
+        py::arg("weights"), py::arg("carrier"), py::arg("projection"), py::arg("total"), py::arg("scale"),
+        py::arg("inverse_norms"), py::arg("y"));
+    m.def(
+        "link_loss",
+        [](uintptr_t y, uintptr_t bits, int64_t total, int link, double margin, uintptr_t residual) {
+            return link_loss(pointer<const float>(y), pointer<const uint8_t>(bits), total, static_cast<Link>(link),
+                             margin, pointer<float>(residual));
+        },
+        py::arg("y"), py::arg("bits"), py::arg("total"), py::arg("link"), py::arg("margin"), py::arg("residual"));
+    m.def(
+        "embedding_backward",
+        [](const std::vector<WeightTuple>& weights, int carrier, int projection, int64_t total, double factor,
+           uintptr_t inverse_norms, uintptr_t residual) {
+            const std::vector<Weight> list = weights_of(weights);
+            py::gil_scoped_release release;
+            embedding_backward(list, static_cast<Carrier>(carrier), static_cast<Projection>(projection), total, factor,
+                               pointer<const float>(inverse_norms), pointer<const float>(residual));
+        },
+        py::arg("weights"), py::arg("carrier"), py::arg("projection"), py::arg("total"), py::arg("factor"),
+        py::arg("inverse_norms"), py::arg("residual"));
+    m.def(
+        "projection_adjoint",
+        [](uintptr_t g, int64_t total, int64_t count, uint64_t key, int projection, double factor, bool accumulate,
+           uintptr_t out) {
+            py::gil_scoped_release release;
+            projection_adjoint(pointer<const float>(g), total, count, key, static_cast<Projection>(projection), factor,
+                               accumulate, pointer<float>(out));
+        },
+        py::arg("g"), py::arg("total"), py::arg("count"), py::arg("key"), py::arg("projection"), py::arg("factor"),
+        py::arg("accumulate"), py::arg("out"));
+    m.def(
+        "marked_cross_entropy",
+        [](uintptr_t logits, int64_t rows, int64_t classes, int64_t stride, uintptr_t labels, uintptr_t weight,
+           uintptr_t group, int64_t groups, double label_smoothing, int64_t ignore_index, bool mean,
+           uintptr_t group_loss, uintptr_t group_hits, uintptr_t gradient) {
+            const CrossEntropyProblem problem{pointer<const float>(logits),
+                                              rows,
+                                              classes,
+                                              stride,
+                                              pointer<const int64_t>(labels),
+                                              pointer<const float>(weight),
+                                              pointer<const int64_t>(group),
+                                              groups,
+                                              label_smoothing,
+                                              ignore_index,
+                                              mean};
+            const int64_t bad = first_bad_row(problem);
+            if (bad >= 0) {
+                const int64_t bad_group = problem.group != nullptr ? problem.group[bad] : 0;
+                throw std::invalid_argument("row " + std::to_string(bad) + " has label " +
+                                            std::to_string(problem.labels[bad]) + " and group " +
+                                            std::to_string(bad_group) + "; labels must be 0.." +
+                                            std::to_string(classes - 1) + " or ignore_index, groups 0.." +
+                                            std::to_string(groups - 1));
+            }
+            double loss = 0;
+            py::gil_scoped_release release;
+            std::vector<float> row_loss(rows);
+            std::vector<uint8_t> row_hit(rows);
+            marked_cross_entropy(problem, {&loss, pointer<float>(group_loss), pointer<int64_t>(group_hits),
+                                           pointer<float>(gradient), row_loss.data(), row_hit.data()});
+            return loss;
+        },
+        py::arg("logits"), py::arg("rows"), py::arg("classes"), py::arg("stride"), py::arg("labels"), py::arg("weight"),
+        py::arg("group"), py::arg("groups"), py::arg("label_smoothing"), py::arg("ignore_index"), py::arg("mean"),
+        py::arg("group_loss"), py::arg("group_hits"), py::arg("gradient"));
+    m.def(
+        "match_counts",
+        [](uintptr_t outputs, int64_t suspects, int64_t queries, int64_t classes, uintptr_t expected, int64_t sets,
+           uintptr_t counts, uintptr_t invalid) {
+            py::gil_scoped_release release;
+            match_counts(pointer<const float>(outputs), suspects, queries, classes, pointer<const int64_t>(expected),
+                         sets, pointer<int32_t>(counts), pointer<int32_t>(invalid));
+        },
+        py::arg("outputs"), py::arg("suspects"), py::arg("queries"), py::arg("classes"), py::arg("expected"),
+        py::arg("sets"), py::arg("counts"), py::arg("invalid"));
+}

@@ -1,0 +1,308 @@
+// Carriers are read and projected in chunks of fixed size, partial sums are added in a fixed second pass: the result does
+// not depend on the number of threads, and each weight is read from memory once (a chunk's second read hits the cache).
+#include "embedding.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+
+#include "simd.h"
+#include "threads.h"
+
+namespace wmengine {
+namespace {
+
+constexpr double kStdmAlpha = 10.0, kStdmBeta = 10.0;
+constexpr int64_t kColumns = 512;        // columns of a filter mean that one task adds up
+constexpr int64_t kTile = 8 * kBlock;    // weights of the backward pass that stay in the cache between its two passes
+
+bool has_unit_rows(Carrier carrier) { return carrier == Carrier::kUnitFilters || carrier == Carrier::kUnitFilterMean; }
+bool is_mean(Carrier carrier) { return carrier == Carrier::kFilterMean || carrier == Carrier::kUnitFilterMean; }
+
+int64_t padded_buckets(int64_t total) {
+    int64_t buckets = 32;
+    while (buckets < total) {
+        buckets *= 2;
+    }
+    return buckets;
+}
+
+WM_CLONES float row_dot(const float* a, const float* b, int64_t size) {
+    Float8 sum0 = splat(0), sum1 = splat(0);
+    int64_t i = 0;
+    for (; i + 16 <= size; i += 16) {
+        sum0 += load8(a + i) * load8(b + i);
+        sum1 += load8(a + i + 8) * load8(b + i + 8);
+    }
+    float sum = sum8(sum0 + sum1);
+    for (; i < size; ++i) {
+        sum += a[i] * b[i];
+    }
+    return sum;
+}
+
+// 1/‖row‖ in a way that neither overflows nor flushes small rows: beyond float's comfortable range, in double.
+float inverse_norm(const float* row, int64_t size) {
+    const float square = row_dot(row, row, size);
+    if (square > 1e-30f && square < 1e30f) {
+        return static_cast<float>(1.0 / std::sqrt(static_cast<double>(square)));
+    }
+    double exact = 0;
+    for (int64_t i = 0; i < size; ++i) {
+        exact += static_cast<double>(row[i]) * row[i];
+    }
+    return exact == 0 ? 0.0f : static_cast<float>(1.0 / std::sqrt(exact));
+}
+
+WM_CLONES void scale_row(const float* row, float factor, int64_t size, float* out) {
+    for (int64_t i = 0; i < size; ++i) {
+        out[i] = row[i] * factor;
+    }
+}
+
+WM_CLONES void add_scaled_row(const float* row, float factor, int64_t size, float* sums) {
+    for (int64_t i = 0; i < size; ++i) {
+        sums[i] += row[i] * factor;
+    }
+}
+
+// out = inverse * (g - u (u·g)), u = inverse * row: the gradient through x / ‖x‖.
+WM_CLONES void unit_row_gradient(const float* row, const float* g, float inverse, float factor, int64_t size,
+                                 float* out) {
+    const float along = row_dot(row, g, size) * inverse * inverse;
+    for (int64_t i = 0; i < size; ++i) {
+        out[i] = factor * inverse * (g[i] - along * row[i]);
+    }
+}
+
+// Weights first … first + count of a carrier with unit filters, each row divided by its norm; `inverse` begins at row
+// `from`.
+void read_unit_rows(const Weight& weight, const std::vector<float>& inverse, int64_t from, int64_t first, int64_t count,
+                    float* out) {
+    int64_t o = first / weight.size, begin = first;
+    while (begin < first + count) {
+        const int64_t end = std::min((o + 1) * weight.size, first + count);
+        scale_row(weight.values + begin, inverse[o - from], end - begin, out + (begin - first));
+        begin = end;
+        ++o;
+    }
+}
+
+struct Task {
+    size_t weight;
+    int64_t first, count;  // weights of the carrier
+    int64_t row, rows;     // rows of a dense matrix
+    float* sums;
+};
+
+}  // namespace
+
+void carrier_projection(const std::vector<Weight>& weights, Carrier carrier, Projection projection, int64_t total,
+                        double scale, float* inverse_norms, float* y) {
+    const bool sketch = projection == Projection::kSketch, unit = has_unit_rows(carrier);
+    const int64_t width = sketch ? padded_buckets(total) : total;
+
+    std::vector<int64_t> norm_at(weights.size());
+    std::vector<std::vector<float>> means(weights.size());
+    int64_t norms = 0, chunks = 0;
+    for (size_t l = 0; l < weights.size(); ++l) {
+        norm_at[l] = norms;
+        norms += weights[l].filters;
+        chunks += chunks_of(is_mean(carrier) ? weights[l].size : weights[l].filters * weights[l].size);
+    }
+
+    if (is_mean(carrier)) {
+        if (unit) {
+            for (size_t l = 0; l < weights.size(); ++l) {
+                const Weight& weight = weights[l];
+                parallel_for((weight.filters + 15) / 16, [&](int64_t part) {
+                    for (int64_t o = part * 16; o < std::min(part * 16 + 16, weight.filters); ++o) {
+                        inverse_norms[norm_at[l] + o] = inverse_norm(weight.values + o * weight.size, weight.size);
+                    }
+                });
+            }
+        }
+        for (size_t l = 0; l < weights.size(); ++l) {
+            const Weight& weight = weights[l];
+            means[l].assign(weight.size, 0.0f);
+            const float share = weight.filters > 0 ? 1.0f / static_cast<float>(weight.filters) : 0.0f;
+            parallel_for((weight.size + kColumns - 1) / kColumns, [&](int64_t part) {
+                const int64_t begin = part * kColumns, count = std::min(kColumns, weight.size - begin);
+                float* sums = means[l].data() + begin;
+                for (int64_t o = 0; o < weight.filters; ++o) {
+                    add_scaled_row(weight.values + o * weight.size + begin, unit ? inverse_norms[norm_at[l] + o] : 1.0f,
+                                   count, sums);
+                }
+                scale_row(sums, share, count, sums);
+            });
+        }
+    }
+
+    std::vector<float> partials(chunks * width, 0.0f);
+    std::vector<Task> tasks;
+    float* sums = partials.data();
+    for (size_t l = 0; l < weights.size(); ++l) {
+        const int64_t count = is_mean(carrier) ? weights[l].size : weights[l].filters * weights[l].size;
+        for (int64_t first = 0; first < count; first += kChunk, sums += width) {
+            const int64_t here = std::min(kChunk, count - first);
+            const int64_t step = sketch || unit ? width : kDenseRows;  // unit rows are read once for all dense rows
+            for (int64_t row = 0; row < width; row += step) {
+                tasks.push_back({l, first, here, row, std::min(step, width - row), sums});
+            }
+        }
+    }
+
+    parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t index) {
+        const Task& task = tasks[index];
+        const Weight& weight = weights[task.weight];
+        const auto run = [&](const float* values, int64_t first, int64_t count) {
+            if (sketch) {
+                sketch_run(values, first, count, weight.key, width, task.sums);
+            } else {
+                dense_run(values, first, count, weight.key, projection, task.row, task.rows, task.sums + task.row);
+            }
+        };
+        if (carrier != Carrier::kUnitFilters) {
+            const float* values = is_mean(carrier) ? means[task.weight].data() : weight.values;
+            run(values + task.first, task.first, task.count);
+            return;
+        }
+        // Norms of the rows that touch this chunk; the chunk in which a row begins stores it for the backward pass.
+        const int64_t from = task.first / weight.size, to = (task.first + task.count - 1) / weight.size;
+        std::vector<float> inverse(to - from + 1);
+        for (int64_t o = from; o <= to; ++o) {
+            inverse[o - from] = inverse_norm(weight.values + o * weight.size, weight.size);
+            if (o * weight.size >= task.first) {
+                inverse_norms[norm_at[task.weight] + o] = inverse[o - from];
+            }
+        }
+        float block[kBlock];
+        for (int64_t begin = task.first; begin < task.first + task.count; begin += kBlock) {
+            const int64_t count = std::min<int64_t>(kBlock, task.first + task.count - begin);
+            read_unit_rows(weight, inverse, from, begin, count, block);
+            run(block, begin, count);
+        }
+    });
+
+    for (int64_t t = 0; t < total; ++t) {
+        double sum = 0;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            sum += partials[chunk * width + t];
+        }
+        y[t] = static_cast<float>(scale * sum);
+    }
+}
+
+double link_loss(const float* y, const uint8_t* bits, int64_t total, Link link, double margin, float* residual) {
+    const auto softplus = [](double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); };
+    const auto sigmoid = [](double x) { return 1.0 / (1.0 + std::exp(-x)); };
+    double loss = 0;
+    for (int64_t t = 0; t < total; ++t) {
+        const double s = bits[t] ? 1.0 : -1.0, z = y[t];
+        double slope = 0;
+        switch (link) {
+            case Link::kBce:
+                loss += softplus(-s * z);
+                slope = -s * sigmoid(-s * z);
+                break;
+            case Link::kHinge: {
+                const double gap = margin - s * z;
+                if (!(gap <= 0)) {  // NaN must not read as a satisfied margin
+                    loss += gap;
+                    slope = gap > 0 ? -s : gap;
+                }
+                break;
+            }
+            case Link::kMse:
+                loss += (z - margin * s) * (z - margin * s);
+                slope = 2 * (z - margin * s);
+                break;
+            case Link::kStdm: {
+                const double inner = kStdmAlpha * std::sin(kStdmBeta * z);
+                loss += softplus(-s * inner);
+                slope = -s * sigmoid(-s * inner) * kStdmAlpha * kStdmBeta * std::cos(kStdmBeta * z);
+                break;
+            }
+        }
+        residual[t] = static_cast<float>(slope);
+    }
+    return loss;
+}
+
+void projection_adjoint(const float* g, int64_t total, int64_t count, uint64_t key, Projection projection,
+                        double factor, bool accumulate, float* out) {
+    const bool sketch = projection == Projection::kSketch;
+    const int64_t width = sketch ? padded_buckets(total) : total;
+    std::vector<float> scaled(width, 0.0f);
+    for (int64_t t = 0; t < total; ++t) {
+        scaled[t] = static_cast<float>(factor * g[t]);
+    }
+    // The dense adjoint is arithmetic, not memory: one block a task.
+    const int64_t step = sketch ? kChunk : kBlock;
+    parallel_for((count + step - 1) / step, [&](int64_t part) {
+        const int64_t first = part * step, here = std::min(step, count - first);
+        if (sketch) {
+            sketch_adjoint_run(scaled.data(), first, here, key, width, accumulate, out + first);
+        } else {
+            dense_adjoint_run(scaled.data(), total, first, here, key, projection, accumulate, out + first);
+        }
+    });
+}
+
+void embedding_backward(const std::vector<Weight>& weights, Carrier carrier, Projection projection, int64_t total,
+                        double factor, const float* inverse_norms, const float* residual) {
+    const bool sketch = projection == Projection::kSketch;
+    int64_t norm_at = 0;
+    std::vector<float> scaled(sketch ? padded_buckets(total) : total, 0.0f);
+    for (int64_t t = 0; t < total; ++t) {
+        scaled[t] = static_cast<float>(factor * residual[t]);
+    }
+    const int64_t width = static_cast<int64_t>(scaled.size());
+
+    for (const Weight& weight : weights) {
+        const int64_t count = weight.filters * weight.size;
+        const float* inverse = inverse_norms + norm_at;
+        norm_at += weight.filters;
+        if (carrier == Carrier::kFlat) {
+            projection_adjoint(residual, total, count, weight.key, projection, factor, false, weight.gradient);
+            continue;
+        }
+        if (is_mean(carrier)) {
+            std::vector<float> g(weight.size);
+            projection_adjoint(residual, total, weight.size, weight.key, projection, factor, false, g.data());
+            const float share = weight.filters > 0 ? 1.0f / static_cast<float>(weight.filters) : 0.0f;
+            parallel_for((weight.filters + 15) / 16, [&](int64_t part) {
+                for (int64_t o = part * 16; o < std::min(part * 16 + 16, weight.filters); ++o) {
+                    const int64_t at = o * weight.size;
+                    if (carrier == Carrier::kFilterMean) {
+                        scale_row(g.data(), share, weight.size, weight.gradient + at);
+                    } else {
+                        unit_row_gradient(weight.values + at, g.data(), inverse[o], share, weight.size,
+                                          weight.gradient + at);
+                    }
+                }
+            });
+            continue;
+        }
+        // Unit filters: whole rows per task; their part of the adjoint is drawn into a tile that stays in the cache.
+        const int64_t rows = std::max<int64_t>(1, kTile / std::max<int64_t>(1, weight.size));
+        parallel_for((weight.filters + rows - 1) / rows, [&](int64_t part) {
+            const int64_t o0 = part * rows, o1 = std::min(o0 + rows, weight.filters);
+            const int64_t begin = o0 * weight.size, end = o1 * weight.size;
+            const int64_t first = begin / kBlock * kBlock;
+            const std::unique_ptr<float[]> tile(new float[end - first]);
+            if (sketch) {
+                sketch_adjoint_run(scaled.data(), first, end - first, weight.key, width, false, tile.get());
+            } else {
+                dense_adjoint_run(scaled.data(), total, first, end - first, weight.key, projection, false, tile.get());
+            }
+            for (int64_t o = o0; o < o1; ++o) {
+                const int64_t at = o * weight.size;
+                unit_row_gradient(weight.values + at, tile.get() + (at - first), inverse[o], 1.0f, weight.size,
+                                  weight.gradient + at);
+            }
+        });
+    }
+}
+
+}  // namespace wmengine

@@ -1,0 +1,160 @@
+// The sketch: one random sign and one bucket for each weight, in one pass over the weights (layout.h).
+//
+// Accumulators belong to destination rows; the source row of each run is found by XOR, because an XOR is its own inverse.
+// The lane swap is the same for a whole block, so it is applied once to each finished row of 32 sums.
+#include <algorithm>
+
+#include "generator.h"
+#include "projection.h"
+
+namespace wmengine {
+namespace {
+
+constexpr int kMaximumRuns = kBlock / 32;
+
+// Lanes l of `row` in the order l ^ swap.
+WM_INLINE void load_swapped(const float* row, uint32_t swap, Float8* lanes) {
+    const Int8 order = Int8{0, 1, 2, 3, 4, 5, 6, 7} ^ static_cast<int32_t>(swap & 7);
+    for (uint32_t v = 0; v < 4; ++v) {
+        lanes[v] = permute8(load8(row + 8 * (v ^ (swap >> 3))), order);
+    }
+}
+
+struct Geometry {
+    int runs;         // runs of `buckets` weights that begin in a block (1 where a run is longer than a block)
+    int rows;         // rows of 32 lanes of one run within the block
+    uint32_t source;  // first row of the block within its run (0 where runs are shorter)
+    uint32_t offsets[kMaximumRuns];  // r / 32 of each run
+    uint32_t swap;
+};
+
+WM_INLINE void block_geometry(uint64_t block, uint64_t key, int64_t buckets, Geometry* geometry) {
+    geometry->swap = lane_swap(block, key);
+    if (buckets >= kBlock) {
+        const uint64_t first = block * kBlock;
+        geometry->runs = 1;
+        geometry->rows = kBlockRows;
+        geometry->source = static_cast<uint32_t>(first % buckets / kLanes);
+        geometry->offsets[0] = run_offset(first / buckets, static_cast<uint32_t>(buckets), key) / kLanes;
+        return;
+    }
+    geometry->runs = static_cast<int>(kBlock / buckets);
+    geometry->rows = static_cast<int>(buckets / kLanes);
+    geometry->source = 0;
+    const uint64_t first = block * geometry->runs;
+    const uint32_t mask = static_cast<uint32_t>(buckets - 1);
+    if (geometry->runs >= 8) {
+        for (int k = 0; k < geometry->runs; k += 8) {
+            uint32_t words[4][8];
+            draw_words<8>(first + k, static_cast<uint32_t>(first >> 32), kDomainRun, key, words);
+            for (int j = 0; j < 8; ++j) {
+                geometry->offsets[k + j] = (words[0][j] & mask) / kLanes;
+            }
+        }
+    } else {
+        for (int k = 0; k < geometry->runs; ++k) {
+            geometry->offsets[k] = run_offset(first + k, mask + 1, key) / kLanes;
+        }
+    }
+}
+
+WM_INLINE void add_block(const float* w, uint64_t block, uint64_t key, int64_t buckets, float* sums) {
+    uint32_t words[4][kLanes];
+    block_signs(block, 0, kDomainSketch, key, words);
+    Geometry geometry;
+    block_geometry(block, key, buckets, &geometry);
+    for (int d = 0; d < geometry.rows; ++d) {
+        Float8 a0 = splat(0), a1 = splat(0), a2 = splat(0), a3 = splat(0);
+        uint32_t destination = d;
+        if (buckets >= kBlock) {  // every row has its own destination
+            destination = (geometry.source + d) ^ geometry.offsets[0];
+            const float* row = w + d * kLanes;
+            a0 = flip(load8(row), row_signs(words, d, 0));
+            a1 = flip(load8(row + 8), row_signs(words, d, 8));
+            a2 = flip(load8(row + 16), row_signs(words, d, 16));
+            a3 = flip(load8(row + 24), row_signs(words, d, 24));
+        } else {
+            for (int k = 0; k < geometry.runs; ++k) {
+                const int i = k * geometry.rows + static_cast<int>(d ^ geometry.offsets[k]);
+                const float* row = w + i * kLanes;
+                a0 += flip(load8(row), row_signs(words, i, 0));
+                a1 += flip(load8(row + 8), row_signs(words, i, 8));
+                a2 += flip(load8(row + 16), row_signs(words, i, 16));
+                a3 += flip(load8(row + 24), row_signs(words, i, 24));
+            }
+        }
+        float row[kLanes];
+        store8(row, a0);
+        store8(row + 8, a1);
+        store8(row + 16, a2);
+        store8(row + 24, a3);
+        Float8 swapped[4];
+        load_swapped(row, geometry.swap, swapped);
+        float* sum = sums + static_cast<int64_t>(destination) * kLanes;
+        for (int v = 0; v < 4; ++v) {
+            store8(sum + 8 * v, load8(sum + 8 * v) + swapped[v]);
+        }
+    }
+}
+
+template <bool accumulate>
+WM_INLINE void write_row(float* out, Float8 value) {
+    store8(out, accumulate ? load8(out) + value : value);
+}
+
+template <bool accumulate>
+WM_INLINE void spread_block(const float* g, uint64_t block, uint64_t key, int64_t buckets, float* out) {
+    uint32_t words[4][kLanes];
+    block_signs(block, 0, kDomainSketch, key, words);
+    Geometry geometry;
+    block_geometry(block, key, buckets, &geometry);
+    for (int d = 0; d < geometry.rows; ++d) {
+        const bool own = buckets >= kBlock;
+        const uint32_t source = own ? (geometry.source + d) ^ geometry.offsets[0] : d;
+        Float8 value[4];
+        load_swapped(g + static_cast<int64_t>(source) * kLanes, geometry.swap, value);
+        for (int k = 0; k < geometry.runs; ++k) {
+            const int i = own ? d : k * geometry.rows + static_cast<int>(d ^ geometry.offsets[k]);
+            float* row = out + i * kLanes;
+            write_row<accumulate>(row, flip(value[0], row_signs(words, i, 0)));
+            write_row<accumulate>(row + 8, flip(value[1], row_signs(words, i, 8)));
+            write_row<accumulate>(row + 16, flip(value[2], row_signs(words, i, 16)));
+            write_row<accumulate>(row + 24, flip(value[3], row_signs(words, i, 24)));
+        }
+    }
+}
+
+}  // namespace
+
+WM_CLONES void sketch_run(const float* w, int64_t first, int64_t count, uint64_t key, int64_t buckets, float* sums) {
+    uint64_t block = first / kBlock;
+    for (; count >= kBlock; count -= kBlock, w += kBlock, ++block) {
+        add_block(w, block, key, buckets, sums);
+    }
+    if (count > 0) {
+        float tail[kBlock] = {};
+        std::copy(w, w + count, tail);
+        add_block(tail, block, key, buckets, sums);
+    }
+}
+
+WM_CLONES void sketch_adjoint_run(const float* g, int64_t first, int64_t count, uint64_t key, int64_t buckets,
+                                  bool accumulate, float* out) {
+    uint64_t block = first / kBlock;
+    for (; count >= kBlock; count -= kBlock, out += kBlock, ++block) {
+        if (accumulate) {
+            spread_block<true>(g, block, key, buckets, out);
+        } else {
+            spread_block<false>(g, block, key, buckets, out);
+        }
+    }
+    if (count > 0) {
+        float tail[kBlock];
+        spread_block<false>(g, block, key, buckets, tail);
+        for (int64_t m = 0; m < count; ++m) {
+            out[m] = accumulate ? out[m] + tail[m] : tail[m];
+        }
+    }
+}
+
+}  // namespace wmengine

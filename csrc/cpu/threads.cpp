@@ -1,0 +1,139 @@
+#include "threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace wmengine {
+namespace {
+
+class Pool {
+public:
+    void run(int64_t tasks, const std::function<void(int64_t)>& task, int threads) {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            while (static_cast<int>(workers_.size()) < threads - 1) {
+                workers_.emplace_back([this] { work(); });
+            }
+            task_ = &task;
+            tasks_ = tasks;
+            next_.store(0, std::memory_order_relaxed);
+            seats_ = threads - 1;
+            ++generation_;
+        }
+        wake_.notify_all();
+        drain(task, tasks);
+        std::unique_lock<std::mutex> lock(mutex_);
+        seats_ = 0;  // a worker that wakes late finds no seat and never sees this call's task
+        done_.wait(lock, [this] { return busy_ == 0; });
+        task_ = nullptr;
+    }
+
+    std::mutex& one_call_at_a_time() { return call_; }
+
+private:
+    void drain(const std::function<void(int64_t)>& task, int64_t tasks) {
+        for (int64_t i = next_.fetch_add(1); i < tasks; i = next_.fetch_add(1)) {
+            task(i);
+        }
+    }
+
+    void work() {
+        uint64_t seen = 0;
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            wake_.wait(lock, [&] { return generation_ != seen; });
+            seen = generation_;
+            if (seats_ == 0) {
+                continue;
+            }
+            --seats_;
+            ++busy_;
+            const std::function<void(int64_t)>& task = *task_;
+            const int64_t tasks = tasks_;
+            lock.unlock();
+            drain(task, tasks);
+            lock.lock();
+            if (--busy_ == 0) {
+                done_.notify_one();
+            }
+        }
+    }
+
+    std::mutex call_, mutex_;
+    std::condition_variable wake_, done_;
+    std::vector<std::thread> workers_;
+    const std::function<void(int64_t)>* task_ = nullptr;
+    int64_t tasks_ = 0;
+    std::atomic<int64_t> next_{0};
+    uint64_t generation_ = 0;
+    int seats_ = 0, busy_ = 0;
+};
+
+// Never destroyed: its threads sleep until the process ends. A forked child has none of them, so it starts a pool anew.
+Pool* pool = nullptr;
+std::mutex* pool_mutex = nullptr;
+std::atomic<int> configured{0};
+
+void forget_pool_in_child() {
+    pool = nullptr;
+    pool_mutex = new std::mutex;
+}
+
+const bool prepared = [] {
+    pool_mutex = new std::mutex;
+    pthread_atfork(nullptr, nullptr, forget_pool_in_child);
+    return true;
+}();
+
+Pool& the_pool() {
+    std::lock_guard<std::mutex> lock(*pool_mutex);
+    if (pool == nullptr) {
+        pool = new Pool;
+    }
+    return *pool;
+}
+
+int available_processors() {
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) {
+        return std::max(1, CPU_COUNT(&set));
+    }
+    return std::max(1u, std::thread::hardware_concurrency());
+}
+
+}  // namespace
+
+int thread_count() {
+    int count = configured.load(std::memory_order_relaxed);
+    if (count == 0) {
+        count = available_processors();
+        configured.store(count, std::memory_order_relaxed);
+    }
+    return count;
+}
+
+void set_thread_count(int count) { configured.store(count, std::memory_order_relaxed); }
+
+void parallel_for(int64_t tasks, const std::function<void(int64_t)>& task) {
+    const int threads = static_cast<int>(std::min<int64_t>(thread_count(), tasks));
+    if (threads > 1) {
+        Pool& shared = the_pool();
+        std::unique_lock<std::mutex> call(shared.one_call_at_a_time(), std::try_to_lock);
+        if (call.owns_lock()) {
+            shared.run(tasks, task, threads);
+            return;
+        }
+    }
+    for (int64_t i = 0; i < tasks; ++i) {
+        task(i);
+    }
+}
+
+}  // namespace wmengine

@@ -1,0 +1,247 @@
+"""NumPy operators: each against its float64 reference, and the properties that every backend must share."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from wmengine import ops
+from wmengine.ops import reference
+
+KEYS = st.integers(0, 2**64 - 1)
+# Around lanes (32), Gaussian groups (128), blocks (4096) and chunks (131072).
+COUNTS = [1, 31, 32, 33, 127, 129, 4095, 4096, 4097, 10_000, 131_072 + 4097]
+# One symbol, padded counts, a run shorter than a block, as long as one, longer than one.
+TOTALS = [1, 20, 32, 64, 100, 256, 4096, 5000, 8192]
+
+
+def assert_close(actual, expected, tolerance=2e-6):
+    """Within `tolerance` of the largest value: float32 sums against float64."""
+    scale = np.abs(expected).max(initial=0.0)
+    assert np.abs(np.asarray(actual, dtype=np.float64) - expected).max(initial=0.0) <= tolerance * scale
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("total", TOTALS)
+def test_sketch_and_its_adjoint_equal_the_reference(count, total):
+    rng = np.random.default_rng(count * total)
+    w, g = rng.normal(size=count).astype(np.float32), rng.normal(size=total).astype(np.float32)
+    key = int(rng.integers(0, 2**63))
+    assert_close(ops.sketch(w, key, total), reference.sketch(w.astype(np.float64), key, total), 1e-5)
+    assert_close(ops.sketch_adjoint(g, key, count), reference.sketch_adjoint(g.astype(np.float64), key, count))
+
+
+@pytest.mark.parametrize("count", [c for c in COUNTS if c <= 10_000])
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("total", [1, 33, 70])
+def test_dense_projection_and_its_adjoint_equal_the_reference(count, kind, total):
+    rng = np.random.default_rng(count + total)
+    w, g = rng.normal(size=count).astype(np.float32), rng.normal(size=total).astype(np.float32)
+    assert_close(ops.project(w, 7, total, kind), reference.project(w.astype(np.float64), 7, total, kind), 1e-5)
+    expected = reference.project_adjoint(g.astype(np.float64), 7, count, kind)
+    assert_close(ops.project_adjoint(g, 7, count, kind), expected, 1e-5)
+
+
+@pytest.mark.parametrize("carrier", reference.CARRIERS)
+@pytest.mark.parametrize("projection", reference.PROJECTIONS)
+@pytest.mark.parametrize("shape", [(7, 5, 3, 3), (300, 40), (1, 9000), (64,), (3, 0), (9000, 1)])
+def test_carrier_projection_equals_the_reference(carrier, projection, shape):
+    weight = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    weight[0] = 0.0  # a dead filter
+    expected = reference.carrier_projection(weight, 3, 48, carrier, projection)
+    assert_close(ops.carrier_projection(weight, 3, 48, carrier, projection), expected, 2e-5)
+
+
+def test_unit_filters_neither_overflow_nor_vanish_at_the_ends_of_float32():
+    rows = np.random.default_rng(2).normal(size=(6, 50)).astype(np.float32)
+    scaled = rows * np.array([1e-30, 1e-20, 1.0, 1e15, 1e30, 1e37], dtype=np.float32)[:, None]
+    plain = ops.carrier_projection(rows, 5, 64, "unit_filters", "sketch")
+    assert_close(ops.carrier_projection(scaled, 5, 64, "unit_filters", "sketch"), plain.astype(np.float64), 1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(key=KEYS, count=st.integers(1, 9000), total=st.integers(1, 600), seed=st.integers(0, 2**32 - 1))
+def test_adjoint_identity_of_the_sketch(key, count, total, seed):
+    rng = np.random.default_rng(seed)
+    w, g = rng.normal(size=count).astype(np.float32), rng.normal(size=total).astype(np.float32)
+    left = float(ops.sketch(w, key, total).astype(np.float64) @ g)
+    right = float(w.astype(np.float64) @ ops.sketch_adjoint(g, key, count))
+    assert left == pytest.approx(right, rel=1e-4, abs=1e-4 * np.linalg.norm(w) * np.linalg.norm(g) / np.sqrt(count))
+
+
+@settings(max_examples=20, deadline=None)
+@given(key=KEYS, count=st.integers(1, 5000), kind=st.sampled_from(["rademacher", "gaussian"]))
+def test_adjoint_identity_of_the_dense_projection(key, count, kind):
+    rng = np.random.default_rng(count)
+    w, g = rng.normal(size=count).astype(np.float32), rng.normal(size=17).astype(np.float32)
+    left = float(ops.project(w, key, 17, kind).astype(np.float64) @ g)
+    right = float(w.astype(np.float64) @ ops.project_adjoint(g, key, count, kind))
+    assert left == pytest.approx(right, rel=1e-4, abs=1e-4 * np.linalg.norm(w) * np.linalg.norm(g) / np.sqrt(count))
+
+
+def test_sketch_keeps_the_mean_square_on_average():
+    w = np.random.default_rng(3).normal(size=4096).astype(np.float32)
+    mean_squares = [float((ops.sketch(w, key, 64) ** 2).mean()) for key in range(300)]
+    assert np.mean(mean_squares) == pytest.approx(float((w**2).mean()), rel=0.05)
+
+
+def test_adjoint_adds_to_out_when_it_is_given():
+    g = np.random.default_rng(4).normal(size=64).astype(np.float32)
+    for front, arguments in ((ops.cpu.sketch_adjoint, ()), (ops.cpu.project_adjoint, ("rademacher",))):
+        out = np.ones(9000, dtype=np.float32)
+        returned = front(g, 5, 9000, *arguments, out=out)
+        assert returned is out
+        np.testing.assert_array_equal(out, np.float32(1.0) + front(g, 5, 9000, *arguments))
+
+
+def test_same_bits_over_repeats_and_thread_counts():
+    rng = np.random.default_rng(5)
+    weight = rng.normal(size=(700, 450)).astype(np.float32)
+    g = rng.normal(size=256).astype(np.float32)
+    outputs, expected = rng.normal(size=(40, 90, 12)).astype(np.float32), rng.integers(0, 12, size=(3, 90))
+    threads = ops.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 5, 2, 1):
+            ops.set_num_threads(count)
+            assert ops.get_num_threads() == count
+            parts = [
+                ops.carrier_projection(weight, 1, 256, carrier, projection)
+                for carrier in reference.CARRIERS
+                for projection in reference.PROJECTIONS[:2]
+            ]
+            parts += [ops.sketch_adjoint(g, 1, weight.size), *ops.match_counts(outputs, expected)]
+            results.append(b"".join(part.tobytes() for part in parts))
+    finally:
+        ops.set_num_threads(threads)
+    assert len(set(results)) == 1
+
+
+def test_operators_work_in_a_forked_child():
+    code = (
+        "import os, numpy as np\n"
+        "from wmengine import ops\n"
+        "ops.set_num_threads(2)\n"
+        "w = np.ones(1 << 20, dtype=np.float32)\n"
+        "before = ops.sketch(w, 1, 64)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    os._exit(0 if np.array_equal(ops.sketch(w, 1, 64), before) else 1)\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_float64_goes_to_the_reference_and_float16_is_widened():
+    w = np.random.default_rng(6).normal(size=500)
+    np.testing.assert_array_equal(ops.sketch(w, 9, 64), reference.sketch(w, 9, 64))
+    assert ops.sketch(w, 9, 64).dtype == np.float64
+    half = w.astype(np.float16)
+    np.testing.assert_array_equal(ops.sketch(half, 9, 64), ops.sketch(half.astype(np.float32), 9, 64))
+
+
+def test_non_contiguous_weights_give_what_their_copies_give():
+    w = np.random.default_rng(7).normal(size=(60, 50)).astype(np.float32)
+    strided = w.T[::2]
+    np.testing.assert_array_equal(
+        ops.carrier_projection(strided, 1, 64, "unit_filters", "sketch"),
+        ops.carrier_projection(strided.copy(), 1, 64, "unit_filters", "sketch"),
+    )
+    np.testing.assert_array_equal(ops.sketch(w[:, 3], 1, 64), ops.sketch(w[:, 3].copy(), 1, 64))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("carrier", reference.CARRIERS)
+def test_nan_and_inf_weights_reach_the_caller(bad, carrier):
+    weight = np.ones((4, 64), dtype=np.float32)
+    weight[1, 5] = bad
+    assert not np.isfinite(ops.carrier_projection(weight, 1, 32, carrier, "sketch")).all()
+
+
+def test_empty_input_projects_to_zero():
+    assert not ops.sketch(np.empty(0, dtype=np.float32), 1, 40).any()
+    assert ops.sketch_adjoint(np.ones(40, dtype=np.float32), 1, 0).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: ops.sketch(np.ones((2, 2), dtype=np.float32), 1, 32), ValueError, "values must have one dimension"),
+        (lambda: ops.sketch(np.ones(4, dtype=np.int32), 1, 32), TypeError, "values must be float32"),
+        (lambda: ops.sketch(np.ones(4, dtype=np.float32), -1, 32), ValueError, "key must be"),
+        (lambda: ops.sketch(np.ones(4, dtype=np.float32), 1 << 64, 32), ValueError, "key must be"),
+        (lambda: ops.sketch(np.ones(4, dtype=np.float32), "k", 32), TypeError, "key must be an int"),
+        (lambda: ops.sketch(np.ones(4, dtype=np.float32), 1, 0), ValueError, "total must be at least 1"),
+        (lambda: ops.project(np.ones(4, dtype=np.float32), 1, 3, "sparse"), ValueError, "kind must be one of"),
+        (lambda: ops.sketch_adjoint(np.ones(4, dtype=np.float32), 1, -1), ValueError, "count must be"),
+        (
+            lambda: ops.cpu.sketch_adjoint(np.ones(4, dtype=np.float32), 1, 9, out=np.ones(8, dtype=np.float32)),
+            ValueError,
+            "out must be",
+        ),
+        (
+            lambda: ops.carrier_projection(np.float32(1), 1, 3, "flat", "sketch"),
+            ValueError,
+            "filters on its first axis",
+        ),
+        (
+            lambda: ops.carrier_projection(np.ones((2, 2)), 1, 3, "round", "sketch"),
+            ValueError,
+            "carrier must be one of",
+        ),
+        (lambda: ops.match_counts(np.ones((2, 3)), np.ones((1, 3), dtype=int)), ValueError, "outputs must be"),
+        (lambda: ops.match_counts(np.ones((2, 3, 4)), np.ones((1, 4), dtype=int)), ValueError, "outputs must be"),
+        (lambda: ops.match_counts(np.ones((2, 3, 0)), np.ones((1, 3), dtype=int)), ValueError, "at least one class"),
+        (lambda: ops.match_counts(np.ones((2, 3, 4)), np.ones((1, 3))), TypeError, "integer labels"),
+        (
+            lambda: ops.match_counts(np.ones((2, 3, 4), dtype=int), np.ones((1, 3), dtype=int)),
+            TypeError,
+            "outputs must",
+        ),
+        (lambda: ops.set_num_threads(0), ValueError, "count must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    outputs=arrays.arrays(
+        np.float32,
+        st.tuples(st.integers(0, 4), st.integers(0, 9), st.integers(1, 40)),
+        elements=st.sampled_from([np.nan, np.inf, -np.inf, -1.0, 0.0, 0.5, 1.0, 3e38]),  # many ties, some not numbers
+        fill=st.nothing(),
+    ),
+    sets=st.integers(0, 3),
+    data=st.data(),
+)
+def test_match_counts_equals_the_reference(outputs, sets, data):
+    expected = data.draw(arrays.arrays(np.int64, (sets, outputs.shape[1]), elements=st.integers(-1, outputs.shape[2])))
+    for actual, wanted in zip(
+        ops.match_counts(outputs, expected), reference.match_counts(outputs, expected), strict=True
+    ):
+        assert actual.dtype == np.int32
+        np.testing.assert_array_equal(actual, wanted)
+
+
+@pytest.mark.parametrize("shape", [(300, 70, 10), (3, 5000, 10), (2, 40, 1003), (50, 64, 7), (9, 33, 16)])
+def test_match_counts_equals_the_reference_on_larger_shapes(shape):
+    rng = np.random.default_rng(8)
+    outputs = np.round(rng.normal(size=shape), 1).astype(np.float32)
+    outputs[rng.random(shape) < 1e-3] = np.nan
+    expected = rng.integers(0, shape[2], size=(4, shape[1]))
+    expected[0] = outputs[0].argmax(axis=-1)
+    for actual, wanted in zip(
+        ops.match_counts(outputs, expected), reference.match_counts(outputs, expected), strict=True
+    ):
+        np.testing.assert_array_equal(actual, wanted)
+    for actual, wanted in zip(
+        ops.match_counts(outputs.astype(np.float64), expected), reference.match_counts(outputs, expected), strict=True
+    ):
+        np.testing.assert_array_equal(actual, wanted)
