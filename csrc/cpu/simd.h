@@ -41,6 +41,13 @@ WM_INLINE Float8 flip(Float8 x, Word8 sign) { return (Float8)((Word8)x ^ (sign &
 
 WM_INLINE Float8 maximum(Float8 a, Float8 b) { return a > b ? a : b; }
 
+// Eight lanes picked from a (0-7) and b (8-15).
+#if defined(__clang__)
+#define WM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define WM_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ::wmengine::Int8{__VA_ARGS__})
+#endif
+
 WM_INLINE Float8 permute8(Float8 v, Int8 order) {
 #if defined(__clang__)
     Float8 result;
