@@ -20,6 +20,8 @@
 //
 // Dense Gaussian rows draw 128 values a step: weight m has b = m / 128, i = (m % 128) / 32, l = m % 32, counter
 // (b*32 + l, t, 0, 5); words (0, 1) make values 0 and 1 by Box-Muller, words (2, 3) values 2 and 3.
+//
+// Domain 6 draws trigger images, in wmengine/triggers.py only: word w of image n is word w % 4 of (w / 4, n, 0, 6).
 #pragma once
 
 #include <cstdint>

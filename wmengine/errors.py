@@ -1,0 +1,17 @@
+"""What can go wrong with the engine's files and with suspects; each message is one sentence with its mend."""
+
+
+class WmengineError(Exception):
+    """Base of the errors below; a plain wrong argument is a ValueError or a TypeError instead."""
+
+
+class KeyFileError(WmengineError, ValueError):
+    """A key file that is missing, readable by others, damaged, of another version or with another passphrase."""
+
+
+class WatermarkError(WmengineError, ValueError):
+    """A watermark (file) that is missing, damaged, of another version or scheme, or not made with the given key."""
+
+
+class SuspectError(WmengineError):
+    """A suspect that cannot be judged: not a model, no tensors to read, the wrong input shape, no usable answers."""
