@@ -1,0 +1,273 @@
+"""What reading an ONNX graph promises: every export of a network shows the same weights, in order, filters first."""
+
+import logging
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from wmengine.carriers import module_tensors
+from wmengine.errors import SuspectError
+from wmengine.export import export_onnx
+from wmengine.suspects import open_suspect
+
+FEATURES, CLASSES = 6, 4
+FLOAT = TensorProto.FLOAT
+WEIGHT = np.random.default_rng(0).normal(size=(FEATURES, CLASSES)).astype(np.float32)
+INPUTS = np.random.default_rng(1).normal(size=(5, FEATURES)).astype(np.float32)
+
+
+def graph(nodes, initializers, inputs=None, opset=17):
+    """An ONNX model from x, float32 [N, 6], to y."""
+    inputs = inputs or [helper.make_tensor_value_info("x", FLOAT, ["N", FEATURES])]
+    outputs = [helper.make_tensor_value_info("y", FLOAT, None)]
+    made = helper.make_graph(nodes, "g", inputs, outputs, initializers)
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(made, opset_imports=imports, ir_version=9)
+
+
+def weight(name="w", values=WEIGHT):
+    return numpy_helper.from_array(np.asarray(values), name)
+
+
+def save(model, path):
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+class Network(nn.Module):
+    """One of each kind of layer, with running statistics worth folding."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 10, bias=False)
+        self.c1 = nn.Conv2d(1, 8, 3, padding=1, bias=False)
+        self.b1 = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        # without a bias, on which ONNX Runtime's quantizer stumbles where there are groups
+        self.up = nn.ConvTranspose2d(8, 6, 2, stride=2, groups=2, bias=False)
+        self.hidden = nn.Linear(6, 6)
+        nn.init.normal_(self.b1.running_mean)
+        nn.init.uniform_(self.b1.running_var, 0.5, 2)
+        nn.init.normal_(self.b1.weight)
+
+    def forward(self, x):
+        x = torch.relu(self.b1(self.c1(x)))
+        x = torch.relu(self.depthwise(x))
+        return self.head(torch.relu(self.hidden(self.up(x).mean((2, 3)))))
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    model = Network().eval()
+    return model, [
+        filters(weight.detach()).numpy() for _, weight, filters in module_tensors(model, torch.zeros(1, 1, 6, 6))
+    ]
+
+
+@pytest.fixture(scope="module")
+def exports(network, tmp_path_factory):
+    """The network, as exported, unfolded, by the old exporter, and as copies of it quantised and optimised."""
+    from onnxruntime import quantization
+
+    folder = tmp_path_factory.mktemp("exports")
+    model, _ = network
+    x = torch.zeros(1, 1, 6, 6)
+    paths = {"folded": export_onnx(model, x, folder / "folded.onnx")}
+    paths["traced"] = export_onnx(model, x, folder / "traced.onnx", fold_batchnorm=False)
+    paths["external"] = folder / "external.onnx"
+    onnx.save(
+        onnx.load(paths["folded"]), paths["external"], save_as_external_data=True, size_threshold=0, location="w.data"
+    )
+    paths["old"] = folder / "old.onnx"
+    axes = {"x": {0: "N"}}
+    torch.onnx.export(model, (x,), paths["old"], dynamo=False, input_names=["x"], dynamic_axes=axes)
+
+    class Calibration(quantization.CalibrationDataReader):
+        def __init__(self):
+            generator = np.random.default_rng(0)
+            self.batches = iter([{"input": generator.normal(size=(4, 1, 6, 6)).astype(np.float32)} for _ in range(2)])
+
+        def get_next(self):
+            return next(self.batches, None)
+
+    logging.disable(logging.WARNING)
+    for name, kind, per_channel in [
+        ("qdq", "QDQ", True),
+        ("qdq tensor", "QDQ", False),
+        ("qoperator", "QOperator", True),
+    ]:
+        paths[name] = folder / f"{name}.onnx"
+        form = quantization.QuantFormat[kind]
+        quantization.quantize_static(
+            paths["folded"], paths[name], Calibration(), quant_format=form, per_channel=per_channel
+        )
+    paths["dynamic"] = folder / "dynamic.onnx"
+    quantization.quantize_dynamic(paths["folded"], paths["dynamic"], per_channel=True)
+    logging.disable(logging.NOTSET)
+    for source, level in [("traced", "EXTENDED"), ("qdq", "EXTENDED"), ("dynamic", "EXTENDED"), ("folded", "ALL")]:
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{level}")
+        options.log_severity_level = 4
+        paths[f"{source} {level}"] = folder / f"{source}-{level}.onnx"
+        options.optimized_model_filepath = str(paths[f"{source} {level}"])
+        onnxruntime.InferenceSession(paths[source], options, providers=["CPUExecutionProvider"])
+    return paths
+
+
+COPIES = ["folded", "traced", "external", "old", "qdq", "qdq tensor", "qoperator", "dynamic"]
+COPIES += ["traced EXTENDED", "qdq EXTENDED", "dynamic EXTENDED"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("copy", COPIES)
+def test_every_export_shows_the_weights_of_the_network_in_order(network, exports, copy):
+    """BatchNorm folding only rescales filters (some by a negative factor), and int8 rounds them."""
+    suspect = open_suspect(exports[copy])
+    found = suspect.tensors()
+    _, expected = network
+    assert [tensor.values.shape for tensor in found] == [values.shape for values in expected]
+    integers = any("quantised to integers" in note for note in suspect.notes)
+    assert integers == any(word in copy for word in ("qdq", "qoperator", "dynamic"))
+    for tensor, values in zip(found, expected, strict=True):
+        ours, theirs = (array.reshape(len(array), -1) for array in (tensor.values, values))
+        assert tensor.values.dtype == np.float32
+        cosine = (ours * theirs).sum(axis=1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+        np.testing.assert_allclose(np.abs(cosine), 1, atol=5e-3 if integers else 1e-5)
+        folded = values is expected[0] and copy != "traced"
+        if not folded:
+            np.testing.assert_allclose(ours, theirs, atol=0.02 * np.abs(theirs).max() if integers else 1e-6)
+
+
+def test_a_blocked_layout_is_said_and_not_misread(network, exports):
+    suspect = open_suspect(exports["folded ALL"])
+    blocked = {node.op_type for node in onnx.load(exports["folded ALL"]).graph.node if "nchwc" in node.domain}
+    assert "Conv" in blocked
+    shapes = {tensor.values.shape for tensor in suspect.tensors()}
+    assert (8, 1, 3, 3) not in shapes
+    assert any("NCHWc" in note for note in suspect.notes)
+
+
+def test_matrices_are_turned_so_that_each_row_makes_one_output(tmp_path):
+    """W is [4 outputs, 6 inputs] in all of these, and comes out as that."""
+    matrix = np.ascontiguousarray(WEIGHT.T)
+    column = [helper.make_tensor_value_info("x", FLOAT, [FEATURES, "N"])]
+    rows = [helper.make_tensor_value_info("x", FLOAT, ["N", FEATURES])]
+    cases = [
+        ("Gemm", ["x", "w"], {"transB": 1}, matrix, rows, ""),
+        ("Gemm", ["x", "w"], {"transB": 0}, matrix.T, rows, ""),
+        ("Gemm", ["w", "x"], {"transA": 0}, matrix, column, ""),
+        ("Gemm", ["w", "x"], {"transA": 1}, matrix.T, column, ""),
+        ("MatMul", ["x", "w"], {}, matrix.T, rows, ""),
+        ("MatMul", ["w", "x"], {}, matrix, column, ""),
+        ("FusedMatMul", ["x", "w"], {"transB": 1}, matrix, rows, "com.microsoft"),
+    ]
+    for operator, operands, attributes, stored, inputs, domain in cases:
+        node = helper.make_node(operator, operands, ["y"], domain=domain, **attributes)
+        suspect = open_suspect(save(graph([node], [weight(values=stored)], inputs=inputs), tmp_path / "m.onnx"))
+        (tensor,) = suspect.tensors()
+        assert np.array_equal(tensor.values, matrix), (operator, operands)
+        assert tensor.source == "w"
+
+
+def chain(*nodes, stored=WEIGHT, initializers=(), opset=17):
+    """A MatMul whose weight is reached from the initializer w through these nodes, which end in v."""
+    nodes = [*nodes, helper.make_node("MatMul", ["x", "v"], ["y"])]
+    return graph(nodes, [weight(values=stored), *initializers], opset=opset)
+
+
+def test_chains_that_only_move_values_are_followed(tmp_path):
+    steps = [
+        helper.make_node("Identity", ["w"], ["a"]),
+        helper.make_node("Transpose", ["a"], ["b"]),
+        helper.make_node("Reshape", ["b", "flat"], ["c"]),
+        helper.make_node("Reshape", ["c", "back"], ["d"]),
+        helper.make_node("Cast", ["d"], ["e"], to=FLOAT),
+        helper.make_node("Transpose", ["e"], ["v"], perm=[1, 0]),
+    ]
+    shapes = [weight("flat", np.array([-1])), weight("back", np.array([CLASSES, FEATURES]))]
+    suspect = open_suspect(
+        save(chain(*steps, stored=WEIGHT.astype(np.float16), initializers=shapes), tmp_path / "m.onnx")
+    )
+    (tensor,) = suspect.tensors()
+    assert np.array_equal(tensor.values, WEIGHT.astype(np.float16).astype(np.float32).T)
+    assert suspect.notes == ["1 of 1 weights are float16"]
+
+
+def test_a_weight_that_depends_on_the_input_is_none(tmp_path):
+    node = helper.make_node("Add", ["w", "x"], ["v"])
+    inputs = [helper.make_tensor_value_info("x", FLOAT, [FEATURES, FEATURES])]
+    model = graph(
+        [node, helper.make_node("MatMul", ["x", "v"], ["y"])],
+        [weight(values=np.eye(6, dtype=np.float32))],
+        inputs=inputs,
+    )
+    assert open_suspect(save(model, tmp_path / "m.onnx")).tensors() == []
+
+
+@pytest.mark.parametrize(
+    ("scale_shape", "axis", "block"), [((), 0, 0), ((FEATURES,), 0, 0), ((CLASSES,), 1, 0), ((3, CLASSES), 0, 2)]
+)
+def test_dequantisation_is_undone_per_tensor_axis_and_block(tmp_path, scale_shape, axis, block):
+    generator = np.random.default_rng(2)
+    stored = generator.integers(-128, 128, WEIGHT.shape).astype(np.int8)
+    scale = generator.uniform(0.1, 1, scale_shape).astype(np.float32)
+    zero = generator.integers(-9, 9, scale_shape).astype(np.int8)
+    attributes = {"axis": axis} | ({"block_size": block} if block else {})
+    node = helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["v"], **attributes)
+    model = chain(node, stored=stored, initializers=[weight("scale", scale), weight("zero", zero)], opset=21)
+    suspect = open_suspect(save(model, tmp_path / "m.onnx"))
+    (tensor,) = suspect.tensors()
+    reference = onnx.reference.ReferenceEvaluator(model).run(None, {"x": np.eye(FEATURES, dtype=np.float32)})[0]
+    np.testing.assert_allclose(tensor.values.T, reference, rtol=1e-6)
+    assert suspect.notes == ["1 of 1 weights are quantised to integers"]
+
+
+def test_a_weight_stored_as_float_and_quantised_in_the_graph_is_read_as_float(tmp_path):
+    nodes = [
+        helper.make_node("QuantizeLinear", ["w", "scale"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale"], ["v"]),
+    ]
+    model = chain(*nodes, initializers=[weight("scale", np.array(0.05, np.float32))])
+    (tensor,) = open_suspect(save(model, tmp_path / "m.onnx")).tensors()
+    assert np.array_equal(tensor.values, WEIGHT.T)
+
+
+def test_order_is_that_of_execution_and_a_weight_used_twice_counts_once(tmp_path):
+    """The nodes are listed out of order, as ONNX Runtime accepts; sub is in a branch, and two nodes use big."""
+    big, sub = np.eye(FEATURES, dtype=np.float32), 2 * np.eye(FEATURES, dtype=np.float32)
+    branches = {
+        f"{name}_branch": helper.make_graph(
+            [helper.make_node("MatMul", ["b", f"sub_{name}"], ["o"])],
+            name,
+            [],
+            [helper.make_tensor_value_info("o", FLOAT, None)],
+            [weight(f"sub_{name}", sub)],
+        )
+        for name in ("then", "else")
+    }
+    nodes = [
+        helper.make_node("MatMul", ["s", "w"], ["y"]),
+        helper.make_node("If", ["c"], ["s"], **branches),
+        helper.make_node("MatMul", ["a", "big"], ["b"]),
+        helper.make_node("MatMul", ["x", "big"], ["a"]),
+    ]
+    model = graph(nodes, [weight(), weight("big", big), weight("c", np.array(True))])
+    suspect = open_suspect(save(model, tmp_path / "m.onnx"))
+    np.testing.assert_allclose(suspect.query(INPUTS, CLASSES), 2 * INPUTS @ WEIGHT, rtol=1e-5, atol=1e-5)
+    assert [tensor.source for tensor in suspect.tensors()] in (
+        ["big", "sub_then", "sub_else", "w"],
+        ["big", "sub_else", "sub_then", "w"],
+    )
+
+
+def test_a_cycle_is_refused(tmp_path):
+    nodes = [helper.make_node("Add", ["x", "b"], ["a"]), helper.make_node("Relu", ["a"], ["b"])]
+    nodes += [helper.make_node("MatMul", ["b", "w"], ["y"])]
+    with pytest.raises(SuspectError, match="cycle"):
+        open_suspect(save(graph(nodes, [weight()]), tmp_path / "m.onnx")).tensors()

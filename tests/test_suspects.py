@@ -1,0 +1,437 @@
+"""What suspects promise: whatever answers is asked the same way, and no file makes us read what it must not."""
+
+import hashlib
+import os
+import random
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from wmengine.errors import SuspectError
+from wmengine.suspects import OnnxSuspect, open_suspect
+from wmengine.suspects.base import CHUNK
+
+FEATURES, CLASSES = 6, 4
+FLOAT, FLOAT16, DOUBLE = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE
+WEIGHT = np.random.default_rng(0).normal(size=(FEATURES, CLASSES)).astype(np.float32)
+# More rows than two chunks, and not a multiple of one.
+INPUTS = np.random.default_rng(1).normal(size=(2 * CHUNK + 7, FEATURES)).astype(np.float32)
+SCORES = INPUTS @ WEIGHT
+
+
+def graph(nodes, initializers, outputs=("y",), inputs=None, opset=17):
+    """An ONNX model; inputs and outputs default to float32 x [N, 6] and outputs of any type."""
+    inputs = inputs or [helper.make_tensor_value_info("x", FLOAT, ["N", FEATURES])]
+    outputs = [
+        output if isinstance(output, onnx.ValueInfoProto) else helper.make_tensor_value_info(output, FLOAT, None)
+        for output in outputs
+    ]
+    made = helper.make_graph(nodes, "g", inputs, outputs, initializers)
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(made, opset_imports=imports, ir_version=9)
+
+
+def weight(name="w", values=WEIGHT):
+    return numpy_helper.from_array(np.asarray(values), name)
+
+
+def classifier(**options):
+    return graph([helper.make_node("MatMul", ["x", "w"], ["y"])], [weight()], **options)
+
+
+def external(location, values=WEIGHT, name="w", **entries):
+    tensor = TensorProto(name=name, data_type=FLOAT, dims=values.shape, data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": location, **entries}.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def with_external(location, **entries):
+    return graph([helper.make_node("MatMul", ["x", "w"], ["y"])], [external(location, **entries)])
+
+
+def save(model, path):
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def complaint(call, *arguments):
+    """The one sentence of the SuspectError that a call raises."""
+    with pytest.raises(SuspectError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- asking -----------------------------------------------------------------------------------------------------------
+
+
+def test_all_inputs_are_answered_in_order_whatever_the_chunks(tmp_path):
+    suspect = open_suspect(save(classifier(), tmp_path / "m.onnx"))
+    for count in (1, CHUNK, CHUNK + 1, len(INPUTS)):
+        answers = suspect.query(INPUTS[:count], CLASSES)
+        assert answers.dtype == np.float32
+        np.testing.assert_allclose(answers, SCORES[:count], rtol=1e-5, atol=1e-6)
+    assert suspect.notes == []
+
+
+@pytest.mark.parametrize("batch", [1, 5, 200])
+def test_a_fixed_batch_is_honoured_by_padding(tmp_path, batch):
+    inputs = [helper.make_tensor_value_info("x", FLOAT, [batch, FEATURES])]
+    suspect = OnnxSuspect(save(classifier(inputs=inputs), tmp_path / "m.onnx"))
+    np.testing.assert_allclose(suspect.query(INPUTS, CLASSES), SCORES, rtol=1e-5, atol=1e-6)
+    assert suspect.notes == [f"the suspect has a fixed batch of {batch}"]
+
+
+def test_a_fixed_batch_is_no_way_to_use_up_our_memory(tmp_path):
+    inputs = [helper.make_tensor_value_info("x", FLOAT, [10**9, FEATURES])]
+    suspect = OnnxSuspect(save(classifier(inputs=inputs), tmp_path / "m.onnx"))
+    assert f"fixed batch of {10**9}" in complaint(suspect.query, INPUTS, CLASSES)
+
+
+def test_a_batch_of_one_baked_into_a_dynamic_model_is_found_out(tmp_path):
+    nodes = [helper.make_node("Reshape", ["x", "one"], ["r"]), helper.make_node("MatMul", ["r", "w"], ["y"])]
+    model = graph(nodes, [weight(), weight("one", np.array([1, FEATURES]))])
+    suspect = OnnxSuspect(save(model, tmp_path / "m.onnx"))
+    np.testing.assert_allclose(suspect.query(INPUTS, CLASSES), SCORES, rtol=1e-5, atol=1e-6)
+    assert suspect.notes == ["the suspect answers only one input at a time"]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(FLOAT16, np.float16), (DOUBLE, np.float64)])
+def test_half_and_double_inputs_are_cast(tmp_path, kind, dtype):
+    inputs = [helper.make_tensor_value_info("x", kind, ["N", FEATURES])]
+    outputs = [helper.make_tensor_value_info("y", kind, None)]
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    model = graph(nodes, [weight(values=WEIGHT.astype(dtype))], outputs, inputs)
+    suspect = OnnxSuspect(save(model, tmp_path / "m.onnx"))
+    answers = suspect.query(INPUTS, CLASSES)
+    assert answers.dtype == np.float32
+    np.testing.assert_allclose(answers, SCORES, atol=0.02)
+    assert suspect.notes == [f"inputs were cast to {np.dtype(dtype).name}"]
+
+
+def test_the_output_with_the_marks_classes_is_taken_among_several(tmp_path):
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+        helper.make_node("Softmax", ["y"], ["p"]),
+        helper.make_node("MatMul", ["x", "v"], ["features"]),
+        helper.make_node("Reshape", ["x", "shape"], ["map"]),
+    ]
+    extra = [weight("v", np.ones((FEATURES, 9), np.float32)), weight("shape", np.array([0, 2, 3]))]
+    model = graph(nodes, [weight(), *extra], ("map", "features", "p", "y"))
+    suspect = OnnxSuspect(save(model, tmp_path / "m.onnx"))
+    answers = suspect.query(INPUTS, CLASSES)
+    np.testing.assert_allclose(answers.sum(axis=1), 1, rtol=1e-5)
+    assert np.array_equal(answers.argmax(axis=1), SCORES.argmax(axis=1))
+    assert suspect.notes == ["answers were read from output 'p', one of 4"]
+    assert suspect.query(INPUTS, 9).shape == (len(INPUTS), 9)
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_integer_labels_are_answers(tmp_path, keep):
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["s"]),
+        helper.make_node("ArgMax", ["s"], ["y"], axis=1, keepdims=keep),
+    ]
+    model = graph(nodes, [weight()], [helper.make_tensor_value_info("y", TensorProto.INT64, None)])
+    answers = OnnxSuspect(save(model, tmp_path / "m.onnx")).query(INPUTS, CLASSES)
+    assert answers.dtype == np.int64
+    assert np.array_equal(answers, SCORES.argmax(axis=1))
+
+
+def test_scores_may_carry_axes_of_length_one(tmp_path):
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["s"]),
+        helper.make_node("Reshape", ["s", "shape"], ["y"]),
+    ]
+    model = graph(nodes, [weight(), weight("shape", np.array([0, CLASSES, 1, 1]))])
+    answers = OnnxSuspect(save(model, tmp_path / "m.onnx")).query(INPUTS, CLASSES)
+    np.testing.assert_allclose(answers, SCORES, rtol=1e-5, atol=1e-6)
+
+
+def test_other_numbers_of_classes_are_refused_naming_both(tmp_path):
+    suspect = OnnxSuspect(save(classifier(), tmp_path / "m.onnx"))
+    said = complaint(suspect.query, INPUTS, 10)
+    assert f"{CLASSES} classes" in said
+    assert "has 10" in said
+
+
+def test_other_input_shapes_are_refused_naming_both(tmp_path):
+    suspect = OnnxSuspect(save(classifier(), tmp_path / "m.onnx"))
+    said = complaint(suspect.query, np.zeros((3, 1, 8, 8), np.float32), CLASSES)
+    assert "[N, 6]" in said
+    assert "[N, 1, 8, 8]" in said
+    assert "m.onnx" in said
+
+
+def test_what_cannot_be_asked_is_refused(tmp_path):
+    two = [helper.make_tensor_value_info(name, FLOAT, ["N", FEATURES]) for name in ("x", "z")]
+    nodes = [helper.make_node("Add", ["x", "z"], ["s"]), helper.make_node("MatMul", ["s", "w"], ["y"])]
+    said = complaint(
+        OnnxSuspect(save(graph(nodes, [weight()], inputs=two), tmp_path / "2.onnx")).query, INPUTS, CLASSES
+    )
+    assert "needs 2 inputs (x, z)" in said
+    small = [helper.make_tensor_value_info("x", TensorProto.UINT8, ["N", FEATURES])]
+    nodes = [helper.make_node("Cast", ["x"], ["f"], to=FLOAT), helper.make_node("MatMul", ["f", "w"], ["y"])]
+    said = complaint(
+        OnnxSuspect(save(graph(nodes, [weight()], inputs=small), tmp_path / "8.onnx")).query, INPUTS, CLASSES
+    )
+    assert "tensor(uint8)" in said
+    nodes = [helper.make_node("Reshape", ["x", "shape"], ["y"])]
+    model = graph(nodes, [weight("shape", np.array([0, 2, 3]))])
+    said = complaint(OnnxSuspect(save(model, tmp_path / "map.onnx")).query, INPUTS[:3], CLASSES)
+    assert "y [3, 2, 3]" in said
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def broken_files(directory):
+    whole = classifier().SerializeToString()
+    contents = {
+        "empty.onnx": b"",
+        "garbage.onnx": bytes(range(256)) * 8,
+        "text.onnx": b"not a model, and location is only a word in it\n" * 20,
+        "truncated.onnx": whole[: len(whole) // 2],
+        "cut.onnx": whole[:-1],
+        "no graph.onnx": onnx.ModelProto(ir_version=9).SerializeToString(),
+    }
+    for name, content in contents.items():
+        (directory / name).write_bytes(content)
+    (directory / "folder.onnx").mkdir()
+    os.mkfifo(directory / "pipe.onnx")
+    return sorted(path for path in directory.iterdir())
+
+
+def test_what_is_not_a_model_is_refused_for_either_kind_of_mark(tmp_path):
+    paths = broken_files(tmp_path)
+    assert len(paths) == 8
+    for path in paths:
+        for method in (lambda suspect: suspect.query(INPUTS, CLASSES), lambda suspect: suspect.tensors()):
+            said = complaint(lambda path, method: method(open_suspect(path)), path, method)
+            assert str(path) in said
+            assert len(said) < 400
+
+
+def test_a_path_that_does_not_exist_is_the_callers_mistake(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone\.onnx does not exist"):
+        open_suspect(tmp_path / "gone.onnx")
+    with pytest.raises(TypeError, match="a suspect is a path"):
+        open_suspect(3)
+
+
+def test_the_hash_of_a_single_file_is_its_sha256(tmp_path):
+    path = save(classifier(), tmp_path / "m.onnx")
+    assert open_suspect(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_weights_beside_the_model_are_read_hashed_and_used(tmp_path):
+    (tmp_path / "sub").mkdir()
+    data = np.zeros(8, np.uint8).tobytes() + WEIGHT.tobytes()
+    hashes = set()
+    for location in ("w.bin", "./w.bin", "sub/w.bin"):
+        (tmp_path / location).write_bytes(data)
+        path = save(with_external(location, offset=8, length=WEIGHT.nbytes), tmp_path / "m.onnx")
+        suspect = open_suspect(path)
+        np.testing.assert_allclose(suspect.query(INPUTS, CLASSES), SCORES, rtol=1e-5, atol=1e-6)
+        (read,) = suspect.tensors()
+        assert np.array_equal(read.values, WEIGHT.T)
+        hashes.add(suspect.sha256)
+    (tmp_path / "sub" / "w.bin").write_bytes(data[::-1])
+    hashes.add(open_suspect(path).sha256)
+    assert len(hashes) == 4
+
+
+def test_weights_in_constants_may_be_external_too(tmp_path):
+    (tmp_path / "w.bin").write_bytes(WEIGHT.tobytes())
+    nodes = [
+        helper.make_node("Constant", [], ["w"], value=external("w.bin")),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    suspect = open_suspect(save(graph(nodes, []), tmp_path / "m.onnx"))
+    np.testing.assert_allclose(suspect.query(INPUTS, CLASSES), SCORES, rtol=1e-5, atol=1e-6)
+    assert np.array_equal(suspect.tensors()[0].values, WEIGHT.T)
+
+
+def test_weights_anywhere_else_are_never_read(tmp_path, monkeypatch):
+    home, outside = tmp_path / "home", tmp_path / "outside"
+    home.mkdir()
+    outside.mkdir()
+    secret = outside / "secret.bin"
+    secret.write_bytes(WEIGHT.tobytes())
+    (home / "symbolic.bin").symlink_to(secret)
+    (home / "hard.bin").hardlink_to(secret)
+    (home / "linked").symlink_to(outside)
+    (home / "folder").mkdir()
+    os.mkfifo(home / "pipe.bin")
+    monkeypatch.chdir(outside)  # where ONNX Runtime itself would look
+    locations = [str(secret), "../outside/secret.bin", "linked/secret.bin", "folder/../../outside/secret.bin"]
+    locations += [
+        "symbolic.bin",
+        "hard.bin",
+        "pipe.bin",
+        "folder",
+        "secret.bin",
+        "",
+        ".",
+        "*/_ORT_MEM_ADDR_/*",
+        "hard.bin/x",
+    ]
+    for location in locations:
+        path = save(with_external(location), home / "m.onnx")
+        said = complaint(open_suspect, path)
+        assert str(home) in said, location
+
+
+def test_weights_in_a_subgraph_cannot_reach_a_file_either(tmp_path, monkeypatch):
+    (tmp_path / "w.bin").write_bytes(WEIGHT.tobytes())
+    monkeypatch.chdir(tmp_path)
+    branches = {
+        f"{name}_branch": helper.make_graph(
+            [helper.make_node("MatMul", ["x", "v"], ["o"])],
+            name,
+            [],
+            [helper.make_tensor_value_info("o", FLOAT, None)],
+            [external("w.bin", name="v")],
+        )
+        for name in ("then", "else")
+    }
+    model = graph([helper.make_node("If", ["c"], ["y"], **branches)], [weight("c", np.array(True))])
+    (tmp_path / "sub").mkdir()
+    assert "missing" in complaint(open_suspect, save(model, tmp_path / "sub" / "m.onnx"))
+    suspect = open_suspect(save(model, tmp_path / "m.onnx"))
+    assert np.array_equal(suspect.tensors()[0].values, WEIGHT.T)
+    assert "ONNX Runtime" in complaint(suspect.query, INPUTS, CLASSES)  # which takes no external data in subgraphs
+
+
+def test_weights_that_end_too_early_are_refused(tmp_path):
+    (tmp_path / "w.bin").write_bytes(WEIGHT.tobytes()[:-4])
+    for entries in ({}, {"length": WEIGHT.nbytes}, {"offset": -4}, {"offset": 10**30}, {"offset": "many"}):
+        suspect = open_suspect(save(with_external("w.bin", **entries), tmp_path / "m.onnx"))
+        for call in (lambda suspect=suspect: suspect.query(INPUTS, CLASSES), suspect.tensors):
+            assert "m.onnx" in complaint(call)
+
+
+def test_a_model_and_its_weights_together_have_a_size_limit(tmp_path):
+    (tmp_path / "w.bin").write_bytes(WEIGHT.tobytes())
+    path = save(with_external("w.bin"), tmp_path / "m.onnx")
+    size = path.stat().st_size + WEIGHT.nbytes
+    assert OnnxSuspect(path, maximum_bytes=size).tensors()
+    assert "w.bin is larger" in complaint(OnnxSuspect, path, size - 1)
+    assert "m.onnx is larger" in complaint(OnnxSuspect, path, 10)
+
+
+def test_mutated_files_only_ever_give_one_sentence(tmp_path):
+    """Reading a graph happens in this process, so nothing in a file may escape as another exception."""
+    generator = random.Random(0)
+    (tmp_path / "w.bin").write_bytes(WEIGHT.tobytes())
+    nodes = [
+        helper.make_node("Transpose", ["w"], ["t"], perm=[1, 0]),
+        helper.make_node("DequantizeLinear", ["q", "scale"], ["d"], axis=0),
+        helper.make_node("Reshape", ["d", "shape"], ["r"]),
+        helper.make_node("Gemm", ["x", "t"], ["h"], transB=1),
+        helper.make_node("MatMul", ["h", "r"], ["y"]),
+    ]
+    quantised = weight("q", np.ones((4, 4), np.int8))
+    others = [weight("scale", np.ones(4, np.float32)), weight("shape", np.array([0, -1]))]
+    seeds = [
+        model.SerializeToString() for model in (graph(nodes, [external("w.bin"), quantised, *others]), classifier())
+    ]
+    outcomes = []
+    for _ in range(600):
+        content = bytearray(generator.choice(seeds))
+        for _ in range(generator.randint(1, 4)):
+            content[generator.randrange(len(content))] = generator.randrange(256)
+        (tmp_path / "m.onnx").write_bytes(content)
+        try:
+            open_suspect(tmp_path / "m.onnx").tensors()
+            outcomes.append(None)
+        except SuspectError as error:
+            outcomes.append(str(error))
+    refusals = [said for said in outcomes if said is not None]
+    assert 50 < len(refusals) < len(outcomes) - 50
+    assert not any("\n" in said for said in refusals)
+
+
+# --- modules and functions --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_module_is_asked_in_its_own_dtype_and_left_as_it_was(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(FEATURES), nn.Linear(FEATURES, CLASSES)).to(dtype)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    suspect = open_suspect(model)
+    answers = suspect.query(INPUTS, CLASSES)
+    assert answers.dtype == np.float32
+    model_answers = model.eval()(torch.from_numpy(INPUTS).to(dtype)).detach().float().numpy()
+    np.testing.assert_allclose(answers, model_answers, rtol=1e-2, atol=1e-2)
+    model.train()
+    suspect.query(INPUTS, CLASSES)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert next(model.parameters()).dtype == dtype
+    (tensor,) = suspect.tensors([FEATURES])
+    assert tensor.values.dtype == np.float32
+    assert np.array_equal(tensor.values, model[2].weight.detach().float().numpy())
+
+
+def test_a_modules_tensors_come_in_order_of_execution_or_the_notes_say_otherwise():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.second, self.first = nn.Linear(3, CLASSES), nn.Conv1d(2, 3, 1)
+
+        def forward(self, x):
+            return self.second(self.first(x).mean(2))
+
+    suspect = open_suspect(Backwards())
+    assert [tensor.source for tensor in suspect.tensors([2, 5])] == ["first", "second"]
+    assert suspect.notes == []
+    for shape in (None, [7, 5]):
+        assert [tensor.source for tensor in suspect.tensors(shape)] == ["second", "first"]
+        assert len(suspect.notes) == 1
+        assert "order of registration" in suspect.notes[0]
+
+
+def test_functions_may_answer_with_arrays_tensors_labels_or_several_of_them():
+    answers = [
+        lambda x: x @ WEIGHT,
+        lambda x: torch.from_numpy(x @ WEIGHT).requires_grad_(),
+        lambda x: (x @ WEIGHT).argmax(axis=1),
+        lambda x: (x[:, :, None], x @ WEIGHT),
+        lambda x: {"logits": x @ WEIGHT},
+        lambda x: (x @ WEIGHT).tolist(),
+    ]
+    for function in answers:
+        read = open_suspect(function).query(INPUTS, CLASSES)
+        best = read if read.ndim == 1 else read.argmax(axis=1)
+        assert np.array_equal(best, SCORES.argmax(axis=1))
+
+
+def test_functions_that_fail_or_lie_are_refused():
+    def fails(x):
+        raise RuntimeError("first line\nsecond line")
+
+    def sometimes(x):
+        return x @ WEIGHT if len(x) == CHUNK else x
+
+    assert "first line second line" in complaint(open_suspect(fails).query, INPUTS, CLASSES)
+    assert "changes the shape" in complaint(open_suspect(sometimes).query, INPUTS, CLASSES)
+    assert "no weights" in complaint(open_suspect(fails).tensors)
+    for wrong in (lambda x: None, lambda x: x[:-1] @ WEIGHT, lambda x: "yes", lambda x: [[1], [2, 3]]):
+        assert "no scores" in complaint(open_suspect(wrong).query, INPUTS, CLASSES)
+
+
+def test_a_function_cannot_change_our_inputs():
+    def in_place(x):
+        x *= 0
+        return x @ WEIGHT
+
+    kept = INPUTS.copy()
+    open_suspect(in_place).query(INPUTS, CLASSES)
+    assert np.array_equal(INPUTS, kept)

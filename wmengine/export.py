@@ -1,0 +1,85 @@
+"""From a torch module to an ONNX file that takes any batch size: torch's own exporter, quiet, its traces removed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wmengine._optional import require
+from wmengine.carriers import evaluating, unwrap
+
+if TYPE_CHECKING:
+    import torch
+
+
+def export_onnx(
+    model: torch.nn.Module,
+    example: torch.Tensor | tuple[torch.Tensor, ...],
+    path: str | os.PathLike[str],
+    fold_batchnorm: bool = True,
+) -> Path:
+    """Write a model, in eval mode, as one ONNX file whose first axis is a dynamic batch; returns the path.
+
+    example: a batch of inputs (one row is enough), or a tuple of them for several inputs. Inputs are named input,
+    input_1, ..., the first output is `logits`. fold_batchnorm: fold each BatchNorm into the convolution or linear layer
+    before it, as torch's exporter does by default; otherwise the graph is written as traced. Weights lie in the file
+    itself, or beside it in PATH.data from 2 GB on. The model's training flags and device stay; torch.compile and
+    data-parallel wrappers are looked through. Raises ValueError for an example that is not a batch, and whatever
+    torch.onnx.export raises for a model that it cannot export.
+    """
+    torch = require("torch", extra="train")
+    require("onnxscript", extra="train")
+    model = unwrap(model)
+    like = next(model.parameters(), None)
+    batches = []
+    for rows in example if isinstance(example, tuple) else (example,):
+        if not isinstance(rows, torch.Tensor) or rows.ndim < 1 or len(rows) == 0:
+            raise ValueError("example must be a batch of inputs, such as x[:1], or a tuple of batches")
+        # Two rows: a batch of one looks to the tracer like an axis that is always 1.
+        batches.append(torch.cat([rows[:1], rows[:1]]).to(device=rows.device if like is None else like.device))
+    batch = torch.export.Dim("batch")
+    with evaluating(model), _quiet():
+        program = torch.onnx.export(
+            model,
+            tuple(batches),
+            dynamo=True,
+            optimize=fold_batchnorm,
+            dynamic_shapes=tuple({0: batch} for _ in batches),
+            input_names=["input", *(f"input_{index}" for index in range(1, len(batches)))],
+            output_names=["logits"],
+            verbose=False,
+        )
+        _remove_traces(program.model)
+        program.save(os.fspath(path))
+    return Path(path)
+
+
+def _remove_traces(model: Any) -> None:
+    """Drop what the exporter adds beside the graph: stack traces, which hold the paths of the machine it ran on, and
+    the shapes of weights listed once more, over which ONNX Runtime's dynamic quantizer trips when it turns a Gemm into
+    a MatMul (microsoft/onnxruntime issue 25890)."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    ClearMetadataAndDocStringPass()(model)
+    for value in model.graph.initializers.values():
+        value.type = value.shape = value.doc_string = None
+        value.metadata_props.clear()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress lines, no warnings about torchvision or the exporter's own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,34 @@
+"""Suspects: anything that might be a copy. `open_suspect` takes an ONNX file, a torch module or a function."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from wmengine.suspects.base import Suspect
+from wmengine.suspects.onnx_file import OnnxSuspect
+
+__all__ = ["OnnxSuspect", "Suspect", "open_suspect"]
+
+
+def open_suspect(suspect: Any) -> Suspect:
+    """A suspect from a path, a torch module, a function, or a suspect that is open already.
+
+    Raises FileNotFoundError for a path that does not exist, TypeError for what is none of these, and SuspectError for a
+    file that cannot be judged.
+    """
+    if isinstance(suspect, str | os.PathLike):
+        return OnnxSuspect(suspect)
+    if isinstance(suspect, Suspect):
+        return suspect
+    torch = sys.modules.get("torch")  # whoever holds a module has imported torch: no need to import it here
+    if torch is not None and isinstance(suspect, torch.nn.Module):
+        from wmengine.suspects.module import ModuleSuspect
+
+        return ModuleSuspect(suspect)
+    if callable(suspect):
+        from wmengine.suspects.module import CallableSuspect
+
+        return CallableSuspect(suspect)
+    raise TypeError(f"a suspect is a path, a torch module or a callable, and {type(suspect).__name__} is none of them")

@@ -1,0 +1,213 @@
+"""The weights inside an ONNX graph, in order of execution, filters on axis 0 and dequantised, read without running it.
+
+Exporters rename weights, transpose them (a Linear becomes `MatMul(x, val_31)`), store them as int8 with scales, or in
+float16. So a weight is found from the operator that uses it: its operand is followed back through chains that only move
+or rescale values, to an initializer or a Constant, and turned to the orientation that torch has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmengine.carriers import Tensor, filters_first
+from wmengine.errors import SuspectError
+from wmengine.suspects.base import one_line
+
+# Longer chains are not what exporters write.
+MAXIMUM_CHAIN = 16
+
+
+class _Operand(NamedTuple):
+    """Where an operator takes its weight, that weight's scale and zero point, and how the weight lies."""
+
+    weight: int
+    scale: int | None
+    zero_point: int | None
+    layout: str
+
+
+# Of the default domain and of com.microsoft, which holds what ONNX Runtime's optimiser and quantizer write.
+OPERATORS = {
+    "Conv": _Operand(1, None, None, "conv"),
+    "FusedConv": _Operand(1, None, None, "conv"),
+    "ConvTranspose": _Operand(1, None, None, "transposed"),
+    "ConvInteger": _Operand(1, None, 3, "conv"),
+    "QLinearConv": _Operand(3, 4, 5, "conv"),
+    "Gemm": _Operand(1, None, None, "matrix"),
+    "FusedGemm": _Operand(1, None, None, "matrix"),
+    "QGemm": _Operand(3, 4, 5, "matrix"),
+    "MatMul": _Operand(1, None, None, "matrix"),
+    "FusedMatMul": _Operand(1, None, None, "matrix"),
+    "QLinearMatMul": _Operand(3, 4, 5, "matrix"),
+    "MatMulInteger": _Operand(1, None, 3, "matrix"),
+    "DynamicQuantizeMatMul": _Operand(1, 2, 3, "matrix"),
+    "MatMulIntegerToFloat": _Operand(1, 3, 5, "matrix"),
+}
+DOMAINS = ("", "ai.onnx", "com.microsoft")
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """An operand's values as float32, the IR value that holds them (root), and the type that it stores."""
+
+    root: Any
+    values: NDArray[np.float32]
+    stored: str
+
+
+def read_tensors(name: str, model: Any) -> tuple[list[Tensor], list[str]]:
+    """The weights of an onnx.ModelProto (external data already in it), each once, and notes on what was assumed.
+
+    Raises SuspectError when the graph cannot be read.
+    """
+    import onnx_ir
+
+    try:
+        graph = onnx_ir.from_proto(model).graph
+        graph.sort()  # ONNX Runtime runs graphs whose nodes are listed out of order, so we must read them
+        return _walk(list(onnx_ir.traversal.RecursiveGraphIterator(graph)))
+    except Exception as error:  # a hostile graph can fail anywhere in there
+        raise SuspectError(f"{name} has a graph that cannot be read ({one_line(error)}); export it again") from None
+
+
+def _walk(nodes: list[Any]) -> tuple[list[Tensor], list[str]]:
+    found: dict[Any, Tensor] = {}
+    stored: dict[str, int] = {}
+    blocked = 0
+    for node in nodes:
+        blocked += node.domain == "com.microsoft.nchwc" and node.op_type == "Conv"
+        operand = OPERATORS.get(node.op_type) if node.domain in DOMAINS else None
+        if operand is None:
+            continue
+        weight, oriented = _read_weight(node, operand)
+        if weight is None or oriented is None or weight.root in found:
+            continue
+        values = np.ascontiguousarray(oriented, dtype=np.float32)
+        found[weight.root] = Tensor(values, str(weight.root.name))
+        kind = "quantised to integers" if _scale(node, operand) is not None else weight.stored
+        stored[kind] = stored.get(kind, 0) + 1
+    notes = [f"{count} of {len(found)} weights are {kind}" for kind, count in stored.items() if kind != "float32"]
+    if blocked:
+        notes.append(f"{blocked} convolutions in ONNX Runtime's blocked NCHWc layout were not read")
+    return list(found.values()), notes
+
+
+def _read_weight(node: Any, operand: _Operand) -> tuple[_Weight | None, NDArray[np.float32] | None]:
+    """The stored weight of a node, and its values as [O, I/groups, *kernel], dequantised."""
+    weight = _resolve(_input(node, operand.weight))
+    matrix = operand.layout == "matrix"
+    left = weight is None and matrix and operand.weight == 1  # W·x, where x·Wᵀ is usual
+    if left:
+        weight = _resolve(_input(node, 0))
+    if weight is None or weight.values.size == 0 or (weight.values.ndim != 2 if matrix else weight.values.ndim < 3):
+        return None, None
+    if matrix:
+        turned = _attribute(node, "transA", 0) if left else not _attribute(node, "transB", 0)
+        rows = weight.values.T if turned else weight.values
+    else:
+        rows = filters_first(weight.values, _attribute(node, "group", 1), operand.layout == "transposed")
+    # A quantised operator has one scale, or one for each filter: filters are on axis 0 by now.
+    zero_point = _constant(_input(node, operand.zero_point))
+    if zero_point is not None:
+        rows = rows - _per_axis(zero_point, rows.ndim, 0)
+    scale = _scale(node, operand)
+    return weight, rows if scale is None else rows * _per_axis(scale, rows.ndim, 0)
+
+
+def _scale(node: Any, operand: _Operand) -> NDArray[np.float32] | None:
+    """The scale of a quantised operator's weight: an input of it, or for ConvInteger and MatMulInteger, which have
+    none, what their Cast is multiplied by: Mul(input's scale, weight's scale)."""
+    if operand.scale is not None:
+        return _constant(_input(node, operand.scale))
+    if node.op_type not in ("ConvInteger", "MatMulInteger"):
+        return None
+    for cast in node.outputs[0].consumers():
+        for product in cast.outputs[0].consumers() if cast.op_type == "Cast" else ():
+            for factor in product.inputs if product.op_type == "Mul" else ():
+                scales = factor.producer() if factor is not None else None
+                if scales is not None and scales.op_type == "Mul":
+                    constants = [value for value in map(_constant, scales.inputs) if value is not None]
+                    if len(constants) == 1:
+                        return constants[0].reshape(-1)
+    return None
+
+
+def _resolve(value: Any, depth: int = 0) -> _Weight | None:
+    """Follow a value back to the initializer or Constant that it is a copy of, or None if it depends on an input."""
+    if value is None or depth > MAXIMUM_CHAIN:
+        return None
+    tensor = value.const_value
+    node = value.producer()
+    if tensor is None and node is not None and node.op_type == "Constant" and "value" in node.attributes:
+        tensor = node.attributes["value"].value
+    if tensor is not None:
+        array = tensor.numpy()
+        return _Weight(value, array.astype(np.float32, copy=False), str(array.dtype))
+    if node is None or node.domain not in DOMAINS:
+        return None
+    source = _resolve(_input(node, 0), depth + 1)
+    if source is None:
+        return None
+    values, stored = source.values, source.stored
+    if node.op_type in ("Identity", "Cast", "QuantizeLinear"):
+        # Rounding aside (a QuantizeLinear here is undone by the DequantizeLinear behind it) these keep the values.
+        if node.op_type == "QuantizeLinear":
+            stored = "float32, quantised in the graph"
+    elif node.op_type == "DequantizeLinear":
+        if not stored.endswith("in the graph"):
+            values, stored = _dequantised(node, values), "quantised to integers"
+    elif node.op_type == "Transpose":
+        permutation = node.attributes["perm"].value if "perm" in node.attributes else None
+        values = values.transpose(permutation)
+    elif node.op_type == "Reshape":
+        shape = _constant(_input(node, 1))
+        if shape is None:
+            return None
+        sizes = [int(size) for size in shape]
+        if not _attribute(node, "allowzero", 0):
+            sizes = [values.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
+        values = values.reshape(sizes)
+    else:
+        return None
+    return _Weight(source.root, values, stored)
+
+
+def _dequantised(node: Any, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(q − zero point) · scale, with one scale, one for each index of an axis, or one for each block along it."""
+    scale, zero_point = _constant(_input(node, 1)), _constant(_input(node, 2))
+    axis, block = _attribute(node, "axis", 1), _attribute(node, "block_size", 0)
+    if scale is None:
+        raise ValueError("DequantizeLinear of a weight has no constant scale")
+
+    def spread(factor: NDArray[np.float32]) -> NDArray[np.float32]:
+        if block and factor.ndim == values.ndim:
+            return np.repeat(factor, block, axis=axis).take(range(values.shape[axis]), axis=axis)
+        return _per_axis(factor, values.ndim, axis)
+
+    return (values if zero_point is None else values - spread(zero_point)) * spread(scale)
+
+
+def _per_axis(factor: NDArray[np.float32], dimensions: int, axis: int) -> NDArray[np.float32]:
+    """A factor for the whole tensor, or one for each index of an axis, in a shape that broadcasts along it."""
+    if factor.size == 1:
+        return factor.reshape(())
+    shape = [1] * dimensions
+    shape[axis] = factor.size
+    return factor.reshape(shape)
+
+
+def _constant(value: Any) -> NDArray[np.float32] | None:
+    weight = _resolve(value)
+    return None if weight is None else weight.values
+
+
+def _input(node: Any, index: int | None) -> Any:
+    return node.inputs[index] if index is not None and index < len(node.inputs) else None
+
+
+def _attribute(node: Any, name: str, default: int) -> int:
+    return int(node.attributes[name].value) if name in node.attributes else default
