@@ -1,6 +1,6 @@
 """Numerical operators: a NumPy array runs on the compiled CPU kernels, a torch tensor through torch's dispatcher.
 
-Each has a reference in :mod:`wmengine.ops.reference`. A `key` is an int, 0 ≤ key < 2⁶⁴, and `total` a number of symbols.
+Each has a reference in :mod:`wmengine.ops.reference`. A `key` is an int, 0 ≤ key < 2⁶⁴; `total` is a number of symbols.
 This module imports NumPy only; :func:`embedding_loss` and :func:`marked_cross_entropy` are for training and need torch.
 """
 

@@ -51,7 +51,7 @@ def signs(key: int, count: int, row: int = 0, domain: int = DOMAIN_DENSE, start:
     first, last = (int(block[0]), int(block[-1]) + 1) if count else (0, 0)
     words = _words(np.arange(first * LANES, last * LANES, dtype=np.int64), row, domain, key)
     word = words[(block - first) * LANES + lane, i // 32]
-    return 1.0 - 2.0 * ((word >> (i % 32).astype(np.uint32)) & 1)
+    return np.asarray(1.0 - 2.0 * ((word >> (i % 32).astype(np.uint32)) & 1), dtype=np.float64)
 
 
 def gaussians(key: int, count: int, row: int, start: int = 0) -> Float64:
