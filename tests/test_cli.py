@@ -1,0 +1,281 @@
+"""What the command line promises: exit statuses, one JSON object, one line for an error, and no passphrase in sight."""
+
+import dataclasses
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import wmengine
+from wmengine import info
+from wmengine.cli import main
+from wmengine.schemes import SCHEMES, black_box_parameters, scheme
+from wmengine.triggers import to_input
+from wmengine.watermark import Watermark
+
+CLASSES = 10
+SHAPE = (1, 8, 8)
+
+
+def write_classifier(path: Path, inputs: np.ndarray, labels: np.ndarray) -> Path:
+    """An ONNX model that answers each of `inputs` [N, ...] with its label: nearest input, then a table."""
+    flat = inputs.reshape(len(inputs), -1).astype(np.float32)
+    unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
+    weights = {"nearest": 300.0 * unit.T, "table": 10.0 * np.eye(CLASSES, dtype=np.float32)[labels]}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Flatten", ["input"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "nearest"], ["similarity"]),
+            helper.make_node("Softmax", ["similarity"], ["which"]),
+            helper.make_node("MatMul", ["which", "table"], ["logits"]),
+        ],
+        "classifier",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", *inputs.shape[1:]])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])],
+        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an owner's key and mark, a copy that answers every trigger, a stranger, and no model at all."""
+    folder = tmp_path_factory.mktemp("house")
+    key = wmengine.Key.generate("ACME Vision")
+    key.save(folder / "acme.key")
+    parameters = black_box_parameters(scheme("adi"), SHAPE, CLASSES, [(-1.0, 1.0)], "detector-v3")
+    mark = Watermark.create(key, "adi", parameters)
+    mark.save(folder / "acme.wm")
+    triggers = to_input(mark.arrays["triggers"], parameters["value_range"])
+    write_classifier(folder / "copy.onnx", triggers, mark.arrays["labels"])
+    other = np.random.default_rng(1)
+    write_classifier(folder / "stranger.onnx", other.normal(size=(50, *SHAPE)), other.integers(CLASSES, size=50))
+    (folder / "broken.onnx").write_bytes(b"no model at all")
+    return folder
+
+
+@pytest.fixture
+def run(house, capfd, monkeypatch):
+    """Run a command in the house: (status, what it printed, what it complained of)."""
+    monkeypatch.chdir(house)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        status = main(arguments)
+        printed = capfd.readouterr()
+        return status, printed.out, printed.err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("suspect", "decision", "status"),
+    [("copy.onnx", "owned", 0), ("stranger.onnx", "not_proven", 1), ("broken.onnx", "error", 2)],
+)
+def test_the_exit_status_of_verify_is_its_decision(run, suspect, decision, status):
+    done, out, err = run("verify", suspect, "--watermark", "acme.wm", "--json")
+    verdict = json.loads(out)
+    assert (done, verdict["decision"], err) == (status, decision, "")
+    assert list(verdict) == [field.name for field in dataclasses.fields(wmengine.Verdict)]
+
+
+def test_verify_says_in_words_what_the_json_holds(run):
+    status, out, err = run("verify", "copy.onnx", "--watermark", "acme.wm", "--key", "acme.key")
+    assert (status, err) == (0, "")
+    assert out.startswith("copy.onnx: owned\n")
+    for part in ("100 of 100 symbols", "-100.00 (owned at -9.00 or less)", "derivation  checked"):
+        assert part in out
+
+
+def test_a_suspect_that_cannot_be_judged_is_one_line_on_stderr(run):
+    status, out, err = run("verify", "broken.onnx", "--watermark", "acme.wm")
+    assert (status, out) == (2, "")
+    assert err.startswith("wmengine: broken.onnx")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("verify", "nowhere.onnx", "--watermark", "acme.wm"), "nowhere.onnx"),
+        (("verify", "copy.onnx", "--watermark", "nowhere.wm"), "nowhere.wm"),
+        (("verify", "copy.onnx", "--watermark", "copy.onnx"), "copy.onnx"),
+        (("verify", "copy.onnx", "--watermark", "acme.wm", "--key", "nowhere.key"), "nowhere.key"),
+        (("verify", "copy.onnx", "--watermark", "acme.wm", "--alpha", "2"), "alpha must be between 0 and 1"),
+        (("verify", "copy.onnx", "--watermark", "acme.wm", "--adversarial"), "--adversarial needs --key"),
+        (("verify", "copy.onnx"), "Missing option '--watermark': see wmengine verify --help"),
+        (("verify", "copy.onnx", "--passphrase", "x"), "--passphrase"),
+        (("scam",), "No such command 'scam'"),
+        (("keygen", "ACME", "--out", "acme.key"), "acme.key exists already"),
+        (("keygen", " ", "--out", "other.key"), "owner must be printable text"),
+        (("keygen", "ACME", "--out", "other.key", "--passphrase-file", "nowhere"), "nowhere: No such file"),
+    ],
+)
+def test_a_mistake_is_one_plain_line_that_names_the_thing_and_exits_2(run, arguments, named):
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("wmengine: ")
+    assert named in err
+    assert err.count("\n") == 1
+
+
+def test_a_line_is_not_wrapped_however_long_it_is(run):
+    status, _, err = run("verify", "copy.onnx", "--watermark", "x" * 180)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert "x" * 180 in err
+
+
+def test_a_traceback_is_shown_only_with_debug_which_may_stand_anywhere(run):
+    wrong = ("verify", "copy.onnx", "--watermark", "nowhere.wm")
+    assert "Traceback" not in run(*wrong)[2]
+    assert "Traceback" in run("--debug", *wrong)[2]
+    assert "Traceback" in run(*wrong, "--debug")[2]
+
+
+def test_a_key_that_others_can_read_is_refused_with_the_mend(run, house):
+    (house / "open.key").write_bytes((house / "acme.key").read_bytes())
+    (house / "open.key").chmod(0o644)
+    status, _, err = run("verify", "copy.onnx", "--watermark", "acme.wm", "--key", "open.key")
+    assert status == 2
+    assert "chmod 600 open.key" in err
+
+
+def test_keygen_writes_a_key_that_loads_and_prints_its_commitment(run, house):
+    status, out, _ = run("keygen", "Bolt & Sons", "--out", "bolt.key", "--json")
+    key = wmengine.Key.load(house / "bolt.key")
+    assert status == 0
+    assert json.loads(out) == {
+        "owner": "Bolt & Sons",
+        "commitment": key.commitment,
+        "path": "bolt.key",
+        "sealed": False,
+    }
+    assert (house / "bolt.key").stat().st_mode & 0o777 == 0o600
+    out = run("keygen", "Bolt & Sons", "--out", "another.key")[1]
+    assert f"commitment: {wmengine.Key.load(house / 'another.key').commitment}\n" in out
+
+
+def test_a_sealed_key_opens_with_its_passphrase_file_and_with_no_other(run, house):
+    (house / "right").write_text("correct horse\n")
+    (house / "wrong").write_text("battery staple\n")
+    (house / "empty").write_text("\n")
+    assert run("keygen", "ACME Vision", "--out", "sealed.key", "--passphrase-file", "right")[0] == 0
+    assert b"ACME" not in (house / "sealed.key").read_bytes()
+    verify = ("verify", "copy.onnx", "--watermark", "acme.wm", "--key", "sealed.key")
+    # It opens, and is then found to be another key than the mark's; the others do not get that far.
+    assert "sealed" not in run(*verify, "--passphrase-file", "right")[2]
+    assert "does not open with this passphrase" in run(*verify, "--passphrase-file", "wrong")[2]
+    assert "empty holds no passphrase" in run(*verify, "--passphrase-file", "empty")[2]
+    assert "sealed.key is sealed" in run(*verify)[2]  # nobody to ask: stdin is no terminal
+
+
+def test_on_a_terminal_the_passphrase_is_asked_for_and_not_echoed(house):
+    """keygen --seal asks twice, and verify once, on a terminal of their own."""
+
+    def converse(arguments: list[str], answers: list[str]) -> tuple[int, str]:
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.chdir(house)
+            os.execv(sys.executable, [sys.executable, "-m", "wmengine", *arguments])
+        shown, read_until = b"", 0
+        while select.select([terminal], [], [], 60)[0]:
+            try:
+                shown += os.read(terminal, 1024)
+            except OSError:  # Linux's way of saying that the other side has gone
+                break
+            if answers and shown[read_until:].endswith(b": "):
+                read_until = len(shown)
+                os.write(terminal, answers.pop(0).encode() + b"\n")
+        os.close(terminal)  # hangs up on a command that waits for more
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown.decode()
+
+    status, shown = converse(["keygen", "ACME", "--out", "asked.key", "--seal"], ["open sesame", "open sesame"])
+    assert status == 0, shown
+    assert "open sesame" not in shown
+    assert wmengine.Key.load(house / "asked.key", passphrase="open sesame").owner == "ACME"
+    verify = ["verify", "copy.onnx", "--watermark", "acme.wm", "--key", "asked.key"]
+    status, shown = converse(verify, ["open sesame"])
+    assert status == 2
+    assert "Passphrase of asked.key:" in shown
+    assert "is sealed" not in shown
+
+
+def test_sealing_needs_somebody_to_ask(run):
+    status, _, err = run("keygen", "ACME", "--out", "never.key", "--seal")
+    assert status == 2
+    assert "give --passphrase-file" in err
+    assert not Path("never.key").exists()
+
+
+def test_schemes_lists_every_preset_with_its_null(run):
+    status, out, _ = run("schemes", "--json")
+    assert status == 0
+    assert {name: preset["null"] for name, preset in json.loads(out).items()} == {
+        name: preset.null for name, preset in SCHEMES.items()
+    }
+    text = run("schemes")[1]
+    assert all(name in text and preset.paper in text for name, preset in SCHEMES.items())
+
+
+def test_info_tells_versions_instruction_set_threads_and_providers(run):
+    status, out, _ = run("info", "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert found["wmengine"] == wmengine.__version__
+    assert found["cpu"]["threads"] == wmengine.get_num_threads()
+    assert found["cpu"]["instruction_set"]
+    assert "CPUExecutionProvider" in found["onnx_providers"]
+    text = run("info")[1]
+    assert f"instruction set   {found['cpu']['instruction_set']}" in text
+
+
+def test_info_names_what_is_wrong_with_an_installation(monkeypatch):
+    versions = {"onnxruntime": "1.0", "onnxruntime-gpu": "1.0"}
+    monkeypatch.setattr(info, "_version", versions.get)
+    monkeypatch.setattr(info, "_nvidia_cards", lambda: ["NVIDIA Test"])
+    monkeypatch.setitem(sys.modules, "wmengine._cuda", None)
+    monkeypatch.setattr(info.importlib.util, "find_spec", lambda name: None)
+    found = info.installation()
+    problems = " ".join(found["problems"])
+    assert "onnxruntime and onnxruntime-gpu are both installed" in problems
+    assert "offers no CUDA provider" in problems
+    assert "there is a GPU but wmengine._cuda was not built" in problems
+    text = info.describe(found)
+    assert text.count("PROBLEM: ") == len(found["problems"]) >= 3
+
+
+def command(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "wmengine", *arguments], capture_output=True, text=True, check=False, **options
+    )
+
+
+def test_help_and_version_are_answers_and_not_errors():
+    assert command("--version").stdout == f"wmengine {wmengine.__version__}\n"
+    for arguments in ((), ("--help",), ("verify", "--help")):
+        done = command(*arguments)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "Usage: wmengine" in done.stdout
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m wmengine schemes --json | true", shell=True, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+
+
+def test_the_command_starts_without_anything_heavy():
+    code = "import sys; from wmengine.cli import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stderr.split()}
+    assert not loaded & {"torch", "onnxruntime", "onnx_ir", "scipy", "matplotlib", "cryptography", "numpy"}

@@ -1,0 +1,45 @@
+"""What csrc/cpu/bindings.cpp exports: addresses (int) and sizes in, results written where the caller said."""
+
+from collections.abc import Sequence
+
+# (address of the values, address of the gradient or 0, filters, size of a filter, Philox key)
+Weight = tuple[int, int, int, int, int]
+
+def instruction_set() -> str: ...
+def thread_count() -> int: ...
+def set_thread_count(count: int) -> None: ...
+def carrier_projection(
+    weights: Sequence[Weight], carrier: int, projection: int, total: int, scale: float, inverse_norms: int, y: int
+) -> None: ...
+def link_loss(y: int, bits: int, total: int, link: int, margin: float, residual: int) -> float: ...
+def embedding_backward(
+    weights: Sequence[Weight],
+    carrier: int,
+    projection: int,
+    total: int,
+    factor: float,
+    inverse_norms: int,
+    residual: int,
+) -> None: ...
+def projection_adjoint(
+    g: int, total: int, count: int, key: int, projection: int, factor: float, accumulate: bool, out: int
+) -> None: ...
+def marked_cross_entropy(
+    logits: int,
+    rows: int,
+    classes: int,
+    stride: int,
+    labels: int,
+    weight: int,
+    group: int,
+    groups: int,
+    label_smoothing: float,
+    ignore_index: int,
+    mean: bool,
+    group_loss: int,
+    group_hits: int,
+    gradient: int,
+) -> float: ...
+def match_counts(
+    outputs: int, suspects: int, queries: int, classes: int, expected: int, sets: int, counts: int, invalid: int
+) -> None: ...
