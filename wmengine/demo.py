@@ -1,0 +1,486 @@
+"""The demo: mark a small network that reads digits, make the copies a thief would make, and prove whose every copy is.
+
+Everything is real and small: the 1,797 handwritten digits that scikit-learn ships, one network with a white-box and a
+black-box mark, one without, and every copy an ONNX file that `wmengine.verify` judges as it would judge a stranger's.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmengine import __version__
+from wmengine._optional import require
+from wmengine.key import Key
+from wmengine.report import html, pictures
+from wmengine.schemes import symbol_chance
+from wmengine.stats import paired_difference_interval, threshold
+from wmengine.suspects import open_suspect
+from wmengine.verify import Verdict, verify
+from wmengine.watermark import Watermark
+
+if TYPE_CHECKING:
+    import torch
+
+    from wmengine.embed import Embedder
+else:
+    torch = require("torch", extra="demo")
+
+OWNER = "ACME Vision"
+NAME = "digit-reader"
+CLASSES = 10
+ALPHA = 1e-9
+TRAINING, ELSEWHERE = 897, 300  # what the owner trains on, and what only the thief has; the other 600 test everybody
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much of everything: epochs of training and of the thief's fine-tuning, and other keys to compare with."""
+
+    epochs: int
+    thief_epochs: int
+    other_keys: int
+
+
+FULL = Effort(epochs=30, thief_epochs=10, other_keys=100)
+QUICK = Effort(epochs=15, thief_epochs=3, other_keys=10)
+
+
+class Data(NamedTuple):
+    """Images float32 [n, 1, 8, 8] in [0, 1] and labels int64 [n]: the owner's, the thief's own, and the test's."""
+
+    owner: tuple[torch.Tensor, torch.Tensor]
+    thief: tuple[torch.Tensor, torch.Tensor]
+    test: tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the table: what it is, its file, its test accuracy in [0, 1], and what each mark says of it."""
+
+    model: str
+    made: str
+    file: str
+    is_copy: bool
+    accuracy: float
+    white_box: Verdict
+    black_box: Verdict
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo measured, and where it wrote it.
+
+    accuracy_cost: (difference, low, high), the unmarked network's test accuracy less the marked one's, in [-1, 1],
+    with its paired 95 % interval. others: (white-box, black-box) matches of other keys' marks on the marked network.
+    """
+
+    rows: tuple[Row, ...]
+    accuracy_cost: tuple[float, float, float]
+    others: tuple[tuple[int, int], ...]
+    commitment: str
+    test_images: int
+    seconds: float
+    report: Path
+    table: Path
+
+    @property
+    def proven(self) -> bool:
+        """Both marks prove every copy, and neither claims the independent network."""
+        return all((row.white_box.owned, row.black_box.owned) == (row.is_copy, row.is_copy) for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """The table as JSON: one object per model, with both verdicts under the names of `Verdict.to_json`."""
+        rows = [
+            {
+                "model": row.model,
+                "file": row.file,
+                "is_copy": row.is_copy,
+                "test_accuracy": row.accuracy,
+                "white_box": json.loads(row.white_box.to_json()),
+                "black_box": json.loads(row.black_box.to_json()),
+            }
+            for row in self.rows
+        ]
+        difference, low, high = self.accuracy_cost
+        return {
+            "version": __version__,
+            "commitment": self.commitment,
+            "rows": rows,
+            "test_images": self.test_images,
+            "accuracy_cost": {"difference": difference, "low": low, "high": high, "level": 0.95},
+            "other_keys": [{"white_box": bits, "black_box": hits} for bits, hits in self.others],
+            "seconds": self.seconds,
+            "report": os.fspath(self.report),
+        }
+
+
+def to_terminal(message: str) -> None:
+    """Progress goes to stderr, and only to a terminal."""
+    if sys.stderr.isatty():
+        print(message, file=sys.stderr, flush=True)
+
+
+def run_demo(
+    out_dir: str | os.PathLike[str] = "wmengine-demo", quick: bool = False, progress: Progress = to_terminal
+) -> DemoResult:
+    """Run the demo and write report.html, table.json, the marks, the key and the models into `out_dir`.
+
+    quick: fewer epochs and fewer other keys, with the same proofs. A demo.key that is already there is used again,
+    and then the whole demo repeats itself; otherwise one is made. Raises ImportError naming the extra where a package
+    is missing.
+    """
+    started = time.perf_counter()
+    effort = QUICK if quick else FULL
+    out = Path(out_dir)
+    models = out / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    key = _demo_key(out / "demo.key")
+    data = load_digits()
+    with torch.random.fork_rng(devices=[]), _one_thread():
+        progress(f"training a marked network and an independent one on {TRAINING} digits, {effort.epochs} epochs each")
+        marked, marks = _train_marked(data, key, effort)
+        independent = train(build_network(seed=2), data.owner, effort.epochs, seed=2)
+        progress("making the copies that a thief would make")
+        suspects = list(_make_suspects(marked, independent, data, effort, models))
+    for mark in marks:
+        mark.save(out / f"{mark.scheme}.wm")
+    rows, predictions = [], []
+    for suspect in suspects:
+        progress(f"verifying {suspect.path.name}")
+        predictions.append(_predictions(suspect.path, data.test[0].numpy()))
+        rows.append(_judge(suspect, predictions[-1], data.test[1].numpy(), marks, key))
+    progress(f"scoring the marked network with {effort.other_keys} other keys")
+    others = tuple(_matches_of_other_keys(suspects[0].path, marks, effort.other_keys))
+    progress("writing the report")
+    result = DemoResult(
+        rows=tuple(rows),
+        accuracy_cost=_accuracy_cost(predictions[1], predictions[0], data.test[1].numpy()),
+        others=others,
+        commitment=key.commitment,
+        test_images=len(data.test[1]),
+        seconds=time.perf_counter() - started,
+        report=out / "report.html",
+        table=out / "table.json",
+    )
+    html.write(result.report, _page(result, marks, data))
+    result.table.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def load_digits() -> Data:
+    """scikit-learn's 1,797 scans of handwritten digits, shuffled the same way every time and split in three."""
+    images, labels = require("sklearn.datasets", extra="demo").load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    x = torch.from_numpy((images[order] / 16.0).astype(np.float32).reshape(-1, 1, 8, 8))
+    y = torch.from_numpy(labels[order].astype(np.int64))
+    ends = [0, TRAINING, TRAINING + ELSEWHERE, len(labels)]
+    return Data(*((x[start:end], y[start:end]) for start, end in pairwise(ends)))
+
+
+def build_network(seed: int) -> torch.nn.Sequential:
+    """Three convolutions with BatchNorm and two linear layers: 159,264 weights that can carry a mark."""
+    nn = torch.nn
+    torch.manual_seed(seed)
+
+    def block(channels_in: int, channels: int) -> list[torch.nn.Module]:
+        return [nn.Conv2d(channels_in, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+
+    return nn.Sequential(
+        *block(1, 32),
+        *block(32, 64),
+        nn.MaxPool2d(2),
+        *block(64, 128),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(512, 128),
+        nn.ReLU(),
+        nn.Linear(128, CLASSES),
+    )
+
+
+def train(
+    model: torch.nn.Sequential,
+    data: tuple[torch.Tensor, torch.Tensor],
+    epochs: int,
+    seed: int,
+    embedder: Embedder | None = None,
+    rate: float = 3e-3,
+) -> torch.nn.Sequential:
+    """An ordinary training loop, Adam with a one-cycle schedule; with an embedder, two of its lines are different."""
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, epochs=epochs, steps_per_epoch=-(-len(data[1]) // 64)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    for _ in range(epochs):
+        order = torch.randperm(len(data[1]), generator=generator)
+        for start in range(0, len(order), 64):
+            x, y = (values[order[start : start + 64]] for values in data)
+            if embedder is None:
+                loss = torch.nn.functional.cross_entropy(model(x), y)
+            else:
+                x, y = embedder.mix(x, y)
+                loss = embedder.loss(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def print_table(result: DemoResult, file: IO[str] | None = None) -> None:
+    """The table, the accuracy cost and where the report is, to stdout or another text file."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=file, highlight=False)
+    if not console.is_terminal:
+        console = Console(file=file, highlight=False, width=120)
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("model", no_wrap=True)
+    table.add_column("test\naccuracy", justify="right")
+    for kind in ("white-box\nmatched", "black-box\nmatched"):
+        table.add_column(kind, justify="right")
+        table.add_column("\nlog10 p", justify="right")
+        table.add_column("\nverdict", no_wrap=True)
+    for row in result.rows:
+        cells = [f"[bold]{row.model}[/]" if row.is_copy else row.model, html.percent(row.accuracy)]
+        for verdict in (row.white_box, row.black_box):
+            style = {"owned": "green", "error": "red"}.get(verdict.decision, "default")
+            decision = f"[{style}]{html.DECISIONS[verdict.decision]}[/]"
+            cells += [f"{verdict.matched}/{verdict.total}", html.log10_p(verdict.log10_p), decision]
+        table.add_row(*cells)
+    console.print(table)
+    difference, low, high = (html.points(value) for value in result.accuracy_cost)
+    console.print(f"Accuracy cost of both marks: {difference} points, 95 % interval {low} … {high}.", soft_wrap=True)
+    console.print(f"Report: {result.report}   table: {result.table}   {result.seconds:.0f} s", soft_wrap=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """On one thread, so that a busy machine costs little and the number of its cores changes no result."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Suspect(NamedTuple):
+    model: str
+    made: str
+    path: Path
+    is_copy: bool = True
+
+
+def _demo_key(path: Path) -> Key:
+    if path.exists():
+        return Key.load(path)
+    key = Key.generate(OWNER)
+    key.save(path)
+    return key
+
+
+def _train_marked(data: Data, key: Key, effort: Effort) -> tuple[torch.nn.Sequential, list[Watermark]]:
+    from wmengine.embed import Embedder
+
+    model = build_network(seed=1)
+    sample = data.owner[0][:64]
+    embedder = Embedder(model, key, ["sketch", "adi"], num_classes=CLASSES, sample=sample, name=NAME)
+    train(model, data.owner, effort.epochs, seed=1, embedder=embedder)
+    return model, embedder.watermarks()
+
+
+def _make_suspects(
+    marked: torch.nn.Sequential, independent: torch.nn.Sequential, data: Data, effort: Effort, folder: Path
+) -> Iterator[_Suspect]:
+    """Every model as an ONNX file: the marked one, the independent one, then the copies."""
+    from wmengine.export import export_onnx
+
+    example = data.owner[0][:1]
+
+    def export(model: torch.nn.Sequential, name: str, fold_batchnorm: bool = False) -> Path:
+        path = folder / f"{name}.onnx"
+        export_onnx(model, example, path, fold_batchnorm=fold_batchnorm)
+        return path
+
+    original = export(marked, "marked")
+    yield _Suspect("marked network", "the owner's, as trained with both marks", original)
+    made = "the same recipe and data with another seed, and no marks"
+    yield _Suspect("independent network", made, export(independent, "independent"), is_copy=False)
+    tuned = train(copy.deepcopy(marked), data.thief, effort.thief_epochs, seed=3, rate=1e-3)
+    made = f"all layers trained for {effort.thief_epochs} epochs on {ELSEWHERE} digits that the owner never used"
+    yield _Suspect("fine-tuned", made, export(tuned, "fine-tuned"))
+    made = "the smaller half of all weights set to zero"
+    yield _Suspect("pruned 50 %", made, export(_pruned(marked, 0.5), "pruned"))
+    yield _Suspect("float16", "ONNX Runtime's float16 tool", _to_float16(original, folder / "float16.onnx"))
+    folded = export(marked, "folded", fold_batchnorm=True)
+    quantised = _to_int8(folded, folder / "int8.onnx", data.owner[0][:128].numpy())
+    yield _Suspect("int8 QDQ", "folded, then ONNX Runtime's static quantizer, calibrated on 128 digits", quantised)
+    yield _Suspect("BatchNorm folded", "the exporter folds each BatchNorm into the convolution before it", folded)
+    made = "every tensor, node, input and output of the file has a new name"
+    yield _Suspect("tensors renamed", made, _renamed(original, folder / "renamed.onnx"))
+
+
+def _pruned(model: torch.nn.Sequential, share: float) -> torch.nn.Sequential:
+    """A copy whose smallest weights, over all layers together, are zero."""
+    pruned = copy.deepcopy(model)
+    weights = [module.weight for module in pruned if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
+    with torch.no_grad():
+        sizes = torch.cat([weight.abs().flatten() for weight in weights])
+        bar = sizes.kthvalue(int(share * len(sizes))).values
+        for weight in weights:
+            weight[weight.abs() <= bar] = 0.0
+    return pruned
+
+
+def _to_float16(source: Path, target: Path) -> Path:
+    onnx = require("onnx", extra="demo")
+    float16 = require("onnxruntime.transformers.float16", extra="demo")
+    onnx.save(float16.convert_float_to_float16(onnx.load(source)), target)
+    return target
+
+
+def _to_int8(source: Path, target: Path, images: NDArray[np.float32]) -> Path:
+    quantization = require("onnxruntime.quantization", extra="demo")
+    preparation = require("onnxruntime.quantization.shape_inference", extra="demo")
+    (entry,) = require("onnx", extra="demo").load(source).graph.input
+    batches = iter([{entry.name: batch} for batch in np.split(images, len(images) // 16)])
+
+    base: Any = quantization.CalibrationDataReader
+
+    class Calibration(base):  # type: ignore[misc]
+        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+            return next(batches, None)
+
+    preparation.quant_pre_process(source, target, skip_symbolic_shape=True)
+    quantization.quantize_static(
+        target, target, Calibration(), quant_format=quantization.QuantFormat.QDQ, per_channel=True
+    )
+    return target
+
+
+def _renamed(source: Path, target: Path) -> Path:
+    """The same graph in which no name, and nothing that the exporter noted about names, is left."""
+    onnx = require("onnx", extra="demo")
+    model = onnx.load(source)
+    graph = model.graph
+    names: dict[str, str] = {"": ""}
+
+    def renamed(name: str) -> str:
+        return names.setdefault(name, f"t{len(names)}")
+
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        value.name = renamed(value.name)
+    for index, node in enumerate(graph.node):
+        node.name = f"n{index}"
+        node.doc_string = ""
+        del node.metadata_props[:]
+        node.input[:] = [renamed(name) for name in node.input]
+        node.output[:] = [renamed(name) for name in node.output]
+    del graph.value_info[:]
+    del graph.metadata_props[:]
+    del model.metadata_props[:]
+    graph.name = "g"
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, target)
+    return target
+
+
+def _predictions(path: Path, images: NDArray[np.float32]) -> NDArray[np.int64]:
+    answers = open_suspect(path).query(images, CLASSES)
+    return np.asarray(answers.argmax(axis=1), dtype=np.int64)
+
+
+def _judge(
+    suspect: _Suspect, predicted: NDArray[np.int64], labels: NDArray[np.int64], marks: list[Watermark], key: Key
+) -> Row:
+    white_box, black_box = (verify(suspect.path, mark, key=key, alpha=ALPHA) for mark in marks)
+    return Row(
+        model=suspect.model,
+        made=suspect.made,
+        file=f"models/{suspect.path.name}",
+        is_copy=suspect.is_copy,
+        accuracy=float((predicted == labels).mean()),
+        white_box=white_box,
+        black_box=black_box,
+    )
+
+
+def _matches_of_other_keys(path: Path, marks: list[Watermark], count: int) -> Iterator[tuple[int, int]]:
+    """What marks made alike with other people's keys find in the marked network: chance, and nothing else."""
+    for number in range(count):
+        other = Key(f"somebody else {number}", hashlib.sha256(f"wmengine demo {number}".encode()).digest())
+        bits, hits = (
+            verify(path, Watermark.create(other, mark.scheme, mark.parameters), alpha=ALPHA).matched for mark in marks
+        )
+        yield bits, hits
+
+
+def _accuracy_cost(
+    without: NDArray[np.int64], marked: NDArray[np.int64], labels: NDArray[np.int64]
+) -> tuple[float, float, float]:
+    only_without = int(((without == labels) & (marked != labels)).sum())
+    only_marked = int(((marked == labels) & (without != labels)).sum())
+    return paired_difference_interval(only_without, only_marked, len(labels))
+
+
+def _page(result: DemoResult, marks: list[Watermark], data: Data) -> str:
+    white_box, black_box = marks
+    panels = [
+        _panel("white-box: bits in the weights", white_box, [(row, row.white_box) for row in result.rows], 0, result),
+        _panel("black-box: labels of triggers", black_box, [(row, row.black_box) for row in result.rows], 1, result),
+    ]
+    triggers, labels = black_box.arrays["triggers"], black_box.arrays["labels"]
+    digits, digit_labels = (values[:20].numpy() for values in data.owner)
+    return html.render(
+        "demo.html.j2",
+        result=result,
+        alpha=ALPHA,
+        owner=OWNER,
+        name=NAME,
+        version=__version__,
+        white_box=white_box,
+        black_box=black_box,
+        panels=panels,
+        classes=CLASSES,
+        training=TRAINING,
+        elsewhere=ELSEWHERE,
+        digit_count=len(digits),
+        match_rates=html.data_uri(pictures.svg(pictures.match_rates(panels)), "image/svg+xml"),
+        triggers=html.data_uri(pictures.png(pictures.image_sheet(triggers, list(labels))), "image/png"),
+        digits=html.data_uri(pictures.png(pictures.image_sheet(digits, list(digit_labels))), "image/png"),
+    )
+
+
+def _panel(
+    title: str, mark: Watermark, judged: list[tuple[Row, Verdict]], kind: int, result: DemoResult
+) -> pictures.MatchRates:
+    chance = symbol_chance(mark.scheme, mark.parameters)
+    return pictures.MatchRates(
+        title=title,
+        total=mark.total,
+        chance=chance,
+        threshold=threshold(mark.total, chance, float(np.log10(ALPHA))),
+        suspects=[(row.model, verdict.matched, verdict.decision) for row, verdict in judged],
+        others=[matched[kind] for matched in result.others],
+    )
