@@ -9,6 +9,7 @@ import pytest
 
 import wmengine
 from wmengine import demo
+from wmengine.report import demo as report
 
 COPIES = ["marked", "fine-tuned", "pruned", "float16", "int8", "folded", "renamed"]
 
@@ -144,9 +145,9 @@ def test_nothing_in_a_verdict_becomes_markup(finished):
     result, _, _ = finished
     hostile = replace(result.rows[0].white_box, decision="error", error='"><script>alert(1)</script>', suspect="<b>")
     rows = (replace(result.rows[0], white_box=hostile, model="<img src=x>"), *result.rows[1:])
-    data = demo.load_digits()
     marks = [wmengine.Watermark.load(result.report.parent / f"{name}.wm") for name in ("sketch", "adi")]
-    page = demo._page(replace(result, rows=rows), marks, data)
+    digits, labels = (values[:20].numpy() for values in demo.load_digits().owner)
+    page = report.page(replace(result, rows=rows), marks, digits, labels)
     assert "<script" not in page
     assert "<img src=x>" not in page
     assert "&lt;script&gt;" in page

@@ -345,6 +345,13 @@ def test_wrappers_are_looked_through(wrap):
     assert [mark.commitment for mark in _unproven(wrapped)] == [mark.commitment for mark in _unproven(plain)]
 
 
+def test_measuring_marks_does_not_compile_a_compiled_model():
+    def backend(graph, inputs):
+        raise AssertionError("compiled")
+
+    _unproven(embedder(torch.compile(network(), backend=backend)))
+
+
 def test_distributed_data_parallel_gets_the_same_gradients(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
