@@ -8,6 +8,7 @@ import select
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -224,6 +225,16 @@ def test_schemes_lists_every_preset_with_its_null(run):
     }
     text = run("schemes")[1]
     assert all(name in text and preset.paper in text for name, preset in SCHEMES.items())
+
+
+@pytest.mark.parametrize(("proven", "status"), [(True, 0), (False, 2)])
+def test_a_demo_that_proves_too_little_or_too_much_fails(run, monkeypatch, proven, status):
+    measured = SimpleNamespace(proven=proven, report=Path("elsewhere/report.html"), to_json=lambda: {"rows": []})
+    asked = []
+    monkeypatch.setattr("wmengine.demo.run_demo", lambda out, quick: asked.append((out, quick)) or measured)
+    done, out, err = run("demo", "--quick", "--out", "elsewhere", "--json")
+    assert (done, json.loads(out), asked) == (status, {"rows": []}, [(Path("elsewhere"), True)])
+    assert ("elsewhere/report.html" in err) is not proven
 
 
 def test_info_tells_versions_instruction_set_threads_and_providers(run):

@@ -31,10 +31,11 @@
 namespace wmengine {
 
 constexpr int kLanes = 32;
-constexpr int kBlock = 4096;                  // weights whose signs come from one counter a lane
-constexpr int kBlockRows = kBlock / kLanes;   // 128 rows, one bit each
-constexpr int kGaussianBlock = 4 * kLanes;    // 128 weights, one Gaussian word each
-constexpr int64_t kChunk = 32 * (int64_t)kBlock;  // weights whose partial sums are added first: fixes the order of addition
+constexpr int kBlock = 4096;                 // weights whose signs come from one counter a lane
+constexpr int kBlockRows = kBlock / kLanes;  // 128 rows, one bit each
+constexpr int kGaussianBlock = 4 * kLanes;   // 128 weights, one Gaussian word each
+constexpr int64_t kChunk =
+    32 * (int64_t)kBlock;  // weights whose partial sums are added first: fixes the order of addition
 
 constexpr uint32_t kDomainDense = 1;
 constexpr uint32_t kDomainSketch = 2;
@@ -59,7 +60,7 @@ WM_HOST_DEVICE float log_unit24(uint32_t n) {
         float f;
         uint32_t u;
     } value;
-    value.f = static_cast<float>(n);  // exact
+    value.f = static_cast<float>(n);        // exact
     uint32_t bits = value.u - 0x3F3504F3u;  // so that the mantissa lands in [sqrt(1/2), sqrt(2))
     const int exponent = static_cast<int>(bits) >> 23;
     value.u = (bits & 0x007FFFFFu) + 0x3F3504F3u;
@@ -73,12 +74,13 @@ WM_HOST_DEVICE float log_unit24(uint32_t n) {
 
 // cos and sin of 2*pi*n*2^-24, n < 2^24: octant by integer arithmetic, then minimax polynomials on [-pi/4, pi/4].
 WM_HOST_DEVICE void cos_sin_turn24(uint32_t n, float* cosine, float* sine) {
-    const uint32_t shifted = n + (1u << 21);            // quadrant boundaries at odd multiples of pi/4
+    const uint32_t shifted = n + (1u << 21);  // quadrant boundaries at odd multiples of pi/4
     const uint32_t quadrant = (shifted >> 22) & 3u;
     const float x = static_cast<float>(static_cast<int>(shifted & 0x3FFFFFu) - (1 << 21)) * (1.57079633f / 4194304.0f);
     const float z = x * x;
     const float s = x + x * z * (-1.6666654611e-1f + z * (8.3321608736e-3f - z * 1.9515295891e-4f));
-    const float c = 1.0f - 0.5f * z + z * z * (4.166664568298827e-2f + z * (-1.388731625493765e-3f + z * 2.443315711809948e-5f));
+    const float c =
+        1.0f - 0.5f * z + z * z * (4.166664568298827e-2f + z * (-1.388731625493765e-3f + z * 2.443315711809948e-5f));
     const float a = (quadrant & 1u) ? s : c, b = (quadrant & 1u) ? c : s;
     *cosine = (quadrant == 1u || quadrant == 2u) ? -a : a;
     *sine = (quadrant >= 2u) ? -b : b;

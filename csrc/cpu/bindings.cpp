@@ -1,4 +1,5 @@
-// The Python module `_cpu`: raw pointers and sizes in, nothing allocated for the caller, the GIL released around the work.
+// The Python module `_cpu`: raw pointers and sizes in, nothing allocated for the caller, the GIL released around the
+// work.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -115,11 +116,10 @@ PYBIND11_MODULE(_cpu, m) {
             const int64_t bad = first_bad_row(problem);
             if (bad >= 0) {
                 const int64_t bad_group = problem.group != nullptr ? problem.group[bad] : 0;
-                throw std::invalid_argument("row " + std::to_string(bad) + " has label " +
-                                            std::to_string(problem.labels[bad]) + " and group " +
-                                            std::to_string(bad_group) + "; labels must be 0.." +
-                                            std::to_string(classes - 1) + " or ignore_index, groups 0.." +
-                                            std::to_string(groups - 1));
+                throw std::invalid_argument(
+                    "row " + std::to_string(bad) + " has label " + std::to_string(problem.labels[bad]) + " and group " +
+                    std::to_string(bad_group) + "; labels must be 0.." + std::to_string(classes - 1) +
+                    " or ignore_index, groups 0.." + std::to_string(groups - 1));
             }
             double loss = 0;
             py::gil_scoped_release release;

@@ -153,8 +153,8 @@ WM_INLINE void rows_of(const CrossEntropyProblem& problem, const CrossEntropyRes
     }
 }
 
-WM_CLONES void run_rows(const CrossEntropyProblem& problem, const CrossEntropyResult& result, int64_t begin, int64_t end,
-                        double inverse_denominator) {
+WM_CLONES void run_rows(const CrossEntropyProblem& problem, const CrossEntropyResult& result, int64_t begin,
+                        int64_t end, double inverse_denominator) {
     const bool smoothing = problem.label_smoothing != 0;
     if (result.gradient != nullptr) {
         smoothing ? rows_of<true, true>(problem, result, begin, end, inverse_denominator)
@@ -171,7 +171,8 @@ int64_t first_bad_row(const CrossEntropyProblem& problem) {
     for (int64_t n = 0; n < problem.rows; ++n) {
         const int64_t label = problem.labels[n];
         const bool good_label = label == problem.ignore_index || (label >= 0 && label < problem.classes);
-        const bool good_group = problem.group == nullptr || (problem.group[n] >= 0 && problem.group[n] < problem.groups);
+        const bool good_group =
+            problem.group == nullptr || (problem.group[n] >= 0 && problem.group[n] < problem.groups);
         if (!good_label || !good_group) {
             return n;
         }

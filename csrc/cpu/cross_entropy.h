@@ -6,7 +6,7 @@
 namespace wmengine {
 
 struct CrossEntropyProblem {
-    const float* logits;   // [rows, classes], row stride in elements below
+    const float* logits;  // [rows, classes], row stride in elements below
     int64_t rows, classes, stride;
     const int64_t* labels;
     const float* weight;   // [rows] or null: 1

@@ -1,5 +1,6 @@
-// Carriers are read and projected in chunks of fixed size, partial sums are added in a fixed second pass: the result does
-// not depend on the number of threads, and each weight is read from memory once (a chunk's second read hits the cache).
+// Carriers are read and projected in chunks of fixed size, partial sums are added in a fixed second pass: the result
+// does not depend on the number of threads, and each weight is read from memory once (a chunk's second read hits the
+// cache).
 #include "embedding.h"
 
 #include <algorithm>
@@ -13,8 +14,8 @@ namespace wmengine {
 namespace {
 
 constexpr double kStdmAlpha = 10.0, kStdmBeta = 10.0;
-constexpr int64_t kColumns = 512;        // columns of a filter mean that one task adds up
-constexpr int64_t kTile = 8 * kBlock;    // weights of the backward pass that stay in the cache between its two passes
+constexpr int64_t kColumns = 512;      // columns of a filter mean that one task adds up
+constexpr int64_t kTile = 8 * kBlock;  // weights of the backward pass that stay in the cache between its two passes
 
 bool has_unit_rows(Carrier carrier) { return carrier == Carrier::kUnitFilters || carrier == Carrier::kUnitFilterMean; }
 bool is_mean(Carrier carrier) { return carrier == Carrier::kFilterMean || carrier == Carrier::kUnitFilterMean; }

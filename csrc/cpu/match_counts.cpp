@@ -1,5 +1,5 @@
-// Long rows: a label matches when its score is the row's maximum and no earlier score is: that needs the maximum, not its
-// place. Short rows, where a branch costs more than the row: eight at a time, their places found without one.
+// Long rows: a label matches when its score is the row's maximum and no earlier score is: that needs the maximum, not
+// its place. Short rows, where a branch costs more than the row: eight at a time, their places found without one.
 //
 // Whether a row is finite comes along for free: x - x is 0 for finite x and NaN otherwise, and NaN survives an OR.
 #include "match_counts.h"

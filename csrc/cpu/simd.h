@@ -1,5 +1,5 @@
-// Vectors of eight floats, in GCC's and Clang's portable notation; functions marked WM_CLONES are compiled once for each
-// instruction set and chosen when the module loads, so one binary runs everywhere.
+// Vectors of eight floats, in GCC's and Clang's portable notation; functions marked WM_CLONES are compiled once for
+// each instruction set and chosen when the module loads, so one binary runs everywhere.
 //
 // Helpers that take vectors must be WM_INLINE: a call would pass them through memory, in a way that differs by clone.
 #pragma once

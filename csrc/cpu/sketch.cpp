@@ -1,7 +1,7 @@
 // The sketch: one random sign and one bucket for each weight, in one pass over the weights (layout.h).
 //
-// Accumulators belong to destination rows; the source row of each run is found by XOR, because an XOR is its own inverse.
-// The lane swap is the same for a whole block, so it is applied once to each finished row of 32 sums.
+// Accumulators belong to destination rows; the source row of each run is found by XOR, because an XOR is its own
+// inverse. The lane swap is the same for a whole block, so it is applied once to each finished row of 32 sums.
 #include <algorithm>
 
 #include "generator.h"

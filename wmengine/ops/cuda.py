@@ -66,7 +66,7 @@ def project(values: Tensor, key: int, total: int, projection: str, scale: float)
 def project_adjoint(
     gradient: Tensor, key: int, count: int, projection: str, scale: float, out: Tensor | None = None
 ) -> Tensor:
-    """scale · P(key)ᵀ·g for g[total], float32[count]; added to `out` (contiguous float32, ours to change) where given."""
+    """scale · P(key)ᵀ·g for g[total] → float32[count]; added to `out`, contiguous float32, where that is given."""
     module, place, g = _compiled(), _place(gradient), gradient.float().contiguous()
     accumulate = out is not None
     if out is None:
@@ -86,7 +86,7 @@ def project_adjoint(
 
 
 def match_counts(outputs: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
-    """(counts int32[S, K], invalid int32[S]) of outputs[S, N, C] against expected[K, N]; float32, float16 or bfloat16."""
+    """(counts int32[S, K], invalid int32[S]) of outputs[S, N, C], not float64, against labels expected[K, N]."""
     if outputs.dtype not in _SCALARS:
         raise TypeError(f"outputs must be float32, float16 or bfloat16, not {outputs.dtype}")
     suspects, rows, classes = outputs.shape

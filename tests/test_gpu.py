@@ -1,0 +1,358 @@
+"""Every operator on a real GPU against its float64 reference, and what only a GPU can show.
+
+Triton kernels are tested without a GPU too (tests/test_triton.py). Here: the launches, CUDA C++, streams, graphs, the
+absence of waiting, and sizes past 2³¹.
+"""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
+
+from wmengine import ops  # noqa: E402
+from wmengine.ops import cuda, reference, torch_ops  # noqa: E402, F401 (importing torch_ops registers torch.ops.wmengine)
+
+DEVICE = torch.device("cuda")
+KEYS = [3, 2**63 + 5, 2**64 - 1]
+COUNTS = [0, 1, 31, 33, 129, 4095, 4097, 131_073, 600_001]
+GIB = 2**30
+
+
+def assert_close(actual, expected, tolerance=1e-5, at_least=1e-30):
+    """Within `tolerance` of the largest expected value, NaN where NaN is expected."""
+    expected = np.asarray(expected, dtype=np.float64)
+    actual = actual.detach().double().cpu().numpy()
+    assert actual.shape == expected.shape
+    assert np.array_equal(np.isnan(actual), np.isnan(expected))
+    actual, expected = np.nan_to_num(actual), np.nan_to_num(expected)
+    assert np.abs(actual - expected).max(initial=0.0) <= tolerance * np.abs(expected).max(initial=at_least)
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def needs_memory(gib):
+    if torch.cuda.mem_get_info()[0] < gib * GIB:
+        pytest.skip(f"needs {gib} GiB of free GPU memory")
+
+
+# --- projections ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("total", [1, 32, 50, 128, 256, 512, 1024, 2048, 4096, 5000, 16_384])
+def test_sketch_and_its_adjoint_equal_the_reference(count, total):
+    w, g = random(count, seed=count), random(total, seed=total)
+    assert_close(ops.sketch(w, KEYS[1], total), reference.sketch(w.double().cpu(), KEYS[1], total))
+    expected = reference.sketch_adjoint(g.double().cpu(), KEYS[1], count)
+    assert_close(ops.sketch_adjoint(g, KEYS[1], count), expected)
+
+
+@pytest.mark.parametrize("count", [0, 1, 127, 129, 4097, 40_000])
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("total", [1, 33, 256])
+def test_dense_projection_and_its_adjoint_equal_the_reference(count, kind, total):
+    w, g = random(count, seed=count), random(total, seed=total)
+    assert_close(ops.project(w, KEYS[2], total, kind), reference.project(w.double().cpu(), KEYS[2], total, kind))
+    expected = reference.project_adjoint(g.double().cpu(), KEYS[2], count, kind)
+    assert_close(ops.project_adjoint(g, KEYS[2], count, kind), expected)
+
+
+@pytest.mark.parametrize("projection", reference.PROJECTIONS)
+@pytest.mark.parametrize("total", [64, 4096])
+def test_the_adjoint_adds_to_out_when_it_is_given(projection, total):
+    g, out = random(total), torch.ones(9000, device=DEVICE)
+    plain = cuda.project_adjoint(g, 5, 9000, projection, 0.5)
+    assert cuda.project_adjoint(g, 5, 9000, projection, 0.5, out=out) is out
+    assert torch.equal(out, 1 + plain)
+    with pytest.raises(ValueError, match="out must be"):
+        cuda.project_adjoint(g, 5, 9000, projection, 0.5, out=out[::2])
+
+
+@pytest.mark.parametrize("projection", reference.PROJECTIONS)
+def test_weights_at_any_address_give_the_same(projection):
+    w = random(70_003)
+    shifted = torch.empty(70_004, device=DEVICE)[1:].copy_(w)  # 4 bytes off every boundary
+    assert torch.equal(cuda.project(w, 1, 256, projection, 1.0), cuda.project(shifted, 1, 256, projection, 1.0))
+
+
+def test_the_sketchs_gradient_is_its_adjoint():
+    w, g = random(5000).requires_grad_(), random(64)
+    ops.sketch(w, 9, 64).backward(g)
+    assert torch.equal(w.grad, ops.sketch_adjoint(g, 9, 5000))
+
+
+@pytest.mark.parametrize("total", [256, 8192])
+def test_sketches_of_more_than_two_to_the_31_weights(total):
+    needs_memory(20)
+    count = 2**31 + 12_345
+    w = torch.zeros(count, device=DEVICE)
+    first, last = 2**31 - 500, count
+    w[first:] = random(last - first)
+    y = cuda.project(w, KEYS[0], total, "sketch", 1.0)
+    size = last - first
+    signed = reference.signs(KEYS[0], size, 0, reference.DOMAIN_SKETCH, first) * w[first:].double().cpu().numpy()
+    buckets = reference.buckets(KEYS[0], size, total, first)
+    assert_close(y, np.bincount(buckets, weights=signed, minlength=total))
+    del w
+    g = random(total)
+    tail = cuda.project_adjoint(g, KEYS[0], count, "sketch", 1.0)[first:]
+    signs = reference.signs(KEYS[0], size, 0, reference.DOMAIN_SKETCH, first)
+    assert_close(tail, signs * g.double().cpu().numpy()[buckets])
+
+
+# --- match_counts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", [(3, 7, 1, 2), (20, 50, 10, 3), (2, 9, 33, 2), (2, 3, 1001, 4), (1, 2, 40_003, 2), (1, 5000, 3, 2)]
+)
+def test_match_counts_equals_the_reference(dtype, shape):
+    suspects, rows, classes, sets = shape
+    outputs = random(suspects, rows, classes, dtype=dtype).round(decimals=1)  # ties
+    outputs[0, 0, classes - 1] = float("nan")
+    outputs[0, 1, 0] = float("inf")
+    answers = outputs.float().cpu().numpy()
+    rng = np.random.default_rng(classes)
+    expected = np.where(rng.random((sets, rows)) < 0.5, rng.integers(-1, classes, (sets, rows)), answers.argmax(-1)[0])
+    counts, invalid = ops.match_counts(outputs, torch.from_numpy(expected).to(DEVICE))
+    for actual, wanted in zip((counts, invalid), reference.match_counts(answers, expected), strict=True):
+        assert actual.dtype == torch.int32
+        np.testing.assert_array_equal(actual.cpu().numpy(), wanted)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5, 2), (2, 0, 5, 3), (2, 4, 5, 0)])
+def test_match_counts_of_nothing(shape):
+    suspects, rows, classes, sets = shape
+    expected = torch.zeros(sets, rows, dtype=torch.int64, device=DEVICE)
+    counts, invalid = ops.match_counts(random(suspects, rows, classes), expected)
+    assert counts.shape == (suspects, sets)
+    assert not counts.any()
+    assert invalid.tolist() == [0] * suspects
+
+
+def test_match_counts_of_more_than_two_to_the_31_answers():
+    needs_memory(8)
+    suspects, rows, classes = 3, 750, 1_000_003
+    outputs = torch.zeros(suspects, rows, classes, dtype=torch.bfloat16, device=DEVICE)
+    outputs[2, :, 999_999] = 1
+    expected = torch.full((1, rows), 999_999, device=DEVICE)
+    counts, invalid = ops.match_counts(outputs, expected)
+    assert counts.tolist() == [[0], [0], [rows]]
+    assert invalid.tolist() == [0, 0, 0]
+
+
+# --- embedding_loss ---------------------------------------------------------------------------------------------------
+
+SHAPES = [(6, 5, 3, 3), (33, 41), (700, 300), (64, 64, 1, 1)]
+
+
+def layers(dtype=torch.float32):
+    return [random(*shape, seed=seed, dtype=dtype).requires_grad_() for seed, shape in enumerate(SHAPES)]
+
+
+def embed(weights, bits, **settings):
+    return ops.embedding_loss(weights, [*KEYS, 77][: len(weights)], bits, **settings)
+
+
+@pytest.mark.parametrize("carrier", reference.CARRIERS)
+@pytest.mark.parametrize("projection", reference.PROJECTIONS)
+@pytest.mark.parametrize("link", reference.LINKS)
+def test_embedding_loss_and_every_gradient_equal_the_reference(carrier, projection, link):
+    weights, bits = layers(), torch.arange(40, device=DEVICE) % 3 % 2
+    settings = {"carrier": carrier, "projection": projection, "link": link, "margin": 0.7}
+    loss, y = embed(weights, bits, **settings)
+    (3.0 * loss).backward()
+    arrays = [w.detach().cpu().numpy() for w in weights]
+    expected_loss, expected_y, gradients = reference.embedding_loss(arrays, [*KEYS, 77], bits.cpu().numpy(), **settings)
+    assert_close(loss, expected_loss)
+    assert_close(y, expected_y)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        assert_close(weight.grad, 3.0 * gradient, 1e-3 if link == "stdm" else 2e-5)
+
+
+@pytest.mark.parametrize("total", [1, 256, 4096, 8192])
+def test_sketches_of_any_length_equal_the_reference(total):
+    weights, bits = layers(), torch.arange(total, device=DEVICE) % 3 % 2
+    settings = {"carrier": "unit_filters", "projection": "sketch", "link": "bce"}
+    loss, _ = embed(weights, bits, **settings)
+    loss.backward()
+    arrays = [w.detach().cpu().numpy() for w in weights]
+    expected, _, gradients = reference.embedding_loss(arrays, [*KEYS, 77], bits.cpu().numpy(), **settings)
+    assert_close(loss, expected)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        assert_close(weight.grad, gradient, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_get_gradients_of_their_own_dtype(dtype):
+    weights, bits = layers(dtype), torch.ones(64, device=DEVICE)
+    settings = {"carrier": "unit_filters", "projection": "sketch", "link": "bce"}
+    embed(weights, bits, **settings)[0].backward()
+    arrays = [w.detach().float().cpu().numpy() for w in weights]
+    gradients = reference.embedding_loss(arrays, [*KEYS, 77], bits.cpu().numpy(), **settings)[2]
+    for weight, gradient in zip(weights, gradients, strict=True):
+        assert weight.grad.dtype == dtype
+        assert_close(weight.grad, gradient, 0.01)
+
+
+def training_step(weights, logits, labels, bits):
+    marked = ops.marked_cross_entropy(logits, labels, groups=1)
+    loss = marked.loss + embed(weights, bits, carrier="unit_filters", projection="sketch", link="bce")[0]
+    return loss, torch.autograd.grad(loss, [*weights, logits])
+
+
+def step_inputs():
+    labels = torch.arange(64, device=DEVICE) % 10
+    return layers(), random(64, 10, seed=9).requires_grad_(), labels, torch.ones(256, dtype=torch.uint8, device=DEVICE)
+
+
+def test_the_same_input_gives_the_same_bits_twice():
+    inputs = step_inputs()
+    (first_loss, first), (second_loss, second) = (training_step(*inputs) for _ in range(2))
+    assert torch.equal(first_loss, second_loss)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for projection in reference.PROJECTIONS:
+        w = random(300_000)
+        assert torch.equal(cuda.project(w, 1, 256, projection, 1.0), cuda.project(w, 1, 256, projection, 1.0))
+
+
+def test_a_training_step_never_waits_for_the_gpu():
+    inputs = step_inputs()
+    training_step(*inputs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training_step(*inputs)
+        ops.sketch(inputs[0][2].detach().flatten(), 1, 256)
+        ops.match_counts(inputs[1].detach()[None], inputs[2][None])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_training_step_runs_on_the_current_stream():
+    inputs = step_inputs()
+    expected = training_step(*inputs)[0]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # what ran on another stream would read the weights before they are changed
+        changed = [weight.detach().mul(-5).requires_grad_() for weight in inputs[0]]
+        actual = training_step(changed, *inputs[1:])[0]
+        y = ops.sketch(changed[2].detach().flatten(), 1, 256)
+    stream.synchronize()
+    same = training_step([(-5 * weight.detach()).requires_grad_() for weight in inputs[0]], *inputs[1:])[0]
+    assert torch.equal(actual, same)
+    assert not torch.equal(actual, expected)
+    assert torch.equal(y, ops.sketch(-5 * inputs[0][2].detach().flatten(), 1, 256))
+
+
+def test_a_captured_training_step_follows_the_live_weights():
+    weights, logits, labels, bits = step_inputs()
+    for _ in range(2):
+        training_step(weights, logits, labels, bits)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, gradients = training_step(weights, logits, labels, bits)
+    with torch.no_grad():
+        for weight in weights:
+            weight.mul_(torch.rand_like(weight))
+    graph.replay()
+    expected_loss, expected = training_step(weights, logits, labels, bits)
+    assert torch.equal(loss, expected_loss)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+def test_new_weights_inside_a_capture_are_refused_with_the_mend():
+    bits = torch.ones(32, dtype=torch.uint8, device=DEVICE)
+    fresh = torch.randn(3, 1009, device=DEVICE)
+    with (
+        pytest.raises(RuntimeError, match="run the step once before capturing"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        embed([fresh], bits, carrier="flat", projection="sketch", link="bce")
+
+
+# --- marked_cross_entropy ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (300, 10), (65, 1000), (9, 50_257), (33, 32_000)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_marked_cross_entropy_and_its_gradient_equal_the_reference(dtype, shape, smoothing):
+    rows, classes = shape
+    logits = (3 * random(rows, classes, dtype=dtype)).requires_grad_()
+    rng = np.random.default_rng(rows)
+    labels = np.where(rng.random(rows) < 0.3, logits.detach().float().cpu().argmax(1), rng.integers(0, classes, rows))
+    labels[rows // 2] = -100 if rows > 1 else 0
+    weight, group = rng.random(rows, dtype=np.float32), rng.integers(0, 3, rows)
+    marked = ops.marked_cross_entropy(
+        logits, *(torch.from_numpy(array).to(DEVICE) for array in (labels, weight, group)),
+        groups=3, label_smoothing=smoothing,
+    )  # fmt: skip
+    (2.0 * marked.loss).backward()
+    expected = reference.marked_cross_entropy(
+        logits.detach().float().cpu().numpy(), labels, weight, group, groups=3, label_smoothing=smoothing
+    )
+    assert_close(marked.loss, expected.loss, at_least=0.1)
+    assert_close(marked.group_loss, expected.group_loss, at_least=0.1)
+    assert marked.group_hits.tolist() == expected.group_hits.tolist()
+    assert logits.grad.dtype == dtype
+    assert_close(logits.grad, 2.0 * expected.gradient, 2e-5 if dtype == torch.float32 else 0.01, at_least=1e-3)
+
+
+def test_cross_entropy_of_more_than_two_to_the_31_logits():
+    needs_memory(14)
+    rows, classes = 70_000, 32_000
+    logits = torch.zeros(rows, classes, dtype=torch.bfloat16, device=DEVICE)
+    logits[-3:] = random(3, classes, dtype=torch.bfloat16)
+    labels = torch.full((rows,), -100, device=DEVICE)
+    labels[-3:] = torch.tensor([5, 31_999, 7], device=DEVICE)
+    loss, _, _, lse, denominator = cuda.marked_cross_entropy_forward(logits, labels, None, None, 1, 0.0, -100, "mean")
+    one = torch.ones((), device=DEVICE)
+    tail = cuda.marked_cross_entropy_backward(one, logits, labels, None, lse, denominator, 0.0, -100)[-3:]
+    last = logits[-3:].float().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(last, labels[-3:])
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(tail.float(), last.grad, rtol=0.01, atol=1e-6)
+
+
+# --- torch's own checks -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operators_pass_opcheck(dtype):
+    weights = [weight.detach() for weight in layers(dtype)]
+    keys = [3, -5, -1, 77]
+    bits = torch.ones(40, dtype=torch.uint8, device=DEVICE)
+    check, operators = torch.library.opcheck, torch.ops.wmengine
+    check(operators.project.default, (random(300), -7, 40, "sketch"))
+    check(operators.project_adjoint.default, (random(40), -7, 300, "gaussian"))
+    settings = ("unit_filters", "sketch")
+    check(operators.embedding_loss.default, (weights, keys, bits, *settings, "bce", 1.0, 0.1))
+    _, _, residual, norms = operators.embedding_loss(weights, keys, bits, *settings, "bce", 1.0, 0.1)
+    one = torch.ones((), device=DEVICE)
+    check(operators.embedding_loss_backward.default, (one, weights, keys, residual, norms, *settings, 0.1))
+    logits, labels = random(8, 10, dtype=dtype), torch.arange(8, device=DEVICE)
+    check(operators.marked_cross_entropy.default, (logits, labels, None, None, 1, 0.0, -100, True, True))
+
+
+def test_a_compiled_training_step_gives_what_the_plain_one_gives():
+    inputs = step_inputs()
+    weights, logits, labels, bits = inputs
+
+    def loss_of(weights, logits):
+        marked = ops.marked_cross_entropy(logits, labels)
+        return marked.loss + embed(weights, bits, carrier="unit_filters", projection="sketch", link="bce")[0]
+
+    loss = torch.compile(loss_of, fullgraph=True)(weights, logits)
+    gradients = torch.autograd.grad(loss, [*weights, logits])
+    expected_loss, expected = training_step(*inputs)
+    torch.testing.assert_close(loss, expected_loss)
+    for actual, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(actual, wanted)

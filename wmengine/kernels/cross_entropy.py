@@ -1,0 +1,244 @@
+"""Cross entropy of task and trigger rows: one pass over the logits forward, one read and one write backward.
+
+Forward, a program takes a tile of rows and walks their classes with a running maximum and sum of exponentials; of each
+row it keeps only the log-sum-exp. A row is a hit where no logit beats its label's: none is greater, none before it is
+equal, and the log-sum-exp is a number. A second kernel, one program for each group and one for all, adds rows in a
+fixed order. Backward runs on a grid of (rows, classes): every logit is read once, every gradient
+factor · w · (softmax − target) written once.
+"""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
+import torch
+import triton
+import triton.language as tl
+
+Tensor = torch.Tensor
+
+ROWS_STEP = tl.constexpr(1024)  # rows that the finishing kernel adds at a time
+
+
+@triton.jit
+def rows_kernel(
+    logits,
+    labels,
+    weight,
+    lse,
+    losses,
+    denominators,
+    hits,
+    rows,
+    classes,
+    stride,
+    label_smoothing,
+    ignore_index,
+    WEIGHTED: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Per row: log-sum-exp, weighted loss, weight (0 where ignored) and hit; a label outside 0..C−1 gives NaN."""
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    label = tl.load(labels + row, mask=row < rows, other=0)
+    kept = (row < rows) & (label != ignore_index)
+    known = kept & (label >= 0) & (label < classes)
+    line = logits + row * stride
+    chosen = tl.load(line + label, mask=known, other=float("nan")).to(tl.float32)
+    top = tl.full((TILE,), float("-inf"), tl.float32)
+    exponentials = tl.zeros((TILE,), tl.float32)
+    sums = tl.zeros((TILE,), tl.float32)
+    beaten = tl.zeros((TILE, STEP), tl.int32)
+    step = tl.arange(0, STEP)
+    for first in range(0, classes, STEP):
+        column = first + step
+        inside = known[:, None] & (column < classes)[None, :]
+        x = tl.load(line[:, None] + column[None, :], mask=inside, other=float("-inf")).to(tl.float32)
+        before = column[None, :] < label[:, None]
+        beaten |= ((x > chosen[:, None]) | ((x == chosen[:, None]) & before)).to(tl.int32)
+        new_top = tl.maximum(top, tl.max(x, axis=1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        exponentials = exponentials * tl.exp(top - shift) + tl.sum(tl.exp(x - shift[:, None]), axis=1)
+        top = new_top
+        if SMOOTH:
+            sums += tl.sum(tl.where(inside, x, 0.0), axis=1)
+    total = tl.where(top == float("-inf"), float("nan"), top + tl.log(exponentials))
+    loss = total - (1.0 - label_smoothing) * chosen
+    if SMOOTH:
+        loss -= label_smoothing * (sums / classes)
+    w = tl.where(kept, tl.load(weight + row, mask=kept, other=0.0), 0.0) if WEIGHTED else tl.where(kept, 1.0, 0.0)
+    hit = known & (total == total) & (tl.max(beaten, axis=1) == 0)
+    tl.store(lse + row, total, mask=row < rows)
+    tl.store(losses + row, tl.where(kept, w * loss, 0.0), mask=row < rows)
+    tl.store(denominators + row, w, mask=row < rows)
+    tl.store(hits + row, hit.to(tl.int8), mask=row < rows)
+
+
+@triton.jit
+def finish_kernel(
+    losses,
+    denominators,
+    hits,
+    group,
+    loss,
+    denominator,
+    group_loss,
+    group_hits,
+    rows,
+    groups,
+    GROUPED: tl.constexpr,
+    MEAN: tl.constexpr,
+):
+    """Program g < groups sums its group's losses and hits; program ``groups`` the loss and what it is divided by."""
+    own = tl.program_id(0)
+    step = tl.arange(0, ROWS_STEP)
+    sums = tl.zeros((ROWS_STEP,), tl.float32)
+    others = tl.zeros((ROWS_STEP,), tl.float32)
+    counts = tl.zeros((ROWS_STEP,), tl.int32)
+    if own < groups:
+        for first in range(0, rows, ROWS_STEP):
+            row = first + step
+            member = row < rows
+            member = member & (tl.load(group + row, mask=member, other=-1) == own if GROUPED else own == 0)
+            sums += tl.load(losses + row, mask=member, other=0.0)
+            counts += tl.load(hits + row, mask=member, other=0).to(tl.int32)
+        tl.store(group_loss + own, tl.sum(sums, axis=0))
+        tl.store(group_hits + own, tl.sum(counts.to(tl.int64), axis=0))
+    else:
+        for first in range(0, rows, ROWS_STEP):
+            row = first + step
+            sums += tl.load(losses + row, mask=row < rows, other=0.0)
+            others += tl.load(denominators + row, mask=row < rows, other=0.0)
+        divisor = tl.sum(others, axis=0) if MEAN else 1.0
+        tl.store(loss, tl.sum(sums, axis=0) / divisor)
+        tl.store(denominator, divisor)
+
+
+@triton.jit
+def gradient_kernel(
+    factor,
+    logits,
+    labels,
+    weight,
+    lse,
+    denominator,
+    gradient,
+    rows,
+    classes,
+    stride,
+    label_smoothing,
+    ignore_index,
+    WEIGHTED: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """gradient[rows, classes] = factor / denominator · w · (softmax − target), 0 where the row is ignored."""
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(1) * STEP + tl.arange(0, STEP)
+    present = row < rows
+    label = tl.load(labels + row, mask=present, other=0)
+    kept = present & (label != ignore_index)
+    slope = tl.load(factor) / tl.load(denominator)
+    w = tl.load(weight + row, mask=kept, other=0.0) * slope if WEIGHTED else tl.where(kept, slope, 0.0)
+    total = tl.load(lse + row, mask=kept, other=0.0)
+    inside = present[:, None] & (column < classes)[None, :]
+    x = tl.load(logits + (row * stride)[:, None] + column[None, :], mask=inside & kept[:, None], other=0.0)
+    softmax = tl.exp(x.to(tl.float32) - total[:, None])
+    target = tl.where(column[None, :] == label[:, None], 1.0 - label_smoothing, 0.0) + label_smoothing / classes
+    value = tl.where(kept[:, None], w[:, None] * (softmax - target), 0.0)
+    tl.store(gradient + (row * classes)[:, None] + column[None, :], value, mask=inside)
+
+
+def _tile(classes: int) -> tuple[int, int, int]:
+    """(rows, classes at a time, warps) of one program: 4096 logits of one row, or 1024 of several short ones."""
+    step = min(max(16, triton.next_power_of_2(classes)), 4096)
+    return max(1, min(16, 1024 // step)), step, 8 if step > 1024 else 4
+
+
+def forward(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    groups: int,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, group_loss[G], group_hits[G], lse[N], denominator) of logits[N, C] whose rows are contiguous."""
+    rows, classes = logits.shape
+    loss, denominator = logits.new_empty((), dtype=torch.float32), logits.new_empty((), dtype=torch.float32)
+    group_loss, group_hits = logits.new_empty(groups, dtype=torch.float32), logits.new_empty(groups, dtype=torch.int64)
+    lse, losses, denominators = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    hits = logits.new_empty(rows, dtype=torch.int8)
+    tile, step, warps = _tile(classes)
+    if rows:
+        rows_kernel[(triton.cdiv(rows, tile),)](
+            logits,
+            labels,
+            lse if weight is None else weight,
+            lse,
+            losses,
+            denominators,
+            hits,
+            rows,
+            classes,
+            logits.stride(0),
+            label_smoothing,
+            ignore_index,
+            WEIGHTED=weight is not None,
+            SMOOTH=label_smoothing > 0,
+            TILE=tile,
+            STEP=step,
+            num_warps=warps,
+        )
+    finish_kernel[(groups + 1,)](
+        losses,
+        denominators,
+        hits,
+        labels if group is None else group,
+        loss,
+        denominator,
+        group_loss,
+        group_hits,
+        rows,
+        groups,
+        GROUPED=group is not None,
+        MEAN=reduction == "mean",
+        num_warps=4,
+    )
+    return loss, group_loss, group_hits, lse, denominator
+
+
+def backward(
+    factor: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    denominator: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+) -> Tensor:
+    """The gradient by the logits, in their dtype; ``factor`` is the outer gradient, a float32 scalar on the device."""
+    rows, classes = logits.shape
+    gradient = torch.empty((rows, classes), dtype=logits.dtype, device=logits.device)
+    tile, step, warps = _tile(classes)
+    if rows:
+        gradient_kernel[(triton.cdiv(rows, tile), triton.cdiv(classes, step))](
+            factor,
+            logits,
+            labels,
+            lse if weight is None else weight,
+            lse,
+            denominator,
+            gradient,
+            rows,
+            classes,
+            logits.stride(0),
+            label_smoothing,
+            ignore_index,
+            WEIGHTED=weight is not None,
+            TILE=tile,
+            STEP=step,
+            num_warps=warps,
+        )
+    return gradient
