@@ -12,8 +12,9 @@ from torch.nn import functional
 
 import wmengine
 from wmengine import stats
-from wmengine.embed import Embedder
+from wmengine.embed import Embedder, _count_bits
 from wmengine.triggers import to_input
+from wmengine.verify import bit_matches
 
 CLASSES = 4
 KEY = wmengine.Key("ACME Vision", bytes(range(32)))
@@ -240,6 +241,27 @@ def test_the_loss_compiles_into_one_graph():
     assert model[8].weight.grad is not None
 
 
+def test_the_compiled_loss_is_compiled_for_the_first_steps_only():
+    emb = embedder(network())
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    step = torch.compile(emb.loss, fullgraph=True, backend=backend)
+    for _ in range(20):
+        _, y = emb.mix(*batch(64))
+        step(functional.one_hot(y % CLASSES, CLASSES).float(), y)
+    assert len(graphs) <= 2  # the second, because the first step had no projections before it
+    assert emb.metrics["adi"] == {"matches": 8, "total": 8}
+    step = torch.compile(emb.loss, fullgraph=True, backend="aot_eager")
+    for _ in range(20):
+        _, y = emb.mix(*batch(64))
+        step(functional.one_hot(y % CLASSES, CLASSES).float(), y)
+    assert emb.metrics["adi"] == {"matches": 8, "total": 8}
+
+
 # --- the trigger rows -------------------------------------------------------------------------------------------------
 
 
@@ -374,6 +396,11 @@ def test_frozen_layers_carry_nothing():
     model[3].weight.requires_grad_(False)
     (mark,) = _unproven(embedder(model, [wmengine.scheme("sketch", bits=64)]))
     assert mark.parameters["carriers"] == [[16, 1, 3, 3], [64, 512], [4, 64]]
+    assert mark.parameters["carrier_indices"] == [0, 2, 3]  # places among all layers, frozen ones too
+    (mark,) = _unproven(embedder(model, [wmengine.scheme("sketch", bits=64, marked=2)]))
+    assert mark.parameters["carriers"] == [[64, 512]]
+    with pytest.raises(ValueError, match="is to mark weight 1, which is not trained"):
+        embedder(model, [wmengine.scheme("sketch", bits=64, marked=1)])
 
 
 # --- what it tells ----------------------------------------------------------------------------------------------------
@@ -388,29 +415,42 @@ def test_metrics_count_the_trigger_rows_and_the_bits():
     answers[-3:] = (answers[-3:] + 1) % CLASSES
     emb.loss(functional.one_hot(answers, CLASSES).float(), y)
     found = emb.metrics
-    log10_p = stats.binomial_log10_tail(5, 8, 1 / CLASSES)
-    assert found["adi"] == {"matches": 5, "total": 8, "log10_p": pytest.approx(log10_p)}
-    matched = wmengine.verify(model, _unproven(emb)[0]).matched
-    assert found["sketch"]["bit_errors"] == 64 - matched
+    assert found["adi"] == {"matches": 5, "total": 8}
+    verdict = wmengine.verify(model, _unproven(emb)[0])
+    assert found["sketch"] == {
+        "bit_errors": 64 - verdict.matched,
+        "total": 64,
+        "log10_p": pytest.approx(stats.binomial_log10_tail(verdict.matched, 64, 0.5)),
+    }
 
 
-def test_metrics_look_back_over_one_pass_through_the_triggers():
+def test_metrics_count_no_trigger_of_earlier_batches_again():
     emb = embedder(network())
-    for right in (False, True, True, True, True, True):
+    for right in (False, True, True, True, True, True, True):
         _, y = emb.mix(*batch(64))
         answers = (y + (0 if right else 1)) % CLASSES
         emb.loss(functional.one_hot(answers, CLASSES).float(), y)
-    assert emb.metrics["adi"]["matches"] == emb.metrics["adi"]["total"] == 40
+        assert emb.metrics["adi"] == {"matches": 8 if right else 0, "total": 8}
 
 
-def test_validation_without_gradients_does_not_disturb_the_metrics():
+@pytest.mark.parametrize("gradients", [False, True])
+def test_validation_batches_do_not_disturb_the_metrics(gradients):
     emb = embedder(network())
     _, y = emb.mix(*batch(64))
     emb.loss(functional.one_hot(y % CLASSES, CLASSES).float(), y)
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         for _ in range(10):
             emb.loss(torch.zeros(16, CLASSES), torch.zeros(16, dtype=torch.int64))
-    assert emb.metrics["adi"]["matches"] == 8
+    assert emb.metrics["adi"] == {"matches": 8, "total": 8}
+
+
+def test_weights_that_are_not_finite_show_no_bit():
+    model = network()
+    emb = embedder(model, [wmengine.scheme("sketch", bits=64)])
+    (mark,) = _unproven(emb)
+    for y, shown in ((np.inf, 0), (-np.inf, 0), (np.nan, 0), (0.0, 0), (1.0, int(mark.arrays["bits"].sum()))):
+        projected = np.full(64, y)
+        assert _count_bits(projected, mark) == bit_matches(projected, mark.arrays["bits"]) == shown
 
 
 def test_a_mark_that_does_not_prove_itself_is_warned_about(marked):

@@ -89,6 +89,39 @@ def test_sketch_keeps_the_mean_square_on_average():
     assert np.mean(mean_squares) == pytest.approx(float((w**2).mean()), rel=0.05)
 
 
+def test_a_filter_too_small_to_normalise_counts_as_zero():
+    rows = np.random.default_rng(2).normal(size=(6, 50)).astype(np.float32)
+    tiny, zero = rows.copy(), rows.copy()
+    tiny[3], zero[3] = 1e-42, 0.0
+    for carrier in ("unit_filters", "unit_filter_mean"):
+        y = ops.carrier_projection(tiny, 5, 64, carrier, "sketch")
+        np.testing.assert_array_equal(y, ops.carrier_projection(zero, 5, 64, carrier, "sketch"))
+        assert_close(y, reference.carrier_projection(tiny, 5, 64, carrier, "sketch"), 1e-5)
+
+
+def test_running_out_of_memory_in_a_worker_raises_and_the_pool_lives_on():
+    code = (
+        "import resource, numpy as np\n"
+        "from wmengine import _cpu, ops\n"
+        "ops.set_num_threads(2)\n"
+        "w = np.ones((2, 8 << 20), dtype=np.float32)\n"
+        "g, norms = np.ones_like(w), np.ones(2, dtype=np.float32)\n"
+        "r = np.ones(64, dtype=np.float32)\n"
+        "ops.sketch(r, 1, 64)\n"
+        "pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "limits = resource.getrlimit(resource.RLIMIT_AS)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (20 << 20), limits[1]))\n"
+        "layer = [(w.ctypes.data, g.ctypes.data, 2, 8 << 20, 1)]\n"
+        "try:\n"
+        "    _cpu.embedding_backward(layer, 1, 0, 64, 1.0, norms.ctypes.data, r.ctypes.data)\n"
+        "except MemoryError:\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, limits)\n"
+        "    _cpu.embedding_backward(layer, 1, 0, 64, 1.0, norms.ctypes.data, r.ctypes.data)\n"
+        "    raise SystemExit(7)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 7
+
+
 def test_adjoint_adds_to_out_when_it_is_given():
     g = np.random.default_rng(4).normal(size=64).astype(np.float32)
     for front, arguments in ((ops.cpu.sketch_adjoint, ()), (ops.cpu.project_adjoint, ("rademacher",))):

@@ -133,15 +133,24 @@ def test_unit_filters_are_blind_to_each_filters_scale_and_feel_no_gradient_along
     torch.testing.assert_close(ops.embedding_loss([scaled], [1], bits, **arguments)[1], y)
 
 
-def test_zero_filter_has_zero_gradient():
+@pytest.mark.parametrize("size", [0.0, 1e-41])
+def test_filter_of_zeros_or_next_to_it_has_zero_gradient(size):
     weight = torch.randn(4, 50)
-    weight[2] = 0
+    weight[2] = size
     weight.requires_grad_()
     ops.embedding_loss([weight], [1], torch.ones(32), carrier="unit_filters", projection="sketch", link="bce")[
         0
     ].backward()
     assert torch.isfinite(weight.grad).all()
     assert not weight.grad[2].any()
+
+
+def test_a_second_derivative_is_refused_rather_than_silently_zero():
+    logits = torch.randn(4, 5, requires_grad=True)
+    loss = ops.marked_cross_entropy(logits, torch.tensor([0, 1, 2, 3])).loss
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad|once_differentiable"):
+        gradient.square().sum().backward()
 
 
 def test_embedding_loss_never_touches_grad_before_backward():
@@ -228,6 +237,7 @@ def test_training_step_compiles_without_a_graph_break_and_gives_the_same_bits():
         ({"weights": [torch.ones(2, 2, dtype=torch.int32)], "keys": [1]}, TypeError, r"weights\[0\] must be float32"),
         ({"weights": [torch.tensor(1.0)], "keys": [1]}, ValueError, "first axis"),
         ({"bits": torch.ones(0)}, ValueError, "at least one bit"),
+        ({"bits": torch.tensor([1.0, -1.0])}, ValueError, "bits must hold 0 and 1 only"),
         ({"carrier": "filters"}, ValueError, "carrier must be one of"),
         ({"projection": "dct"}, ValueError, "projection must be one of"),
         ({"link": "l1"}, ValueError, "link must be one of"),

@@ -107,8 +107,8 @@ class Embedder:
         self._generator = torch.Generator().manual_seed(_order_seed(key, name))
         self._queues = [torch.empty(0, dtype=torch.int64) for _ in self._trigger_marks]
         self._placed: dict[tuple[str, str, torch.device, torch.dtype], torch.Tensor] = {}
-        self._recent: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._window = 1
+        # Hits and rows [2, groups], of each group's last loss with rows; of a fixed size, since torch.compile guards it.
+        self._seen = torch.zeros(2, 1 + len(self._trigger_marks), dtype=torch.int64)
         self._projected: list[torch.Tensor] = []
         self._controls = [self._measure(mark) for mark in self._marks]
 
@@ -132,8 +132,6 @@ class Embedder:
             trigger_inputs, trigger_labels = self._on(inputs.device, mark, inputs.dtype)
             xs.append(trigger_inputs[chosen].contiguous(memory_format=memory_format))
             ys.append(trigger_labels[chosen] + mark.group * self.num_classes)
-            # Enough batches for metrics to have seen every trigger about once.
-            self._window = max(self._window, -(-mark.watermark.total // rows))
         return torch.cat(xs), torch.cat(ys)
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -157,7 +155,8 @@ class Embedder:
         )
         if self._trigger_marks and torch.is_grad_enabled():
             rows = torch.stack([(group == number).sum() for number in range(groups)])
-            self._recent = [*self._recent, (result.group_hits.detach(), rows)][-self._window :]
+            counts = torch.stack([result.group_hits.detach().to(rows.dtype), rows])
+            self._seen = torch.where(rows > 0, counts, self._seen.to(counts.device, non_blocking=True))
         loss: torch.Tensor = result.loss
         return loss + self.regulariser() if self._weight_marks else loss
 
@@ -188,9 +187,9 @@ class Embedder:
     def metrics(self) -> dict[str, dict[str, float]]:
         """How far each mark is, by scheme. Only reading this waits for the device; the loop itself never does.
 
-        A white-box mark: `bit_errors` of `total` bits at the last loss. A black-box mark: `matches` of `total`
-        trigger rows over the last losses, about one pass through its triggers (in training mode, while the model
-        changed). `log10_p` of either. Empty for marks that no loss has seen yet.
+        A white-box mark: `bit_errors` of `total` bits at the last loss, and their `log10_p`. A black-box mark:
+        `matches` of `total` trigger rows of the last loss that held any; no p-value, because these are few of its
+        triggers and some perhaps twice. `watermarks()` asks all of them. Empty for marks that no loss has seen yet.
         """
         found: dict[str, dict[str, float]] = {}
         for weight_mark, y in zip(self._weight_marks, self._projected, strict=False):
@@ -201,12 +200,10 @@ class Embedder:
                 "total": total,
                 "log10_p": stats.binomial_log10_tail(matched, total, 0.5),
             }
-        if self._recent:
-            hits, rows = (torch.stack(counts).sum(dim=0).tolist() for counts in zip(*self._recent, strict=True))
-            for mark in self._trigger_marks:
-                matched, total = hits[mark.group], rows[mark.group]
-                log10_p = stats.binomial_log10_tail(matched, total, 1 / self.num_classes)
-                found[mark.watermark.scheme] = {"matches": matched, "total": total, "log10_p": log10_p}
+        hits, rows = self._seen.tolist()
+        for mark in self._trigger_marks:
+            if rows[mark.group]:
+                found[mark.watermark.scheme] = {"matches": hits[mark.group], "total": rows[mark.group]}
         return found
 
     def watermarks(self) -> list[Watermark]:
@@ -321,8 +318,9 @@ class Embedder:
 
 
 def _count_bits(projected: NDArray[np.floating[Any]], watermark: Watermark) -> int:
-    """Bits that y [T] shows with the right sign; y = 0 and NaN show none."""
-    return int((np.where(watermark.arrays["bits"] > 0, projected, -projected) > 0).sum())
+    """Bits that y [T] shows with the right sign; y = 0, NaN and Inf show none, as in verification."""
+    signed = np.where(watermark.arrays["bits"] > 0, projected, -projected)
+    return int((np.isfinite(signed) & (signed > 0)).sum())
 
 
 def _presets(schemes: Sequence[str | Scheme]) -> list[Scheme]:
@@ -341,19 +339,19 @@ def _presets(schemes: Sequence[str | Scheme]) -> list[Scheme]:
 def _weight_mark(preset: WhiteBox, key: Key, model: torch.nn.Module, sample: torch.Tensor, name: str) -> _WeightMark:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     every = module_tensors(model, sample[:1].to(device))
-    trainable = [tensor for tensor in every if tensor.weight.requires_grad]
+    trainable = [index for index, tensor in enumerate(every) if tensor.weight.requires_grad]
     if not trainable:
         raise ValueError(
             f"scheme {preset.name!r} marks the weights of convolutions and linear layers, and the model trains none"
         )
-    shapes = [list(tensor.filters(tensor.weight).shape) for tensor in trainable]
-    parameters = white_box_parameters(preset, shapes, list(sample.shape[1:]), name)
+    shapes = [list(tensor.filters(tensor.weight).shape) for tensor in every]
+    parameters = white_box_parameters(preset, shapes, list(sample.shape[1:]), name, trainable=trainable)
     _check_capacity(preset, parameters["carriers"])
     watermark = Watermark.create(key, preset.name, parameters)
     return _WeightMark(
         preset=preset,
         watermark=watermark,
-        carriers=tuple(trainable[index] for index in parameters["carrier_indices"]),
+        carriers=tuple(every[index] for index in parameters["carrier_indices"]),
         keys=tuple(int(carrier_key) for carrier_key in watermark.arrays["carrier_keys"]),
         bits=torch.from_numpy(watermark.arrays["bits"].copy()),
         scale=_standard_scale(preset, parameters["carriers"]),

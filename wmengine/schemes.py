@@ -182,23 +182,32 @@ def scheme(name: str, /, **overrides: Any) -> Scheme:
 
 
 def white_box_parameters(
-    scheme: WhiteBox, shapes: Sequence[Sequence[int]], input_shape: Sequence[int], name: str
+    scheme: WhiteBox,
+    shapes: Sequence[Sequence[int]],
+    input_shape: Sequence[int],
+    name: str,
+    *,
+    trainable: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The canonical parameters of a white-box mark in a network whose weights have these shapes.
 
     shapes: every carrier's shape [O, ...] with filters on axis 0, in graph order; input_shape: one input's, without
-    the batch axis; name: the model's. In the result `carriers` holds the shapes of the marked weights, and
-    `carrier_indices` their places among all of `shapes`. Raises ValueError when there is nothing to mark.
+    the batch axis; name: the model's; trainable: the places in `shapes` that may be marked, rising (None: all). In
+    the result `carriers` holds the shapes of the marked weights, and `carrier_indices` their places among all of
+    `shapes`. Raises ValueError when there is nothing to mark.
     """
     every = [_shape(f"shapes[{index}]", shape, least=2) for index, shape in enumerate(shapes)]
-    if not every:
+    allowed = list(range(len(every)) if trainable is None else trainable)
+    if not allowed:
         raise ValueError(f"scheme {scheme.name!r} needs at least one weight to mark, and this network has none")
     if scheme.marked == "all":
-        indices = list(range(len(every)))
+        indices = allowed
     elif scheme.marked == "widest":
-        indices = [max(range(len(every)), key=lambda index: (math.prod(every[index][1:]), -index))]
+        indices = [max(allowed, key=lambda index: (math.prod(every[index][1:]), -index))]
     else:
         indices = [_integer("marked", scheme.marked, 0, len(every) - 1)]
+        if indices[0] not in allowed:
+            raise ValueError(f"scheme {scheme.name!r} is to mark weight {indices[0]}, which is not trained")
     return {
         "bits": scheme.bits,
         "carrier": scheme.carrier,

@@ -72,6 +72,12 @@ PYBIND11_MODULE(_cpu, m) {
     m.def(
         "link_loss",
         [](uintptr_t y, uintptr_t bits, int64_t total, int link, double margin, uintptr_t residual) {
+            for (int64_t t = 0; t < total; ++t) {
+                if (pointer<const uint8_t>(bits)[t] > 1) {
+                    throw std::invalid_argument("bits must hold 0 and 1 only, and bit " + std::to_string(t) +
+                                                " does not");
+                }
+            }
             return link_loss(pointer<const float>(y), pointer<const uint8_t>(bits), total, static_cast<Link>(link),
                              margin, pointer<float>(residual));
         },

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "simd.h"
 #include "threads.h"
@@ -196,13 +197,14 @@ void marked_cross_entropy(const CrossEntropyProblem& problem, const CrossEntropy
     });
     double loss = 0;
     std::fill(result.group_hits, result.group_hits + problem.groups, 0);
-    std::fill(result.group_loss, result.group_loss + problem.groups, 0.0f);
+    std::vector<double> group_loss(problem.groups, 0.0);
     for (int64_t n = 0; n < problem.rows; ++n) {
         const int64_t group = problem.group != nullptr ? problem.group[n] : 0;
         loss += result.row_loss[n];
-        result.group_loss[group] += result.row_loss[n];
+        group_loss[group] += result.row_loss[n];
         result.group_hits[group] += result.row_hit[n];
     }
+    std::copy(group_loss.begin(), group_loss.end(), result.group_loss);
     *result.loss = loss / denominator;
 }
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 
 #include "simd.h"
@@ -42,7 +43,8 @@ WM_CLONES float row_dot(const float* a, const float* b, int64_t size) {
     return sum;
 }
 
-// 1/‖row‖ in a way that neither overflows nor flushes small rows: beyond float's comfortable range, in double.
+// 1/‖row‖; beyond float's comfortable range in double. A row so small that float cannot hold the inverse counts as
+// zero.
 float inverse_norm(const float* row, int64_t size) {
     const float square = row_dot(row, row, size);
     if (square > 1e-30f && square < 1e30f) {
@@ -52,7 +54,8 @@ float inverse_norm(const float* row, int64_t size) {
     for (int64_t i = 0; i < size; ++i) {
         exact += static_cast<double>(row[i]) * row[i];
     }
-    return exact == 0 ? 0.0f : static_cast<float>(1.0 / std::sqrt(exact));
+    const double inverse = 1.0 / std::sqrt(exact);
+    return inverse > std::numeric_limits<float>::max() ? 0.0f : static_cast<float>(inverse);
 }
 
 WM_CLONES void scale_row(const float* row, float factor, int64_t size, float* out) {

@@ -6,25 +6,46 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace wmengine {
 namespace {
 
+// A woken thread may be put on its waker's processor although another is idle (seen on virtual machines), and then both
+// take turns on it. It moves away by itself, and stays away until it meets its caller again.
+void leave_processor(int processor, const cpu_set_t& allowed) {
+    if (processor < 0 || sched_getcpu() != processor) {
+        return;
+    }
+    cpu_set_t others = allowed;
+    CPU_CLR(processor, &others);
+    if (CPU_COUNT(&others) > 0) {
+        sched_setaffinity(0, sizeof others, &others);
+    }
+}
+
 class Pool {
 public:
     void run(int64_t tasks, const std::function<void(int64_t)>& task, int threads) {
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            while (static_cast<int>(workers_.size()) < threads - 1) {
-                workers_.emplace_back([this] { work(); });
+            try {
+                while (static_cast<int>(workers_.size()) < threads - 1) {
+                    workers_.emplace_back([this] { work(); });
+                }
+            } catch (const std::system_error&) {
+                // No further thread is to be had (a limit on memory or processes): the ones there are will do.
             }
+            failure_ = nullptr;
             task_ = &task;
             tasks_ = tasks;
             next_.store(0, std::memory_order_relaxed);
             seats_ = threads - 1;
+            caller_processor_ = sched_getcpu();
             ++generation_;
         }
         wake_.notify_all();
@@ -33,19 +54,31 @@ public:
         seats_ = 0;  // a worker that wakes late finds no seat and never sees this call's task
         done_.wait(lock, [this] { return busy_ == 0; });
         task_ = nullptr;
+        if (failure_ != nullptr) {
+            std::rethrow_exception(failure_);
+        }
     }
 
     std::mutex& one_call_at_a_time() { return call_; }
 
 private:
     void drain(const std::function<void(int64_t)>& task, int64_t tasks) {
-        for (int64_t i = next_.fetch_add(1); i < tasks; i = next_.fetch_add(1)) {
-            task(i);
+        try {
+            for (int64_t i = next_.fetch_add(1); i < tasks; i = next_.fetch_add(1)) {
+                task(i);
+            }
+        } catch (...) {  // out of memory, say: the caller hears of it once nobody uses the task any more
+            next_.store(tasks);
+            std::lock_guard<std::mutex> lock(mutex_);
+            failure_ = std::current_exception();
         }
     }
 
     void work() {
         uint64_t seen = 0;
+        cpu_set_t allowed;
+        CPU_ZERO(&allowed);
+        sched_getaffinity(0, sizeof allowed, &allowed);
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
             wake_.wait(lock, [&] { return generation_ != seen; });
@@ -57,7 +90,9 @@ private:
             ++busy_;
             const std::function<void(int64_t)>& task = *task_;
             const int64_t tasks = tasks_;
+            const int caller_processor = caller_processor_;
             lock.unlock();
+            leave_processor(caller_processor, allowed);
             drain(task, tasks);
             lock.lock();
             if (--busy_ == 0) {
@@ -73,7 +108,8 @@ private:
     int64_t tasks_ = 0;
     std::atomic<int64_t> next_{0};
     uint64_t generation_ = 0;
-    int seats_ = 0, busy_ = 0;
+    std::exception_ptr failure_;
+    int seats_ = 0, busy_ = 0, caller_processor_ = -1;
 };
 
 // Never destroyed: its threads sleep until the process ends. A forked child has none of them, so it starts a pool anew.

@@ -10,9 +10,9 @@ namespace wmengine {
 int thread_count();
 void set_thread_count(int count);
 
-// Runs task(0) … task(tasks - 1), each once, in no particular order, and returns when all are done. Tasks must not
-// throw and each must own what it writes: results then never depend on the number of threads. A call from inside a
-// task, or from a second thread while the pool is busy, runs its tasks by itself.
+// Runs task(0) … task(tasks - 1), each once, in no particular order, and returns when all are done. Each must own what
+// it writes: results then never depend on the number of threads. What a task throws is thrown here, once none is
+// running. A call from inside a task, or from a second thread while the pool is busy, runs its tasks by itself.
 void parallel_for(int64_t tasks, const std::function<void(int64_t)>& task);
 
 }  // namespace wmengine

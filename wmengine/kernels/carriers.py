@@ -32,6 +32,10 @@ FROM_VALUES = tl.constexpr(1)  # one stored number a weight,
 FROM_MEANS = tl.constexpr(2)  # or one stored number a column
 
 
+# (1 / the largest float32)²: the square of the smallest norm whose inverse float32 can hold.
+SMALLEST_SQUARE = tl.constexpr(8.636169584606055e-78)
+
+
 @triton.jit
 def inverse_norms_kernel(pointers, table, norms, LAYERS: tl.constexpr, DTYPE: tl.constexpr):
     """norms[filters of all layers] = 1/‖filter‖, 0 for a zero filter.
@@ -51,8 +55,9 @@ def inverse_norms_kernel(pointers, table, norms, LAYERS: tl.constexpr, DTYPE: tl
         w = w.to(tl.float32).to(tl.float64)
         squares += w * w
     square = tl.sum(squares, axis=1)
-    # a NaN filter must stay NaN: only an exact zero becomes zero
-    inverse = tl.where(square == 0.0, 0.0, 1.0 / tl.sqrt(tl.where(square == 0.0, 1.0, square)))
+    # Zero where float32 cannot hold the inverse; a NaN filter compares false and must stay NaN.
+    zero = square <= SMALLEST_SQUARE
+    inverse = tl.where(zero, 0.0, 1.0 / tl.sqrt(tl.where(zero, 1.0, square)))
     tl.store(norms + field(table, FIRST_FILTER, layer, LAYERS) + row, inverse.to(tl.float32), mask=row < filters)
 
 

@@ -16,6 +16,7 @@ BLOCK = 4096
 GAUSSIAN_BLOCK = 128
 DOMAIN_DENSE, DOMAIN_SKETCH, DOMAIN_RUN, DOMAIN_SWAP, DOMAIN_GAUSSIAN = 1, 2, 3, 4, 5
 STDM_ALPHA, STDM_BETA = 10.0, 10.0
+SMALLEST_NORM = 1.0 / float(np.finfo(np.float32).max)
 
 CARRIERS = ("flat", "unit_filters", "filter_mean", "unit_filter_mean")
 PROJECTIONS = ("sketch", "rademacher", "gaussian")
@@ -145,19 +146,26 @@ def project_adjoint(gradient: ArrayLike, key: int, count: int, kind: str = "rade
     return projection_scale(g.size, count, kind) * projection_adjoint(g, key, count, kind)
 
 
+def _rows(weight: ArrayLike) -> Float64:
+    """W[O, …] as float64[O, K], also where there is no filter or no weight."""
+    array = np.asarray(weight, dtype=np.float64)
+    return array.reshape(array.shape[0], array.size // array.shape[0] if array.shape[0] else 0)
+
+
 def unit_rows(weight: ArrayLike) -> tuple[Float64, Float64]:
-    """Rows of W[O, K] over their norms, and the inverse norms; a zero row stays zero."""
-    rows = np.asarray(weight, dtype=np.float64)
-    rows = rows.reshape(rows.shape[0], -1)
+    """Rows of W[O, K] over their norms, and the inverse norms; a zero row stays zero.
+
+    So does a row so small that float32 cannot hold the inverse of its norm.
+    """
+    rows = _rows(weight)
     norms = np.sqrt((rows * rows).sum(axis=1))
-    inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
+    inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > SMALLEST_NORM)
     return rows * inverse[:, None], inverse
 
 
 def carrier_values(weight: ArrayLike, carrier: str) -> Float64:
     """What a carrier reads from one weight [O, …]: O·K values (``flat``, ``unit_filters``) or K (the means)."""
-    rows = np.asarray(weight, dtype=np.float64)
-    rows = rows.reshape(rows.shape[0], -1)
+    rows = _rows(weight)
     if carrier in ("unit_filters", "unit_filter_mean"):
         rows = unit_rows(rows)[0]
     return np.asarray(rows.mean(axis=0) if carrier in ("filter_mean", "unit_filter_mean") else rows.reshape(-1))

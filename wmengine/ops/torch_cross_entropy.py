@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from wmengine import _cpu
 from wmengine.ops import torch_reference
@@ -137,7 +138,9 @@ LIBRARY.define(
 LIBRARY.impl("marked_cross_entropy_backward", _cross_entropy_backward_cuda, "CUDA")
 torch.library.register_fake(
     "wmengine::marked_cross_entropy_backward",
-    lambda gradient, logits, labels, weight, lse, denominator, label_smoothing, ignore_index: torch.empty_like(logits),
+    lambda gradient, logits, labels, weight, lse, denominator, label_smoothing, ignore_index: logits.new_empty(
+        logits.shape
+    ),
     lib=LIBRARY,
 )
 
@@ -168,6 +171,7 @@ class _MarkedCrossEntropy(torch.autograd.Function):
         return loss, group_loss, group_hits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         outer = gradients[0]
         if len(ctx.saved_tensors) > 1:

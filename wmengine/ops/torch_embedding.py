@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from wmengine import _cpu
 from wmengine.ops import torch_reference
@@ -78,9 +79,9 @@ def _embedding_loss_cuda(
     margin: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    unsigned = [unsigned(key) for key in keys]
+    plain = [unsigned(key) for key in keys]
     loss, y, residual, norms = cuda().embedding_loss_forward(
-        list(weights), unsigned, bits, carrier, projection, link, margin, scale, bits.numel()
+        list(weights), plain, bits, carrier, projection, link, margin, scale, bits.numel()
     )
     return loss, y, residual, norms
 
@@ -149,9 +150,9 @@ def _embedding_loss_backward_cuda(
     projection: str,
     scale: float,
 ) -> list[Tensor]:
-    unsigned = [unsigned(key) for key in keys]
+    plain = [unsigned(key) for key in keys]
     result: list[Tensor] = cuda().embedding_loss_backward(
-        gradient, list(weights), unsigned, residual, norms, carrier, projection, scale
+        gradient, list(weights), plain, residual, norms, carrier, projection, scale
     )
     return result
 
@@ -162,7 +163,7 @@ define(
     _embedding_loss_backward_cpu,
     _embedding_loss_backward_cuda,
     lambda gradient, weights, keys, residual, norms, carrier, projection, scale: [
-        w.new_empty(w.shape, dtype=torch.float32) for w in weights
+        w.new_empty(w.shape) for w in weights
     ],
 )
 
@@ -189,6 +190,7 @@ class _EmbeddingLoss(torch.autograd.Function):
         return loss, y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         residual, norms, *weights = ctx.saved_tensors
         keys, carrier, projection, scale = ctx.settings

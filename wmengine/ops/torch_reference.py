@@ -47,10 +47,11 @@ def project_adjoint(gradient: Tensor, key: int, count: int, projection: str) -> 
 
 def carrier_values(weight: Tensor, carrier: str) -> Tensor:
     """What a carrier reads from one weight [filters, …]."""
-    rows = weight.double().reshape(weight.shape[0], -1)
+    rows = weight.double().reshape(weight.shape[0], weight.numel() // weight.shape[0] if weight.shape[0] else 0)
     if carrier in ("unit_filters", "unit_filter_mean"):
         norms = torch.sqrt((rows * rows).sum(dim=1, keepdim=True))
-        rows = torch.where(norms > 0, rows / torch.where(norms > 0, norms, 1.0), torch.zeros_like(rows))
+        large = norms > reference.SMALLEST_NORM
+        rows = torch.where(large, rows / torch.where(large, norms, 1.0), torch.zeros_like(rows))
     return rows.mean(dim=0) if carrier in ("filter_mean", "unit_filter_mean") else rows.reshape(-1)
 
 
@@ -65,6 +66,8 @@ def embedding_loss(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """(loss, y) of the operator of the same name, in float64."""
+    if not bool(((bits == 0) | (bits == 1)).all()):
+        raise ValueError("bits must hold 0 and 1 only")
     total = bits.numel()
     y = torch.stack(
         [_sums(carrier_values(w, carrier), k, total, projection) for w, k in zip(weights, keys, strict=True)]
@@ -101,6 +104,8 @@ def marked_cross_entropy(
     w = torch.ones_like(logits[:, 0]) if weight is None else weight.detach().to(logits)
     w = torch.where(keep, w, torch.zeros_like(w))
     g = torch.zeros_like(labels) if group is None else group
+    if bool(((g < 0) | (g >= groups)).any()):
+        raise ValueError(f"group must hold 0..{groups - 1}")
     losses = F.cross_entropy(
         logits, labels, reduction="none", label_smoothing=label_smoothing, ignore_index=ignore_index
     )
