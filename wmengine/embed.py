@@ -107,7 +107,7 @@ class Embedder:
         self._generator = torch.Generator().manual_seed(_order_seed(key, name))
         self._queues = [torch.empty(0, dtype=torch.int64) for _ in self._trigger_marks]
         self._placed: dict[tuple[str, str, torch.device, torch.dtype], torch.Tensor] = {}
-        # Hits and rows [2, groups], of each group's last loss with rows; of a fixed size, since torch.compile guards it.
+        # Hits and rows [2, groups] of each group's last loss with rows; of fixed size, as torch.compile guards it.
         self._seen = torch.zeros(2, 1 + len(self._trigger_marks), dtype=torch.int64)
         self._projected: list[torch.Tensor] = []
         self._controls = [self._measure(mark) for mark in self._marks]
