@@ -160,6 +160,21 @@ def test_a_network_inside_a_larger_one_is_among_the_first_tries():
             assert row in larger.tries
 
 
+def test_the_recorded_places_are_tried_first_where_they_fit():
+    many = tensors(*[(4, 3)] * 80)
+    recorded = match_tensors([(4, 3)], many, [70])
+    plain = match_tensors([(4, 3)], many)
+    assert recorded.tries == ((70,), *plain.tries)
+    assert recorded.possible == plain.possible == 80
+    known = match_tensors([(4, 3)], many[:5], [2])
+    assert known.tries == ((2,), (0,), (1,), (3,), (4,))
+    assert match_tensors([(4, 3)], tensors((5, 3), (4, 3)), [1]).tries == ((1,),)
+    for misplaced in ([0], [2]):  # another shape there, and nothing there
+        assert match_tensors([(4, 3)], tensors((5, 3), (4, 3)), misplaced).tries == ((1,),)
+    half = match_tensors([(4, 3), (4, 3)], tensors((4, 3), (5, 3), (4, 3), (4, 3)), [0, 1])
+    assert half.tries == match_tensors([(4, 3), (4, 3)], tensors((4, 3), (5, 3), (4, 3), (4, 3))).tries
+
+
 def test_other_shapes_do_not_match_not_even_transposed():
     matching = match_tensors([(8, 4, 3, 3), (10, 8)], tensors((8, 4, 5, 5), (8, 10), (4, 8, 3, 3)))
     assert (matching.found, matching.tries) == (0, ((None, None),))

@@ -1,6 +1,8 @@
 """What reading an ONNX graph promises: every export of a network shows the same weights, in order, filters first."""
 
 import logging
+import time
+from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -226,6 +228,37 @@ def test_dequantisation_is_undone_per_tensor_axis_and_block(tmp_path, scale_shap
     reference = onnx.reference.ReferenceEvaluator(model).run(None, {"x": np.eye(FEATURES, dtype=np.float32)})[0]
     np.testing.assert_allclose(tensor.values.T, reference, rtol=1e-6)
     assert suspect.notes == ["1 of 1 weights are quantised to integers"]
+
+
+@pytest.mark.parametrize(
+    ("scale_shape", "attributes"),
+    [((1000,), {"axis": 0}), ((1000, 1), {"axis": 1, "block_size": 1 << 40}), ((1, 3), {"axis": 1, "block_size": 2})],
+)
+def test_scales_cannot_make_a_weight_larger(tmp_path, scale_shape, attributes):
+    node = helper.make_node("DequantizeLinear", ["w", "scale"], ["v"], **attributes)
+    scale = weight("scale", np.ones(scale_shape, np.float32))
+    model = chain(node, stored=np.ones((1, CLASSES), np.int8), initializers=[scale], opset=21)
+    with pytest.raises(SuspectError, match="do not fit"):
+        open_suspect(save(model, tmp_path / "m.onnx")).tensors()
+
+
+def test_a_chain_of_scales_that_are_computed_themselves_costs_no_time(tmp_path):
+    names = ["w", *(f"d{index}" for index in range(14)), "v"]
+    nodes = [helper.make_node("DequantizeLinear", [name] * 3, [then]) for name, then in pairwise(names)]
+    started = time.perf_counter()
+    assert open_suspect(save(chain(*nodes), tmp_path / "m.onnx")).tensors() == []
+    assert time.perf_counter() - started < 1
+
+
+def test_a_scale_may_be_an_identity_of_another(tmp_path):
+    nodes = [
+        helper.make_node("Identity", ["scale"], ["same"]),
+        helper.make_node("DequantizeLinear", ["w", "same"], ["v"]),
+    ]
+    stored = np.arange(24, dtype=np.int8).reshape(WEIGHT.shape)
+    model = chain(*nodes, stored=stored, initializers=[weight("scale", np.array(0.5, np.float32))])
+    (tensor,) = open_suspect(save(model, tmp_path / "m.onnx")).tensors()
+    assert np.array_equal(tensor.values, stored.T / 2)
 
 
 def test_a_weight_stored_as_float_and_quantised_in_the_graph_is_read_as_float(tmp_path):

@@ -109,7 +109,7 @@ def test_half_and_double_inputs_are_cast(tmp_path, kind, dtype):
     model = graph(nodes, [weight(values=WEIGHT.astype(dtype))], outputs, inputs)
     suspect = OnnxSuspect(save(model, tmp_path / "m.onnx"))
     answers = suspect.query(INPUTS, CLASSES)
-    assert answers.dtype == np.float32
+    assert answers.dtype == (np.float64 if dtype is np.float64 else np.float32)
     np.testing.assert_allclose(answers, SCORES, atol=0.02)
     assert suspect.notes == [f"inputs were cast to {np.dtype(dtype).name}"]
 
@@ -325,9 +325,30 @@ def test_a_model_and_its_weights_together_have_a_size_limit(tmp_path):
     assert "m.onnx is larger" in complaint(OnnxSuspect, path, 10)
 
 
-def test_mutated_files_only_ever_give_one_sentence(tmp_path):
+def test_a_location_that_is_no_utf8_is_refused(tmp_path):
+    """Protobuf hands it over as bytes."""
+    content = with_external("w.bin").SerializeToString().replace(b"w.bin", b"w\xff\xfein")
+    (tmp_path / "m.onnx").write_bytes(content)
+    assert "UTF-8" in complaint(open_suspect, tmp_path / "m.onnx")
+
+
+def test_a_directory_that_may_not_be_opened_is_the_suspects_fault(tmp_path, monkeypatch):
+    opened = os.open
+
+    def refuse(path, flags, *rest, **named):
+        if flags & os.O_DIRECTORY and "dir_fd" not in named:
+            raise PermissionError(13, "Permission denied")
+        return opened(path, flags, *rest, **named)
+
+    path = save(with_external("w.bin"), tmp_path / "m.onnx")
+    monkeypatch.setattr(os, "open", refuse)
+    assert "Permission denied" in complaint(open_suspect, path)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_mutated_files_only_ever_give_one_sentence(tmp_path, seed):
     """Reading a graph happens in this process, so nothing in a file may escape as another exception."""
-    generator = random.Random(0)
+    generator = random.Random(seed)
     (tmp_path / "w.bin").write_bytes(WEIGHT.tobytes())
     nodes = [
         helper.make_node("Transpose", ["w"], ["t"], perm=[1, 0]),
@@ -367,7 +388,7 @@ def test_a_module_is_asked_in_its_own_dtype_and_left_as_it_was(dtype):
     state = {name: value.clone() for name, value in model.state_dict().items()}
     suspect = open_suspect(model)
     answers = suspect.query(INPUTS, CLASSES)
-    assert answers.dtype == np.float32
+    assert answers.dtype == (np.float64 if dtype is torch.float64 else np.float32)
     model_answers = model.eval()(torch.from_numpy(INPUTS).to(dtype)).detach().float().numpy()
     np.testing.assert_allclose(answers, model_answers, rtol=1e-2, atol=1e-2)
     model.train()
@@ -425,6 +446,40 @@ def test_functions_that_fail_or_lie_are_refused():
     assert "no weights" in complaint(open_suspect(fails).tensors)
     for wrong in (lambda x: None, lambda x: x[:-1] @ WEIGHT, lambda x: "yes", lambda x: [[1], [2, 3]]):
         assert "no scores" in complaint(open_suspect(wrong).query, INPUTS, CLASSES)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda best: 1 + 1e-9 * np.eye(CLASSES)[best],
+        lambda best: torch.from_numpy(1 + 1e-9 * np.eye(CLASSES)[best]),
+        lambda best: 2**25 + np.eye(CLASSES, dtype=np.int64)[best],
+    ],
+)
+def test_reading_scores_does_not_round_their_argmax_away(scores):
+    best = SCORES.argmax(axis=1)
+    read = open_suspect(lambda x: scores((x @ WEIGHT).argmax(axis=1))).query(INPUTS, CLASSES)
+    assert np.array_equal(read.argmax(axis=1), best)
+
+
+def test_bfloat16_scores_are_read():
+    assert open_suspect(lambda x: torch.zeros(len(x), 4).bfloat16()).query(INPUTS, CLASSES).dtype == np.float32
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_what_turns_into_no_array_is_refused():
+    class Raises:
+        def __array__(self, *arguments, **named):
+            raise RuntimeError("no array here")
+
+    wrong = [
+        lambda x: torch.from_numpy(x @ WEIGHT).to_sparse(),
+        lambda x: torch.quantize_per_tensor(torch.from_numpy(x @ WEIGHT), 0.1, 0, torch.qint8),
+        lambda x: torch.empty(len(x), CLASSES, device="meta"),
+        lambda x: Raises(),
+    ]
+    for answer in wrong:
+        assert "no scores" in complaint(open_suspect(answer).query, INPUTS, CLASSES)
 
 
 def test_a_function_cannot_change_our_inputs():

@@ -287,6 +287,26 @@ def test_a_mark_in_one_layer_is_found_among_its_equals(save):
     assert not verify(save(network([weights[0], weights[0]])), mark, alpha=1e-3).owned
 
 
+def test_a_marked_layer_is_found_at_its_recorded_place_among_more_equals_than_are_tried(save):
+    shapes = [(4, 512)] * 80
+    parameters = white_box_parameters(scheme("uchida", bits=64, marked=70), shapes, SHAPE, "detector")
+    mark = Watermark.create(KEY, "uchida", parameters)
+    signs = (2.0 * mark.arrays["bits"] - 1.0).astype(np.float32)
+    mean = ops.project_adjoint(signs, int(mark.arrays["carrier_keys"][0]), 512, "gaussian")
+    weights = [np.random.default_rng(seed).normal(size=(4, 512)).astype(np.float32) for seed in range(80)]
+    weights[70] += 9 * mean / mean.std()
+    names = [f"w{index}" for index in range(80)]
+    nodes = [helper.make_node("Gemm", ["x", name], [f"y{name}"], transB=1) for name in names]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 512])]
+    outputs = [helper.make_tensor_value_info(f"y{name}", TensorProto.FLOAT, None) for name in names]
+    stored = [numpy_helper.from_array(weight, name) for weight, name in zip(weights, names, strict=True)]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, stored)
+    verdict = verify(save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])), mark)
+    assert verdict.owned
+    assert verdict.log10_p == pytest.approx(binomial_log10_tail(verdict.matched, 64, 0.5) + math.log10(65), rel=1e-12)
+    assert any("65 of the 80 possible orders" in note for note in verdict.notes)
+
+
 def test_every_order_that_is_tried_is_paid_for(save):
     """An inserted layer of equal shape leaves three orders of two layers; the right one is found, at thrice the p."""
     inserted = np.random.default_rng(3).normal(size=CARRIERS[0]).astype(np.float32)

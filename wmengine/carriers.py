@@ -41,7 +41,7 @@ class Matching:
     """Carriers paired with tensors: one tuple per try, its entry l the index of carrier l's tensor, or None.
 
     `found` carriers have a tensor, whatever the try; `possible` counts the pairings there are, of which at most
-    MAXIMUM_TRIES are tried; `notes` say what was assumed.
+    MAXIMUM_TRIES are tried, and the one that the mark recorded; `notes` say what was assumed.
     """
 
     tries: tuple[tuple[int | None, ...], ...]
@@ -70,15 +70,17 @@ def filters_first(weight: Array, groups: int, transposed: bool) -> Array:
     return grouped.reshape(groups * filters, channels_in // groups, *kernel)
 
 
-def match_tensors(shapes: Sequence[Shape], tensors: Sequence[Tensor]) -> Matching:
+def match_tensors(shapes: Sequence[Shape], tensors: Sequence[Tensor], indices: Sequence[int] | None = None) -> Matching:
     """Pair a mark's carriers (their shapes, in order of execution) with a suspect's tensors (in order of execution).
 
     Carriers of one shape and tensors of that shape are paired in order. As many of the one as of the other leave one
     pairing; otherwise every pairing that keeps the order is a try, up to MAXIMUM_TRIES in all, and those that leave out
     layers only before and after come first (a network inside a larger one, or cut short). Shapes must be equal, kernels
     included; only a carrier whose shape the suspect lacks altogether is also looked for without the kernel's axes of
-    length 1 (a Linear [O, I] rewritten as a 1x1 convolution [O, I, 1, 1], a Conv1d as a Conv2d). All of it depends on
-    shapes alone, never on the symbols; verification pays for every try.
+    length 1 (a Linear [O, I] rewritten as a 1x1 convolution [O, I, 1, 1], a Conv1d as a Conv2d). indices: the carriers'
+    recorded places among all weights of their network, increasing; where the suspect has a tensor of the right shape at
+    every one of them, that pairing is the first try, beyond MAXIMUM_TRIES where it is not among the others. All of it
+    depends on shapes and places alone, never on the symbols; verification pays for every try.
     """
     groups = [_orders(carriers, candidates) for carriers, candidates in _groups(shapes, tensors)]
     counts = [count for count, _ in groups]
@@ -88,15 +90,26 @@ def match_tensors(shapes: Sequence[Shape], tensors: Sequence[Tensor]) -> Matchin
         for share in range(1, MAXIMUM_TRIES + 1)
         if math.prod(min(count, share) for count in counts) <= MAXIMUM_TRIES
     )
-    tries = []
+    tries: list[tuple[int | None, ...]] = []
     for pairing in product(*(list(islice(orders, share)) for _, orders in groups)):
         assigned: list[int | None] = [None] * len(shapes)
         for pairs in pairing:
             for carrier, tensor in pairs:
                 assigned[carrier] = tensor
         tries.append(tuple(assigned))
+    if indices is not None and _fits(indices, shapes, tensors):
+        recorded = tuple(indices)
+        tries = [recorded, *(pairing for pairing in tries if pairing != recorded)]
     found = sum(tensor is not None for tensor in tries[0])
     return Matching(tuple(tries), found, possible, tuple(_notes(len(shapes), found, possible, len(tries))))
+
+
+def _fits(indices: Sequence[int], shapes: Sequence[Shape], tensors: Sequence[Tensor]) -> bool:
+    """Whether the tensor at each carrier's recorded place has that carrier's shape."""
+    return len(indices) == len(shapes) and all(
+        index < len(tensors) and tensors[index].values.shape == tuple(shape)
+        for index, shape in zip(indices, shapes, strict=True)
+    )
 
 
 def _notes(carriers: int, found: int, possible: int, tried: int) -> Iterator[str]:

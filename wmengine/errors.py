@@ -15,3 +15,7 @@ class WatermarkError(WmengineError, ValueError):
 
 class SuspectError(WmengineError):
     """A suspect that cannot be judged: not a model, no tensors to read, the wrong input shape, no usable answers."""
+
+    def __init__(self, message: str) -> None:
+        # Names inside a suspect's file are a stranger's: none may break the line or steer a terminal.
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))

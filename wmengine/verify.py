@@ -120,7 +120,7 @@ def verify(
         judge = _score_weights if watermark.kind == "white-box" else _score_answers
         score = judge(opened, watermark)
     except SuspectError as cause:
-        error = str(cause)
+        error = " ".join(str(cause).splitlines())  # names in a hostile file may hold line breaks
     owned = error is None and score.log10_p <= math.log10(alpha)
     return Verdict(
         suspect=os.fspath(suspect) if opened is None else opened.name,
@@ -182,7 +182,8 @@ def _score_weights(suspect: Suspect, watermark: Watermark) -> _Score:
     """Read the bits in every pairing of carriers and tensors; the best one counts, after paying for all."""
     parameters, bits = watermark.parameters, watermark.arrays["bits"]
     tensors = suspect.tensors(parameters["input_shape"])
-    matching = match_tensors([tuple(shape) for shape in parameters["carriers"]], tensors)
+    shapes = [tuple(shape) for shape in parameters["carriers"]]
+    matching = match_tensors(shapes, tensors, parameters["carrier_indices"])
     notes = (*suspect.notes, *matching.notes)
     if matching.found == 0:
         return _Score(0, 0, 0, 0.0, (*notes, "no tensor of the suspect has the shape of a carrier: nothing to read"))

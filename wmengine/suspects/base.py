@@ -25,9 +25,9 @@ Outputs = list[tuple[str, Any]]
 class Suspect(Protocol):
     """A suspect: its name, its hash (None where it is no file), and notes on what its last call assumed.
 
-    query: inputs float32 [N, ...] → scores float32 [N, C] or labels int64 [N]; num_classes says which output answers,
-    where there are several. tensors: its weights in order of execution; input_shape is one input's, for suspects that
-    must run to tell that order. Both raise SuspectError, one sentence, when the suspect cannot answer.
+    query: inputs float32 [N, ...] → scores float32 or float64 [N, C], or labels int64 [N]; num_classes says which
+    output answers, where there are several. tensors: its weights in order of execution; input_shape is one input's, for
+    suspects that must run to tell that order. Both raise SuspectError, one sentence, when the suspect cannot answer.
     """
 
     name: str
@@ -49,19 +49,21 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 
 def to_array(output: Any) -> NDArray[Any] | None:
     """A NumPy array of what a suspect returned (array, torch tensor, nested list); None if it is none of these."""
-    if hasattr(output, "detach"):
-        tensor = output.detach().cpu()
-        return np.asarray((tensor.float() if tensor.is_floating_point() else tensor).numpy())
     try:
+        if hasattr(output, "detach"):
+            tensor = output.detach().cpu()
+            narrow = tensor.is_floating_point() and tensor.element_size() < 4  # NumPy has no bfloat16
+            return np.asarray((tensor.float() if narrow else tensor).numpy())
         return np.asarray(output)
-    except (TypeError, ValueError):
+    except Exception:  # a sparse, quantised or meta tensor, or whatever the suspect's own classes raise
         return None
 
 
 def read_answers(output: Any, rows: int) -> NDArray[Any] | None:
-    """Scores float32 [rows, C] or labels int64 [rows] in one output, or None if it holds neither.
+    """Scores [rows, C] or labels int64 [rows] in one output, or None if it holds neither.
 
-    Axes of length 1 at the end are dropped ([N, C, 1, 1] is [N, C]); integers [N] and [N, 1] are labels.
+    Scores are float32, or float64 where they came in more than float32 holds: rounding must not move an argmax. Axes of
+    length 1 at the end are dropped ([N, C, 1, 1] is [N, C]); integers [N] and [N, 1] are labels.
     """
     array = to_array(output)
     if array is None or array.ndim == 0 or array.shape[0] != rows or array.dtype.kind not in "fiu":
@@ -73,7 +75,7 @@ def read_answers(output: Any, rows: int) -> NDArray[Any] | None:
     if array.ndim != 2:
         return None
     with np.errstate(over="ignore"):
-        return array.astype(np.float32)
+        return array.astype(np.float32 if array.dtype in (np.float16, np.float32) else np.float64)
 
 
 def choose_output(outputs: Outputs, rows: int, num_classes: int | None, name: str) -> int:

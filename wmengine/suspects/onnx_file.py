@@ -94,11 +94,14 @@ def _read(descriptor: int, name: str, maximum_bytes: int, links_allowed: bool) -
 def _read_external(model: str, location: str, maximum_bytes: int) -> bytes:
     """One external file, opened part by part below the model's directory, no part of it through a symbolic link."""
     directory = os.path.dirname(model) or "."
-    path = os.path.join(directory, location)
+    path = os.path.join(directory, repr(location)[1:-1])  # for messages: a name may hold line breaks
     parts = PurePosixPath(location).parts
     if not parts or os.path.isabs(location) or ".." in parts or "\0" in location:
         raise SuspectError(f"{model} names the external file {location!r}, which is not inside the model's directory")
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise SuspectError(f"{directory} cannot be opened for the weights of {model} ({error.strerror})") from None
     try:
         for depth, part in enumerate(parts, start=1):
             flags = os.O_RDONLY | os.O_NOFOLLOW | (os.O_NONBLOCK if depth == len(parts) else os.O_DIRECTORY)
@@ -117,7 +120,7 @@ def external_locations(name: str, data: bytes) -> list[str]:
     """The external files that a model names, sorted; without the word `location` it names none and is not parsed."""
     if b"location" not in data:
         return []
-    return sorted({_entries(tensor).get("location", "") for tensor in external_tensors(parse(name, data))})
+    return sorted({_entries(name, tensor).get("location", "") for tensor in external_tensors(parse(name, data))})
 
 
 def parse(name: str, data: bytes) -> Any:
@@ -149,7 +152,7 @@ def parse_in_memory(file: ModelFile) -> Any:
     """The onnx.ModelProto with external tensors replaced by their bytes, so that reading it opens no file."""
     model = parse(file.name, file.data)
     for tensor in external_tensors(model):
-        entries = _entries(tensor)
+        entries = _entries(file.name, tensor)
         stored = file.external.get(entries.get("location", ""))
         if stored is None:
             raise SuspectError(f"{file.name} has external weights and does not say where; export it again")
@@ -159,15 +162,19 @@ def parse_in_memory(file: ModelFile) -> Any:
         except ValueError:
             raise SuspectError(f"{file.name} gives an offset or a length that is no number; export it again") from None
         if offset < 0 or length < 0 or offset + length > len(stored):
-            raise SuspectError(f"{file.name} reads beyond the end of {entries['location']}; copy the weights again")
+            raise SuspectError(f"{file.name} reads beyond the end of {entries['location']!r}; copy the weights again")
         tensor.raw_data = stored[offset : offset + length]
         tensor.data_location = tensor.DEFAULT
         del tensor.external_data[:]
     return model
 
 
-def _entries(tensor: Any) -> dict[str, str]:
-    return {entry.key: entry.value for entry in tensor.external_data}
+def _entries(name: str, tensor: Any) -> dict[str, str]:
+    """What a tensor says about its external data. Protobuf gives strings that are no UTF-8 as bytes: refused."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if not all(isinstance(text, str) for entry in entries.items() for text in entry):
+        raise SuspectError(f"{name} names external weights in what is not UTF-8; export it again")
+    return entries
 
 
 class OnnxSuspect:

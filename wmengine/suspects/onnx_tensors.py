@@ -7,6 +7,7 @@ or rescale values, to an initializer or a Constant, and turned to the orientatio
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,6 +49,8 @@ OPERATORS = {
     "MatMulIntegerToFloat": _Operand(1, 3, 5, "matrix"),
 }
 DOMAINS = ("", "ai.onnx", "com.microsoft")
+# The operators between a stored weight and its use that only move or rescale values.
+CHAIN = ("Identity", "Cast", "QuantizeLinear", "DequantizeLinear", "Transpose", "Reshape")
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,15 @@ def read_tensors(name: str, model: Any) -> tuple[list[Tensor], list[str]]:
 def _walk(nodes: list[Any]) -> tuple[list[Tensor], list[str]]:
     found: dict[Any, Tensor] = {}
     stored: dict[str, int] = {}
+    rejected: set[Any] = set()
     blocked = 0
     for node in nodes:
         blocked += node.domain == "com.microsoft.nchwc" and node.op_type == "Conv"
         operand = OPERATORS.get(node.op_type) if node.domain in DOMAINS else None
         if operand is None:
             continue
-        weight, oriented = _read_weight(node, operand)
-        if weight is None or oriented is None or weight.root in found:
+        weight, oriented = _read_weight(node, operand, found, rejected)
+        if weight is None or oriented is None:
             continue
         values = np.ascontiguousarray(oriented, dtype=np.float32)
         found[weight.root] = Tensor(values, str(weight.root.name))
@@ -96,14 +100,25 @@ def _walk(nodes: list[Any]) -> tuple[list[Tensor], list[str]]:
     return list(found.values()), notes
 
 
-def _read_weight(node: Any, operand: _Operand) -> tuple[_Weight | None, NDArray[np.float32] | None]:
-    """The stored weight of a node, and its values as [O, I/groups, *kernel], dequantised."""
-    weight = _resolve(_input(node, operand.weight))
+def _read_weight(
+    node: Any, operand: _Operand, found: Container[Any], rejected: set[Any]
+) -> tuple[_Weight | None, NDArray[np.float32] | None]:
+    """The stored weight of a node, and its values as [O, I/groups, *kernel], dequantised.
+
+    None where there is none, or its root is in `found`. What has no weight's shape goes to `rejected`: a value is
+    computed once, however many nodes use it.
+    """
     matrix = operand.layout == "matrix"
-    left = weight is None and matrix and operand.weight == 1  # W·x, where x·Wᵀ is usual
+    value = _input(node, operand.weight)
+    left = matrix and operand.weight == 1 and _chain(value) is None  # W·x, where x·Wᵀ is usual
     if left:
-        weight = _resolve(_input(node, 0))
-    if weight is None or weight.values.size == 0 or (weight.values.ndim != 2 if matrix else weight.values.ndim < 3):
+        value = _input(node, 0)
+    chain = _chain(value)
+    if chain is None or chain[0] in found or (value, matrix) in rejected:
+        return None, None
+    weight = _follow(chain)
+    if weight.values.size == 0 or (weight.values.ndim != 2 if matrix else weight.values.ndim < 3):
+        rejected.add((value, matrix))
         return None, None
     if matrix:
         turned = _attribute(node, "transA", 0) if left else not _attribute(node, "transB", 0)
@@ -113,9 +128,9 @@ def _read_weight(node: Any, operand: _Operand) -> tuple[_Weight | None, NDArray[
     # A quantised operator has one scale, or one for each filter: filters are on axis 0 by now.
     zero_point = _constant(_input(node, operand.zero_point))
     if zero_point is not None:
-        rows = rows - _per_axis(zero_point, rows.ndim, 0)
+        rows = rows - _per_axis(zero_point, rows.shape, 0)
     scale = _scale(node, operand)
-    return weight, rows if scale is None else rows * _per_axis(scale, rows.ndim, 0)
+    return weight, rows if scale is None else rows * _per_axis(scale, rows.shape, 0)
 
 
 def _scale(node: Any, operand: _Operand) -> NDArray[np.float32] | None:
@@ -136,44 +151,58 @@ def _scale(node: Any, operand: _Operand) -> NDArray[np.float32] | None:
     return None
 
 
-def _resolve(value: Any, depth: int = 0) -> _Weight | None:
-    """Follow a value back to the initializer or Constant that it is a copy of, or None if it depends on an input."""
-    if value is None or depth > MAXIMUM_CHAIN:
-        return None
-    tensor = value.const_value
+def _stored(value: Any) -> Any:
+    """The tensor of an initializer or a Constant, unread, or None."""
+    if value is None or value.const_value is not None:
+        return None if value is None else value.const_value
     node = value.producer()
-    if tensor is None and node is not None and node.op_type == "Constant" and "value" in node.attributes:
-        tensor = node.attributes["value"].value
-    if tensor is not None:
-        array = tensor.numpy()
-        return _Weight(value, array.astype(np.float32, copy=False), str(array.dtype))
-    if node is None or node.domain not in DOMAINS:
-        return None
-    source = _resolve(_input(node, 0), depth + 1)
-    if source is None:
-        return None
-    values, stored = source.values, source.stored
-    if node.op_type in ("Identity", "Cast", "QuantizeLinear"):
-        # Rounding aside (a QuantizeLinear here is undone by the DequantizeLinear behind it) these keep the values.
+    if node is not None and node.op_type == "Constant" and "value" in node.attributes:
+        return node.attributes["value"].value
+    return None
+
+
+def _chain(value: Any) -> list[Any] | None:
+    """The values from the initializer or Constant that this one is a copy of (the root) to this one, or None.
+
+    Nothing is computed; each step but the first is the output of a node in CHAIN whose other inputs are constants.
+    """
+    chain: list[Any] = []
+    while value is not None and len(chain) <= MAXIMUM_CHAIN:
+        chain.append(value)
+        if _stored(value) is not None:
+            return chain[::-1]
+        node = value.producer()
+        if node is None or node.domain not in DOMAINS or node.op_type not in CHAIN:
+            return None
+        if any(given is not None and not _is_constant(given) for given in node.inputs[1:]):
+            return None
+        value = _input(node, 0)
+    return None
+
+
+def _follow(chain: list[Any]) -> _Weight:
+    """The values at the end of a chain."""
+    array = _stored(chain[0]).numpy()
+    values, stored = array.astype(np.float32, copy=False), str(array.dtype)
+    for value in chain[1:]:
+        node = value.producer()
+        # Rounding aside (a QuantizeLinear here is undone by the DequantizeLinear behind it) the others keep the values.
         if node.op_type == "QuantizeLinear":
             stored = "float32, quantised in the graph"
-    elif node.op_type == "DequantizeLinear":
-        if not stored.endswith("in the graph"):
-            values, stored = _dequantised(node, values), "quantised to integers"
-    elif node.op_type == "Transpose":
-        permutation = node.attributes["perm"].value if "perm" in node.attributes else None
-        values = values.transpose(permutation)
-    elif node.op_type == "Reshape":
-        shape = _constant(_input(node, 1))
-        if shape is None:
-            return None
-        sizes = [int(size) for size in shape]
-        if not _attribute(node, "allowzero", 0):
-            sizes = [values.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
-        values = values.reshape(sizes)
-    else:
-        return None
-    return _Weight(source.root, values, stored)
+        elif node.op_type == "DequantizeLinear":
+            if not stored.endswith("in the graph"):
+                values, stored = _dequantised(node, values), "quantised to integers"
+        elif node.op_type == "Transpose":
+            values = values.transpose(node.attributes["perm"].value if "perm" in node.attributes else None)
+        elif node.op_type == "Reshape":
+            shape = _constant(_input(node, 1))
+            if shape is None:
+                raise ValueError("Reshape of a weight has no shape")
+            sizes = [int(size) for size in shape]
+            if not _attribute(node, "allowzero", 0):
+                sizes = [values.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
+            values = values.reshape(sizes)
+    return _Weight(chain[0], values, stored)
 
 
 def _dequantised(node: Any, values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -184,25 +213,46 @@ def _dequantised(node: Any, values: NDArray[np.float32]) -> NDArray[np.float32]:
         raise ValueError("DequantizeLinear of a weight has no constant scale")
 
     def spread(factor: NDArray[np.float32]) -> NDArray[np.float32]:
-        if block and factor.ndim == values.ndim:
-            return np.repeat(factor, block, axis=axis).take(range(values.shape[axis]), axis=axis)
-        return _per_axis(factor, values.ndim, axis)
+        if block <= 0 or factor.ndim != values.ndim:
+            return _per_axis(factor, values.shape, axis)
+        blocks = list(values.shape)
+        blocks[axis] = -(-blocks[axis] // block)
+        if list(factor.shape) != blocks:
+            raise ValueError(f"{list(factor.shape)} factors do not fit {blocks} blocks")
+        return factor.take(np.arange(values.shape[axis]) // block, axis=axis)
 
     return (values if zero_point is None else values - spread(zero_point)) * spread(scale)
 
 
-def _per_axis(factor: NDArray[np.float32], dimensions: int, axis: int) -> NDArray[np.float32]:
-    """A factor for the whole tensor, or one for each index of an axis, in a shape that broadcasts along it."""
+def _per_axis(factor: NDArray[np.float32], shape: tuple[int, ...], axis: int) -> NDArray[np.float32]:
+    """A factor for a whole tensor of this shape, or one for each index of an axis; it never makes the tensor larger."""
     if factor.size == 1:
         return factor.reshape(())
-    shape = [1] * dimensions
-    shape[axis] = factor.size
-    return factor.reshape(shape)
+    if factor.size != shape[axis]:
+        raise ValueError(f"{factor.size} factors do not fit an axis of length {shape[axis]}")
+    along = [1] * len(shape)
+    along[axis] = factor.size
+    return factor.reshape(along)
+
+
+def _is_constant(value: Any) -> bool:
+    return _stored(_copied(value)) is not None
 
 
 def _constant(value: Any) -> NDArray[np.float32] | None:
-    weight = _resolve(value)
-    return None if weight is None else weight.values
+    """A scale, a zero point or a shape: an initializer or a Constant, as float32, or None."""
+    tensor = _stored(_copied(value))
+    return None if tensor is None else tensor.numpy().astype(np.float32, copy=False)
+
+
+def _copied(value: Any) -> Any:
+    """What a value is an Identity of: exporters write equal initializers once, with an Identity for each other use."""
+    for _ in range(MAXIMUM_CHAIN):
+        node = None if value is None else value.producer()
+        if node is None or node.op_type != "Identity" or node.domain not in DOMAINS:
+            break
+        value = _input(node, 0)
+    return value
 
 
 def _input(node: Any, index: int | None) -> Any:
