@@ -1,5 +1,6 @@
 """NumPy operators: each against its float64 reference, and the properties that every backend must share."""
 
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from wmengine import ops
+from wmengine import _cpu, ops
 from wmengine.ops import reference
 
 KEYS = st.integers(0, 2**64 - 1)
@@ -152,6 +153,42 @@ def test_same_bits_over_repeats_and_thread_counts():
     finally:
         ops.set_num_threads(threads)
     assert len(set(results)) == 1
+
+
+def test_every_instruction_set_gives_the_same_bits():
+    rng = np.random.default_rng(15)
+    weight = rng.normal(size=(130, 111)).astype(np.float32)
+    g = rng.normal(size=100).astype(np.float32)
+    outputs, expected = rng.normal(size=(7, 90, 12)).astype(np.float32), rng.integers(0, 12, size=(3, 90))
+    before = _cpu.instruction_set()
+    results = []
+    try:
+        for name in _cpu.instruction_sets():
+            _cpu.set_instruction_set(name)
+            assert _cpu.instruction_set() == name
+            parts = [
+                ops.carrier_projection(weight, 1, 100, carrier, projection)
+                for carrier in reference.CARRIERS
+                for projection in reference.PROJECTIONS[:2]
+            ]
+            parts += [ops.sketch_adjoint(g, 1, 9999), ops.project_adjoint(g, 1, 9999)]
+            parts += ops.match_counts(outputs, expected)
+            results.append(b"".join(part.tobytes() for part in parts))
+    finally:
+        _cpu.set_instruction_set(before)
+    assert len(set(results)) == 1
+
+
+def test_the_instruction_set_can_be_capped_from_the_environment():
+    code = "from wmengine import _cpu; print(_cpu.instruction_set())"
+    plainest = _cpu.instruction_sets()[0]
+    for name, works in ((plainest, True), ("z80", False)):
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"WMENGINE_INSTRUCTION_SET": name}, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+        assert (run.returncode == 0) is works
+        assert plainest in (run.stdout if works else run.stderr)
 
 
 def test_operators_work_in_a_forked_child():

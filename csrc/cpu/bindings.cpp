@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -11,6 +12,7 @@
 #include "cross_entropy.h"
 #include "embedding.h"
 #include "match_counts.h"
+#include "simd.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -35,26 +37,60 @@ std::vector<Weight> weights_of(const std::vector<WeightTuple>& tuples) {
     return weights;
 }
 
-std::string instruction_set() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("x86-64-v4")) {
-        return "x86-64-v4 (AVX-512)";
-    }
-    if (__builtin_cpu_supports("x86-64-v3")) {
-        return "x86-64-v3 (AVX2)";
-    }
-    return "x86-64 (SSE2)";
+struct NamedLevel {
+    const char* name;
+    Level level;
+};
+
+// Every instruction set that this processor has, the plainest first.
+std::vector<NamedLevel> levels() {
+#if defined(WM_X86_64)
+    std::vector<NamedLevel> all{{"x86-64", Level::kBaseline}, {"x86-64-v3", Level::kV3}, {"x86-64-v4", Level::kV4}};
+    all.resize(static_cast<size_t>(best_level()) + 1);
+    return all;
+#elif defined(__aarch64__)
+    return {{"aarch64", Level::kBaseline}};
 #else
-    return "generic";
+    return {{"generic", Level::kBaseline}};
 #endif
+}
+
+std::string instruction_set() { return levels()[static_cast<size_t>(level())].name; }
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const NamedLevel& each : levels()) {
+        names.push_back(each.name);
+    }
+    return names;
+}
+
+void set_instruction_set(const std::string& name) {
+    std::string known;
+    for (const NamedLevel& each : levels()) {
+        if (name == each.name) {
+            set_level(each.level);
+            return;
+        }
+        known += (known.empty() ? "" : ", ") + std::string(each.name);
+    }
+    throw std::invalid_argument("instruction set '" + name + "' is not one of this processor's: " + known);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "wmengine's operators on CPUs";
+    if (const char* name = std::getenv("WMENGINE_INSTRUCTION_SET")) {
+        try {
+            set_instruction_set(name);
+        } catch (const std::invalid_argument& error) {
+            throw py::import_error(std::string("WMENGINE_INSTRUCTION_SET: ") + error.what());
+        }
+    }
     m.def("instruction_set", &instruction_set);
+    m.def("instruction_sets", &instruction_sets);
+    m.def("set_instruction_set", &set_instruction_set, py::arg("name"));
     m.def("thread_count", &thread_count);
     m.def("set_thread_count", &set_thread_count, py::arg("count"));
 

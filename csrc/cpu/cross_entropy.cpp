@@ -154,17 +154,20 @@ WM_INLINE void rows_of(const CrossEntropyProblem& problem, const CrossEntropyRes
     }
 }
 
-WM_CLONES void run_rows(const CrossEntropyProblem& problem, const CrossEntropyResult& result, int64_t begin,
-                        int64_t end, double inverse_denominator) {
-    const bool smoothing = problem.label_smoothing != 0;
-    if (result.gradient != nullptr) {
-        smoothing ? rows_of<true, true>(problem, result, begin, end, inverse_denominator)
-                  : rows_of<true, false>(problem, result, begin, end, inverse_denominator);
-    } else {
-        smoothing ? rows_of<false, true>(problem, result, begin, end, inverse_denominator)
-                  : rows_of<false, false>(problem, result, begin, end, inverse_denominator);
+struct Rows {
+    template <Level>
+    WM_INLINE void run(CrossEntropyProblem problem, CrossEntropyResult result, int64_t begin, int64_t end,
+                       double inverse_denominator) {
+        const bool smoothing = problem.label_smoothing != 0;
+        if (result.gradient != nullptr) {
+            smoothing ? rows_of<true, true>(problem, result, begin, end, inverse_denominator)
+                      : rows_of<true, false>(problem, result, begin, end, inverse_denominator);
+        } else {
+            smoothing ? rows_of<false, true>(problem, result, begin, end, inverse_denominator)
+                      : rows_of<false, false>(problem, result, begin, end, inverse_denominator);
+        }
     }
-}
+};
 
 }  // namespace
 
@@ -193,7 +196,7 @@ void marked_cross_entropy(const CrossEntropyProblem& problem, const CrossEntropy
     }
     const int64_t step = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, problem.classes));
     parallel_for((problem.rows + step - 1) / step, [&](int64_t part) {
-        run_rows(problem, result, part * step, std::min(part * step + step, problem.rows), 1.0 / denominator);
+        dispatch<Rows>(problem, result, part * step, std::min(part * step + step, problem.rows), 1.0 / denominator);
     });
     double loss = 0;
     std::fill(result.group_hits, result.group_hits + problem.groups, 0);

@@ -53,60 +53,76 @@ WM_INLINE void gaussian_add(float g, int groups, uint64_t first_group, uint32_t 
     }
 }
 
+struct DenseRun {
+    template <Level>
+    WM_INLINE void run(const float* w, int64_t first, int64_t count, uint64_t key, Projection kind, int64_t row,
+                       int64_t rows, float* sums) {
+        float padded[kBlock];
+        for (int64_t begin = 0; begin < count; begin += kBlock) {
+            const int64_t here = std::min<int64_t>(kBlock, count - begin);
+            const uint64_t block = (first + begin) / kBlock;
+            const float* values = w + begin;
+            if (here < kBlock) {
+                std::fill(std::copy(values, values + here, padded), padded + kBlock, 0.0f);
+                values = padded;
+            }
+            if (kind == Projection::kRademacher) {
+                const int lane_rows = static_cast<int>((here + kLanes - 1) / kLanes);
+                for (int64_t t = 0; t < rows; ++t) {
+                    uint32_t words[4][kLanes];
+                    block_signs(block, static_cast<uint32_t>(row + t), kDomainDense, key, words);
+                    sums[t] += sign_dot(values, lane_rows, words);
+                }
+            } else {
+                const int groups = static_cast<int>((here + kGaussianBlock - 1) / kGaussianBlock);
+                for (int64_t t = 0; t < rows; ++t) {
+                    sums[t] += gaussian_dot(values, groups, block * (kBlock / kGaussianBlock),
+                                            static_cast<uint32_t>(row + t), key);
+                }
+            }
+        }
+    }
+};
+
+struct DenseAdjointRun {
+    template <Level>
+    WM_INLINE void run(const float* g, int64_t rows, int64_t first, int64_t count, uint64_t key, Projection kind,
+                       bool accumulate, float* out) {
+        float sums[kBlock];
+        for (int64_t begin = 0; begin < count; begin += kBlock) {
+            const int64_t here = std::min<int64_t>(kBlock, count - begin);
+            const uint64_t block = (first + begin) / kBlock;
+            std::fill(sums, sums + kBlock, 0.0f);
+            if (kind == Projection::kRademacher) {
+                const int lane_rows = static_cast<int>((here + kLanes - 1) / kLanes);
+                for (int64_t t = 0; t < rows; ++t) {
+                    uint32_t words[4][kLanes];
+                    block_signs(block, static_cast<uint32_t>(t), kDomainDense, key, words);
+                    sign_add(g[t], lane_rows, words, sums);
+                }
+            } else {
+                const int groups = static_cast<int>((here + kGaussianBlock - 1) / kGaussianBlock);
+                for (int64_t t = 0; t < rows; ++t) {
+                    gaussian_add(g[t], groups, block * (kBlock / kGaussianBlock), static_cast<uint32_t>(t), key, sums);
+                }
+            }
+            for (int64_t m = 0; m < here; ++m) {
+                out[begin + m] = accumulate ? out[begin + m] + sums[m] : sums[m];
+            }
+        }
+    }
+};
+
 }  // namespace
 
-WM_CLONES void dense_run(const float* w, int64_t first, int64_t count, uint64_t key, Projection kind, int64_t row,
-                         int64_t rows, float* sums) {
-    float padded[kBlock];
-    for (int64_t begin = 0; begin < count; begin += kBlock) {
-        const int64_t here = std::min<int64_t>(kBlock, count - begin);
-        const uint64_t block = (first + begin) / kBlock;
-        const float* values = w + begin;
-        if (here < kBlock) {
-            std::fill(std::copy(values, values + here, padded), padded + kBlock, 0.0f);
-            values = padded;
-        }
-        if (kind == Projection::kRademacher) {
-            const int lane_rows = static_cast<int>((here + kLanes - 1) / kLanes);
-            for (int64_t t = 0; t < rows; ++t) {
-                uint32_t words[4][kLanes];
-                block_signs(block, static_cast<uint32_t>(row + t), kDomainDense, key, words);
-                sums[t] += sign_dot(values, lane_rows, words);
-            }
-        } else {
-            const int groups = static_cast<int>((here + kGaussianBlock - 1) / kGaussianBlock);
-            for (int64_t t = 0; t < rows; ++t) {
-                sums[t] += gaussian_dot(values, groups, block * (kBlock / kGaussianBlock),
-                                        static_cast<uint32_t>(row + t), key);
-            }
-        }
-    }
+void dense_run(const float* w, int64_t first, int64_t count, uint64_t key, Projection kind, int64_t row, int64_t rows,
+               float* sums) {
+    dispatch<DenseRun>(w, first, count, key, kind, row, rows, sums);
 }
 
-WM_CLONES void dense_adjoint_run(const float* g, int64_t rows, int64_t first, int64_t count, uint64_t key,
-                                 Projection kind, bool accumulate, float* out) {
-    float sums[kBlock];
-    for (int64_t begin = 0; begin < count; begin += kBlock) {
-        const int64_t here = std::min<int64_t>(kBlock, count - begin);
-        const uint64_t block = (first + begin) / kBlock;
-        std::fill(sums, sums + kBlock, 0.0f);
-        if (kind == Projection::kRademacher) {
-            const int lane_rows = static_cast<int>((here + kLanes - 1) / kLanes);
-            for (int64_t t = 0; t < rows; ++t) {
-                uint32_t words[4][kLanes];
-                block_signs(block, static_cast<uint32_t>(t), kDomainDense, key, words);
-                sign_add(g[t], lane_rows, words, sums);
-            }
-        } else {
-            const int groups = static_cast<int>((here + kGaussianBlock - 1) / kGaussianBlock);
-            for (int64_t t = 0; t < rows; ++t) {
-                gaussian_add(g[t], groups, block * (kBlock / kGaussianBlock), static_cast<uint32_t>(t), key, sums);
-            }
-        }
-        for (int64_t m = 0; m < here; ++m) {
-            out[begin + m] = accumulate ? out[begin + m] + sums[m] : sums[m];
-        }
-    }
+void dense_adjoint_run(const float* g, int64_t rows, int64_t first, int64_t count, uint64_t key, Projection kind,
+                       bool accumulate, float* out) {
+    dispatch<DenseAdjointRun>(g, rows, first, count, key, kind, accumulate, out);
 }
 
 }  // namespace wmengine

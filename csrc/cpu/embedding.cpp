@@ -29,19 +29,24 @@ int64_t padded_buckets(int64_t total) {
     return buckets;
 }
 
-WM_CLONES float row_dot(const float* a, const float* b, int64_t size) {
-    Float8 sum0 = splat(0), sum1 = splat(0);
-    int64_t i = 0;
-    for (; i + 16 <= size; i += 16) {
-        sum0 += load8(a + i) * load8(b + i);
-        sum1 += load8(a + i + 8) * load8(b + i + 8);
+struct RowDot {
+    template <Level>
+    WM_INLINE float run(const float* a, const float* b, int64_t size) {
+        Float8 sum0 = splat(0), sum1 = splat(0);
+        int64_t i = 0;
+        for (; i + 16 <= size; i += 16) {
+            sum0 += load8(a + i) * load8(b + i);
+            sum1 += load8(a + i + 8) * load8(b + i + 8);
+        }
+        float sum = sum8(sum0 + sum1);
+        for (; i < size; ++i) {
+            sum += a[i] * b[i];
+        }
+        return sum;
     }
-    float sum = sum8(sum0 + sum1);
-    for (; i < size; ++i) {
-        sum += a[i] * b[i];
-    }
-    return sum;
-}
+};
+
+float row_dot(const float* a, const float* b, int64_t size) { return dispatch<RowDot>(a, b, size); }
 
 // 1/‖row‖; beyond float's comfortable range in double. A row so small that float cannot hold the inverse counts as
 // zero.
@@ -58,25 +63,43 @@ float inverse_norm(const float* row, int64_t size) {
     return inverse > std::numeric_limits<float>::max() ? 0.0f : static_cast<float>(inverse);
 }
 
-WM_CLONES void scale_row(const float* row, float factor, int64_t size, float* out) {
-    for (int64_t i = 0; i < size; ++i) {
-        out[i] = row[i] * factor;
+struct ScaleRow {
+    template <Level>
+    WM_INLINE void run(const float* row, float factor, int64_t size, float* out) {
+        for (int64_t i = 0; i < size; ++i) {
+            out[i] = row[i] * factor;
+        }
     }
-}
+};
 
-WM_CLONES void add_scaled_row(const float* row, float factor, int64_t size, float* sums) {
-    for (int64_t i = 0; i < size; ++i) {
-        sums[i] += row[i] * factor;
+void scale_row(const float* row, float factor, int64_t size, float* out) { dispatch<ScaleRow>(row, factor, size, out); }
+
+struct AddScaledRow {
+    template <Level>
+    WM_INLINE void run(const float* row, float factor, int64_t size, float* sums) {
+        for (int64_t i = 0; i < size; ++i) {
+            sums[i] += row[i] * factor;
+        }
     }
+};
+
+void add_scaled_row(const float* row, float factor, int64_t size, float* sums) {
+    dispatch<AddScaledRow>(row, factor, size, sums);
 }
 
 // out = inverse * (g - u (u·g)), u = inverse * row: the gradient through x / ‖x‖.
-WM_CLONES void unit_row_gradient(const float* row, const float* g, float inverse, float factor, int64_t size,
-                                 float* out) {
-    const float along = row_dot(row, g, size) * inverse * inverse;
-    for (int64_t i = 0; i < size; ++i) {
-        out[i] = factor * inverse * (g[i] - along * row[i]);
+struct UnitRowGradient {
+    template <Level>
+    WM_INLINE void run(const float* row, const float* g, float inverse, float factor, int64_t size, float* out) {
+        const float along = row_dot(row, g, size) * inverse * inverse;
+        for (int64_t i = 0; i < size; ++i) {
+            out[i] = factor * inverse * (g[i] - along * row[i]);
+        }
     }
+};
+
+void unit_row_gradient(const float* row, const float* g, float inverse, float factor, int64_t size, float* out) {
+    dispatch<UnitRowGradient>(row, g, inverse, factor, size, out);
 }
 
 // Weights first … first + count of a carrier with unit filters, each row divided by its norm; `inverse` begins at row

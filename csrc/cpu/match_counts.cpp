@@ -171,40 +171,49 @@ WM_INLINE void count_row(const float* z, float maximum, int64_t classes, const i
     }
 }
 
-WM_CLONES void count_rows(const float* outputs, int64_t rows, int64_t classes, const int32_t* expected, int64_t queries,
-                          int64_t sets, int32_t* counts, int32_t* invalid) {
-    int64_t n = 0;
-    if (classes >= 8 && classes <= kShortRow) {
-        for (; n + 8 <= rows; n += 8) {
-            Int8 predicted;
-            if (predict_eight(outputs + n * classes, classes, &predicted)) {
-                for (int64_t k = 0; k < sets; ++k) {
-                    Int8 labels;
-                    std::memcpy(&labels, expected + k * queries + n, sizeof labels);
-                    const Int8 same = labels == predicted;  // -1 where equal
-                    counts[k] -= (same[0] + same[1]) + (same[2] + same[3]) + (same[4] + same[5]) + (same[6] + same[7]);
+struct CountRows {
+    template <Level>
+    WM_INLINE void run(const float* outputs, int64_t rows, int64_t classes, const int32_t* expected, int64_t queries,
+                       int64_t sets, int32_t* counts, int32_t* invalid) {
+        int64_t n = 0;
+        if (classes >= 8 && classes <= kShortRow) {
+            for (; n + 8 <= rows; n += 8) {
+                Int8 predicted;
+                if (predict_eight(outputs + n * classes, classes, &predicted)) {
+                    for (int64_t k = 0; k < sets; ++k) {
+                        Int8 labels;
+                        std::memcpy(&labels, expected + k * queries + n, sizeof labels);
+                        const Int8 same = labels == predicted;  // -1 where equal
+                        counts[k] -=
+                            (same[0] + same[1]) + (same[2] + same[3]) + (same[4] + same[5]) + (same[6] + same[7]);
+                    }
+                    continue;
                 }
-                continue;
-            }
-            for (int64_t i = n; i < n + 8; ++i) {
-                const RowTop top = row_top(outputs + i * classes, classes);
-                if (top.finite) {
-                    count_row(outputs + i * classes, top.maximum, classes, expected + i, queries, sets, counts);
-                } else {
-                    ++*invalid;
+                for (int64_t i = n; i < n + 8; ++i) {
+                    const RowTop top = row_top(outputs + i * classes, classes);
+                    if (top.finite) {
+                        count_row(outputs + i * classes, top.maximum, classes, expected + i, queries, sets, counts);
+                    } else {
+                        ++*invalid;
+                    }
                 }
             }
         }
-    }
-    for (; n < rows; ++n) {
-        const float* z = outputs + n * classes;
-        const RowTop top = row_top(z, classes);
-        if (top.finite) {
-            count_row(z, top.maximum, classes, expected + n, queries, sets, counts);
-        } else {
-            ++*invalid;
+        for (; n < rows; ++n) {
+            const float* z = outputs + n * classes;
+            const RowTop top = row_top(z, classes);
+            if (top.finite) {
+                count_row(z, top.maximum, classes, expected + n, queries, sets, counts);
+            } else {
+                ++*invalid;
+            }
         }
     }
+};
+
+void count_rows(const float* outputs, int64_t rows, int64_t classes, const int32_t* expected, int64_t queries,
+                int64_t sets, int32_t* counts, int32_t* invalid) {
+    dispatch<CountRows>(outputs, rows, classes, expected, queries, sets, counts, invalid);
 }
 
 }  // namespace

@@ -1,45 +1,107 @@
-// Vectors of eight floats, in GCC's and Clang's portable notation; functions marked WM_CLONES are compiled once for
-// each instruction set and chosen when the module loads, so one binary runs everywhere.
+// Vectors in GCC's and Clang's portable notation, and the choice of an instruction set when a kernel is called: one
+// binary runs everywhere, and a test can ask every instruction set for the same answer on one machine.
 //
-// Helpers that take vectors must be WM_INLINE: a call would pass them through memory, in a way that differs by clone.
+// A kernel is a struct with a static template `run<level>(…)`, marked WM_INLINE. `dispatch<Kernel>(…)` calls the copy
+// of it that was compiled for `level()`. Helpers that take vectors must be WM_INLINE too: a call would pass them
+// through memory, in a way that differs by instruction set, and would leave the instruction set of its caller. So must
+// lambdas.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define WM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define WM_CLONES
-#endif
 #define WM_INLINE static inline __attribute__((always_inline))
 
 namespace wmengine {
 
-typedef float Float8 __attribute__((vector_size(32)));
-typedef uint32_t Word8 __attribute__((vector_size(32)));
-typedef int32_t Int8 __attribute__((vector_size(32)));
+// Instruction sets by what they add; on processors other than x86-64 there is only the baseline.
+enum class Level : int { kBaseline = 0, kV3 = 1, kV4 = 2 };  // SSE2 or NEON; AVX2 and FMA; AVX-512
 
-WM_INLINE Float8 load8(const float* p) {
-    Float8 v;
+// The best level that this processor has and set_level allows.
+Level level();
+Level best_level();
+void set_level(Level level);  // std::invalid_argument where the processor lacks it
+
+#if defined(__x86_64__)
+#define WM_X86_64 1
+template <typename Kernel, typename... Arguments>
+__attribute__((target("arch=x86-64-v4"))) auto run_v4(Arguments... arguments) {
+    return Kernel::template run<Level::kV4>(arguments...);
+}
+template <typename Kernel, typename... Arguments>
+__attribute__((target("arch=x86-64-v3"))) auto run_v3(Arguments... arguments) {
+    return Kernel::template run<Level::kV3>(arguments...);
+}
+#endif
+
+// Arguments are passed by value: pointers, numbers, or small structs (a reference by std::ref is not needed so far).
+template <typename Kernel, typename... Arguments>
+auto dispatch(Arguments... arguments) {
+#if defined(WM_X86_64)
+    switch (level()) {
+        case Level::kV4:
+            return run_v4<Kernel>(arguments...);
+        case Level::kV3:
+            return run_v3<Kernel>(arguments...);
+        case Level::kBaseline:
+            break;
+    }
+#endif
+    return Kernel::template run<Level::kBaseline>(arguments...);
+}
+
+// Lanes of the widest vector that a level computes with; the compiler splits vectors of eight where there is none.
+constexpr int lanes_of(Level level) { return level == Level::kV4 ? 16 : 8; }
+
+template <int lanes>
+struct Vectors {
+    typedef float Float __attribute__((vector_size(4 * lanes)));
+    typedef uint32_t Word __attribute__((vector_size(4 * lanes)));
+    typedef int32_t Int __attribute__((vector_size(4 * lanes)));
+};
+template <int lanes>
+using Floats = typename Vectors<lanes>::Float;
+template <int lanes>
+using Words32 = typename Vectors<lanes>::Word;
+template <int lanes>
+using Ints = typename Vectors<lanes>::Int;
+
+typedef Floats<8> Float8;
+typedef Words32<8> Word8;
+typedef Ints<8> Int8;
+
+template <typename Vector, typename T>
+WM_INLINE Vector load(const T* p) {
+    Vector v;
     std::memcpy(&v, p, sizeof v);
     return v;
 }
 
-WM_INLINE void store8(float* p, Float8 v) { std::memcpy(p, &v, sizeof v); }
-
-WM_INLINE Word8 load_words(const uint32_t* p) {
-    Word8 v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
+template <typename Vector, typename T>
+WM_INLINE void store(T* p, Vector v) {
+    std::memcpy(p, &v, sizeof v);
 }
+
+template <int lanes>
+WM_INLINE Floats<lanes> spread(float x) {
+    return x - Floats<lanes>{};
+}
+
+WM_INLINE Float8 load8(const float* p) { return load<Float8>(p); }
+
+WM_INLINE void store8(float* p, Float8 v) { store(p, v); }
+
+WM_INLINE Word8 load_words(const uint32_t* p) { return load<Word8>(p); }
 
 WM_INLINE Float8 splat(float x) { return Float8{x, x, x, x, x, x, x, x}; }
 
 // x with its sign flipped where the top bit of `sign` is set.
 WM_INLINE Float8 flip(Float8 x, Word8 sign) { return (Float8)((Word8)x ^ (sign & 0x80000000u)); }
 
-WM_INLINE Float8 maximum(Float8 a, Float8 b) { return a > b ? a : b; }
+template <typename Vector>
+WM_INLINE Vector maximum(Vector a, Vector b) {
+    return a > b ? a : b;
+}
 
 // Eight lanes picked from a (0-7) and b (8-15).
 #if defined(__clang__)

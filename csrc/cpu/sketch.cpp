@@ -137,37 +137,52 @@ WM_INLINE void spread_block(const float* g, uint64_t block, uint64_t key, int64_
     }
 }
 
+struct SketchRun {
+    template <Level>
+    WM_INLINE void run(const float* w, int64_t first, int64_t count, uint64_t key, int64_t buckets, float* sums) {
+        uint64_t block = first / kBlock;
+        for (; count >= kBlock; count -= kBlock, w += kBlock, ++block) {
+            add_block(w, block, key, buckets, sums);
+        }
+        if (count > 0) {
+            float tail[kBlock] = {};
+            std::copy(w, w + count, tail);
+            add_block(tail, block, key, buckets, sums);
+        }
+    }
+};
+
+struct SketchAdjointRun {
+    template <Level>
+    WM_INLINE void run(const float* g, int64_t first, int64_t count, uint64_t key, int64_t buckets, bool accumulate,
+                       float* out) {
+        uint64_t block = first / kBlock;
+        for (; count >= kBlock; count -= kBlock, out += kBlock, ++block) {
+            if (accumulate) {
+                spread_block<true>(g, block, key, buckets, out);
+            } else {
+                spread_block<false>(g, block, key, buckets, out);
+            }
+        }
+        if (count > 0) {
+            float tail[kBlock];
+            spread_block<false>(g, block, key, buckets, tail);
+            for (int64_t m = 0; m < count; ++m) {
+                out[m] = accumulate ? out[m] + tail[m] : tail[m];
+            }
+        }
+    }
+};
+
 }  // namespace
 
-WM_CLONES void sketch_run(const float* w, int64_t first, int64_t count, uint64_t key, int64_t buckets, float* sums) {
-    uint64_t block = first / kBlock;
-    for (; count >= kBlock; count -= kBlock, w += kBlock, ++block) {
-        add_block(w, block, key, buckets, sums);
-    }
-    if (count > 0) {
-        float tail[kBlock] = {};
-        std::copy(w, w + count, tail);
-        add_block(tail, block, key, buckets, sums);
-    }
+void sketch_run(const float* w, int64_t first, int64_t count, uint64_t key, int64_t buckets, float* sums) {
+    dispatch<SketchRun>(w, first, count, key, buckets, sums);
 }
 
-WM_CLONES void sketch_adjoint_run(const float* g, int64_t first, int64_t count, uint64_t key, int64_t buckets,
-                                  bool accumulate, float* out) {
-    uint64_t block = first / kBlock;
-    for (; count >= kBlock; count -= kBlock, out += kBlock, ++block) {
-        if (accumulate) {
-            spread_block<true>(g, block, key, buckets, out);
-        } else {
-            spread_block<false>(g, block, key, buckets, out);
-        }
-    }
-    if (count > 0) {
-        float tail[kBlock];
-        spread_block<false>(g, block, key, buckets, tail);
-        for (int64_t m = 0; m < count; ++m) {
-            out[m] = accumulate ? out[m] + tail[m] : tail[m];
-        }
-    }
+void sketch_adjoint_run(const float* g, int64_t first, int64_t count, uint64_t key, int64_t buckets, bool accumulate,
+                        float* out) {
+    dispatch<SketchAdjointRun>(g, first, count, key, buckets, accumulate, out);
 }
 
 }  // namespace wmengine
