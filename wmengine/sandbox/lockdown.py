@@ -1,0 +1,229 @@
+"""What a process gives up before it looks at a stranger's bytes: files, network, processes, new code, unbounded memory.
+
+Three mechanisms of Linux, each taken for good and without root: resource limits, landlock (no path can be opened) and a
+seccomp filter (a list of system calls; whatever is not on it fails with EPERM). Everything that the work needs must be
+imported before. Where the kernel lacks a mechanism the others still hold, and `apply` says which are in force.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import resource
+import signal
+import struct
+from dataclasses import dataclass
+
+MECHANISMS = ("limits", "landlock", "seccomp")
+
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP = 1, 4, 38, 22
+_SECCOMP_SET_MODE_FILTER = 1
+_LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 444, 446
+_LANDLOCK_VERSION = 1  # the flag that asks for the ABI's version
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """A processor's audit number and its numbers of the system calls that the filter knows."""
+
+    audit: int
+    calls: dict[str, int]
+
+
+# Of each architecture's own table (arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h).
+_ARCHITECTURES = {
+    "x86_64": _Architecture(
+        0xC000003E,
+        {
+            "read": 0, "write": 1, "close": 3, "fstat": 5, "poll": 7, "lseek": 8, "mmap": 9, "mprotect": 10,
+            "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15, "readv": 19,
+            "writev": 20, "sched_yield": 24, "mremap": 25, "madvise": 28, "nanosleep": 35, "getpid": 39, "sendto": 44,
+            "recvfrom": 45, "sendmsg": 46, "recvmsg": 47, "clone": 56, "exit": 60, "fcntl": 72, "gettimeofday": 96,
+            "getrusage": 98, "sigaltstack": 131, "gettid": 186, "futex": 202, "sched_getaffinity": 204,
+            "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230, "exit_group": 231, "tgkill": 234,
+            "ppoll": 271, "set_robust_list": 273, "getcpu": 309, "getrandom": 318, "membarrier": 324, "rseq": 334,
+            "clone3": 435,
+        },
+    ),
+    "aarch64": _Architecture(
+        0xC00000B7,
+        {
+            "fcntl": 25, "close": 57, "lseek": 62, "read": 63, "write": 64, "readv": 65, "writev": 66, "ppoll": 73,
+            "fstat": 80, "exit": 93, "exit_group": 94, "futex": 98, "set_robust_list": 99, "nanosleep": 101,
+            "clock_gettime": 113, "clock_getres": 114, "clock_nanosleep": 115, "sched_getaffinity": 123,
+            "sched_yield": 124, "tgkill": 131, "sigaltstack": 132, "rt_sigaction": 134, "rt_sigprocmask": 135,
+            "rt_sigreturn": 139, "getrusage": 165, "gettimeofday": 169, "getcpu": 168, "getpid": 172, "gettid": 178,
+            "sendto": 206, "recvfrom": 207, "sendmsg": 211, "recvmsg": 212, "brk": 214, "munmap": 215, "mremap": 216,
+            "clone": 220, "mmap": 222, "mprotect": 226, "madvise": 233, "getrandom": 278, "membarrier": 283,
+            "rseq": 293, "clone3": 435,
+        },
+    ),
+}  # fmt: skip
+
+# A new thread shares the memory of this process; without this flag clone makes a process.
+_CLONE_THREAD = 0x00010000
+_PROT_EXEC = 0x4
+
+
+class LockdownError(Exception):
+    """A mechanism that this kernel has could not be put in force."""
+
+
+def supported() -> dict[str, bool]:
+    """Which mechanisms this kernel and processor have; nothing is put in force."""
+    linux = platform.system() == "Linux"
+    return {
+        "limits": os.name == "posix",
+        "landlock": linux and _landlock_version() > 0,
+        "seccomp": linux and platform.machine() in _ARCHITECTURES and _has_seccomp(),
+    }
+
+
+def apply(memory_bytes: int) -> tuple[str, ...]:
+    """Put every mechanism of this kernel in force in this process, for good; the names of those that are.
+
+    memory_bytes: address space beyond what the process has now. Raises LockdownError where one that the kernel has
+    refuses: then nothing of a stranger's may be looked at.
+    """
+    have = supported()
+    in_force = []
+    if have["limits"]:
+        _limit(memory_bytes)
+        in_force.append("limits")
+    if platform.system() == "Linux":
+        _prctl(_PR_SET_DUMPABLE, 0)
+        _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    if have["landlock"]:
+        _restrict_paths()
+        in_force.append("landlock")
+    if have["seccomp"]:
+        _filter_calls()
+        in_force.append("seccomp")
+    return tuple(in_force)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that forked it ends."""
+    if platform.system() == "Linux":
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _limit(memory_bytes: int) -> None:
+    limits = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_AS: _address_space() + memory_bytes,
+    }
+    for which, most in limits.items():
+        hard = resource.getrlimit(which)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(which, (most, most))
+
+
+def _address_space() -> int:
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _prctl(option: int, *values: int | ctypes.Array[ctypes.c_char]) -> None:
+    arguments = [
+        ctypes.c_ulong(value) if isinstance(value, int) else ctypes.cast(value, ctypes.c_void_p) for value in values
+    ]
+    arguments += [ctypes.c_ulong(0)] * (4 - len(arguments))
+    if _libc().prctl(option, *arguments) != 0:
+        raise LockdownError(f"prctl({option}) failed: {os.strerror(ctypes.get_errno())}")
+
+
+def _syscall(number: int, *values: int | ctypes.Array[ctypes.c_char] | None) -> int:
+    arguments = [ctypes.c_long(value) if isinstance(value, int) else value for value in values]
+    return int(_libc().syscall(ctypes.c_long(number), *arguments))
+
+
+def _landlock_version() -> int:
+    """The kernel's landlock ABI, at most 0 where it has none; the call's number is the same on every architecture."""
+    return _syscall(_LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_VERSION)
+
+
+def _restrict_paths() -> None:
+    """Handle every right that the kernel's landlock knows and grant none: no path, no TCP port, no outside signal."""
+    version = _landlock_version()
+    rights = 13 + (version >= 2) + (version >= 3) + (version >= 5)  # refer, truncate, ioctl on devices
+    network = 0b11 if version >= 4 else 0  # bind, connect
+    scopes = 0b11 if version >= 6 else 0  # abstract UNIX sockets, signals
+    attributes = struct.pack("=QQQ", (1 << rights) - 1, network, scopes)[
+        : 8 if version < 4 else 16 if version < 6 else 24
+    ]
+    ruleset = _syscall(
+        _LANDLOCK_CREATE_RULESET, ctypes.create_string_buffer(attributes, len(attributes)), len(attributes), 0
+    )
+    if ruleset < 0:
+        raise LockdownError(f"landlock refused its rules: {os.strerror(ctypes.get_errno())}")
+    try:
+        if _syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0) != 0:
+            raise LockdownError(f"landlock could not be put in force: {os.strerror(ctypes.get_errno())}")
+    finally:
+        os.close(ruleset)
+
+
+def _has_seccomp() -> bool:
+    # With a null filter a kernel that has seccomp answers EFAULT, one without it EINVAL; nothing changes.
+    ctypes.set_errno(0)
+    _libc().prctl(_PR_SET_SECCOMP, ctypes.c_ulong(2), None, ctypes.c_ulong(0), ctypes.c_ulong(0))
+    return ctypes.get_errno() == errno.EFAULT
+
+
+def _filter_calls() -> None:
+    program = seccomp_program(platform.machine(), os.getpid())
+    filters = ctypes.create_string_buffer(program, len(program))
+    header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(filters))
+    _prctl(_PR_SET_SECCOMP, 2, ctypes.create_string_buffer(header, len(header)))
+
+
+def seccomp_program(machine: str, process: int) -> bytes:
+    """The filter in classic BPF: 8 bytes an instruction (code, jump if true, jump if false, constant).
+
+    It sees a system call's number, the architecture, and the call's arguments as 64-bit words of which it reads the
+    lower half (both architectures are little-endian).
+    """
+    load, jump_equal, jump_any_bit, give = 0x20, 0x15, 0x45, 0x06
+    allow, refuse, absent, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS, 0x80000000
+    architecture = _ARCHITECTURES[machine]
+
+    def argument(index: int) -> tuple[int, int, int, int]:
+        return load, 0, 0, 16 + 8 * index
+
+    def allow_if(index: int, code: int, constant: int, otherwise: bool = False) -> list[tuple[int, int, int, int]]:
+        """Allow the call where the test on an argument holds (or where it does not), refuse it otherwise."""
+        then, other = (refuse, allow) if otherwise else (allow, refuse)
+        return [argument(index), (code, 0, 1, constant), (give, 0, 0, then), (give, 0, 0, other)]
+
+    # Threads but no processes; memory but no new code; a signal only to this very process (abort() sends one).
+    special = {
+        "clone": allow_if(0, jump_any_bit, _CLONE_THREAD),
+        "clone3": [
+            (give, 0, 0, absent)
+        ],  # its flags lie in memory, which a filter cannot read: libc falls back to clone
+        "mmap": allow_if(2, jump_any_bit, _PROT_EXEC, otherwise=True),
+        "mprotect": allow_if(2, jump_any_bit, _PROT_EXEC, otherwise=True),
+        "tgkill": allow_if(0, jump_equal, process),
+    }
+    program = [
+        (load, 0, 0, 4),
+        (jump_equal, 1, 0, architecture.audit),
+        (give, 0, 0, kill),
+        (load, 0, 0, 0),
+    ]
+    for name, number in architecture.calls.items():
+        body = special.get(name, [(give, 0, 0, allow)])
+        program += [(jump_equal, 0, len(body), number), *body]
+    program.append((give, 0, 0, refuse))
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)

@@ -1,0 +1,194 @@
+"""The side that trusts itself: starts workers, gives each question a deadline, kills what is late, and says why it died."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from wmengine.sandbox import wire
+from wmengine.sandbox.wire import Array
+
+TEMPLATE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one suspect may use: wall-clock seconds, bytes of memory, bytes of one answer."""
+
+    seconds: float = 120.0
+    memory_bytes: int = 4 << 30
+    answer_bytes: int = 1 << 30
+
+
+class WorkerFailure(Exception):
+    """A worker that died, hung or lied; the message says what it was doing, how it ended, and its peak of memory."""
+
+
+class Supervisor:
+    """One template process and the workers forked from it; safe to use from several threads. Use as a context."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+
+    def __enter__(self) -> Supervisor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the template, and with it every worker."""
+        with self._lock:
+            self._close()
+
+    def worker(self, limits: Limits) -> Worker:
+        """A fresh worker, forked and locked down."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            answer = self._order({"fork": limits.memory_bytes}, theirs)
+        ours.setblocking(False)
+        return Worker(self, ours, int(answer["process"]), limits)
+
+    def reap(self, process: int) -> dict[str, Any]:
+        """How a worker ended: status as of wait(2), peak_kb, seconds of processor time."""
+        return self._order({"reap": process})
+
+    def _order(self, order: dict[str, Any], passed: socket.socket | None = None) -> dict[str, Any]:
+        with self._lock:
+            for attempt in range(2):
+                control = self._start()
+                try:
+                    socket.send_fds(control, [json.dumps(order).encode()], [passed.fileno()] if passed else [])
+                    return self._answer(control)
+                except OSError:
+                    self._close()  # somebody killed the template; its workers went with it
+                    if attempt or "reap" in order:
+                        raise WorkerFailure("the template of the sandbox was killed") from None
+        raise AssertionError("unreachable")
+
+    def _answer(self, control: socket.socket) -> dict[str, Any]:
+        line = b""
+        while not line.endswith(b"\n"):
+            part = control.recv(4096)
+            if not part:
+                raise ConnectionResetError
+            line += part
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _start(self) -> socket.socket:
+        if self._control is not None:
+            return self._control
+        ours, theirs = socket.socketpair()
+        environment = {
+            name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG", "TZ") if name in os.environ
+        }
+        environment |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "ORT_DISABLE_TELEMETRY"), "1")
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "wmengine.sandbox.template", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )  # fmt: skip
+        ours.settimeout(TEMPLATE_SECONDS)
+        try:
+            self._answer(ours)
+        except OSError:
+            self._process.kill()
+            said = self._process.communicate()[1].decode(errors="replace").strip().splitlines() or ["nothing was said"]
+            ours.close()
+            self._process = None
+            raise WorkerFailure(f"the sandbox does not start: {said[-1]}") from None
+        self._control = ours
+        return ours
+
+    def _close(self) -> None:
+        if self._control is not None:
+            self._control.close()
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5.0)
+            self._process.kill()
+            self._process.wait()
+            if self._process.stderr is not None:
+                self._process.stderr.close()
+        self._process = self._control = None
+
+
+class Worker:
+    """One sandboxed process. `ask` sends a question and waits for its answer, within the time that `begin` set."""
+
+    def __init__(self, supervisor: Supervisor, connection: socket.socket, process: int, limits: Limits) -> None:
+        self.process = process
+        self.limits = limits
+        self.alive = True
+        self.mechanisms: tuple[str, ...] = ()
+        self._supervisor = supervisor
+        self._connection = connection
+        self._deadline = 0.0
+        self._started = 0.0
+        self.begin()
+        header, _ = self.ask("start", {})
+        self.mechanisms = tuple(str(name) for name in header["mechanisms"])
+
+    def begin(self) -> None:
+        """A new suspect: its time starts now."""
+        self._started = time.monotonic()
+        self._deadline = self._started + self.limits.seconds
+
+    def ask(
+        self, doing: str, question: dict[str, Any], arrays: Sequence[Array] = ()
+    ) -> tuple[dict[str, Any], list[Array]]:
+        """The answer to a question; `doing` says in an error what was asked for.
+
+        Raises WorkerFailure where the worker is late, dies, or answers in no way that can be read; it is gone then.
+        """
+        if not self.alive:
+            raise WorkerFailure(f"the worker was already gone when asked to {doing}")
+        try:
+            wire.send(self._connection, {"ask": doing} | question, arrays, self._deadline)
+            return wire.receive(self._connection, self.limits.answer_bytes, self._deadline)
+        except wire.WireError as error:
+            raise WorkerFailure(self._ended(doing, error)) from None
+
+    def close(self) -> None:
+        """Kill the process."""
+        if self.alive:
+            self._kill()
+
+    def _kill(self) -> dict[str, Any]:
+        self.alive = False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process, signal.SIGKILL)
+        self._connection.close()
+        return self._supervisor.reap(self.process)
+
+    def _ended(self, doing: str, error: wire.WireError) -> str:
+        seconds = time.monotonic() - self._started
+        # What a worker died of is decided before its socket closes: this signal only ends one that closed it by itself.
+        ended = self._kill()
+        status = int(ended["status"])
+        if error.late:
+            why = f"took longer than {self.limits.seconds:g} s"
+        elif not error.closed:
+            why = f"gave {error}"
+        elif os.WIFSIGNALED(status):
+            number = os.WTERMSIG(status)
+            name = signal.Signals(number).name if number in signal.Signals._value2member_map_ else str(number)
+            why = f"was killed by {name}"
+        else:
+            why = f"ended with status {os.waitstatus_to_exitcode(status)}"
+        return f"it {why} while asked to {doing}, after {seconds:.1f} s, with a peak of {ended['peak_kb'] // 1024} MB"

@@ -1,0 +1,67 @@
+"""The template process, `python -m wmengine.sandbox.template FD`: imports everything once, then forks workers.
+
+It takes orders on the inherited socket FD, one JSON line each, and answers one line each: {"fork": memory_bytes} comes
+with a socket for the new worker and is answered by its process number; {"reap": process} waits for a worker that is
+gone, or about to be, and is answered by how it ended. It never sees a model's bytes. When its socket closes, it ends,
+and the kernel kills its workers.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+from typing import NoReturn
+
+from wmengine.sandbox import lockdown
+from wmengine.suspects import onnx_engine
+from wmengine.suspects.engine_wire import serve
+
+
+def main() -> None:
+    control = socket.socket(fileno=int(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    onnx_engine.preload()
+    gc.freeze()  # a worker's collections must not touch, and so copy, the pages that it shares with us
+    control.sendall(b'{"ready": true}\n')
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, 4096, 1)
+        if not message:
+            return
+        order = json.loads(message)
+        if "fork" in order:
+            process = os.fork()
+            if process == 0:
+                _become_worker(control, descriptors[0], int(order["fork"]))
+            os.close(descriptors[0])
+            control.sendall(b'{"process": %d}\n' % process)
+        else:
+            _, status, usage = os.wait4(int(order["reap"]), 0)
+            ended = {"status": status, "peak_kb": usage.ru_maxrss, "seconds": usage.ru_utime + usage.ru_stime}
+            control.sendall(json.dumps(ended).encode() + b"\n")
+
+
+def _become_worker(control: socket.socket, descriptor: int, memory_bytes: int) -> NoReturn:
+    """Keep one socket and nothing else, lock down, and serve until the socket closes. Never returns."""
+    try:
+        lockdown.die_with_parent()
+        control.close()
+        null = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(null, standard)
+        os.dup2(descriptor, 3)
+        os.closerange(4, 1 << 16)
+        connection = socket.socket(fileno=3)
+        in_force = lockdown.apply(memory_bytes)
+        serve(connection, in_force)
+    finally:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    main()

@@ -1,0 +1,125 @@
+"""Messages between a supervisor and its sandboxed workers: one JSON object and some arrays, over a stream socket.
+
+A frame is the length of the JSON (4 bytes) and of everything after it (8 bytes), the JSON, and the arrays' bytes one after
+the other; the JSON's "arrays" lists [dtype, shape] of each. Nothing is unpickled, sizes are checked before memory is
+taken, and every wait has a deadline: what comes from a worker may have been written by a hostile model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import select
+import socket
+import struct
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+MAXIMUM_HEADER = 1 << 20
+DTYPES = (
+    "float16",
+    "float32",
+    "float64",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "bool",
+)
+_LENGTHS = struct.Struct("<IQ")
+
+
+class WireError(Exception):
+    """The other side closed the connection (`closed`), did not answer in time, or sent what is no frame."""
+
+    def __init__(self, reason: str, closed: bool = False, late: bool = False) -> None:
+        super().__init__(reason)
+        self.closed = closed
+        self.late = late
+
+
+def send(
+    connection: socket.socket, header: dict[str, Any], arrays: Sequence[Array] = (), deadline: float = math.inf
+) -> None:
+    """One frame. `deadline` is a time of time.monotonic(); the connection must not block."""
+    arrays = [np.ascontiguousarray(array) for array in arrays]
+    described = header | {"arrays": [[array.dtype.name, list(array.shape)] for array in arrays]}
+    text = json.dumps(described).encode()
+    _send_all(connection, _LENGTHS.pack(len(text), sum(array.nbytes for array in arrays)) + text, deadline)
+    for array in arrays:
+        if array.nbytes:
+            _send_all(connection, memoryview(array.reshape(-1).view(np.uint8)), deadline)
+
+
+def receive(
+    connection: socket.socket, maximum_bytes: int, deadline: float = math.inf
+) -> tuple[dict[str, Any], list[Array]]:
+    """The next frame, its arrays read-only no more than maximum_bytes in all; WireError where there is none."""
+    header_bytes, array_bytes = _LENGTHS.unpack(_receive_all(connection, _LENGTHS.size, deadline))
+    if header_bytes > MAXIMUM_HEADER or array_bytes > maximum_bytes:
+        raise WireError(f"an answer of {header_bytes + array_bytes} bytes, and at most {maximum_bytes} are taken")
+    try:
+        header = json.loads(_receive_all(connection, header_bytes, deadline))
+        described = [(str(dtype), [int(size) for size in shape]) for dtype, shape in header["arrays"]]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise WireError("an answer that cannot be read") from None
+    data = _receive_all(connection, array_bytes, deadline)
+    arrays, at = [], 0
+    for dtype, shape in described:
+        if dtype not in DTYPES or any(size < 0 for size in shape) or len(shape) > 32:
+            raise WireError("an answer that cannot be read")
+        count = math.prod(shape)
+        size = count * np.dtype(dtype).itemsize
+        if at + size > array_bytes:
+            raise WireError("an answer whose arrays are longer than itself")
+        arrays.append(np.frombuffer(data, dtype, count, at).reshape(shape) if count else np.empty(shape, dtype))
+        at += size
+    if at != array_bytes:
+        raise WireError("an answer whose arrays are shorter than itself")
+    return header, arrays
+
+
+def _send_all(connection: socket.socket, data: bytes | memoryview, deadline: float) -> None:
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[connection.send(view, socket.MSG_NOSIGNAL) :]
+        except BlockingIOError:
+            _wait(connection, select.POLLOUT, deadline)
+        except OSError:
+            raise WireError("the other side is gone", closed=True) from None
+
+
+def _receive_all(connection: socket.socket, count: int, deadline: float) -> bytearray:
+    buffer = bytearray(count)
+    view = memoryview(buffer)
+    while view:
+        try:
+            read = connection.recv_into(view)
+        except BlockingIOError:
+            _wait(connection, select.POLLIN, deadline)
+            continue
+        except OSError:
+            read = 0
+        if read == 0:
+            raise WireError("the other side is gone", closed=True)
+        view = view[read:]
+    return buffer
+
+
+def _wait(connection: socket.socket, event: int, deadline: float) -> None:
+    left = deadline - time.monotonic()
+    poll = select.poll()
+    poll.register(connection, event)
+    if left <= 0 or not poll.poll(None if left == math.inf else math.ceil(1e3 * left)):
+        raise WireError("no answer in time", late=True)

@@ -1,0 +1,220 @@
+"""Everything that is done with an ONNX model's bytes: reading its graph, running it, reading its weights.
+
+This is the part that runs in a sandboxed worker, or with isolation "none" in the caller's own process; it opens no file
+(external weights are handed over in memory) and knows no label, no bit and no threshold.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmengine._optional import require
+from wmengine.carriers import Tensor
+from wmengine.errors import SuspectError
+from wmengine.suspects.base import Outputs, one_line
+from wmengine.suspects.graph_limits import check_graph
+
+# A directory that cannot exist, on any machine: whatever ONNX Runtime still looks for on disk, it does not find.
+NO_DIRECTORY = os.path.join(os.devnull, "none")
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input as the session declares it: its name, its type ("tensor(float)"), each size or None where it is free."""
+
+    name: str
+    type: str
+    shape: tuple[int | None, ...]
+
+
+class OnnxEngine:
+    """One model at a time: `load` its bytes, then `open` and `run` it, or read its `tensors`.
+
+    `name` is only for messages. Everything raises SuspectError, one sentence, where the model does not let it happen.
+    """
+
+    def __init__(self, threads: int = 1) -> None:
+        self.threads = threads
+        self._name = ""
+        self._data = b""
+        self._external: Mapping[str, bytes] = {}
+        self._session: Any = None
+
+    def locations(self, name: str, data: bytes) -> list[str]:
+        """The external files that a model names, sorted; without the word `location` it names none and is not parsed."""
+        if b"location" not in data:
+            return []
+        return sorted({entries(name, tensor).get("location", "") for tensor in external_tensors(parse(name, data))})
+
+    def load(self, name: str, data: bytes, external: Mapping[str, bytes]) -> None:
+        """Take a model's bytes, and those of its external files by location; the one before is forgotten."""
+        self._name, self._data, self._external, self._session = name, data, external, None
+        check_graph(name, parse(name, data))
+
+    def open(self) -> list[Input]:
+        """Create the session; the inputs that it needs."""
+        ort = require("onnxruntime", extra="cpu")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = 4
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", NO_DIRECTORY)
+        if self._external:
+            locations, contents = zip(*self._external.items(), strict=True)
+            sizes = [len(content) for content in contents]
+            options.add_external_initializers_from_files_in_memory(list(locations), list(contents), sizes)
+        try:
+            self._session = ort.InferenceSession(
+                self._data, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
+        except Exception as error:  # ONNX Runtime's exceptions share no base of their own
+            raise SuspectError(
+                f"{self._name} is not a model that ONNX Runtime can load ({one_line(error)}); export it to ONNX again"
+            ) from None
+        return [
+            Input(
+                each.name, each.type, tuple(size if isinstance(size, int) and size > 0 else None for size in each.shape)
+            )
+            for each in self._session.get_inputs()
+        ]
+
+    def run(self, name: str, rows: NDArray[Any]) -> Outputs:
+        """The outputs for a batch of the input called `name`, as arrays; what holds no numbers is left out."""
+        try:
+            values = self._session.run(None, {name: rows})
+        except Exception as error:  # as above
+            raise SuspectError(f"{self._name} fails when it runs ({one_line(error)})") from None
+        found = []
+        for output, value in zip(self._session.get_outputs(), values, strict=True):
+            array = numbers(value)
+            if array is not None:
+                found.append((output.name, array))
+        return found
+
+    def tensors(self) -> tuple[list[Tensor], list[str]]:
+        """The weights in the graph's own order, and notes on what was assumed."""
+        from wmengine.suspects.onnx_tensors import read_tensors
+
+        return read_tensors(self._name, with_external(self._name, self._data, self._external))
+
+
+def preload() -> None:
+    """Import, and use once, what reading and running models needs: a sandboxed worker can open no file any more."""
+    import onnx_ir  # noqa: F401
+    from onnx import TensorProto, helper
+
+    from wmengine.suspects import onnx_tensors  # noqa: F401
+
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2])
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [2, 2], [1.0, 0.0, 0.0, 1.0])
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])], "warm", [value],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 2])], [weight],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    engine = OnnxEngine()
+    engine.load("warm", model.SerializeToString(), {})
+    engine.open()
+    engine.run("x", np.ones((1, 2), np.float32))
+    engine.tensors()
+
+
+def numbers(value: Any) -> NDArray[Any] | None:
+    """An output as an array of numbers, or None.
+
+    Text that reads as integers becomes integers. A sequence of maps, scikit-learn's ZipMap, becomes [N, C]: integer keys
+    0 … C−1 say which column is which; other keys keep the order in which the model lists them.
+    """
+    if isinstance(value, list):
+        return _zip_map(value)
+    array = np.asarray(value)
+    if array.dtype.kind in "OUS":
+        integers = [_integer(text) for text in array.reshape(-1).tolist()]
+        if any(each is None for each in integers):
+            return None
+        array = np.array(integers, dtype=np.int64).reshape(array.shape)
+    return array if array.dtype.kind in "fiub" else None
+
+
+def _zip_map(rows: list[Any]) -> NDArray[np.float32] | None:
+    if not rows or not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
+        return None
+    keys = [_integer(key) for key in rows[0]]
+    columns = list(rows[0])
+    if sorted(key for key in keys if key is not None) == list(range(len(keys))):
+        columns = [column for _, column in sorted(zip(keys, columns, strict=True), key=lambda pair: pair[0] or 0)]
+    try:
+        return np.array([[row[column] for column in columns] for row in rows], dtype=np.float32)
+    except (TypeError, ValueError):
+        return None
+
+
+def _integer(text: Any) -> int | None:
+    try:
+        number = int(text)
+    except (TypeError, ValueError):
+        return None
+    return number if -(2**63) <= number < 2**63 else None
+
+
+def parse(name: str, data: bytes) -> Any:
+    """The onnx.ModelProto in these bytes. Raises SuspectError where there is none."""
+    import onnx
+
+    try:
+        model = onnx.ModelProto.FromString(data)
+    except Exception:  # protobuf's DecodeError, or whatever else these bytes make it do
+        raise SuspectError(f"{name} is not an ONNX model, or truncated; export or copy it again") from None
+    if not model.HasField("graph"):
+        raise SuspectError(f"{name} is not an ONNX model: it has no graph; export or copy it again")
+    return model
+
+
+def external_tensors(message: Any) -> Iterator[Any]:
+    """Every onnx.TensorProto below a message, in whatever field it hides, whose data are in another file."""
+    if message.DESCRIPTOR.full_name == "onnx.TensorProto":
+        if message.data_location == message.EXTERNAL:
+            yield message
+        return
+    for kind, value in message.ListFields():
+        if kind.message_type is not None:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                yield from external_tensors(part)
+
+
+def with_external(name: str, data: bytes, external: Mapping[str, bytes]) -> Any:
+    """The onnx.ModelProto with external tensors replaced by their bytes, so that reading it opens no file."""
+    model = parse(name, data)
+    for tensor in external_tensors(model):
+        said = entries(name, tensor)
+        stored = external.get(said.get("location", ""))
+        if stored is None:
+            raise SuspectError(f"{name} has external weights and does not say where; export it again")
+        try:
+            offset = int(said.get("offset") or 0)
+            length = int(said.get("length") or len(stored) - offset)
+        except ValueError:
+            raise SuspectError(f"{name} gives an offset or a length that is no number; export it again") from None
+        if offset < 0 or length < 0 or offset + length > len(stored):
+            raise SuspectError(f"{name} reads beyond the end of {said['location']!r}; copy the weights again")
+        tensor.raw_data = stored[offset : offset + length]
+        tensor.data_location = tensor.DEFAULT
+        del tensor.external_data[:]
+    return model
+
+
+def entries(name: str, tensor: Any) -> dict[str, str]:
+    """What a tensor says about its external data. Protobuf gives strings that are no UTF-8 as bytes: refused."""
+    said = {entry.key: entry.value for entry in tensor.external_data}
+    if not all(isinstance(text, str) for entry in said.items() for text in entry):
+        raise SuspectError(f"{name} names external weights in what is not UTF-8; export it again")
+    return said
