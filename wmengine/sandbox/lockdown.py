@@ -159,12 +159,9 @@ def _restrict_paths() -> None:
     rights = 13 + (version >= 2) + (version >= 3) + (version >= 5)  # refer, truncate, ioctl on devices
     network = 0b11 if version >= 4 else 0  # bind, connect
     scopes = 0b11 if version >= 6 else 0  # abstract UNIX sockets, signals
-    attributes = struct.pack("=QQQ", (1 << rights) - 1, network, scopes)[
-        : 8 if version < 4 else 16 if version < 6 else 24
-    ]
-    ruleset = _syscall(
-        _LANDLOCK_CREATE_RULESET, ctypes.create_string_buffer(attributes, len(attributes)), len(attributes), 0
-    )
+    size = 8 if version < 4 else 16 if version < 6 else 24  # of the structure that this kernel knows
+    attributes = ctypes.create_string_buffer(struct.pack("=QQQ", (1 << rights) - 1, network, scopes)[:size], size)
+    ruleset = _syscall(_LANDLOCK_CREATE_RULESET, attributes, size, 0)
     if ruleset < 0:
         raise LockdownError(f"landlock refused its rules: {os.strerror(ctypes.get_errno())}")
     try:
@@ -209,9 +206,7 @@ def seccomp_program(machine: str, process: int) -> bytes:
     # Threads but no processes; memory but no new code; a signal only to this very process (abort() sends one).
     special = {
         "clone": allow_if(0, jump_any_bit, _CLONE_THREAD),
-        "clone3": [
-            (give, 0, 0, absent)
-        ],  # its flags lie in memory, which a filter cannot read: libc falls back to clone
+        "clone3": [(give, 0, 0, absent)],  # its flags lie in memory, which no filter can read: libc turns to clone
         "mmap": allow_if(2, jump_any_bit, _PROT_EXEC, otherwise=True),
         "mprotect": allow_if(2, jump_any_bit, _PROT_EXEC, otherwise=True),
         "tgkill": allow_if(0, jump_equal, process),

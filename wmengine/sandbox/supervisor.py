@@ -1,4 +1,4 @@
-"""The side that trusts itself: starts workers, gives each question a deadline, kills what is late, and says why it died."""
+"""The trusted side: starts workers, gives each question a deadline, kills what is late, and says how it ended."""
 
 from __future__ import annotations
 
@@ -35,9 +35,14 @@ class WorkerFailure(Exception):
 
 
 class Supervisor:
-    """One template process and the workers forked from it; safe to use from several threads. Use as a context."""
+    """One template process and the workers forked from it; safe to use from several threads. Use as a context.
 
-    def __init__(self) -> None:
+    service: the module that workers run, with a function `preload()` for the template and `serve(connection,
+    mechanisms)` for each worker.
+    """
+
+    def __init__(self, service: str) -> None:
+        self._service = service
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -99,7 +104,7 @@ class Supervisor:
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "wmengine.sandbox.template", str(theirs.fileno())],
+                [sys.executable, "-m", "wmengine.sandbox.template", str(theirs.fileno()), self._service],
                 pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
             )  # fmt: skip

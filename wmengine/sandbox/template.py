@@ -1,4 +1,4 @@
-"""The template process, `python -m wmengine.sandbox.template FD`: imports everything once, then forks workers.
+"""The template process, `python -m wmengine.sandbox.template FD MODULE`: imports once, then forks workers.
 
 It takes orders on the inherited socket FD, one JSON line each, and answers one line each: {"fork": memory_bytes} comes
 with a socket for the new worker and is answered by its process number; {"reap": process} waits for a worker that is
@@ -9,23 +9,23 @@ and the kernel kills its workers.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import resource
 import signal
 import socket
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from wmengine.sandbox import lockdown
-from wmengine.suspects import onnx_engine
-from wmengine.suspects.engine_wire import serve
 
 
 def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
-    onnx_engine.preload()
+    service = importlib.import_module(sys.argv[2])
+    service.preload()
     gc.freeze()  # a worker's collections must not touch, and so copy, the pages that it shares with us
     control.sendall(b'{"ready": true}\n')
     while True:
@@ -36,7 +36,7 @@ def main() -> None:
         if "fork" in order:
             process = os.fork()
             if process == 0:
-                _become_worker(control, descriptors[0], int(order["fork"]))
+                _become_worker(service, control, descriptors[0], int(order["fork"]))
             os.close(descriptors[0])
             control.sendall(b'{"process": %d}\n' % process)
         else:
@@ -45,7 +45,7 @@ def main() -> None:
             control.sendall(json.dumps(ended).encode() + b"\n")
 
 
-def _become_worker(control: socket.socket, descriptor: int, memory_bytes: int) -> NoReturn:
+def _become_worker(service: Any, control: socket.socket, descriptor: int, memory_bytes: int) -> NoReturn:
     """Keep one socket and nothing else, lock down, and serve until the socket closes. Never returns."""
     try:
         lockdown.die_with_parent()
@@ -57,9 +57,10 @@ def _become_worker(control: socket.socket, descriptor: int, memory_bytes: int) -
         os.closerange(4, 1 << 16)
         connection = socket.socket(fileno=3)
         in_force = lockdown.apply(memory_bytes)
-        serve(connection, in_force)
-    finally:
+        service.serve(connection, in_force)
         os._exit(0)
+    finally:
+        os._exit(70)  # EX_SOFTWARE: nothing can be printed any more
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Messages between a supervisor and its sandboxed workers: one JSON object and some arrays, over a stream socket.
 
-A frame is the length of the JSON (4 bytes) and of everything after it (8 bytes), the JSON, and the arrays' bytes one after
-the other; the JSON's "arrays" lists [dtype, shape] of each. Nothing is unpickled, sizes are checked before memory is
-taken, and every wait has a deadline: what comes from a worker may have been written by a hostile model.
+A frame is the length of the JSON (4 bytes) and of everything after it (8 bytes), the JSON, and the arrays' bytes one
+after the other; the JSON's "arrays" lists [dtype, shape] of each. Nothing is unpickled, sizes are checked before memory
+is taken, and every wait has a deadline: what comes from a worker may have been written by a hostile model.
 """
 
 from __future__ import annotations
@@ -22,19 +22,8 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 MAXIMUM_HEADER = 1 << 20
-DTYPES = (
-    "float16",
-    "float32",
-    "float64",
-    "int8",
-    "int16",
-    "int32",
-    "int64",
-    "uint8",
-    "uint16",
-    "uint32",
-    "uint64",
-    "bool",
+DTYPES = frozenset(
+    ["bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32", "float64"]
 )
 _LENGTHS = struct.Struct("<IQ")
 
@@ -52,13 +41,13 @@ def send(
     connection: socket.socket, header: dict[str, Any], arrays: Sequence[Array] = (), deadline: float = math.inf
 ) -> None:
     """One frame. `deadline` is a time of time.monotonic(); the connection must not block."""
-    arrays = [np.ascontiguousarray(array) for array in arrays]
+    arrays = [np.asarray(array, order="C") for array in arrays]
     described = header | {"arrays": [[array.dtype.name, list(array.shape)] for array in arrays]}
     text = json.dumps(described).encode()
     _send_all(connection, _LENGTHS.pack(len(text), sum(array.nbytes for array in arrays)) + text, deadline)
     for array in arrays:
         if array.nbytes:
-            _send_all(connection, memoryview(array.reshape(-1).view(np.uint8)), deadline)
+            _send_all(connection, array.reshape(-1).view(np.uint8).data, deadline)
 
 
 def receive(

@@ -17,7 +17,9 @@ from wmengine.errors import SuspectError
 from wmengine.sandbox import wire
 from wmengine.sandbox.supervisor import Worker, WorkerFailure
 from wmengine.suspects.base import Outputs, one_line
-from wmengine.suspects.onnx_engine import Input, OnnxEngine
+from wmengine.suspects.onnx_engine import Input, OnnxEngine, preload
+
+__all__ = ["RemoteEngine", "preload", "serve"]
 
 Arrays = list[NDArray[Any]]
 Answer = tuple[dict[str, Any], Sequence[NDArray[Any]]]
@@ -66,7 +68,7 @@ def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechan
 
 
 class RemoteEngine:
-    """The methods of OnnxEngine, answered by a sandboxed worker. A worker that fails is a SuspectError like any other."""
+    """OnnxEngine's methods, answered by a sandboxed worker; a worker that fails is a SuspectError like any other."""
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker

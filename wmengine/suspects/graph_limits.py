@@ -17,65 +17,17 @@ MAXIMUM_CALLS = 32  # of functions that call functions
 
 STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft.nchwc")
 # Of ONNX Runtime's own domain, what its optimiser and quantizer and exporters of trained networks write.
-MICROSOFT = frozenset(
-    [
-        "Attention",
-        "BiasAdd",
-        "BiasGelu",
-        "BiasSplitGelu",
-        "Conv",
-        "DequantizeLinear",
-        "DynamicQuantizeLSTM",
-        "DynamicQuantizeMatMul",
-        "EmbedLayerNormalization",
-        "FastGelu",
-        "FusedConv",
-        "FusedGemm",
-        "FusedMatMul",
-        "FusedMatMulActivation",
-        "Gelu",
-        "GridSample",
-        "GroupNorm",
-        "GroupQueryAttention",
-        "Inverse",
-        "LayerNormalization",
-        "MatMulInteger16",
-        "MatMulIntegerToFloat",
-        "MatMulNBits",
-        "MultiHeadAttention",
-        "NhwcConv",
-        "NhwcFusedConv",
-        "NhwcMaxPool",
-        "PackedAttention",
-        "Pad",
-        "QAttention",
-        "QEmbedLayerNormalization",
-        "QGemm",
-        "QLinearAdd",
-        "QLinearAveragePool",
-        "QLinearConcat",
-        "QLinearConv",
-        "QLinearGlobalAveragePool",
-        "QLinearLeakyRelu",
-        "QLinearMul",
-        "QLinearReduceMean",
-        "QLinearSigmoid",
-        "QLinearSoftmax",
-        "QLinearWhere",
-        "QuantizeLinear",
-        "QuickGelu",
-        "RotaryEmbedding",
-        "SimplifiedLayerNormalization",
-        "SkipGroupNorm",
-        "SkipLayerNormalization",
-        "SkipSimplifiedLayerNormalization",
-        "SparseAttention",
-        "Tokenizer",
-        "TransposeMatMul",
-        "Trilu",
-        "Unique",
-    ]
-)
+_MICROSOFT = """
+Attention BiasAdd BiasGelu BiasSplitGelu Conv DequantizeLinear DynamicQuantizeLSTM DynamicQuantizeMatMul
+EmbedLayerNormalization FastGelu FusedConv FusedGemm FusedMatMul FusedMatMulActivation Gelu GridSample GroupNorm
+GroupQueryAttention Inverse LayerNormalization MatMulInteger16 MatMulIntegerToFloat MatMulNBits MultiHeadAttention
+NhwcConv NhwcFusedConv NhwcMaxPool PackedAttention Pad QAttention QEmbedLayerNormalization QGemm QLinearAdd
+QLinearAveragePool QLinearConcat QLinearConv QLinearGlobalAveragePool QLinearLeakyRelu QLinearMul QLinearReduceMean
+QLinearSigmoid QLinearSoftmax QLinearWhere QuantizeLinear QuickGelu RotaryEmbedding SimplifiedLayerNormalization
+SkipGroupNorm SkipLayerNormalization SkipSimplifiedLayerNormalization SparseAttention Tokenizer TransposeMatMul
+Trilu Unique
+"""
+MICROSOFT = frozenset(_MICROSOFT.split())
 
 
 def check_graph(name: str, model: Any) -> None:

@@ -47,7 +47,7 @@ class OnnxEngine:
         self._session: Any = None
 
     def locations(self, name: str, data: bytes) -> list[str]:
-        """The external files that a model names, sorted; without the word `location` it names none and is not parsed."""
+        """The external files that a model names, sorted; without the word `location` in it, it is not even parsed."""
         if b"location" not in data:
             return []
         return sorted({entries(name, tensor).get("location", "") for tensor in external_tensors(parse(name, data))})
@@ -79,12 +79,7 @@ class OnnxEngine:
             raise SuspectError(
                 f"{self._name} is not a model that ONNX Runtime can load ({one_line(error)}); export it to ONNX again"
             ) from None
-        return [
-            Input(
-                each.name, each.type, tuple(size if isinstance(size, int) and size > 0 else None for size in each.shape)
-            )
-            for each in self._session.get_inputs()
-        ]
+        return [Input(each.name, each.type, tuple(map(_size, each.shape))) for each in self._session.get_inputs()]
 
     def run(self, name: str, rows: NDArray[Any]) -> Outputs:
         """The outputs for a batch of the input called `name`, as arrays; what holds no numbers is left out."""
@@ -131,8 +126,8 @@ def preload() -> None:
 def numbers(value: Any) -> NDArray[Any] | None:
     """An output as an array of numbers, or None.
 
-    Text that reads as integers becomes integers. A sequence of maps, scikit-learn's ZipMap, becomes [N, C]: integer keys
-    0 … C−1 say which column is which; other keys keep the order in which the model lists them.
+    Text that reads as integers becomes integers. A sequence of maps, scikit-learn's ZipMap, becomes [N, C]: integer
+    keys 0 … C−1 say which column is which; other keys keep the order in which the model lists them.
     """
     if isinstance(value, list):
         return _zip_map(value)
@@ -156,6 +151,10 @@ def _zip_map(rows: list[Any]) -> NDArray[np.float32] | None:
         return np.array([[row[column] for column in columns] for row in rows], dtype=np.float32)
     except (TypeError, ValueError):
         return None
+
+
+def _size(declared: Any) -> int | None:
+    return declared if isinstance(declared, int) and declared > 0 else None
 
 
 def _integer(text: Any) -> int | None:

@@ -1,0 +1,107 @@
+"""What a worker of the sandbox tests runs: every way in which a stranger's model could misbehave, on request."""
+
+import ctypes
+import errno
+import os
+import resource
+import socket as sockets
+import threading
+import time
+
+import numpy as np
+
+from wmengine.sandbox import wire
+
+
+def preload():
+    np.ones((8, 8)) @ np.ones((8, 8))
+
+
+def serve(connection, mechanisms):
+    while True:
+        try:
+            question, arrays = wire.receive(connection, 1 << 40)
+        except wire.WireError:
+            return
+        asked = question["ask"]
+        header, answers = {"mechanisms": list(mechanisms)}, []
+        if asked == "echo":
+            answers = arrays
+        elif asked == "crash":
+            ctypes.string_at(0)
+        elif asked == "abort":
+            os.abort()
+        elif asked == "exit":
+            os._exit(3)
+        elif asked == "hang":
+            while True:
+                pass
+        elif asked == "sleep":
+            time.sleep(1e6)
+        elif asked == "hide":  # the socket closes, and the process goes on
+            connection.close()
+            while True:
+                time.sleep(1)
+        elif asked == "grow":
+            kept = []
+            try:
+                while True:
+                    kept.append(np.ones(1 << 20))
+            except MemoryError:
+                header = {"held": sum(each.nbytes for each in kept)}
+        elif asked == "garbage":
+            connection.sendall(b"\xff" * 64)
+            continue
+        elif asked == "huge":
+            connection.sendall(wire._LENGTHS.pack(2, 1 << 40) + b"{}")
+            continue
+        elif asked == "raw":
+            connection.sendall(arrays[0].tobytes())
+            continue
+        elif asked == "forbidden":
+            header = {"refused": {name: _refused(act) for name, act in FORBIDDEN.items()}}
+        elif asked == "allowed":
+            thread = threading.Thread(target=lambda: None)
+            thread.start()
+            thread.join()
+            header = {"sum": float((np.ones((300, 300)) @ np.ones((300, 300))).sum()), "random": len(os.urandom(8))}
+        wire.send(connection, header, answers)
+
+
+def _refused(act):
+    try:
+        act()
+    except (OSError, ValueError) as error:  # setrlimit makes a ValueError of it
+        return "refused" if getattr(error, "errno", errno.EPERM) == errno.EPERM else str(error)
+    return "it worked"
+
+
+def _run_machine_code():
+    if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(_page()), 4096, 5) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")
+
+
+def _page():
+    address = ctypes.addressof(ctypes.create_string_buffer(8192))
+    return (address + 4095) // 4096 * 4096
+
+
+FORBIDDEN = {
+    "read a file": lambda: os.open("/etc/passwd", os.O_RDONLY),
+    "write a file": lambda: os.open("/tmp/wmengine-was-here", os.O_WRONLY | os.O_CREAT),
+    "list a directory": lambda: os.listdir("/"),
+    "connect": lambda: sockets.create_connection(("127.0.0.1", 9), timeout=1),
+    "open a socket": lambda: sockets.socket(sockets.AF_UNIX),
+    "fork": os.fork,
+    "execute": lambda: os.execv("/bin/true", ["true"]),
+    "signal its parent": lambda: os.kill(os.getppid(), 0),
+    "raise its limits": lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 50, 1 << 50)),
+    "delete a file": lambda: os.unlink("/tmp/wmengine-was-here"),
+    "trace": lambda: _refuse_unless(ctypes.CDLL(None, use_errno=True).ptrace(16, os.getppid(), None, None) == 0),
+    "run new code": _run_machine_code,
+}
+
+
+def _refuse_unless(worked):
+    if not worked:
+        raise OSError(ctypes.get_errno(), "refused")

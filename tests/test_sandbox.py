@@ -1,0 +1,257 @@
+"""The sandbox from outside: whatever a worker does, its client gets an answer or a cause, and the next one works."""
+
+import json
+import os
+import platform
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wmengine.sandbox import Limits, Supervisor, WorkerFailure, lockdown, supported, wire
+
+LIMITS = Limits(seconds=20.0, memory_bytes=256 << 20, answer_bytes=1 << 20)
+
+
+@pytest.fixture(scope="module")
+def supervisor():
+    with Supervisor("sandbox_service") as one:
+        yield one
+
+
+@pytest.fixture
+def worker(supervisor):
+    one = supervisor.worker(LIMITS)
+    yield one
+    one.close()
+
+
+def gone(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_a_worker_reports_every_mechanism_of_this_kernel(worker):
+    assert worker.mechanisms == tuple(name for name, there in supported().items() if there)
+
+
+@pytest.mark.skipif(not all(supported().values()), reason=f"this kernel lacks some of {supported()}")
+def test_a_worker_has_no_files_network_processes_or_new_code(worker):
+    header, _ = worker.ask("forbidden", {})
+    assert header["refused"] == dict.fromkeys(header["refused"], "refused")
+    assert len(header["refused"]) == 12
+    assert worker.ask("allowed", {})[0]["sum"] == 300.0**3
+    assert not os.path.exists("/tmp/wmengine-was-here")
+
+
+@pytest.mark.parametrize("dtype", sorted(wire.DTYPES))
+def test_arrays_of_every_dtype_come_back_as_they_went(worker, dtype):
+    array = np.arange(24).reshape(2, 3, 4).astype(dtype)
+    _, (same, empty, scalar) = worker.ask("echo", {}, [array, array[:, :0], array[1, 1, 1]])
+    assert (same.dtype, same.shape) == (array.dtype, array.shape)
+    np.testing.assert_array_equal(same, array)
+    assert empty.shape == (2, 0, 4)
+    assert scalar.shape == ()
+
+
+@pytest.mark.parametrize(
+    ("act", "cause"),
+    [
+        ("crash", "was killed by SIGSEGV while asked to crash"),
+        ("abort", "was killed by SIGABRT while asked to abort"),
+        ("exit", "ended with status 3 while asked to exit"),
+        ("garbage", "gave an answer of"),
+        ("huge", "gave an answer of"),
+        ("hide", "was killed by SIGKILL while asked to hide"),
+    ],
+)
+def test_a_worker_that_dies_or_lies_is_named_with_its_cause(supervisor, act, cause):
+    worker = supervisor.worker(LIMITS)
+    with pytest.raises(WorkerFailure, match=cause) as caught:
+        worker.ask(act, {})
+    assert "with a peak of" in str(caught.value)
+    assert gone(worker.process)
+    with pytest.raises(WorkerFailure, match="already gone"):
+        worker.ask("echo", {})
+    assert supervisor.worker(LIMITS).ask("echo", {}, [np.ones(3)])[1][0].sum() == 3
+
+
+@pytest.mark.parametrize("act", ["hang", "sleep"])
+def test_a_worker_that_hangs_is_killed_when_its_time_is_over(supervisor, act):
+    worker = supervisor.worker(Limits(seconds=1.0, memory_bytes=256 << 20))
+    worker.begin()
+    started = time.monotonic()
+    with pytest.raises(WorkerFailure, match="took longer than 1 s"):
+        worker.ask(act, {})
+    assert time.monotonic() - started < 5.0
+    assert gone(worker.process)
+
+
+def test_memory_is_bounded_and_running_out_of_it_is_an_error_the_worker_survives(worker):
+    held = worker.ask("grow", {})[0]["held"]
+    assert 0 < held <= LIMITS.memory_bytes
+    assert worker.ask("echo", {}, [np.ones(3)])[1][0].sum() == 3
+
+
+def test_an_answer_may_be_larger_than_a_sockets_buffer(supervisor):
+    worker = supervisor.worker(Limits(answer_bytes=64 << 20, memory_bytes=512 << 20))
+    array = np.random.default_rng(1).integers(0, 255, 40 << 20, dtype=np.uint8)
+    np.testing.assert_array_equal(worker.ask("echo", {}, [array])[1][0], array)
+    worker.close()
+
+
+def test_workers_serve_several_threads_at_once(supervisor):
+    sums = {}
+
+    def work(number):
+        worker = supervisor.worker(LIMITS)
+        sums[number] = sum(float(worker.ask("echo", {}, [np.full(100, number)])[1][0].sum()) for _ in range(20))
+        worker.close()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sums == {number: 2000.0 * number for number in range(6)}
+
+
+def test_a_killed_template_is_started_again():
+    with Supervisor("sandbox_service") as supervisor:
+        first = supervisor.worker(LIMITS)
+        os.kill(supervisor._process.pid, signal.SIGKILL)
+        supervisor._process.wait()
+        with pytest.raises(WorkerFailure):
+            first.ask("echo", {})
+        second = supervisor.worker(LIMITS)
+        assert second.ask("echo", {}, [np.ones(2)])[1][0].sum() == 2
+
+
+def test_workers_die_with_the_process_that_asked_for_them():
+    code = (
+        "import time\n"
+        "from wmengine.sandbox import Limits, Supervisor\n"
+        "supervisor = Supervisor('sandbox_service')\n"
+        "worker = supervisor.worker(Limits())\n"
+        "print(worker.process, flush=True)\n"
+        "worker.ask('hang', {})\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as process:
+        number = int(process.stdout.readline())
+        assert not gone(number)
+        process.kill()
+    waited = time.monotonic() + 10.0
+    while not gone(number) and time.monotonic() < waited:
+        time.sleep(0.05)
+    assert gone(number)
+
+
+def test_a_service_that_does_not_start_says_why():
+    with Supervisor("no_such_service") as supervisor, pytest.raises(WorkerFailure, match="No module named"):
+        supervisor.worker(LIMITS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(min_size=12, max_size=200))
+def test_no_bytes_from_a_worker_are_more_than_a_wire_error(data):
+    import socket
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.sendall(data)
+        theirs.close()
+        try:
+            header, arrays = wire.receive(ours, 1 << 16, time.monotonic() + 5)
+        except wire.WireError:
+            return
+        assert isinstance(header, dict)
+        assert sum(array.nbytes for array in arrays) <= 1 << 16
+
+
+@pytest.mark.parametrize(
+    ("header", "body"),
+    [
+        ({"arrays": [["float32", [3]]]}, b"1234"),
+        ({"arrays": [["float32", [1]]]}, b"12345678"),
+        ({"arrays": [["float32", [-1]]]}, b""),
+        ({"arrays": [["object", [1]]]}, b"12345678"),
+        ({"arrays": [["float32", [1 << 40, 1 << 40]]]}, b"1234"),
+        ({"arrays": 3}, b""),
+        ([], b""),
+    ],
+)
+def test_frames_that_contradict_themselves_are_refused(header, body):
+    import socket
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        text = json.dumps(header).encode()
+        theirs.sendall(struct.pack("<IQ", len(text), len(body)) + text + body)
+        with pytest.raises(wire.WireError, match="an answer"):
+            wire.receive(ours, 1 << 16)
+
+
+@pytest.mark.parametrize("machine", sorted(lockdown._ARCHITECTURES))
+def test_the_filter_allows_what_is_listed_and_nothing_else(machine):
+    """The program, interpreted: every system call number against the table, with the special arguments both ways."""
+    architecture = lockdown._ARCHITECTURES[machine]
+    program = list(struct.iter_unpack("=HBBI", lockdown.seccomp_program(machine, 77)))
+
+    def run(number, audit=architecture.audit, arguments=(0, 0, 0)):
+        data = struct.pack("<IIQ6Q", number, audit, 0, *arguments, 0, 0, 0)
+        at = accumulator = 0
+        while True:
+            code, then, otherwise, constant = program[at]
+            at += 1
+            if code == 0x20:
+                (accumulator,) = struct.unpack_from("<I", data, constant)
+            elif code == 0x15:
+                at += then if accumulator == constant else otherwise
+            elif code == 0x45:
+                at += then if accumulator & constant else otherwise
+            else:
+                return constant
+
+    allow, refuse, absent = 0x7FFF0000, 0x00050001, 0x00050026
+    calls = {number: name for name, number in architecture.calls.items()}
+    conditional = {"clone", "clone3", "tgkill"}
+    for number in range(600):
+        listed = number in calls and calls[number] not in conditional
+        if calls.get(number) != "clone3":
+            assert run(number) == (allow if listed else refuse), number
+    named = architecture.calls
+    assert run(named["clone"], arguments=(0x00010000, 0, 0)) == allow
+    assert run(named["clone3"]) == absent
+    assert run(named["tgkill"], arguments=(77, 0, 0)) == allow
+    for call in ("mmap", "mprotect"):
+        assert run(named[call], arguments=(0, 0, 4)) == refuse
+        assert run(named[call], arguments=(0, 0, 3)) == allow
+    assert run(named["read"], audit=1) == 0x80000000
+    assert all(len(program) > at + max(row[1], row[2]) for at, row in enumerate(program) if row[0] in (0x15, 0x45))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers of this processor's system calls are not known")
+def test_the_table_of_system_calls_is_the_kernels():
+    header = "/usr/include/x86_64-linux-gnu/asm/unistd_64.h"
+    if not os.path.exists(header):
+        pytest.skip("the kernel's headers are not installed")
+    with open(header) as lines:
+        kernel = {
+            words[1][5:]: int(words[2])
+            for words in map(str.split, lines)
+            if words[:1] == ["#define"] and len(words) == 3
+        }
+    for name, number in lockdown._ARCHITECTURES["x86_64"].calls.items():
+        assert kernel[name] == number, name
