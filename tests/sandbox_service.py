@@ -90,7 +90,7 @@ FORBIDDEN = {
     "read a file": lambda: os.open("/etc/passwd", os.O_RDONLY),
     "write a file": lambda: os.open("/tmp/wmengine-was-here", os.O_WRONLY | os.O_CREAT),
     "list a directory": lambda: os.listdir("/"),
-    "connect": lambda: sockets.create_connection(("127.0.0.1", 9), timeout=1),
+    "reach the network": lambda: sockets.socket(sockets.AF_INET),
     "open a socket": lambda: sockets.socket(sockets.AF_UNIX),
     "fork": os.fork,
     "execute": lambda: os.execv("/bin/true", ["true"]),
