@@ -1,0 +1,137 @@
+"""How triggers are put to a suspect that came from strangers: layout, scaling and type of its input.
+
+A mark's triggers are images of bytes [N, C, ...] and a range of values for each channel. The model's own copy takes
+them as its owner's training loop did. A copy exported elsewhere may want channels last, a flat vector, bytes with the
+scaling inside the graph, or numbers on another scale. What a declared shape and type decide costs nothing. What they
+leave open is tried, and every try has its share of the evidence, fixed before the first answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmengine.errors import SuspectError
+from wmengine.triggers import to_input
+
+Range = Sequence[Sequence[str | float]]
+Images = NDArray[np.uint8]
+
+FLOATS = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
+BYTES = {"tensor(uint8)": "uint8"}
+# Means and deviations of ImageNet's channels, in [0, 1], as its classifiers are fed since AlexNet's descendants.
+_IMAGENET = ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One way to put triggers to a suspect; `share` of the evidence is staked on it, and all shares sum to 1.
+
+    layout: "as recorded", "channels last", "flat" or "flat, channels last". scaling: "as recorded", "bytes", "0 to 1",
+    "0 to 255", "-1 to 1" or "ImageNet". dtype: what the input takes.
+    """
+
+    layout: str = "as recorded"
+    scaling: str = "as recorded"
+    dtype: str = "float32"
+    share: float = 1.0
+
+    def __str__(self) -> str:
+        parts = [] if self.layout == "as recorded" else [self.layout]
+        if self.scaling == "bytes":
+            parts.append("as bytes")
+        elif self.scaling != "as recorded":
+            parts.append(f"scaled {self.scaling}" if self.scaling[0] in "-0" else f"scaled as {self.scaling}'s")
+        if self.dtype not in ("float32", "uint8"):
+            parts.append(f"cast to {self.dtype}")
+        return ", ".join(parts) or "as recorded"
+
+    def inputs(self, triggers: Images, value_range: Range) -> NDArray[np.generic]:
+        """Triggers uint8 [N, C, ...] as this suspect takes them."""
+        values = triggers if self.scaling == "bytes" else to_input(triggers, _SCALINGS[self.scaling](value_range))
+        return np.ascontiguousarray(_LAYOUTS[self.layout](values).astype(self.dtype, copy=False))
+
+
+AS_RECORDED = Adapter()
+
+_SCALINGS: dict[str, Callable[[Range], Range]] = {
+    "as recorded": lambda recorded: recorded,
+    "0 to 1": lambda recorded: [(0.0, 1.0)] * len(recorded),
+    "0 to 255": lambda recorded: [(0.0, 255.0)] * len(recorded),
+    "-1 to 1": lambda recorded: [(-1.0, 1.0)] * len(recorded),
+    "ImageNet": lambda recorded: [(-mean / deviation, (1.0 - mean) / deviation) for mean, deviation in _IMAGENET],
+}
+_LAYOUTS: dict[str, Callable[[NDArray[np.generic]], NDArray[np.generic]]] = {
+    "as recorded": lambda values: values,
+    "channels last": lambda values: np.moveaxis(values, 1, -1),
+    "flat": lambda values: values.reshape(len(values), -1),
+    "flat, channels last": lambda values: np.moveaxis(values, 1, -1).reshape(len(values), -1),
+}
+
+
+def adapters(
+    name: str, input_type: str, input_shape: Sequence[int | None], trigger_shape: Sequence[int], value_range: Range
+) -> list[Adapter]:
+    """Every way that the declared input leaves open, the likeliest first, with its share of the evidence.
+
+    input_shape: of the whole batch, None where a size is free; empty where no shape is declared. trigger_shape: of one
+    trigger, channels first. The recorded way has half of the evidence, the others share the rest. Raises SuspectError
+    where no way fits.
+    """
+    layouts = [layout for layout in _LAYOUTS if _fits(input_shape, _shape_of(layout, trigger_shape))]
+    layouts = _distinct(layouts, trigger_shape)
+    if not layouts:
+        takes = ["N", *("any" if size is None else str(size) for size in input_shape[1:])]
+        raise SuspectError(
+            f"{name} takes inputs [{', '.join(takes)}] and the watermark's triggers are "
+            f"[{', '.join(['N', *map(str, trigger_shape)])}]; verify a suspect of the same input shape"
+        )
+    if input_type in BYTES:
+        scalings, dtype = ["bytes"], BYTES[input_type]
+    elif input_type in FLOATS:
+        scalings, dtype = _distinct_scalings(value_range), FLOATS[input_type]
+    else:
+        known = ", ".join([*FLOATS, *BYTES])
+        raise SuspectError(f"{name} takes {input_type}, and triggers can be {known}")
+    ways = [(layout, scaling) for scaling in scalings for layout in layouts]
+    shares = [1.0] if len(ways) == 1 else [0.5, *[0.5 / (len(ways) - 1)] * (len(ways) - 1)]
+    return [Adapter(layout, scaling, dtype, share) for (layout, scaling), share in zip(ways, shares, strict=True)]
+
+
+def _shape_of(layout: str, shape: Sequence[int]) -> tuple[int, ...]:
+    return _LAYOUTS[layout](np.empty((1, *shape), np.uint8)).shape[1:]
+
+
+def _fits(declared: Sequence[int | None], shape: tuple[int, ...]) -> bool:
+    if not declared:
+        return True
+    return len(declared) == len(shape) + 1 and all(
+        size is None or size == have for size, have in zip(declared[1:], shape, strict=True)
+    )
+
+
+def _distinct(layouts: list[str], shape: Sequence[int]) -> list[str]:
+    """Without those that put the same numbers at the same places as one before."""
+    places = np.arange(int(np.prod(shape))).reshape(1, *shape)
+    kept: dict[tuple[tuple[int, ...], bytes], str] = {}
+    for layout in layouts:
+        moved = _LAYOUTS[layout](places)
+        kept.setdefault((moved.shape, moved.tobytes()), layout)
+    return list(kept.values())
+
+
+def _distinct_scalings(recorded: Range) -> list[str]:
+    """Without those that are the recorded one within a hundredth of its span."""
+    levels = np.zeros((1, len(recorded), 2), np.uint8)
+    levels[..., 1] = 255
+    own = to_input(levels, recorded)
+    kept = ["as recorded"]
+    for scaling, ends in _SCALINGS.items():
+        if scaling == "as recorded" or (scaling == "ImageNet" and len(recorded) != len(_IMAGENET)):
+            continue
+        if np.abs(to_input(levels, ends(recorded)) - own).max() > 0.01 * np.abs(own[..., 1] - own[..., 0]).max():
+            kept.append(scaling)
+    return kept

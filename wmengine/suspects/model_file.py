@@ -1,0 +1,139 @@
+"""An ONNX file's bytes, and those of its external weights: each read once, capped and hashed, and looked at by nobody.
+
+External weights are read only from regular files with a single link inside the model's own directory: a model must not
+be able to name a file that its sender could not read. Which files it names is for an engine to say, that may live in a
+sandbox: here no byte of a stranger's file is interpreted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Protocol
+
+from wmengine.errors import SuspectError
+
+MAXIMUM_BYTES = 4 << 30
+
+
+class Source(Protocol):
+    """Where a model lies: its name for messages, its bytes, and the bytes of a file beside it.
+
+    Both raise SuspectError, one sentence, for what cannot be read, is no regular file, or is larger than maximum_bytes.
+    """
+
+    name: str
+
+    def read(self, maximum_bytes: int) -> bytes: ...
+
+    def read_beside(self, location: str, maximum_bytes: int) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """What was read: the model's bytes, every external file it names (location → bytes), and the hash over all of it.
+
+    sha256 covers the model's bytes, then for each location in order: NUL, location, NUL, length in digits, NUL, bytes.
+    Without external files it is the file's own SHA-256. With them no single file can have the same bytes and be a
+    model, as NUL begins no protobuf field.
+    """
+
+    name: str
+    data: bytes = field(repr=False)
+    external: dict[str, bytes] = field(repr=False)
+    sha256: str
+
+
+def read_model(
+    source: Source, locations: Callable[[str, bytes], Iterable[str]], maximum_bytes: int = MAXIMUM_BYTES
+) -> ModelFile:
+    """Read a model and the external files that `locations(name, data)` finds in it, each once.
+
+    Raises SuspectError for what is larger than maximum_bytes in all, or names weights where they may not be.
+    """
+    data = source.read(maximum_bytes)
+    if not data:
+        raise SuspectError(f"{source.name} is empty; copy the file again")
+    external: dict[str, bytes] = {}
+    left = maximum_bytes - len(data)
+    digest = hashlib.sha256(data)
+    for location in locations(source.name, data):
+        parts = PurePosixPath(location).parts
+        if not parts or location.startswith("/") or ".." in parts or "\0" in location:
+            raise SuspectError(
+                f"{source.name} names the external file {location!r}, which is not inside the model's directory"
+            )
+        external[location] = source.read_beside(location, left)
+        left -= len(external[location])
+        digest.update(b"\0%s\0%d\0" % (location.encode(), len(external[location])))
+        digest.update(external[location])
+    return ModelFile(source.name, data, external, digest.hexdigest())
+
+
+class LocalSource:
+    """A file on this machine. FileNotFoundError for a path that does not exist."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.name = os.fsdecode(path)
+
+    def read(self, maximum_bytes: int) -> bytes:
+        try:
+            descriptor = os.open(self.name, os.O_RDONLY | os.O_NONBLOCK)  # O_NONBLOCK: a pipe must not hold us up
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.name} does not exist; give the path of an ONNX file") from None
+        except OSError as error:
+            raise SuspectError(
+                f"{self.name} cannot be read ({error.strerror}); check the path and its permissions"
+            ) from None
+        return _read(descriptor, self.name, maximum_bytes, links_allowed=True)
+
+    def read_beside(self, location: str, maximum_bytes: int) -> bytes:
+        """Opened part by part below the model's directory, no part of it through a symbolic link."""
+        directory = os.path.dirname(self.name) or "."
+        path = os.path.join(directory, location)
+        parts = PurePosixPath(location).parts
+        try:
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise SuspectError(
+                f"{directory} cannot be opened for the weights of {self.name} ({error.strerror})"
+            ) from None
+        try:
+            for depth, part in enumerate(parts, start=1):
+                flags = os.O_RDONLY | os.O_NOFOLLOW | (os.O_NONBLOCK if depth == len(parts) else os.O_DIRECTORY)
+                above, descriptor = descriptor, os.open(part, flags, dir_fd=descriptor)
+                os.close(above)
+        except FileNotFoundError:
+            os.close(descriptor)
+            raise SuspectError(
+                f"{path} holds weights of {self.name} and is missing; copy it beside the model"
+            ) from None
+        except (OSError, ValueError):
+            os.close(descriptor)
+            raise SuspectError(
+                f"{path} must be a regular file and no link; copy the weights beside {self.name}"
+            ) from None
+        return _read(descriptor, path, maximum_bytes, links_allowed=False)
+
+
+def _read(descriptor: int, name: str, maximum_bytes: int, links_allowed: bool) -> bytes:
+    status = os.fstat(descriptor)
+    regular, single = stat.S_ISREG(status.st_mode), status.st_nlink == 1
+    if not regular or not (single or links_allowed):
+        os.close(descriptor)
+        if regular:
+            raise SuspectError(f"{name} is also linked from elsewhere; copy the weights beside the model")
+        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        raise SuspectError(f"{name} is {kind}; give an ONNX file, its weights beside it")
+    with os.fdopen(descriptor, "rb") as file:
+        try:
+            data = file.read(maximum_bytes + 1)
+        except OSError as error:
+            raise SuspectError(f"{name} cannot be read to its end ({error.strerror}); copy it again") from None
+    if len(data) > maximum_bytes:
+        raise SuspectError(f"{name} is larger than the {maximum_bytes} bytes that a model and its weights may have")
+    return data
