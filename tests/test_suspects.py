@@ -321,8 +321,8 @@ def test_a_model_and_its_weights_together_have_a_size_limit(tmp_path):
     path = save(with_external("w.bin"), tmp_path / "m.onnx")
     size = path.stat().st_size + WEIGHT.nbytes
     assert OnnxSuspect(path, maximum_bytes=size).tensors()
-    assert "w.bin is larger" in complaint(OnnxSuspect, path, size - 1)
-    assert "m.onnx is larger" in complaint(OnnxSuspect, path, 10)
+    assert "w.bin is larger" in complaint(lambda: OnnxSuspect(path, maximum_bytes=size - 1))
+    assert "m.onnx is larger" in complaint(lambda: OnnxSuspect(path, maximum_bytes=10))
 
 
 def test_a_location_that_is_no_utf8_is_refused(tmp_path):

@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -19,6 +18,7 @@ from wmengine.key import Key
 from wmengine.schemes import black_box_parameters, scheme, white_box_parameters
 from wmengine.stats import binomial_log10_tail, threshold
 from wmengine.suspects import open_suspect
+from wmengine.suspects.adapters import AS_RECORDED
 from wmengine.triggers import to_input
 from wmengine.verify import ADVERSARIAL_ALPHA, verify
 from wmengine.watermark import Watermark
@@ -169,6 +169,12 @@ def test_the_suspects_faults_are_errors_with_one_sentence(tmp_path, save):
 def test_a_suspect_with_another_number_of_classes_is_an_error_even_when_it_is_opened_first():
     class Open:
         name, sha256, notes = "open", None, []
+
+        def adapters(self, trigger_shape, value_range):
+            return [AS_RECORDED]
+
+        def close(self):
+            raise AssertionError("whoever opened it closes it")
 
         def query(self, inputs, num_classes=None):
             return np.zeros((len(inputs), 7), np.float32)
@@ -415,10 +421,7 @@ def test_verifying_imports_only_what_it_needs(tmp_path, save):
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
     graph = helper.make_graph(nodes, "g", inputs, outputs, [weight])
     answers = save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), "answers.onnx")
-    never = {"torch", "scipy", "matplotlib", "triton"}
-    white = loaded_by_verifying(save(network(marked_weights())), tmp_path / "bits.wm")
-    assert not white & (never | {"onnxruntime"})
-    black = loaded_by_verifying(answers, tmp_path / "triggers.wm")
-    assert not black & (never | {"onnx_ir", "onnx"})
-    assert "onnxruntime" in black
-    assert onnx.__name__ in white
+    # Nothing that parses or runs a stranger's bytes is even loaded: that happens in the sandbox.
+    never = {"torch", "scipy", "matplotlib", "triton", "onnx", "onnx_ir", "onnxruntime", "google.protobuf"}
+    assert not never & loaded_by_verifying(save(network(marked_weights())), tmp_path / "bits.wm")
+    assert not never & loaded_by_verifying(answers, tmp_path / "triggers.wm")

@@ -22,10 +22,11 @@ from wmengine import ops
 from wmengine.carriers import Tensor, match_tensors
 from wmengine.errors import SuspectError
 from wmengine.key import Key
+from wmengine.sandbox import Limits
 from wmengine.schemes import symbol_chance
 from wmengine.stats import binomial_log10_tail, paid_log10_p
 from wmengine.suspects import Suspect, open_suspect
-from wmengine.triggers import to_input
+from wmengine.trial import MODES, Trial, run_trials
 from wmengine.watermark import Watermark
 
 # What a forger cannot reach by trying keys: the bar for evidence against others while no commitment carries a date.
@@ -83,6 +84,9 @@ def verify(
     alpha: float = 1e-9,
     adversarial: bool = False,
     passphrase: str | None = None,
+    queries: str = "all",
+    isolation: str = "persistent",
+    limits: Limits | None = None,
 ) -> Verdict:
     """Judge whether a suspect depends on material made with a watermark's key.
 
@@ -90,7 +94,9 @@ def verify(
     [N, ...] to scores [N, C] or labels [N]. watermark: a Watermark or its file. key: the owner's Key or its file; the
     watermark is then derived from it again and compared. alpha: owned at a p-value of at most this. adversarial: for
     evidence against others: needs the key, and the bar is 2^-128, as no timestamp of a commitment is looked at yet.
-    passphrase opens sealed files.
+    passphrase opens sealed files. queries: "all" asks every trigger; "sequential" stops when the answer is clear.
+    isolation: "persistent" or "per-model" judge a file in a sandboxed process of its own, "none" in this one, for your
+    own files; limits: the seconds and bytes that it may use there.
 
         verdict = verify("suspect.onnx", "acme-adi.wm", key="acme.key")
 
@@ -100,6 +106,8 @@ def verify(
     started = time.perf_counter()
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"alpha must be between 0 and 1, and it is {alpha}")
+    if queries not in MODES:
+        raise ValueError(f"queries must be one of {', '.join(MODES)}, and it is {queries!r}")
     if adversarial and key is None:
         raise ValueError("adversarial=True needs key=, as the watermark must be derived again from its key")
     if isinstance(watermark, str | os.PathLike):
@@ -116,11 +124,16 @@ def verify(
     error: str | None = None
     score = _Score(0, watermark.total, 0, 0.0, ())
     try:
-        opened = open_suspect(suspect)
-        judge = _score_weights if watermark.kind == "white-box" else _score_answers
-        score = judge(opened, watermark)
+        opened = open_suspect(suspect, isolation, limits)
+        if watermark.kind == "white-box":
+            score = _score_weights(opened, watermark)
+        else:
+            score = _score_answers(opened, watermark, alpha, queries)
     except SuspectError as cause:
-        error = " ".join(str(cause).splitlines())  # names in a hostile file may hold line breaks
+        error = str(cause)
+    finally:
+        if opened is not None and opened is not suspect:
+            opened.close()
     owned = error is None and score.log10_p <= math.log10(alpha)
     return Verdict(
         suspect=os.fspath(suspect) if opened is None else opened.name,
@@ -152,30 +165,13 @@ def _caveats(watermark: Watermark, owned: bool, log10_p: float, checked: bool, a
         yield "the watermark was not derived from its key again: its symbols could have been written to fit the suspect"
 
 
-def _score_answers(suspect: Suspect, watermark: Watermark) -> _Score:
-    """Ask every trigger and count the answers that are its label; NaN and Inf are no answers."""
-    labels: NDArray[np.int64] = watermark.arrays["labels"]
-    num_classes = int(watermark.parameters["num_classes"])
-    answers = suspect.query(to_input(watermark.arrays["triggers"], watermark.parameters["value_range"]), num_classes)
-    notes = list(suspect.notes)
-    if answers.shape[0] != labels.size or answers.ndim not in (1, 2):
-        raise SuspectError(f"{suspect.name} answers {labels.size} inputs with an array of shape {list(answers.shape)}")
-    if answers.ndim == 1:
-        matched = int((answers == labels).sum())
-        notes.append("the suspect answers with labels")
-    elif answers.shape[1] != num_classes:
-        raise SuspectError(
-            f"{suspect.name} answers with {answers.shape[1]} classes and the watermark has {num_classes}; "
-            "verify a suspect of the same task"
-        )
-    else:
-        counts, invalid = ops.match_counts(np.ascontiguousarray(answers[None]), labels[None])
-        matched = int(counts[0, 0])
-        if invalid[0]:
-            notes.append(f"{int(invalid[0])} of {labels.size} answers hold NaN or Inf and count as misses")
-    p0 = symbol_chance(watermark.scheme, watermark.parameters)
-    log10_p = binomial_log10_tail(matched, labels.size, p0)
-    return _Score(matched, labels.size, labels.size, log10_p, tuple(notes))
+def _score_answers(suspect: Suspect, watermark: Watermark, alpha: float, queries: str) -> _Score:
+    """Put the triggers in every way that the suspect's input leaves open, and count answers that are their labels."""
+    ways = suspect.adapters(watermark.arrays["triggers"].shape[1:], watermark.parameters["value_range"])
+    trial = Trial(watermark, ways, queries, -math.log10(alpha))
+    notes = run_trials(suspect, [trial])
+    notes += [*trial.notes(), *filter(None, [trial.ask_again(suspect)])]
+    return _Score(trial.matched, watermark.total, trial.queries, trial.log10_p, tuple(dict.fromkeys(notes)))
 
 
 def _score_weights(suspect: Suspect, watermark: Watermark) -> _Score:

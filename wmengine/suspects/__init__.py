@@ -6,20 +6,23 @@ import os
 import sys
 from typing import Any
 
+from wmengine.sandbox import Limits
 from wmengine.suspects.base import Suspect
 from wmengine.suspects.onnx_file import OnnxSuspect
 
 __all__ = ["OnnxSuspect", "Suspect", "open_suspect"]
 
 
-def open_suspect(suspect: Any) -> Suspect:
+def open_suspect(suspect: Any, isolation: str = "persistent", limits: Limits | None = None) -> Suspect:
     """A suspect from a path, a torch module, a function, or a suspect that is open already.
+
+    isolation and limits are for files: see OnnxSuspect.
 
     Raises FileNotFoundError for a path that does not exist, TypeError for what is none of these, and SuspectError for a
     file that cannot be judged.
     """
     if isinstance(suspect, str | os.PathLike):
-        return OnnxSuspect(suspect)
+        return OnnxSuspect(suspect, isolation=isolation, limits=limits)
     if isinstance(suspect, Suspect):
         return suspect
     torch = sys.modules.get("torch")  # whoever holds a module has imported torch: no need to import it here

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError
+from wmengine.suspects.adapters import Adapter, Range
 
 # As fast per input as larger batches, in a tenth of their memory (measured with ONNX Runtime on CPUs).
 CHUNK = 32
@@ -25,18 +26,24 @@ Outputs = list[tuple[str, Any]]
 class Suspect(Protocol):
     """A suspect: its name, its hash (None where it is no file), and notes on what its last call assumed.
 
-    query: inputs float32 [N, ...] → scores float32 or float64 [N, C], or labels int64 [N]; num_classes says which
-    output answers, where there are several. tensors: its weights in order of execution; input_shape is one input's, for
-    suspects that must run to tell that order. Both raise SuspectError, one sentence, when the suspect cannot answer.
+    adapters: every way to put triggers of this shape to it that its declared input leaves open. query: inputs as an
+    adapter made them [N, ...] → scores float32 or float64 [N, C], or labels int64 [N]; num_classes says which output
+    answers, where there are several. tensors: its weights in order of execution; input_shape is one input's, for
+    suspects that must run to tell that order. All raise SuspectError, one sentence, when the suspect cannot answer.
+    close gives back what it holds.
     """
 
     name: str
     sha256: str | None
     notes: list[str]
 
-    def query(self, inputs: NDArray[np.float32], num_classes: int | None = None) -> NDArray[Any]: ...
+    def adapters(self, trigger_shape: Sequence[int], value_range: Range) -> list[Adapter]: ...
+
+    def query(self, inputs: NDArray[Any], num_classes: int | None = None) -> NDArray[Any]: ...
 
     def tensors(self, input_shape: Sequence[int] | None = None) -> list[Tensor]: ...
+
+    def close(self) -> None: ...
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
@@ -108,8 +115,8 @@ def _shape_of(output: Any) -> str:
 
 
 def ask_in_chunks(
-    run: Callable[[NDArray[np.float32]], Outputs],
-    inputs: NDArray[np.float32],
+    run: Callable[[NDArray[Any]], Outputs],
+    inputs: NDArray[Any],
     num_classes: int | None,
     name: str,
     notes: list[str],
@@ -143,13 +150,13 @@ def ask_in_chunks(
     return np.concatenate(parts)
 
 
-def _padded(rows: NDArray[np.float32], batch: int | None) -> NDArray[np.float32]:
+def _padded(rows: NDArray[Any], batch: int | None) -> NDArray[Any]:
     if batch is None or len(rows) == batch:
         return rows
     return np.resize(rows, (batch, *rows.shape[1:]))
 
 
-def check_input_shape(name: str, expected: Sequence[int | None], inputs: NDArray[np.float32]) -> None:
+def check_input_shape(name: str, expected: Sequence[int | None], inputs: NDArray[Any]) -> None:
     """Raises SuspectError naming both shapes unless inputs [N, ...] fit `expected`, where None is any length."""
     asked = inputs.shape[1:]
     fits = len(asked) == len(expected) - 1 and all(

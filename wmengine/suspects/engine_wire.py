@@ -105,6 +105,9 @@ class RemoteEngine:
         ]
         return found, [str(note) for note in header["notes"]]
 
+    def close(self) -> None:
+        self.worker.close()
+
     def _ask(self, asked: str, question: Mapping[str, Any] | None = None, arrays: Sequence[Any] = ()) -> Any:
         try:
             header, answers = self.worker.ask(asked, dict(question or {}), arrays)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from wmengine.carriers import ModuleTensor, Tensor, evaluating, module_tensors, unwrap
 from wmengine.errors import SuspectError
+from wmengine.suspects.adapters import AS_RECORDED, Adapter, Range
 from wmengine.suspects.base import Outputs, ask_in_chunks, one_line
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ class ModuleSuspect:
         self.name = f"module {type(self.module).__name__}"
         self.sha256: str | None = None
         self.notes: list[str] = []
+
+    def adapters(self, trigger_shape: Sequence[int], value_range: Range) -> list[Adapter]:
+        return [AS_RECORDED]  # it is called as its owner's loop calls it
+
+    def close(self) -> None:
+        pass
 
     def query(self, inputs: NDArray[np.float32], num_classes: int | None = None) -> NDArray[Any]:
         self.notes = []
@@ -74,6 +81,12 @@ class CallableSuspect:
         self.name = f"callable {getattr(function, '__name__', type(function).__name__)}"
         self.sha256: str | None = None
         self.notes: list[str] = []
+
+    def adapters(self, trigger_shape: Sequence[int], value_range: Range) -> list[Adapter]:
+        return [AS_RECORDED]  # it is documented to take what the mark recorded
+
+    def close(self) -> None:
+        pass
 
     def query(self, inputs: NDArray[np.float32], num_classes: int | None = None) -> NDArray[Any]:
         self.notes = []

@@ -94,6 +94,10 @@ class OnnxEngine:
                 found.append((output.name, array))
         return found
 
+    def close(self) -> None:
+        """Forget the model."""
+        self._data, self._external, self._session = b"", {}, None
+
     def tensors(self) -> tuple[list[Tensor], list[str]]:
         """The weights in the graph's own order, and notes on what was assumed."""
         from wmengine.suspects.onnx_tensors import read_tensors

@@ -37,6 +37,8 @@ class Engine(Protocol):
 
     def tensors(self) -> tuple[list[Tensor], list[str]]: ...
 
+    def close(self) -> None: ...
+
 
 class OnnxSuspect:
     """An ONNX file: answers through ONNX Runtime on the CPU, shows its weights without it.
@@ -55,10 +57,14 @@ class OnnxSuspect:
         maximum_bytes: int = MAXIMUM_BYTES,
         engine: Engine | None = None,
     ) -> None:
-        self._engine = engine or open_engine(isolation, limits or Limits())
         origin = LocalSource(source) if isinstance(source, str | os.PathLike) else source
-        self.file: ModelFile = read_model(origin, self._engine.locations, maximum_bytes)
-        self._engine.load(self.file.name, self.file.data, self.file.external)
+        self._engine = engine or open_engine(isolation, limits or Limits())
+        try:
+            self.file: ModelFile = read_model(origin, self._engine.locations, maximum_bytes)
+            self._engine.load(self.file.name, self.file.data, self.file.external)
+        except BaseException:
+            self.close()
+            raise
         self.name = self.file.name
         self.sha256: str | None = self.file.sha256
         self.notes: list[str] = []
@@ -92,6 +98,9 @@ class OnnxSuspect:
         """The weights in the graph's own order; input_shape is not needed."""
         found, self.notes = self._engine.tensors()
         return found
+
+    def close(self) -> None:
+        self._engine.close()
 
     def _input(self) -> Input:
         if self._inputs is None:

@@ -1,0 +1,241 @@
+"""One suspect against black-box marks: which triggers to ask next, and what the answers are worth.
+
+A trial knows the labels and never shows them: triggers go out, predictions come back and are counted here. Triggers are
+asked in the order in which the key drew them. Each adapter has a fixed share of the evidence; the p-value is the least
+of p_a / share_a over those that were tried, and never above 1, which no order of trying can inflate (Bonferroni).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmengine.errors import SuspectError
+from wmengine.schemes import symbol_chance
+from wmengine.sequential import SequentialTest
+from wmengine.stats import binomial_log10_tail
+from wmengine.suspects.adapters import AS_RECORDED, Adapter
+from wmengine.suspects.base import Suspect
+from wmengine.watermark import Watermark
+
+MODES = ("all", "sequential")
+FIRST_LOOK, NEXT_LOOK = 16, 8
+ABSTAINED = -1
+
+Labels = NDArray[np.int64]
+
+
+class Ask(NamedTuple):
+    """Triggers `start` … `stop` of a mark, to be put by this adapter."""
+
+    adapter: Adapter
+    start: int
+    stop: int
+
+
+@dataclass
+class _Attempt:
+    """What one adapter has brought so far."""
+
+    adapter: Adapter
+    test: SequentialTest
+    first: Labels  # the predictions for the first triggers, to be asked again
+    abstained: int = 0
+
+
+class Trial:
+    """One suspect, one black-box mark.
+
+    mode: "all" asks every trigger and reports the binomial tail; "sequential" stops when the answer is clear.
+    log10_bar: −log10 of what p must reach, all tests of the same scan paid. adapters: the ways to put triggers, in this
+    order, each with its share of the evidence; the next is tried when the one before has not proven the suspect.
+    """
+
+    def __init__(self, mark: Watermark, adapters: Sequence[Adapter], mode: str, log10_bar: float) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, and it is {mode!r}")
+        self.mark = mark
+        self.num_classes = int(mark.parameters["num_classes"])
+        self.mode = mode
+        self._labels: Labels = mark.arrays["labels"]
+        self._log10_bar = log10_bar
+        self._adapters = list(adapters)
+        self._attempts: list[_Attempt] = []
+
+    def next(self) -> Ask | None:
+        """What to ask now; None when the trial is over. The same until its answers are added."""
+        if self._attempts and not self._is_over(self._attempts[-1]):
+            attempt = self._attempts[-1]
+        elif self.proven or len(self._attempts) == len(self._adapters):
+            return None
+        else:
+            attempt = self._start(self._adapters[len(self._attempts)])
+        asked, total = attempt.test.asked, len(self._labels)
+        look = total if self.mode == "all" else FIRST_LOOK if asked == 0 else NEXT_LOOK
+        return Ask(attempt.adapter, asked, min(total, asked + look))
+
+    def add(self, predicted: Labels) -> None:
+        """The predictions for what `next` asked: class numbers, ABSTAINED where there was no answer."""
+        attempt = self._attempts[-1]
+        start = attempt.test.asked
+        expected = self._labels[start : start + len(predicted)]
+        attempt.test.add(int((predicted == expected).sum()), len(predicted))
+        attempt.abstained += int((predicted == ABSTAINED).sum())
+        if start == 0:
+            attempt.first = predicted[:FIRST_LOOK]
+
+    @property
+    def queries(self) -> int:
+        """Triggers asked, all adapters together."""
+        return sum(attempt.test.asked for attempt in self._attempts)
+
+    @property
+    def matched(self) -> int:
+        """Matches of the adapter that did best."""
+        return self._best().test.matched if self._attempts else 0
+
+    @property
+    def log10_p(self) -> float:
+        """log10 of the p-value with every adapter paid."""
+        return min(0.0, *map(self._paid_log10_p, self._attempts), 0.0)
+
+    @property
+    def log10_e(self) -> float | None:
+        """log10 of the e-value at the end of a sequential trial, adapters paid; None for a fixed test."""
+        if self.mode == "all" or not self._attempts:
+            return None
+        return max(attempt.test.log10_e + math.log10(attempt.adapter.share) for attempt in self._attempts)
+
+    @property
+    def proven(self) -> bool:
+        """Whether the p-value has reached the bar."""
+        return -self.log10_p >= self._log10_bar
+
+    def notes(self) -> list[str]:
+        """What was assumed and what happened, for the verdict."""
+        found = []
+        if self._attempts:
+            best = self._best()
+            if str(best.adapter) != str(AS_RECORDED):
+                found.append(f"triggers were put {best.adapter}")
+            if len(self._attempts) > 1:
+                found.append(f"{len(self._attempts)} ways of putting the triggers were tried and paid for")
+            elif best.adapter.share < 1.0:
+                found.append(f"one of {len(self._adapters)} ways of putting the triggers was tried, and its share paid")
+            if best.abstained:
+                asked = best.test.asked
+                found.append(f"{best.abstained} of {asked} answers hold NaN or Inf and count as misses")
+            if self.mode == "sequential" and best.test.decision == "futile" and not self.proven:
+                found.append(f"given up after {self.queries} queries: the suspect answers as a stranger does")
+        return found
+
+    def ask_again(self, suspect: Suspect) -> str | None:
+        """A note where the first triggers, put in another order and twice over, are answered otherwise than before.
+
+        Such a suspect computes an answer from the whole batch, or at random. What was counted stays as it is: the
+        p-value holds whatever the answers depend on.
+        """
+        attempt = self._best()
+        if len(attempt.first) < 2:
+            return None
+        again = np.repeat(np.arange(len(attempt.first))[::-1], 2)
+        inputs = _inputs(self.mark, attempt.adapter)[again]
+        predicted = predictions(suspect, suspect.query(inputs, self.num_classes), len(inputs), self.num_classes)
+        changed = len(set(again[predicted != attempt.first[again]].tolist()))
+        if not changed:
+            return None
+        return f"{changed} of {len(attempt.first)} answers change when the batch does, or from one time to the next"
+
+    def _start(self, adapter: Adapter) -> _Attempt:
+        bar = self._log10_bar - math.log10(adapter.share)
+        chance = symbol_chance(self.mark.scheme, self.mark.parameters)
+        attempt = _Attempt(adapter, SequentialTest(chance, len(self._labels), bar), np.empty(0, np.int64))
+        self._attempts.append(attempt)
+        return attempt
+
+    def _is_over(self, attempt: _Attempt) -> bool:
+        if self.mode == "all":
+            return attempt.test.asked == attempt.test.total
+        return attempt.test.decision is not None
+
+    def _best(self) -> _Attempt:
+        return min(self._attempts, key=self._paid_log10_p)
+
+    def _paid_log10_p(self, attempt: _Attempt) -> float:
+        test = attempt.test
+        fixed = self.mode == "all"  # of all triggers: those not asked are misses
+        unpaid = binomial_log10_tail(test.matched, test.total, test.p0) if fixed else test.log10_p
+        return unpaid - math.log10(attempt.adapter.share)
+
+
+def run_trials(suspect: Suspect, trials: Sequence[Trial]) -> list[str]:
+    """Ask until every trial is over, all trials together where they put triggers the same way; the suspect's notes.
+
+    Raises SuspectError where the suspect cannot answer; the trials then hold what was answered before.
+    """
+    notes: dict[str, None] = {}
+    while True:
+        groups: dict[tuple[Adapter, int, tuple[int, ...]], list[tuple[Trial, Ask]]] = {}
+        for trial in trials:
+            ask = trial.next()
+            if ask is not None:
+                shape = trial.mark.arrays["triggers"].shape[1:]
+                groups.setdefault((ask.adapter, trial.num_classes, shape), []).append((trial, ask))
+        if not groups:
+            return list(notes)
+        for (adapter, num_classes, _), asks in groups.items():
+            inputs = np.concatenate([_inputs(trial.mark, adapter)[ask.start : ask.stop] for trial, ask in asks])
+            predicted = predictions(suspect, suspect.query(inputs, num_classes), len(inputs), num_classes)
+            notes |= dict.fromkeys(suspect.notes)
+            at = 0
+            for trial, ask in asks:
+                count = ask.stop - ask.start
+                trial.add(predicted[at : at + count])
+                at += count
+
+
+def predictions(suspect: Suspect, answers: NDArray[Any], rows: int, num_classes: int) -> Labels:
+    """The class that each answer [rows, C] or [rows] names, ABSTAINED where a score is NaN or Inf.
+
+    Ties go to the lowest class. Raises SuspectError for answers of another shape.
+    """
+    if answers.ndim not in (1, 2) or len(answers) != rows:
+        raise SuspectError(f"{suspect.name} answers {rows} inputs with an array of shape {list(answers.shape)}")
+    if answers.ndim == 1:
+        return np.where(answers >= 0, answers, ABSTAINED).astype(np.int64)
+    if answers.shape[1] != num_classes:
+        raise SuspectError(
+            f"{suspect.name} answers with {answers.shape[1]} classes and the watermark has {num_classes}; "
+            "verify a suspect of the same task"
+        )
+    return np.where(np.isfinite(answers).all(axis=1), answers.argmax(axis=1), ABSTAINED).astype(np.int64)
+
+
+def _inputs(mark: Watermark, adapter: Adapter) -> NDArray[Any]:
+    """All triggers of a mark as an adapter puts them; the last few are kept, for the next suspect."""
+    return _kept_inputs(_Identity(mark), adapter)
+
+
+class _Identity:
+    """A mark as a key of a cache: the same only where it is the very same object."""
+
+    def __init__(self, mark: Watermark) -> None:
+        self.mark = mark
+
+    def __hash__(self) -> int:
+        return id(self.mark)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and other.mark is self.mark
+
+
+@lru_cache(maxsize=256)
+def _kept_inputs(identity: _Identity, adapter: Adapter) -> NDArray[Any]:
+    mark = identity.mark
+    return adapter.inputs(mark.arrays["triggers"], mark.parameters["value_range"])
