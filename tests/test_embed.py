@@ -13,8 +13,8 @@ from torch.nn import functional
 import wmengine
 from wmengine import stats
 from wmengine.embed import Embedder, _count_bits
+from wmengine.judge import bit_matches
 from wmengine.triggers import to_input
-from wmengine.verify import bit_matches
 
 CLASSES = 4
 KEY = wmengine.Key("ACME Vision", bytes(range(32)))

@@ -26,6 +26,7 @@ from wmengine.watermark import Watermark
 
 MODES = ("all", "sequential")
 FIRST_LOOK, NEXT_LOOK = 16, 8
+ASKED_AGAIN = 8
 ABSTAINED = -1
 
 Labels = NDArray[np.int64]
@@ -88,7 +89,7 @@ class Trial:
         attempt.test.add(int((predicted == expected).sum()), len(predicted))
         attempt.abstained += int((predicted == ABSTAINED).sum())
         if start == 0:
-            attempt.first = predicted[:FIRST_LOOK]
+            attempt.first = predicted[:ASKED_AGAIN]
 
     @property
     def queries(self) -> int:

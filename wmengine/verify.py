@@ -1,8 +1,8 @@
 """One suspect against one watermark: count the matching symbols, say how likely a stranger matches as many, judge.
 
-This is the fixed test: all N triggers are asked and all T bits are read, whatever the first of them show. Unanswered
-triggers and tied bits are misses, so the p-value P(Bin(N, p0) >= matched) is an upper bound for any suspect made
-without the key; where layers can be matched in several ways every way is paid for.
+Unless told otherwise this is the fixed test: all N triggers are asked and all T bits are read, whatever the first of
+them show. Unanswered triggers and tied bits are misses, so the p-value P(Bin(N, p0) >= matched) is an upper bound for
+any suspect made without the key; where layers can be matched, or triggers put, in several ways, every way is paid for.
 """
 
 from __future__ import annotations
@@ -12,21 +12,15 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from wmengine import ops
-from wmengine.carriers import Tensor, match_tensors
 from wmengine.errors import SuspectError
+from wmengine.judge import Score, is_owned, score_suspect
 from wmengine.key import Key
 from wmengine.sandbox import Limits
-from wmengine.schemes import symbol_chance
-from wmengine.stats import binomial_log10_tail, paid_log10_p
 from wmengine.suspects import Suspect, open_suspect
-from wmengine.trial import MODES, Trial, run_trials
+from wmengine.trial import MODES
 from wmengine.watermark import Watermark
 
 # What a forger cannot reach by trying keys: the bar for evidence against others while no commitment carries a date.
@@ -65,15 +59,6 @@ class Verdict:
     def to_json(self) -> str:
         """One JSON object with these fields."""
         return json.dumps(asdict(self), allow_nan=False)
-
-
-@dataclass(frozen=True)
-class _Score:
-    matched: int
-    total: int
-    queries: int
-    log10_p: float
-    notes: tuple[str, ...]
 
 
 def verify(
@@ -121,26 +106,22 @@ def verify(
     alpha = min(alpha, ADVERSARIAL_ALPHA) if adversarial else alpha
 
     opened: Suspect | None = None
-    error: str | None = None
-    score = _Score(0, watermark.total, 0, 0.0, ())
+    score = Score(0, watermark.total, 0, 0.0)
     try:
         opened = open_suspect(suspect, isolation, limits)
-        if watermark.kind == "white-box":
-            score = _score_weights(opened, watermark)
-        else:
-            score = _score_answers(opened, watermark, alpha, queries)
+        (score,) = score_suspect(opened, [watermark], queries, -math.log10(alpha), ask_again=True)
     except SuspectError as cause:
-        error = str(cause)
+        score = replace(score, error=str(cause))
     finally:
         if opened is not None and opened is not suspect:
             opened.close()
-    owned = error is None and score.log10_p <= math.log10(alpha)
+    owned = score.error is None and is_owned(score.log10_p, alpha)
     return Verdict(
         suspect=os.fspath(suspect) if opened is None else opened.name,
         sha256=None if opened is None else opened.sha256,
         watermark=watermark.name,
         scheme=watermark.scheme,
-        decision="error" if error is not None else "owned" if owned else "not_proven",
+        decision="error" if score.error is not None else "owned" if owned else "not_proven",
         matched=score.matched,
         total=score.total,
         queries=score.queries,
@@ -148,7 +129,7 @@ def verify(
         derivation="not_checked" if key is None else "checked",
         alpha=alpha,
         seconds=time.perf_counter() - started,
-        error=error,
+        error=score.error,
         notes=(*score.notes, *_caveats(watermark, owned, score.log10_p, key is not None, adversarial)),
     )
 
@@ -163,62 +144,3 @@ def _caveats(watermark: Watermark, owned: bool, log10_p: float, checked: bool, a
         )
     if owned and not checked:
         yield "the watermark was not derived from its key again: its symbols could have been written to fit the suspect"
-
-
-def _score_answers(suspect: Suspect, watermark: Watermark, alpha: float, queries: str) -> _Score:
-    """Put the triggers in every way that the suspect's input leaves open, and count answers that are their labels."""
-    ways = suspect.adapters(watermark.arrays["triggers"].shape[1:], watermark.parameters["value_range"])
-    trial = Trial(watermark, ways, queries, -math.log10(alpha))
-    notes = run_trials(suspect, [trial])
-    notes += [*trial.notes(), *filter(None, [trial.ask_again(suspect)])]
-    return _Score(trial.matched, watermark.total, trial.queries, trial.log10_p, tuple(dict.fromkeys(notes)))
-
-
-def _score_weights(suspect: Suspect, watermark: Watermark) -> _Score:
-    """Read the bits in every pairing of carriers and tensors; the best one counts, after paying for all."""
-    parameters, bits = watermark.parameters, watermark.arrays["bits"]
-    tensors = suspect.tensors(parameters["input_shape"])
-    shapes = [tuple(shape) for shape in parameters["carriers"]]
-    matching = match_tensors(shapes, tensors, parameters["carrier_indices"])
-    notes = (*suspect.notes, *matching.notes)
-    if matching.found == 0:
-        return _Score(0, 0, 0, 0.0, (*notes, "no tensor of the suspect has the shape of a carrier: nothing to read"))
-    projections = _Projections(watermark, tensors)
-    matches = [bit_matches(projections.sum(pairing), bits) for pairing in matching.tries]
-    tails = [binomial_log10_tail(count, bits.size, symbol_chance(watermark.scheme, parameters)) for count in matches]
-    log10_p, best = paid_log10_p(tails)
-    return _Score(matches[best], bits.size, 0, log10_p, notes)
-
-
-def bit_matches(projected: NDArray[np.floating[Any]], bits: NDArray[np.uint8]) -> int:
-    """How many bits [T] the projection y [T] shows: 1 is y > 0 and 0 is y < 0; y = 0, NaN and Inf show neither."""
-    read = np.isfinite(projected) & (projected != 0)
-    return int((read & ((projected > 0) == (bits == 1))).sum())
-
-
-class _Projections:
-    """The projection of each (carrier, tensor) pair, computed once; projections are linear, so a pairing is a sum."""
-
-    def __init__(self, watermark: Watermark, tensors: list[Tensor]) -> None:
-        self.watermark = watermark
-        self.tensors = tensors
-        self.known: dict[tuple[int, int], NDArray[np.float32]] = {}
-
-    def sum(self, pairing: tuple[int | None, ...]) -> NDArray[np.float64]:
-        total = np.zeros(self.watermark.total)
-        for carrier, tensor in enumerate(pairing):
-            if tensor is not None:
-                total += self._project(carrier, tensor)
-        return total
-
-    def _project(self, carrier: int, tensor: int) -> NDArray[np.float32]:
-        if (carrier, tensor) not in self.known:
-            parameters = self.watermark.parameters
-            self.known[carrier, tensor] = ops.carrier_projection(
-                self.tensors[tensor].values,
-                int(self.watermark.arrays["carrier_keys"][carrier]),
-                self.watermark.total,
-                parameters["carrier"],
-                parameters["projection"],
-            )
-        return self.known[carrier, tensor]
