@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,7 +107,7 @@ def score_weights(tensors: Sequence[Tensor], mark: Watermark, notes: Sequence[st
     return Score(matches[best], bits.size, 0, log10_p, notes=said)
 
 
-def bit_matches(projected: NDArray[np.floating], bits: NDArray[np.uint8]) -> int:  # type: ignore[type-arg]
+def bit_matches(projected: NDArray[np.floating[Any]], bits: NDArray[np.uint8]) -> int:
     """How many bits [T] the projection y [T] shows: 1 is y > 0 and 0 is y < 0; y = 0, NaN and Inf show neither."""
     read = np.isfinite(projected) & (projected != 0)
     return int((read & ((projected > 0) == (bits == 1))).sum())

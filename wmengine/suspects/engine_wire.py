@@ -73,6 +73,7 @@ class RemoteEngine:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self._name = ""
+        self._failure: str | None = None
 
     def locations(self, name: str, data: bytes) -> list[str]:
         self._name = name
@@ -109,10 +110,13 @@ class RemoteEngine:
         self.worker.close()
 
     def _ask(self, asked: str, question: Mapping[str, Any] | None = None, arrays: Sequence[Any] = ()) -> Any:
+        if self._failure is not None:
+            raise SuspectError(self._failure)
         try:
             header, answers = self.worker.ask(asked, dict(question or {}), arrays)
         except WorkerFailure as error:
-            raise SuspectError(f"{self._name} cannot be judged: {error}") from None
+            self._failure = f"{self._name} cannot be judged: {error}"
+            raise SuspectError(self._failure) from None
         if "error" in header:
             raise SuspectError(str(header["error"])[:500])
         return header, answers

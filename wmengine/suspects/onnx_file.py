@@ -50,17 +50,20 @@ class OnnxSuspect:
 
     def __init__(
         self,
-        source: str | os.PathLike[str] | Source,
+        source: str | os.PathLike[str] | Source | ModelFile,
         *,
         isolation: str = "persistent",
         limits: Limits | None = None,
         maximum_bytes: int = MAXIMUM_BYTES,
         engine: Engine | None = None,
     ) -> None:
-        origin = LocalSource(source) if isinstance(source, str | os.PathLike) else source
+        if isinstance(source, str | os.PathLike):
+            source = LocalSource(source)
         self._engine = engine or open_engine(isolation, limits or Limits())
         try:
-            self.file: ModelFile = read_model(origin, self._engine.locations, maximum_bytes)
+            if not isinstance(source, ModelFile):
+                source = read_model(source, self._engine.locations, maximum_bytes)
+            self.file = source
             self._engine.load(self.file.name, self.file.data, self.file.external)
         except BaseException:
             self.close()

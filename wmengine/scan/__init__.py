@@ -1,0 +1,116 @@
+"""Suspects × watermarks: a folder or a bucket of untrusted files, judged on every core, resumed where it stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from wmengine import __version__
+from wmengine.sandbox import Limits
+from wmengine.scan.journal import Journal, Plan
+from wmengine.scan.listing import list_suspects, load_watermarks
+from wmengine.scan.pool import Hashes, Judged, judge_locally
+from wmengine.scan.results import table_of, write_parquet
+from wmengine.suspects.onnx_file import ISOLATION
+from wmengine.trial import MODES
+
+__all__ = ["scan"]
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+# Told after every suspect: how many are done, how many there are, and its rows.
+Progress = Callable[[int, int, list[dict[str, Any]]], None]
+
+
+def scan(
+    paths: Paths,
+    watermarks: Paths,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    jobs: int | None = None,
+    alpha: float = 1e-9,
+    queries: str = "sequential",
+    isolation: str = "persistent",
+    limits: Limits | None = None,
+    passphrase: str | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """Judge every suspect with every watermark → pyarrow.Table, a row for each pair.
+
+    paths: ONNX files, folders, patterns, URLs of object stores (through fsspec). watermarks: .wm files or folders. out:
+    a Parquet file; finished suspects go to a journal beside it (`<out>.journal`) as they are done, and the same call
+    resumes after an interruption. jobs: suspects at a time, by default the cores. alpha: of the whole scan: a pair is
+    "owned" where its p-value times the number of all pairs is at most alpha; that number is fixed before the first
+    query. queries: "sequential" stops asking a suspect when the answer is clear, "all" asks every trigger. isolation
+    and limits: see OnnxSuspect.
+
+    A suspect that cannot be judged has the decision "error", and the scan goes on. Files with equal bytes are judged
+    once. Raises FileNotFoundError, WatermarkError or ValueError for what is wrong with the arguments.
+    """
+    if queries not in MODES:
+        raise ValueError(f"queries must be one of {', '.join(MODES)}, and it is {queries!r}")
+    if isolation not in ISOLATION:
+        raise ValueError(f"isolation must be one of {', '.join(ISOLATION)}, and it is {isolation!r}")
+    if not 0.0 < alpha < 1.0:
+        raise ValueError(f"alpha must be between 0 and 1, and it is {alpha}")
+    jobs = jobs if jobs is not None else len(os.sched_getaffinity(0))
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, and it is {jobs}")
+    marks = load_watermarks(_several(watermarks), passphrase)
+    plan = Plan(
+        suspects=tuple(list_suspects(_several(paths))),
+        watermarks=tuple(mark.commitment for mark in marks),
+        alpha=alpha,
+        queries=queries,
+        isolation=isolation,
+        engine=__version__,
+    )
+    journal = Journal(":memory:" if out is None else f"{os.fspath(out)}.journal", plan)
+    try:
+        finished = journal.finished()
+        left = [place for place in range(len(plan.suspects)) if place not in finished]
+        hashes = Hashes(journal.hashes())
+        _run(journal, plan, judge_locally(plan, marks, left, hashes, jobs, limits or Limits()), progress)
+        table = table_of(journal, plan)
+        if out is not None:
+            write_parquet(journal, plan, out)
+    except BaseException:
+        journal.close()
+        raise
+    journal.close(remove=out is not None)
+    return table
+
+
+def _run(journal: Journal, plan: Plan, judged: Any, progress: Progress | None) -> None:
+    """Write down every suspect as it is done; a copy of one that is still being judged waits for it."""
+    finished = journal.finished()
+    copies: dict[int, list[Judged]] = {}
+
+    def record(place: int, sha256: str | None, rows: list[dict[str, Any]]) -> None:
+        journal.add(place, sha256, rows)
+        finished.add(place)
+        if progress is not None:
+            progress(len(finished), len(plan.suspects), rows)
+
+    for one in judged:
+        if one.same_as is not None and one.same_as not in finished:
+            copies.setdefault(one.same_as, []).append(one)
+            continue
+        rows = one.rows if one.same_as is None else _copied(journal, plan, one)
+        record(one.place, one.sha256, rows)
+        for copy in copies.pop(one.place, ()):
+            record(copy.place, copy.sha256, _copied(journal, plan, copy))
+
+
+def _copied(journal: Journal, plan: Plan, copy: Judged) -> list[dict[str, Any]]:
+    """The rows of a file with the same bytes, under this one's name."""
+    assert copy.same_as is not None
+    note = f"the same bytes as {plan.suspects[copy.same_as]}, judged once"
+    suspect = plan.suspects[copy.place]
+    return [
+        row | {"suspect": suspect, "seconds": 0.0, "notes": [note, *row["notes"]]} for row in journal.rows(copy.same_as)
+    ]
+
+
+def _several(paths: Paths) -> list[str | os.PathLike[str]]:
+    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)

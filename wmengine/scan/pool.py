@@ -1,0 +1,154 @@
+"""The suspects of a scan over the cores of one machine: a thread and a sandboxed worker each, a queue between them.
+
+Threads read files and score answers; the work of a model happens in its worker, and waiting for it holds no lock of
+Python's. A worker that fails costs one suspect. What a suspect that is owned has answered is asked again in a fresh
+worker: one that an earlier model had corrupted could have made it up.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from wmengine.errors import SuspectError
+from wmengine.judge import Score, score_suspect
+from wmengine.sandbox import Limits
+from wmengine.scan.journal import Plan
+from wmengine.scan.listing import open_source
+from wmengine.scan.results import decision, rows_of
+from wmengine.suspects.engine_wire import RemoteEngine
+from wmengine.suspects.model_file import ModelFile, read_model
+from wmengine.suspects.onnx_engine import OnnxEngine
+from wmengine.suspects.onnx_file import OnnxSuspect, open_engine
+from wmengine.watermark import Watermark
+
+SUSPECTS_A_WORKER = 256  # then a fresh one: what models leave behind in a process does not add up
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A suspect that is done: its rows, or the place of the suspect with the same bytes that has them."""
+
+    place: int
+    sha256: str | None
+    rows: list[dict[str, Any]]
+    same_as: int | None = None
+
+
+class Judge:
+    """Judges one suspect after the other, with an engine of its own. One thread's; close it."""
+
+    def __init__(self, plan: Plan, marks: Sequence[Watermark], limits: Limits, hashes: Hashes) -> None:
+        self._plan, self._marks, self._limits, self._hashes = plan, marks, limits, hashes
+        self._bar = _log10_bar(plan)
+        self._engine: OnnxEngine | RemoteEngine | None = None
+        self._served = 0
+
+    def judge(self, place: int) -> Judged:
+        """The rows of the suspect at this place of the plan; never raises for what is the suspect's fault."""
+        name, started = self._plan.suspects[place], time.monotonic()
+        sha256: str | None = None
+        try:
+            engine = self._ready_engine()
+            file = read_model(open_source(name), engine.locations)
+            sha256 = file.sha256
+            first = self._hashes.claim(sha256, place)
+            if first != place:
+                return Judged(place, sha256, [], first)
+            scores = self._scores(file, engine)
+            if self._plan.isolation == "persistent" and any(decision(score, self._plan) == "owned" for score in scores):
+                self._discard()
+                scores = self._scores(file, self._ready_engine())
+        except (SuspectError, FileNotFoundError) as error:
+            scores = [Score(0, mark.total, 0, 0.0, error=str(error)) for mark in self._marks]
+        rows = rows_of(name, sha256, self._marks, scores, time.monotonic() - started, self._plan)
+        return Judged(place, sha256, rows)
+
+    def close(self) -> None:
+        self._discard()
+
+    def _scores(self, file: ModelFile, engine: OnnxEngine | RemoteEngine) -> list[Score]:
+        suspect = OnnxSuspect(file, engine=engine)
+        return score_suspect(suspect, self._marks, self._plan.queries, self._bar)
+
+    def _ready_engine(self) -> OnnxEngine | RemoteEngine:
+        """An engine for the next suspect, its time starting now."""
+        fresh = self._plan.isolation == "per-model" or self._served == SUSPECTS_A_WORKER
+        alive = isinstance(self._engine, OnnxEngine) or (self._engine is not None and self._engine.worker.alive)
+        if self._engine is None or fresh or not alive:
+            self._discard()
+            self._engine = open_engine(self._plan.isolation, self._limits)
+        self._served += 1
+        if isinstance(self._engine, RemoteEngine):
+            self._engine.worker.begin()
+        return self._engine
+
+    def _discard(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+        self._engine, self._served = None, 0
+
+
+class Hashes:
+    """Which place has judged, or is judging, a file with this hash; shared by all threads."""
+
+    def __init__(self, known: dict[str, int]) -> None:
+        self._lock = threading.Lock()
+        self._places = dict(known)
+
+    def claim(self, sha256: str, place: int) -> int:
+        """The first place that asked for this hash: this one's own, or that of an earlier copy."""
+        with self._lock:
+            return self._places.setdefault(sha256, place)
+
+
+def judge_locally(
+    plan: Plan, marks: Sequence[Watermark], places: Sequence[int], hashes: Hashes, jobs: int, limits: Limits
+) -> Iterator[Judged]:
+    """Every suspect of `places`, in the order in which they are done. Closing the iterator stops the workers."""
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for place in places:
+        waiting.put(place)
+    done: queue.Queue[Judged | BaseException] = queue.Queue(maxsize=4 * jobs)
+    stop = threading.Event()
+
+    def work() -> None:
+        judge = Judge(plan, marks, limits, hashes)
+        try:
+            while not stop.is_set():
+                try:
+                    place = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                done.put(judge.judge(place))
+        except BaseException as error:  # our own mistake: the scan ends with it
+            done.put(error)
+        finally:
+            judge.close()
+
+    threads = [threading.Thread(target=work, name=f"scan-{number}", daemon=True) for number in range(jobs)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in places:
+            judged = done.get()
+            if isinstance(judged, BaseException):
+                raise judged
+            yield judged
+    finally:
+        stop.set()
+        while any(thread.is_alive() for thread in threads):
+            while not done.empty():  # whoever waits for room in the queue must see that it is over
+                done.get_nowait()
+            for thread in threads:
+                thread.join(0.05)
+
+
+def _log10_bar(plan: Plan) -> float:
+    import math
+
+    return math.log10(plan.tests) - math.log10(plan.alpha)

@@ -1,0 +1,107 @@
+"""A scan's rows: from scores to Parquet, with what many tests cost paid."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from wmengine._optional import require
+from wmengine.judge import Score, is_owned
+from wmengine.scan.journal import Journal, Plan
+from wmengine.sequential import e_bh
+from wmengine.watermark import Watermark
+
+DECISIONS = ("owned", "not_proven", "error")
+_ROWS_A_GROUP = 10_000
+
+
+def rows_of(
+    suspect: str, sha256: str | None, marks: Sequence[Watermark], scores: Sequence[Score], seconds: float, plan: Plan
+) -> list[dict[str, Any]]:
+    """One row for each mark; `seconds` of the suspect are shared out among them."""
+    return [
+        {
+            "suspect": suspect,
+            "sha256": sha256,
+            "watermark": mark.name,
+            "scheme": mark.scheme,
+            "decision": decision(score, plan),
+            "matched": score.matched,
+            "total": score.total,
+            "queries": score.queries,
+            "log10_p": score.log10_p,
+            "log10_p_corrected": corrected(score.log10_p, plan),
+            "seconds": seconds / len(marks),
+            "error": score.error,
+            "notes": list(score.notes),
+            "log10_e": score.log10_e if score.log10_e is not None else log10_calibrated(score.log10_p),
+        }
+        for mark, score in zip(marks, scores, strict=True)
+    ]
+
+
+def corrected(log10_p: float, plan: Plan) -> float:
+    """A p-value times the number of tests of the scan (Bonferroni), at most 1."""
+    return min(0.0, log10_p + math.log10(plan.tests))
+
+
+def decision(score: Score, plan: Plan) -> str:
+    """ "owned" where the corrected p-value reaches the scan's alpha."""
+    if score.error is not None:
+        return "error"
+    return "owned" if is_owned(corrected(score.log10_p, plan), plan.alpha) else "not_proven"
+
+
+def log10_calibrated(log10_p: float) -> float:
+    """log10 of an e-value made of a p-value: (1 − p + p ln p) / (p ln² p), the mean of κ p^(κ−1) over κ in [0, 1].
+
+    Vovk and Wang, "E-values: calibration, combination and applications", 2021, equation 2.
+    """
+    ln = log10_p * math.log(10.0)
+    if ln > -1e-4:
+        return math.log10(0.5 - ln / 6.0)  # its series at p = 1, where the quotient cancels
+    return math.log10(1.0 + math.exp(ln) * (ln - 1.0)) - log10_p - 2.0 * math.log10(-ln)
+
+
+def table_of(journal: Journal, plan: Plan) -> Any:
+    """All rows as a pyarrow.Table."""
+    pyarrow = require("pyarrow", extra="scan")
+    return pyarrow.Table.from_batches(_batches(journal, plan), schema=_schema())
+
+
+def write_parquet(journal: Journal, plan: Plan, path: str | os.PathLike[str]) -> None:
+    """All rows into one Parquet file, which appears at once when it is whole."""
+    parquet = require("pyarrow.parquet", extra="scan")
+    partial = f"{os.fspath(path)}.partial"
+    with parquet.ParquetWriter(partial, _schema(), compression="zstd") as writer:
+        for batch in _batches(journal, plan):
+            writer.write_batch(batch)
+    os.replace(partial, path)
+
+
+def _batches(journal: Journal, plan: Plan) -> Iterator[Any]:
+    pyarrow = require("pyarrow", extra="scan")
+    evidence = [row["log10_e"] if row["error"] is None else -math.inf for row in journal.all_rows()]
+    q_values = iter(e_bh(evidence, plan.tests))
+    schema, rows = _schema(), []
+    for row in journal.all_rows():
+        rows.append(row | {"q_value": next(q_values)})
+        if len(rows) == _ROWS_A_GROUP:
+            yield pyarrow.RecordBatch.from_pylist(rows, schema=schema)
+            rows = []
+    if rows:
+        yield pyarrow.RecordBatch.from_pylist(rows, schema=schema)
+
+
+def _schema() -> Any:
+    pyarrow = require("pyarrow", extra="scan")
+    text, whole, real = pyarrow.string(), pyarrow.int64(), pyarrow.float64()
+    return pyarrow.schema(
+        [
+            ("suspect", text), ("sha256", text), ("watermark", text), ("scheme", text), ("decision", text),
+            ("matched", whole), ("total", whole), ("queries", whole), ("log10_p", real), ("log10_p_corrected", real),
+            ("q_value", real), ("seconds", real), ("error", text), ("notes", pyarrow.list_(text)),
+        ]
+    )  # fmt: skip
