@@ -65,10 +65,8 @@ class Journal:
 
     def hashes(self) -> dict[str, int]:
         """The first place that was finished with each hash."""
-        rows = self._database.execute(
-            "SELECT sha256, MIN(place) FROM suspects WHERE sha256 IS NOT NULL GROUP BY sha256"
-        )
-        return dict(rows.fetchall())
+        query = "SELECT sha256, MIN(place) FROM suspects WHERE sha256 IS NOT NULL GROUP BY sha256"
+        return dict(self._database.execute(query).fetchall())
 
     def add(self, place: int, sha256: str | None, rows: Sequence[dict[str, Any]]) -> None:
         """A suspect's rows, one for each watermark; on disk when this returns."""

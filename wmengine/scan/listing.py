@@ -1,4 +1,4 @@
-"""Which files a scan is about: files, folders, patterns and URLs of object stores, each file once, in one fixed order."""
+"""Which files a scan is about: files, folders, patterns, URLs of object stores; each file once, in one fixed order."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ worker: one that an earlier model had corrupted could have made it up.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -20,10 +21,8 @@ from wmengine.sandbox import Limits
 from wmengine.scan.journal import Plan
 from wmengine.scan.listing import open_source
 from wmengine.scan.results import decision, rows_of
-from wmengine.suspects.engine_wire import RemoteEngine
 from wmengine.suspects.model_file import ModelFile, read_model
-from wmengine.suspects.onnx_engine import OnnxEngine
-from wmengine.suspects.onnx_file import OnnxSuspect, open_engine
+from wmengine.suspects.onnx_file import Engine, OnnxSuspect, open_engine
 from wmengine.watermark import Watermark
 
 SUSPECTS_A_WORKER = 256  # then a fresh one: what models leave behind in a process does not add up
@@ -45,7 +44,7 @@ class Judge:
     def __init__(self, plan: Plan, marks: Sequence[Watermark], limits: Limits, hashes: Hashes) -> None:
         self._plan, self._marks, self._limits, self._hashes = plan, marks, limits, hashes
         self._bar = _log10_bar(plan)
-        self._engine: OnnxEngine | RemoteEngine | None = None
+        self._engine: Engine | None = None
         self._served = 0
 
     def judge(self, place: int) -> Judged:
@@ -71,20 +70,17 @@ class Judge:
     def close(self) -> None:
         self._discard()
 
-    def _scores(self, file: ModelFile, engine: OnnxEngine | RemoteEngine) -> list[Score]:
+    def _scores(self, file: ModelFile, engine: Engine) -> list[Score]:
         suspect = OnnxSuspect(file, engine=engine)
         return score_suspect(suspect, self._marks, self._plan.queries, self._bar)
 
-    def _ready_engine(self) -> OnnxEngine | RemoteEngine:
+    def _ready_engine(self) -> Engine:
         """An engine for the next suspect, its time starting now."""
         fresh = self._plan.isolation == "per-model" or self._served == SUSPECTS_A_WORKER
-        alive = isinstance(self._engine, OnnxEngine) or (self._engine is not None and self._engine.worker.alive)
-        if self._engine is None or fresh or not alive:
+        if self._engine is None or fresh or not self._engine.begin():
             self._discard()
             self._engine = open_engine(self._plan.isolation, self._limits)
         self._served += 1
-        if isinstance(self._engine, RemoteEngine):
-            self._engine.worker.begin()
         return self._engine
 
     def _discard(self) -> None:
@@ -149,6 +145,4 @@ def judge_locally(
 
 
 def _log10_bar(plan: Plan) -> float:
-    import math
-
     return math.log10(plan.tests) - math.log10(plan.alpha)

@@ -106,6 +106,11 @@ class RemoteEngine:
         ]
         return found, [str(note) for note in header["notes"]]
 
+    def begin(self) -> bool:
+        """The time of the next suspect starts now; False where the worker is gone."""
+        self.worker.begin()
+        return self.worker.alive
+
     def close(self) -> None:
         self.worker.close()
 

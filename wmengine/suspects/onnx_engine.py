@@ -94,6 +94,10 @@ class OnnxEngine:
                 found.append((output.name, array))
         return found
 
+    def begin(self) -> bool:
+        """Always ready for the next model."""
+        return True
+
     def close(self) -> None:
         """Forget the model."""
         self._data, self._external, self._session = b"", {}, None
