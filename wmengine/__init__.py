@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from wmengine.export import export_onnx
     from wmengine.key import Key
     from wmengine.ops import get_num_threads, set_num_threads
+    from wmengine.sandbox import Limits
+    from wmengine.scan import scan
     from wmengine.schemes import SCHEMES, scheme
     from wmengine.verify import Verdict, verify
     from wmengine.watermark import Watermark
@@ -26,6 +28,7 @@ __all__ = [
     "SCHEMES",
     "Embedder",
     "Key",
+    "Limits",
     "Verdict",
     "Watermark",
     "__version__",
@@ -33,6 +36,7 @@ __all__ = [
     "export_onnx",
     "get_num_threads",
     "ops",
+    "scan",
     "scheme",
     "set_num_threads",
     "verify",
@@ -41,11 +45,13 @@ __all__ = [
 _HOMES = {
     "Embedder": "embed",
     "Key": "key",
+    "Limits": "sandbox",
     "SCHEMES": "schemes",
     "Verdict": "verify",
     "Watermark": "watermark",
     "export_onnx": "export",
     "get_num_threads": "ops",
+    "scan": "scan",
     "scheme": "schemes",
     "set_num_threads": "ops",
     "verify": "verify",

@@ -20,6 +20,7 @@ from wmengine import __version__
 
 if TYPE_CHECKING:
     from wmengine.key import Key
+    from wmengine.sandbox import Limits
     from wmengine.schemes import Scheme
     from wmengine.verify import Verdict
     from wmengine.watermark import Watermark
@@ -33,6 +34,20 @@ PassphraseOption = Annotated[
         help="File whose first line is the passphrase of the sealed files given; asked for on a terminal otherwise.",
     ),
 ]
+
+QueriesOption = Annotated[
+    str,
+    typer.Option(metavar="MODE", help='"all" triggers, or "sequential": stop asking when the answer is clear.'),
+]
+IsolationOption = Annotated[
+    str,
+    typer.Option(
+        metavar="MODE",
+        help='"persistent" sandboxed processes, one "per-model" (for evidence), or "none" (for your own files).',
+    ),
+]
+SecondsOption = Annotated[float, typer.Option(metavar="S", help="Wall-clock seconds that one suspect may take.")]
+MemoryOption = Annotated[float, typer.Option(metavar="GIB", help="Memory that one suspect may use.")]
 
 app = typer.Typer(
     help="Mark neural networks while they train, and prove with an exact p-value whose copy a suspect is.",
@@ -164,6 +179,10 @@ def verify(
     adversarial: Annotated[
         bool, typer.Option("--adversarial", help="For evidence against others: needs --key, and the bar is 2^-128.")
     ] = False,
+    queries: QueriesOption = "all",
+    isolation: IsolationOption = "persistent",
+    seconds: SecondsOption = 120.0,
+    memory: MemoryOption = 4.0,
     passphrase_file: PassphraseOption = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -178,6 +197,9 @@ def verify(
         key=None if key is None else _load_key(key, passphrase_file),
         alpha=alpha,
         adversarial=adversarial,
+        queries=queries,
+        isolation=isolation,
+        limits=_limits(seconds, memory),
     )
     if as_json:
         print(verdict.to_json())
@@ -186,6 +208,60 @@ def verify(
     else:
         _print_verdict(verdict)
     return {"owned": 0, "not_proven": 1}.get(verdict.decision, 2)
+
+
+@app.command()
+def scan(
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="PATHS...", help="ONNX files, folders, patterns, or URLs of object stores."),
+    ],
+    watermarks: Annotated[
+        list[Path],
+        typer.Option("--watermarks", metavar="DIR", help="Watermarks to look for: .wm files or folders of them."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="FILE.parquet", help="The table to write; an interrupted scan is resumed beside it."
+        ),
+    ],
+    jobs: Annotated[int | None, typer.Option(metavar="N", help="Suspects at a time (default: the cores).")] = None,
+    alpha: Annotated[
+        float, typer.Option(help="Of the whole scan: owned when p times all pairs is at most this.")
+    ] = 1e-9,
+    all_queries: Annotated[
+        bool, typer.Option("--all-queries", help="Ask every trigger instead of stopping when the answer is clear.")
+    ] = False,
+    isolation: IsolationOption = "persistent",
+    seconds: SecondsOption = 120.0,
+    memory: MemoryOption = 4.0,
+    passphrase_file: PassphraseOption = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a line: every row when it is done, then the summary.")
+    ] = False,
+) -> int:
+    """Judge many suspects with many watermarks, in sandboxes, on all cores; the same command resumes."""
+    from wmengine.scan import scan as scan_all
+    from wmengine.scan.progress import Report
+
+    if out.suffix != ".parquet":
+        raise ValueError(f"--out must end in .parquet, and it is {out}")
+    with Report(as_json) as report:
+        scan_all(
+            paths,
+            watermarks,
+            out=out,
+            jobs=jobs,
+            alpha=alpha,
+            queries="all" if all_queries else "sequential",
+            isolation=isolation,
+            limits=_limits(seconds, memory),
+            passphrase=_read_passphrase(passphrase_file) if passphrase_file else None,
+            progress=report.add,
+        )
+    report.summarise(out)
+    return 0
 
 
 @app.command()
@@ -237,6 +313,14 @@ def _print_verdict(verdict: "Verdict") -> None:
         print(f"  {name:<10}  {value}")
     for note in verdict.notes:
         print(f"  note: {note}")
+
+
+def _limits(seconds: float, memory: float) -> "Limits":
+    from wmengine.sandbox import Limits
+
+    if not 0.0 < seconds < math.inf or not 0.0 < memory < math.inf:
+        raise ValueError("--seconds and --memory must be positive numbers")
+    return Limits(seconds=seconds, memory_bytes=int(memory * 2**30))
 
 
 def _load_key(path: Path, passphrase_file: Path | None) -> "Key":

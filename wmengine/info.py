@@ -36,6 +36,7 @@ def installation() -> dict[str, Any]:
         "cpu": _processor(problems),
         "gpu": _graphics(problems),
         "onnx_providers": _onnx_providers(problems),
+        "sandbox": supported(),
         "missing_extras": _missing_extras(),
         "problems": problems,
     }
@@ -55,6 +56,7 @@ def describe(found: dict[str, Any]) -> str:
         ("GPU", "; ".join(gpu["devices"]) or "none found"),
         ("CUDA module", cuda),
         ("ONNX providers", ", ".join(found["onnx_providers"]) or "none"),
+        ("sandbox", ", ".join(f"{name} {'yes' if there else 'NO'}" for name, there in found["sandbox"].items())),
         ("missing extras", "; ".join(missing) or "none"),
     ]
     lines = [f"{name:<16}  {value}" for name, value in rows]

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from wmengine._optional import require
 from wmengine.errors import SuspectError, WatermarkError
 from wmengine.suspects.model_file import LocalSource, Source
 from wmengine.watermark import Watermark
@@ -85,7 +84,8 @@ def _remote(url: str) -> list[str]:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    fsspec = require("fsspec", extra="scan")
+    import fsspec
+
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from wmengine._optional import require
 from wmengine.judge import Score, is_owned
 from wmengine.scan.journal import Journal, Plan
 from wmengine.sequential import e_bh
@@ -67,13 +66,15 @@ def log10_calibrated(log10_p: float) -> float:
 
 def table_of(journal: Journal, plan: Plan) -> Any:
     """All rows as a pyarrow.Table."""
-    pyarrow = require("pyarrow", extra="scan")
+    import pyarrow
+
     return pyarrow.Table.from_batches(_batches(journal, plan), schema=_schema())
 
 
 def write_parquet(journal: Journal, plan: Plan, path: str | os.PathLike[str]) -> None:
     """All rows into one Parquet file, which appears at once when it is whole."""
-    parquet = require("pyarrow.parquet", extra="scan")
+    from pyarrow import parquet
+
     partial = f"{os.fspath(path)}.partial"
     with parquet.ParquetWriter(partial, _schema(), compression="zstd") as writer:
         for batch in _batches(journal, plan):
@@ -82,7 +83,8 @@ def write_parquet(journal: Journal, plan: Plan, path: str | os.PathLike[str]) ->
 
 
 def _batches(journal: Journal, plan: Plan) -> Iterator[Any]:
-    pyarrow = require("pyarrow", extra="scan")
+    import pyarrow
+
     evidence = [row["log10_e"] if row["error"] is None else -math.inf for row in journal.all_rows()]
     q_values = iter(e_bh(evidence, plan.tests))
     schema, rows = _schema(), []
@@ -96,7 +98,8 @@ def _batches(journal: Journal, plan: Plan) -> Iterator[Any]:
 
 
 def _schema() -> Any:
-    pyarrow = require("pyarrow", extra="scan")
+    import pyarrow
+
     text, whole, real = pyarrow.string(), pyarrow.int64(), pyarrow.float64()
     return pyarrow.schema(
         [
