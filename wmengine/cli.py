@@ -227,9 +227,7 @@ def scan(
         ),
     ],
     jobs: Annotated[int | None, typer.Option(metavar="N", help="Suspects at a time (default: the cores).")] = None,
-    alpha: Annotated[
-        float, typer.Option(help="Of the whole scan: owned when p times all pairs is at most this.")
-    ] = 1e-9,
+    alpha: Annotated[float, typer.Option(help="Owned when p times the number of pairs is at most this.")] = 1e-9,
     all_queries: Annotated[
         bool, typer.Option("--all-queries", help="Ask every trigger instead of stopping when the answer is clear.")
     ] = False,

@@ -12,6 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from wmengine import __version__
+from wmengine.sandbox import supported
 
 LIBRARIES = (
     *("numpy", "safetensors", "cryptography", "onnx", "onnx-ir"),

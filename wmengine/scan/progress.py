@@ -56,9 +56,8 @@ class Report:
             print(json.dumps({"suspects": self._suspects, "seconds": seconds, **counts, "out": os.fspath(out)}))
             return
         for row in self._owned:
-            print(
-                f"{row['suspect']}: owned, {row['watermark']} ({row['scheme']}), log10 p {row['log10_p_corrected']:.2f}"
-            )
+            mark, log10_p = f"{row['watermark']} ({row['scheme']})", row["log10_p_corrected"]
+            print(f"{row['suspect']}: owned, {mark}, log10 p {log10_p:.2f}")
         said = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
         print(f"{self._suspects} suspects in {seconds:.1f} s: {said}; {len(self._errors)} could not be judged")
         print(f"{out}: every pair with its p-value, paid for all pairs of the scan")
