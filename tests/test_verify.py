@@ -170,7 +170,7 @@ def test_a_suspect_with_another_number_of_classes_is_an_error_even_when_it_is_op
     class Open:
         name, sha256, notes = "open", None, []
 
-        def adapters(self, trigger_shape, value_range):
+        def adapters(self, trigger_shape, value_range, every=True):
             return [AS_RECORDED]
 
         def close(self):

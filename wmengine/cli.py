@@ -231,6 +231,9 @@ def scan(
     all_queries: Annotated[
         bool, typer.Option("--all-queries", help="Ask every trigger instead of stopping when the answer is clear.")
     ] = False,
+    all_adapters: Annotated[
+        bool, typer.Option("--all-adapters", help="Put triggers on every known scale, even where nothing suggests it.")
+    ] = False,
     isolation: IsolationOption = "persistent",
     seconds: SecondsOption = 120.0,
     memory: MemoryOption = 4.0,
@@ -253,6 +256,7 @@ def scan(
             jobs=jobs,
             alpha=alpha,
             queries="all" if all_queries else "sequential",
+            adapters="all" if all_adapters else "likely",
             isolation=isolation,
             limits=_limits(seconds, memory),
             passphrase=_read_passphrase(passphrase_file) if passphrase_file else None,

@@ -37,12 +37,17 @@ class Score:
 
 
 def score_suspect(
-    suspect: Suspect, marks: Sequence[Watermark], mode: str, log10_bar: float, ask_again: bool = False
+    suspect: Suspect,
+    marks: Sequence[Watermark],
+    mode: str,
+    log10_bar: float,
+    every_adapter: bool = True,
+    ask_again: bool = False,
 ) -> list[Score]:
     """One score for each mark. A mark that the suspect cannot be asked about has an error, and the others go on.
 
-    mode: "all" or "sequential", for black-box marks; log10_bar: −log10 of what a p-value must reach; ask_again: look
-    whether answers depend on the batch even where nothing is proven.
+    mode: "all" or "sequential", for black-box marks; log10_bar: −log10 of what a p-value must reach; every_adapter: put
+    triggers in unlikely ways too; ask_again: look whether answers depend on the batch even where nothing is proven.
     """
     scores: list[Score | None] = [None] * len(marks)
     trials: dict[int, Trial] = {}
@@ -56,7 +61,7 @@ def score_suspect(
                     raise tensors
                 scores[index] = score_weights(tensors, mark, suspect.notes)
             else:
-                trials[index] = open_trial(suspect, mark, mode, log10_bar)
+                trials[index] = open_trial(suspect, mark, mode, log10_bar, every_adapter)
         except SuspectError as error:
             scores[index] = _failed(mark, error)
     # Marks of one number of classes are asked together; if the suspect fails one group, the others are still asked.
@@ -75,9 +80,9 @@ def score_suspect(
     return [score for score in scores if score is not None]
 
 
-def open_trial(suspect: Suspect, mark: Watermark, mode: str, log10_bar: float) -> Trial:
-    """A trial of every way that the suspect's input leaves open to put the mark's triggers."""
-    ways = suspect.adapters(mark.arrays["triggers"].shape[1:], mark.parameters["value_range"])
+def open_trial(suspect: Suspect, mark: Watermark, mode: str, log10_bar: float, every_adapter: bool = True) -> Trial:
+    """A trial of the ways that the suspect's input leaves open to put the mark's triggers."""
+    ways = suspect.adapters(mark.arrays["triggers"].shape[1:], mark.parameters["value_range"], every_adapter)
     return Trial(mark, ways, mode, log10_bar)
 
 

@@ -30,6 +30,7 @@ def scan(
     jobs: int | None = None,
     alpha: float = 1e-9,
     queries: str = "sequential",
+    adapters: str = "likely",
     isolation: str = "persistent",
     limits: Limits | None = None,
     passphrase: str | None = None,
@@ -41,14 +42,17 @@ def scan(
     a Parquet file; finished suspects go to a journal beside it (`<out>.journal`) as they are done, and the same call
     resumes after an interruption. jobs: suspects at a time, by default the cores. alpha: of the whole scan: a pair is
     "owned" where its p-value times the number of all pairs is at most alpha; that number is fixed before the first
-    query. queries: "sequential" stops asking a suspect when the answer is clear, "all" asks every trigger. isolation
-    and limits: see OnnxSuspect.
+    query. queries: "sequential" stops asking a suspect when the answer is clear, "all" asks every trigger. adapters:
+    "likely" puts triggers on another scale than the recorded one only to graphs that begin by rescaling their input,
+    "all" to every suspect, as `verify` does. isolation and limits: see OnnxSuspect.
 
     A suspect that cannot be judged has the decision "error", and the scan goes on. Files with equal bytes are judged
     once. Raises FileNotFoundError, WatermarkError or ValueError for what is wrong with the arguments.
     """
     if queries not in MODES:
         raise ValueError(f"queries must be one of {', '.join(MODES)}, and it is {queries!r}")
+    if adapters not in ("likely", "all"):
+        raise ValueError(f"adapters must be likely or all, and it is {adapters!r}")
     if isolation not in ISOLATION:
         raise ValueError(f"isolation must be one of {', '.join(ISOLATION)}, and it is {isolation!r}")
     if not 0.0 < alpha < 1.0:
@@ -62,6 +66,7 @@ def scan(
         watermarks=tuple(mark.commitment for mark in marks),
         alpha=alpha,
         queries=queries,
+        adapters=adapters,
         isolation=isolation,
         engine=__version__,
     )

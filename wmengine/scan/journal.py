@@ -22,6 +22,7 @@ class Plan:
     watermarks: tuple[str, ...]  # commitments
     alpha: float
     queries: str
+    adapters: str
     isolation: str
     engine: str
 

@@ -72,7 +72,7 @@ class Judge:
 
     def _scores(self, file: ModelFile, engine: Engine) -> list[Score]:
         suspect = OnnxSuspect(file, engine=engine)
-        return score_suspect(suspect, self._marks, self._plan.queries, self._bar)
+        return score_suspect(suspect, self._marks, self._plan.queries, self._bar, self._plan.adapters == "all")
 
     def _ready_engine(self) -> Engine:
         """An engine for the next suspect, its time starting now."""

@@ -73,13 +73,18 @@ _LAYOUTS: dict[str, Callable[[NDArray[np.generic]], NDArray[np.generic]]] = {
 
 
 def adapters(
-    name: str, input_type: str, input_shape: Sequence[int | None], trigger_shape: Sequence[int], value_range: Range
+    name: str,
+    input_type: str,
+    input_shape: Sequence[int | None],
+    trigger_shape: Sequence[int],
+    value_range: Range,
+    scalings: bool = True,
 ) -> list[Adapter]:
     """Every way that the declared input leaves open, the likeliest first, with its share of the evidence.
 
     input_shape: of the whole batch, None where a size is free; empty where no shape is declared. trigger_shape: of one
-    trigger, channels first. The recorded way has half of the evidence, the others share the rest. Raises SuspectError
-    where no way fits.
+    trigger, channels first. scalings: whether to try others than the recorded one. The recorded way has half of the
+    evidence, the others share the rest. Raises SuspectError where no way fits.
     """
     layouts = [layout for layout in _LAYOUTS if _fits(input_shape, _shape_of(layout, trigger_shape))]
     layouts = _distinct(layouts, trigger_shape)
@@ -90,13 +95,13 @@ def adapters(
             f"[{', '.join(['N', *map(str, trigger_shape)])}]; verify a suspect of the same input shape"
         )
     if input_type in BYTES:
-        scalings, dtype = ["bytes"], BYTES[input_type]
+        ranges, dtype = ["bytes"], BYTES[input_type]
     elif input_type in FLOATS:
-        scalings, dtype = _distinct_scalings(value_range), FLOATS[input_type]
+        ranges, dtype = _distinct_scalings(value_range) if scalings else ["as recorded"], FLOATS[input_type]
     else:
         known = ", ".join([*FLOATS, *BYTES])
         raise SuspectError(f"{name} takes {input_type}, and triggers can be {known}")
-    ways = [(layout, scaling) for scaling in scalings for layout in layouts]
+    ways = [(layout, scaling) for scaling in ranges for layout in layouts]
     shares = [1.0] if len(ways) == 1 else [0.5, *[0.5 / (len(ways) - 1)] * (len(ways) - 1)]
     return [Adapter(layout, scaling, dtype, share) for (layout, scaling), share in zip(ways, shares, strict=True)]
 

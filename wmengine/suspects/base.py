@@ -26,7 +26,8 @@ Outputs = list[tuple[str, Any]]
 class Suspect(Protocol):
     """A suspect: its name, its hash (None where it is no file), and notes on what its last call assumed.
 
-    adapters: every way to put triggers of this shape to it that its declared input leaves open. query: inputs as an
+    adapters: the ways to put triggers of this shape to it that its declared input leaves open, all of them or (not
+    every) the likely ones. query: inputs as an
     adapter made them [N, ...] → scores float32 or float64 [N, C], or labels int64 [N]; num_classes says which output
     answers, where there are several. tensors: its weights in order of execution; input_shape is one input's, for
     suspects that must run to tell that order. All raise SuspectError, one sentence, when the suspect cannot answer.
@@ -37,7 +38,7 @@ class Suspect(Protocol):
     sha256: str | None
     notes: list[str]
 
-    def adapters(self, trigger_shape: Sequence[int], value_range: Range) -> list[Adapter]: ...
+    def adapters(self, trigger_shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]: ...
 
     def query(self, inputs: NDArray[Any], num_classes: int | None = None) -> NDArray[Any]: ...
 

@@ -57,7 +57,8 @@ def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechan
         engine.load(question["name"], contents[0], dict(zip(question["locations"], contents[1:], strict=True)))
         return {}, ()
     if asked == OPEN:
-        return {"inputs": [[each.name, each.type, each.shape] for each in engine.open()]}, ()
+        inputs = [[each.name, each.type, each.shape, each.rescaled] for each in engine.open()]
+        return {"inputs": inputs}, ()
     if asked == RUN:
         outputs = engine.run(question["input"], arrays[0])
         return {"outputs": [name for name, _ in outputs]}, [array for _, array in outputs]
@@ -90,8 +91,8 @@ class RemoteEngine:
     def open(self) -> list[Input]:
         header, _ = self._ask(OPEN)
         return [
-            Input(str(name), str(type_), tuple(None if size is None else int(size) for size in shape))
-            for name, type_, shape in header["inputs"]
+            Input(str(name), str(type_), tuple(None if size is None else int(size) for size in shape), bool(rescaled))
+            for name, type_, shape, rescaled in header["inputs"]
         ]
 
     def run(self, name: str, rows: NDArray[Any]) -> Outputs:

@@ -30,7 +30,7 @@ class ModuleSuspect:
         self.sha256: str | None = None
         self.notes: list[str] = []
 
-    def adapters(self, trigger_shape: Sequence[int], value_range: Range) -> list[Adapter]:
+    def adapters(self, trigger_shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:
         return [AS_RECORDED]  # it is called as its owner's loop calls it
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ class CallableSuspect:
         self.sha256: str | None = None
         self.notes: list[str] = []
 
-    def adapters(self, trigger_shape: Sequence[int], value_range: Range) -> list[Adapter]:
+    def adapters(self, trigger_shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:
         return [AS_RECORDED]  # it is documented to take what the mark recorded
 
     def close(self) -> None:

@@ -26,11 +26,15 @@ NO_DIRECTORY = os.path.join(os.devnull, "none")
 
 @dataclass(frozen=True)
 class Input:
-    """An input as the session declares it: its name, its type ("tensor(float)"), each size or None where it is free."""
+    """An input as the session declares it: its name, its type ("tensor(float)"), each size or None where it is free.
+
+    rescaled: the graph begins by rescaling it, as one does that was exported with its preprocessing inside.
+    """
 
     name: str
     type: str
     shape: tuple[int | None, ...]
+    rescaled: bool = False
 
 
 class OnnxEngine:
@@ -44,6 +48,7 @@ class OnnxEngine:
         self._name = ""
         self._data = b""
         self._external: Mapping[str, bytes] = {}
+        self._rescaled: frozenset[str] = frozenset()
         self._session: Any = None
 
     def locations(self, name: str, data: bytes) -> list[str]:
@@ -55,7 +60,9 @@ class OnnxEngine:
     def load(self, name: str, data: bytes, external: Mapping[str, bytes]) -> None:
         """Take a model's bytes, and those of its external files by location; the one before is forgotten."""
         self._name, self._data, self._external, self._session = name, data, external, None
-        check_graph(name, parse(name, data))
+        model = parse(name, data)
+        check_graph(name, model)
+        self._rescaled = rescaled_inputs(model)
 
     def open(self) -> list[Input]:
         """Create the session; the inputs that it needs."""
@@ -79,7 +86,10 @@ class OnnxEngine:
             raise SuspectError(
                 f"{self._name} is not a model that ONNX Runtime can load ({one_line(error)}); export it to ONNX again"
             ) from None
-        return [Input(each.name, each.type, tuple(map(_size, each.shape))) for each in self._session.get_inputs()]
+        return [
+            Input(each.name, each.type, tuple(map(_size, each.shape)), each.name in self._rescaled)
+            for each in self._session.get_inputs()
+        ]
 
     def run(self, name: str, rows: NDArray[Any]) -> Outputs:
         """The outputs for a batch of the input called `name`, as arrays; what holds no numbers is left out."""
@@ -129,6 +139,29 @@ def preload() -> None:
     engine.open()
     engine.run("x", np.ones((1, 2), np.float32))
     engine.tensors()
+
+
+# What a value passes unchanged, rounding and order aside, and what rescales it.
+_PASSES = ("Identity", "Cast", "Transpose", "Reshape", "Flatten", "QuantizeLinear", "DequantizeLinear")
+_RESCALES = ("Sub", "Add", "Div", "Mul", "BatchNormalization", "Scaler", "Normalizer")
+
+
+def rescaled_inputs(model: Any) -> frozenset[str]:
+    """The inputs of an onnx.ModelProto's graph that every path rescales before anything else reads them."""
+    readers: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def rescaled(name: str, left: int) -> bool:
+        nodes = readers.get(name, [])
+        return bool(nodes) and all(
+            node.op_type in _RESCALES
+            or (left > 0 and node.op_type in _PASSES and bool(node.output) and rescaled(node.output[0], left - 1))
+            for node in nodes[:8]
+        )
+
+    return frozenset(each.name for each in model.graph.input if rescaled(each.name, 4))
 
 
 def numbers(value: Any) -> NDArray[Any] | None:

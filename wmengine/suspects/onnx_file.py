@@ -75,10 +75,14 @@ class OnnxSuspect:
         self.notes: list[str] = []
         self._inputs: list[Input] | None = None
 
-    def adapters(self, trigger_shape: Sequence[int], value_range: Range) -> list[Adapter]:
-        """Every way that its declared input leaves open to put triggers of this shape to it."""
+    def adapters(self, trigger_shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:
+        """The ways that its declared input leaves open to put triggers of this shape to it.
+
+        every=False: other scalings than the recorded one only where the graph begins by rescaling its input.
+        """
         declared = self._input()
-        return adapters(self.name, declared.type, declared.shape, trigger_shape, value_range)
+        scalings = every or declared.rescaled
+        return adapters(self.name, declared.type, declared.shape, trigger_shape, value_range, scalings)
 
     def query(self, inputs: NDArray[Any], num_classes: int | None = None) -> NDArray[Any]:
         self.notes = []
