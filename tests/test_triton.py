@@ -366,9 +366,11 @@ KERNELS = [
      [v | {"BUCKETS": n} for v, n in zip(VALUES[:1] * 3 + VALUES[1:], (32, 256, 8192, 256))]),
     (projection.dense_sums_kernel, 2, "*i64 *fp32 *i64 *fp32 *fp32 i32",
      [v | {"PROJECTION": p} for v in VALUES for p in (1, 2)] + [VALUES[0] | {"PROJECTION": 1, "total": 1}]),
+    *[(projection.adjoint_kernel, warps, "*fp32 fp32 *fp32 *i64 *fp32 *i64 *i32 *i32 i32",
+       [LAYERS | {"BUCKETS": 256, "SCRATCH": p == 1, "PROJECTION": p} for p in kinds])
+      for warps, kinds in ((2, (0,)), (4, (0, 1, 2)), (8, (0, 1, 2)))],
     (projection.adjoint_kernel, 4, "*fp32 fp32 *fp32 *i64 *fp32 *i64 *i32 *i32 i32",
-     [LAYERS | {"BUCKETS": 256, "SCRATCH": p == 1, "PROJECTION": p} for p in (0, 1, 2)]
-     + [LAYERS | {"BUCKETS": 32, "SCRATCH": False, "PROJECTION": 1, "total": 1}]),
+     [LAYERS | {"BUCKETS": 32, "SCRATCH": False, "PROJECTION": 1, "total": 1}]),
     (carriers.inverse_norms_kernel, 4, "*i64 *i64 *fp32", [LAYERS]),
     (carriers.column_means_kernel, 4, "*i64 *i64 *fp32 *fp32", [LAYERS | {"UNIT": u} for u in (False, True)]),
     (carriers.filter_gradients_kernel, 4, "*fp32 fp32 *fp32 *i64 *i64 *i64 *fp32 *fp32 *i32 *i32 i32",

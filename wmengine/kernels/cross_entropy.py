@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from wmengine.kernels import launches
+
 Tensor = torch.Tensor
 
 ROWS_STEP = tl.constexpr(1024)  # rows that the finishing kernel adds at a time
@@ -148,9 +150,9 @@ def gradient_kernel(
 
 
 def _tile(classes: int) -> tuple[int, int, int]:
-    """(rows, classes at a time, warps) of one program: 4096 logits of one row, or 1024 of several short ones."""
-    step = min(max(16, triton.next_power_of_2(classes)), 4096)
-    return max(1, min(16, 1024 // step)), step, 8 if step > 1024 else 4
+    """(rows, classes at a time, warps) of one program."""
+    launch = launches.chosen("cross_entropy", classes)
+    return launch.blocks["TILE"], launch.blocks["STEP"], launch.warps
 
 
 def forward(

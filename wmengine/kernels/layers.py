@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from wmengine.kernels import launches
+
 Tensor = torch.Tensor
 
 # Fields of the table.
@@ -91,8 +93,9 @@ def address_table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     groups = -(-len(tensors) // 16)
     table = torch.empty(16 * groups, dtype=torch.int64, device=device)
     addresses = [tensor.data_ptr() for tensor in tensors] + [0] * (16 * groups - len(tensors))
+    options = launches.chosen("addresses").options()
     for first in range(0, len(tensors), 16):
-        addresses_kernel[(1,)](table[first:], *addresses[first : first + 16], num_warps=1)
+        addresses_kernel[(1,)](table[first:], *addresses[first : first + 16], **options)
     return table
 
 
