@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed (it comes
 import triton.language as tl  # noqa: E402
 
 from wmengine.kernels import philox  # noqa: E402
+from wmengine.kernels.layers import address_table  # noqa: E402
 from wmengine.ops import cuda, reference  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -166,6 +167,16 @@ def test_dense_matrices_of_more_rows_than_a_program_takes(projection, total):
 def test_dtypes_may_be_mixed_and_gradients_come_back_in_each(carrier):
     weights = [random(4, 30), random(3, 40, dtype=torch.bfloat16), random(5, 20), random(6, 9, dtype=torch.float16)]
     assert_embeds_as_the_reference(weights, bits_of(32), carrier, "sketch")
+
+
+@pytest.mark.parametrize("count", [1, 16, 17])
+def test_addresses_are_those_of_the_tensors_and_never_zero(count):
+    tensors = [torch.empty(0 if index == 3 else 5, device=DEVICE) for index in range(count)]
+    table = address_table(tensors, torch.device(DEVICE)).tolist()
+    assert len(table) == -(-count // 16) * 16
+    for tensor, address in zip(tensors, table, strict=False):
+        assert address == tensor.data_ptr() or tensor.numel() == 0
+    assert all(address in {tensor.data_ptr() for tensor in tensors} - {0} for address in table)
 
 
 def test_empty_layers_have_empty_gradients():
