@@ -386,8 +386,8 @@ KERNELS = [
     (carriers.column_means_kernel, 4, "*i64 *i64 *fp32 *fp32", [LAYERS | {"UNIT": u} for u in (False, True)]),
     (carriers.filter_gradients_kernel, 4, "*fp32 fp32 *fp32 *i64 *i64 *i64 *fp32 *fp32 *i32 *i32 i32",
      [LAYERS | {"BUCKETS": 256, "UNIT": u, "SOURCE": s, "INDEX": i}
-      for u, s, i in ((True, 0, tl.int32), (True, 0, tl.int64), (True, 1, tl.int32), (True, 2, tl.int32),
-                      (False, 2, tl.int32))]),
+      for u, s, i in ((True, 0, tl.uint32), (True, 0, tl.int64), (True, 1, tl.uint32), (True, 2, tl.uint32),
+                      (False, 2, tl.uint32))]),
     (embedding_loss.total_kernel, 4, "*fp32 *fp32 i32 i32 i32 fp32", [{}, {"groups": 1, "width": 1, "total": 1}]),
     (embedding_loss.link_kernel, 4, "*fp32 *u8 *fp32 *fp32 i32 fp32", [{"LINK": link} for link in range(4)]),
     *[(cross_entropy.rows_kernel, 8 if step > 1024 else 4,

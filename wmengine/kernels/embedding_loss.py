@@ -282,7 +282,7 @@ def backward(
                 DTYPE=_TYPES[batch.dtype],
                 UNIT=call.unit,
                 SOURCE=source.value,
-                INDEX=tl.int32 if batch.largest < 2**31 - 2**20 else tl.int64,
+                INDEX=tl.uint32 if batch.largest < 2**31 - 2**20 else tl.int64,
                 **launches.chosen("filter_gradients").options(),
             )
     return gradients
