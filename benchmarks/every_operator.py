@@ -67,6 +67,10 @@ def losses() -> Iterator[object]:
         logits, known = random(rows, classes).requires_grad_(), labels(rows).clamp(min=0)
         marked = ops.marked_cross_entropy(logits, known, random(rows).abs(), known % 3, groups=3, label_smoothing=0.1)
         yield torch.autograd.grad(marked.loss, logits)
+        hidden, head = random(rows, 32).requires_grad_(), random(classes, 32).requires_grad_()
+        yield torch.autograd.grad(ops.marked_linear_cross_entropy(hidden, head, known).loss, [hidden, head])
+        features = random(rows, 70).requires_grad_()
+        yield torch.autograd.grad(ops.soft_nearest_neighbor(features, known % 3, 70.0), features)
 
 
 def main() -> int:
