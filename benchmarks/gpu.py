@@ -9,6 +9,7 @@ passed, 1 where one failed, 2 where there is no GPU (what needs none has run the
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shlex
 import shutil
@@ -25,7 +26,9 @@ from benchmarks import tables
 from benchmarks.environment import ROOT
 
 BUILD = ROOT / "build" / "gpu"
+PARTS = ("build", "check", "measure")
 TESTS = ("test_gpu", "test_cuda_build", "test_triton", "test_launches")
+LARGE = "two_to_the_31"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TOTAL_S = 530.0
 NO_GPU = "no GPU"
@@ -102,7 +105,14 @@ def check_steps(gpu: bool) -> list[list[Step]]:
     """Tests and sanitizers beside each other: they measure nothing."""
     python = [sys.executable, "-m"]
     pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider", "--durations=5"]
-    tests = [Step(name, [*pytest, f"tests/{name}.py"], 240, left_out=None if gpu else NO_GPU) for name in TESTS]
+    # Most of the tests' time is Triton's compiler. Those of large sizes run one at a time: each wants much memory.
+    several = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    left_out = None if gpu else NO_GPU
+    tests = [
+        Step(name, [*pytest, *several, f"tests/{name}.py", "-k", f"not {LARGE}"], 240, left_out=left_out)
+        for name in TESTS
+    ]
+    tests.append(Step("large sizes", [*pytest, "tests/test_gpu.py", "-k", LARGE], 240, left_out=left_out))
     sanitizer = tool("compute-sanitizer")
     missing = NO_GPU if not gpu else None if sanitizer else "compute-sanitizer is not installed"
     watched = [*python, "benchmarks.every_operator"]
@@ -118,7 +128,7 @@ def check_steps(gpu: bool) -> list[list[Step]]:
         )
         for which in SANITIZERS
     ]
-    once = Step("every operator", watched, 120, left_out=None if gpu else NO_GPU)  # compiles what the sanitizers run
+    once = Step("every operator", watched, 120, left_out=left_out)  # compiles what the sanitizers run
     return [[*tests, once], sanitizers]
 
 
@@ -203,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder for logs, summary.txt and the result files")
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"measure {', '.join(tables.ORDER)} (all)")
     parser.add_argument("--total", type=float, default=TOTAL_S, metavar="SECONDS", help="time limit of the whole run")
-    parser.add_argument("--no-build", action="store_true", help="take the modules that are in place")
+    parser.add_argument("--only", action="append", choices=PARTS, help="this part of the run; may be repeated (all)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
     options = parser.parse_intermixed_args(arguments)
     unknown = sorted(set(options.operators) - set(tables.ORDER))
@@ -212,8 +222,12 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out.resolve()
     architecture = card()
     gpu = architecture is not None
-    stages = [] if options.no_build else build_steps(architecture)
-    stages += [*check_steps(gpu), *measure_steps(gpu, out, options.operators or tables.ORDER)]
+    parts = {
+        "build": lambda: build_steps(architecture),
+        "check": lambda: check_steps(gpu),
+        "measure": lambda: measure_steps(gpu, out, options.operators or tables.ORDER),
+    }
+    stages = [steps for part in PARTS if part in (options.only or PARTS) for steps in parts[part]()]
     if options.dry_run:
         for step in (step for steps in stages for step in steps):
             print(f"# {step.name}, at most {step.limit_s:.0f} s" + (f"; {step.left_out}" if step.left_out else ""))

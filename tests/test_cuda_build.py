@@ -69,6 +69,7 @@ def test_project_names_the_size_it_refuses(count, total, kind, named):
     [
         (0, 1, 1, 0, 1, r"outputs is \[1, 1, 0\]"),
         (0, -1, 1, 2, 1, r"outputs is \[-1, 1, 2\]"),
+        (0, 1, 2**31, 2, 1, "rows below 2"),
         (1, 1, 1, 2, -1, "expected has -1"),
         (3, 1, 1, 2, 1, "dtype is 3"),
     ],
@@ -180,7 +181,7 @@ def test_the_fronts_name_the_argument_they_refuse():
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
-@pytest.mark.parametrize("kernels", ["label_matches", "bit_matches", "match_counts"])
+@pytest.mark.parametrize("kernels", ["label_matches", "bit_matches", "match_counts", "dense", "launch"])
 def test_kernels_keep_their_registers(kernels, architecture, tmp_path):
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
     if nvcc is None:

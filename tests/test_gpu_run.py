@@ -56,6 +56,7 @@ def test_a_dry_run_prints_every_command_and_runs_none(monkeypatch, capsys, tmp_p
     for name in gpu.TESTS:
         assert f"tests/{name}.py" in printed
         assert (gpu.ROOT / "tests" / f"{name}.py").is_file()
+    assert (gpu.ROOT / "tests" / "test_gpu.py").read_text().count(gpu.LARGE) >= 5
     for name in gpu.SANITIZERS:
         assert f"/cuda/bin/compute-sanitizer --tool {name} " in printed
     for name in tables.ORDER:
@@ -65,19 +66,20 @@ def test_a_dry_run_prints_every_command_and_runs_none(monkeypatch, capsys, tmp_p
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu, "card", lambda: None)
-    assert gpu.main([str(tmp_path), "--no-build", "sketch"]) == 2
+    assert gpu.main([str(tmp_path), "--only", "check", "--only", "measure", "sketch"]) == 2
     printed = capsys.readouterr().out
     assert "there is no GPU here" in printed
-    assert printed.count("left out: no GPU") == len(gpu.TESTS) + 1 + len(gpu.SANITIZERS) + 1
+    assert printed.count("left out: no GPU") == len(gpu.TESTS) + 2 + len(gpu.SANITIZERS) + 1
 
 
 def test_a_failure_shows_in_the_exit_status(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "card", lambda: "90")
     monkeypatch.setattr(gpu, "check_steps", lambda gpu: [[step("check", "raise SystemExit(1)")]])
     monkeypatch.setattr(gpu, "measure_steps", lambda gpu, out, operators: [[step("measure", "")]])
-    assert gpu.main([str(tmp_path), "--no-build"]) == 1
+    assert gpu.main([str(tmp_path), "--only", "measure"]) == 0
+    assert gpu.main([str(tmp_path), "--only", "check"]) == 1
     monkeypatch.setattr(gpu, "check_steps", lambda gpu: [[step("check", "")]])
-    assert gpu.main([str(tmp_path), "--no-build"]) == 0
+    assert gpu.main([str(tmp_path), "--only", "check", "--only", "measure"]) == 0
 
 
 def test_an_unknown_operator_is_refused(tmp_path):

@@ -147,10 +147,10 @@ void launch_argmax(const void* outputs, int64_t rows, int classes, int32_t* pred
 
 void match_counts(Place place, const void* outputs, Scalar scalar, int64_t suspects, int64_t rows, int64_t classes,
                   const int64_t* expected, int64_t sets, int32_t* predicted, int32_t* counts, int32_t* invalid) {
-    if (suspects < 0 || rows < 0 || sets < 0 || classes < 1 || classes > INT_MAX - kThreads) {
+    if (suspects < 0 || rows < 0 || sets < 0 || rows > INT_MAX || classes < 1 || classes > INT_MAX - kThreads) {
         throw std::invalid_argument("outputs is [" + std::to_string(suspects) + ", " + std::to_string(rows) + ", " +
                                     std::to_string(classes) + "] and expected has " + std::to_string(sets) +
-                                    " rows: sizes must not be negative and there must be 1 to 2^31 classes");
+                                    " rows: sizes must not be negative, rows below 2^31, and classes from 1 to 2^31");
     }
     if (suspects == 0) {
         return;
