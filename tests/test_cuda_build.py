@@ -166,7 +166,7 @@ def test_the_fronts_name_the_argument_they_refuse():
     for error, named, call in (
         (
             TypeError,
-            "predicted must be int32 or int64 labels, not torch.float32",
+            "predicted must be integer labels, not torch.float32",
             (cuda.label_matches, labels.float(), labels),
         ),
         (ValueError, r"predicted must have shape \[S, N\], not \(3,\)", (cuda.label_matches, labels[0], labels)),

@@ -118,6 +118,12 @@ def test_label_matches(dtype, shape):
     np.testing.assert_array_equal(counts.numpy(), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
+def test_labels_may_be_narrow_integers(dtype):
+    predicted, expected = torch.tensor([[3, 1, 2]], dtype=dtype), torch.tensor([[3, 0, 2], [259, 1, 2]])
+    assert cuda.label_matches(predicted, expected.to(torch.int16)).tolist() == [[2, 2]]
+
+
 def packed(rng, rows, total):
     """Bits and their bytes; what the last byte holds past `total` is noise."""
     bits = rng.integers(0, 2, (rows, -(-total // 8) * 8), dtype=np.uint8)

@@ -19,6 +19,7 @@ Tensor = torch.Tensor
 _KINDS = {"rademacher": 0, "gaussian": 1}
 _SCALARS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _INTEGERS = {torch.int32: 0, torch.int64: 1}
+_NARROW = (torch.uint8, torch.int8, torch.int16)
 _MOST_BEST = 1024  # of best_bit_matches: what a thread block's shared memory holds
 
 
@@ -118,8 +119,10 @@ def match_counts(outputs: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
 
 def label_matches(predicted: Tensor, expected: Tensor) -> Tensor:
     """int32[S, K]: places at which labels predicted[S, N] and expected[K, N] agree; a negative label never does."""
+    if predicted.dtype in _NARROW:
+        predicted = predicted.int()
     if predicted.dtype not in _INTEGERS:
-        raise TypeError(f"predicted must be int32 or int64 labels, not {predicted.dtype}")
+        raise TypeError(f"predicted must be integer labels, not {predicted.dtype}")
     if predicted.ndim != 2:
         raise ValueError(f"predicted must have shape [S, N], not {tuple(predicted.shape)}")
     suspects, rows = predicted.shape
