@@ -60,8 +60,10 @@ class Aim:
 class Case:
     """One row of a result: our operator at one size, its floor and its peers.
 
-    `bytes_moved` is the least that any implementation must read and write, 0 where bytes are not the point; `left_out`
-    maps the name of a peer that cannot run here to the reason.
+    `bytes_moved` is the least that any implementation must read and write, 0 where bytes are not the point, and
+    `operations` the arithmetic operations of the least work, 0 where there are none to speak of. `axis` names the size
+    that a scaling curve runs over and gives its value, such as ("rows", 4096): rows with the same `what` and the same
+    name form one curve. `left_out` maps the name of a peer that cannot run here to the reason.
     """
 
     operator: str
@@ -74,6 +76,8 @@ class Case:
     aims: Sequence[Aim] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     headline: bool = False
+    operations: int = 0
+    axis: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -255,6 +259,8 @@ def _row(
         "what": case.what,
         "size": case.size,
         "bytes": case.bytes_moved,
+        "operations": case.operations,
+        "axis": None if case.axis is None else {"name": case.axis[0], "value": case.axis[1]},
         "rounds": len(seconds["ours"]),
         "ours": timing("ours"),
         "floor": {"name": case.floor.name, **timing(case.floor.name), "ratio": floor_ratio},
