@@ -68,14 +68,14 @@ def roofline(measured: Sequence[tables.Result]) -> str:
     # Everything is placed in inches, so that a label's angle and distance are known without drawing first.
     above = max(3.3, LINE * len(computing) + 0.3) if computing else 0.0
     below = 0.3 * len(moving) + 0.25 if moving else 0.0
-    height = 0.6 + (above + 0.55) * bool(computing) + (below + 0.85) * bool(moving)
+    height = 0.5 + (above + 0.6) * bool(computing) + (below + 0.8) * bool(moving)
     with _drawing(height) as figure:
-        top = height - 0.6
+        top = height - 0.5
         if computing:
             top -= above
             axes = figure.add_axes((0.65 / WIDTH, top / height, 5.2 / WIDTH, above / height))
             _roofline_panel(axes, computing, roofs, (5.2, above))
-            top -= 0.55
+            top -= 0.6
         if moving:
             top -= 0.3 + below
             axes = figure.add_axes((3.95 / WIDTH, top / height, 4.6 / WIDTH, below / height))
@@ -108,30 +108,29 @@ def _roofline_panel(
     axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(low, high))
     axes.set(xlabel="operations per byte", ylabel="Gop/s")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_major_formatter(FuncFormatter(_amount))
     _only_decades(axes)
     axes.grid(linewidth=0.6)
     steepness = (inches[1] / math.log10(high / low)) / (inches[0] / math.log10(right / left))
     slant = math.degrees(math.atan(steepness))
-    for name, text in (("copy_gb_s", "copy from memory"), ("cache_gb_s", "copy from cache")):
+    for name, text, side in (("copy_gb_s", "copy from memory", -1), ("cache_gb_s", "copy from cache", 1)):
         bandwidth = roofs[name]
         axes.plot([left, highest / bandwidth], [left * bandwidth, highest], color=INK, linewidth=1.2)
-        start = max(left * 1.15, low / bandwidth * 1.3)
-        label = f"{text}, {bandwidth:.3g} GB/s"
-        offset = (-3 * math.sin(math.radians(slant)), 3 * math.cos(math.radians(slant)))
+        start = left * 1.3
+        away = 3 * side
         axes.annotate(
-            label,
+            f"{text}, {tables.rate(bandwidth, 'B/s')}",
             (start, start * bandwidth),
-            xytext=offset,
+            xytext=(-away * math.sin(math.radians(slant)), away * math.cos(math.radians(slant))),
             textcoords="offset points",
             rotation=slant,
             rotation_mode="anchor",
             fontsize=8,
-            va="bottom",
+            va="bottom" if side > 0 else "top",
         )
     for name, peak in peaks.items():
         axes.plot([peak / roofs["cache_gb_s"], right], [peak, peak], color=INK, linewidth=1.2)
-        label = f"{name.removesuffix('_gflop_s')} matrix product, {peak:.3g} GFLOP/s"
+        label = f"{name.removesuffix('_gflop_s')} matrix product, {tables.rate(peak, 'FLOP/s')}"
         axes.annotate(
             label, (right, peak), xytext=(-3, 3), textcoords="offset points", fontsize=8, va="bottom", ha="right"
         )
@@ -161,10 +160,10 @@ def _bandwidth_panel(axes: Axes, rows: Sequence[tables.Row], roofs: dict[str, fl
         theirs = None if peer is None else row["bytes"] / peer["ms"]["median"] / 1e6
         _pair_of_points(axes, (ours, place), None if theirs is None else (theirs, place))
         values += [ours, *([] if theirs is None else [theirs])]
-    for name, text, side in (("copy_gb_s", "copy from\nmemory", "right"), ("cache_gb_s", "from\ncache", "left")):
+    for name, text, side in (("copy_gb_s", "copy from memory", "right"), ("cache_gb_s", "from cache", "left")):
         axes.axvline(roofs[name], color=INK, linewidth=1.2, zorder=1)
         axes.annotate(
-            f"{text} {roofs[name]:.3g}",
+            f"{text}\n{tables.rate(roofs[name], 'B/s')}",
             (roofs[name], 1),
             xycoords=("data", "axes fraction"),
             xytext=(-3 if side == "right" else 3, 1),
@@ -174,7 +173,7 @@ def _bandwidth_panel(axes: Axes, rows: Sequence[tables.Row], roofs: dict[str, fl
             va="bottom",
         )
     axes.set(xscale="log", xlabel="GB/s of the bytes that have to move", ylim=(len(rows) - 0.5, -0.5))
-    axes.set_xlim(min(*values, roofs["copy_gb_s"]) / 1.8, max(*values, roofs["cache_gb_s"]) * 2.2)
+    axes.set_xlim(min(*values, roofs["copy_gb_s"]) / 1.8, max(*values, roofs["cache_gb_s"]) * 5)
     axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=8, color=INK)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -226,7 +225,7 @@ def _curve_panel(axes: Axes, curve: tables.Curve, inches: float) -> None:
     axes.set_title("\n".join(textwrap.wrap(curve.what, 38)[:2]), loc="left", fontsize=8.5, x=-0.2)
     axes.yaxis.set_major_locator(LogLocator(numticks=6))
     axes.yaxis.set_major_formatter(FuncFormatter(_time))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: quantity(round(value)).replace(" ", "")))
+    axes.xaxis.set_major_formatter(FuncFormatter(_amount))
     _only_decades(axes)
     axes.tick_params(labelsize=8)
     axes.grid(linewidth=0.6)
@@ -249,6 +248,11 @@ def _only_decades(axes: Axes) -> None:
     """No ticks between the powers of ten: they would be most of the file."""
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
+
+
+def _amount(value: float, _: object) -> str:
+    """A tick's label: '0.1', '10', '1k', '10M'."""
+    return quantity(round(value)).replace(" ", "") if value >= 1 else f"{value:g}"
 
 
 def _time(milliseconds: float, _: object) -> str:

@@ -121,6 +121,11 @@ def _point(value: int, row: Row) -> Point:
     return Point(value, *times)
 
 
+def rate(billions: float, unit: str) -> str:
+    """'41.5 GB/s', '3.35 TB/s': three digits."""
+    return f"{billions:.3g} G{unit}" if billions < 999.5 else f"{billions / 1e3:.3g} T{unit}"
+
+
 def growth(sizes: Sequence[int], times: Sequence[float]) -> float:
     """The exponent e of the power law time ∝ size^e that fits best: least squares over the logarithms."""
     x, y = [math.log(size) for size in sizes], [math.log(time) for time in times]
@@ -204,11 +209,11 @@ def _heading(machine: str, measured: Sequence[Result]) -> str:
     if not reached:
         return text
     products = [
-        f"{name.removesuffix('_gflop_s')} matrix product {value:.3g} GFLOP/s"
+        f"{name.removesuffix('_gflop_s')} matrix product {rate(value, 'FLOP/s')}"
         for name, value in reached.items()
         if name.endswith("_gflop_s")
     ]
-    copies = f"copy {reached['copy_gb_s']:.3g} GB/s from memory, {reached['cache_gb_s']:.3g} GB/s from cache"
+    copies = f"copy {rate(reached['copy_gb_s'], 'B/s')} from memory, {rate(reached['cache_gb_s'], 'B/s')} from cache"
     return f"{text}. Measured in the same run: {', '.join([copies, *products])}."
 
 
@@ -245,8 +250,8 @@ def _full(rows: Sequence[Row]) -> list[list[str]]:
 def _rate(row: Row, amount: str, share: str) -> str:
     if not row.get(amount):
         return "–"
-    rate = f"{row[amount] / row['ours']['ms']['median'] / 1e6:.3g}"
-    return f"{rate} ({100 * row[share]:.3g} %)" if share in row else rate
+    billions = f"{row[amount] / row['ours']['ms']['median'] / 1e6:.3g}"
+    return f"{billions} ({100 * row[share]:.3g} %)" if share in row else billions
 
 
 def _memory(timed: Mapping[str, Any]) -> str:
