@@ -35,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except ValueError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130
     print(json.dumps(report.to_json()) if options.json else report.text())
     return 0
 

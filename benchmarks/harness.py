@@ -85,19 +85,20 @@ class Case:
 class Effort:
     """How long to measure: seconds a sample at least, seconds a case at most, and how far its rounds give way.
 
-    All cases on two cores, with what torch.compile takes, should stay below ten minutes; so a row that is no headline
-    gets less.
+    All cases on two cores, with what torch.compile takes, should stay below ten minutes; so `other` rows than headlines
+    get less.
     """
 
     sample_s: float = 0.01
     headline_s: float = 4.0
+    headline_rounds: int = 5
     other_s: float = 1.5
-    least_rounds: int = 5
+    other_rounds: int = 3
     most_rounds: int = 40
 
 
 FULL = Effort()
-QUICK = Effort(sample_s=2e-4, least_rounds=3, most_rounds=3)
+QUICK = Effort(sample_s=2e-4, headline_rounds=3, most_rounds=3)
 
 
 def device_clock(device: str) -> Clock:
@@ -222,8 +223,10 @@ def compare(
         round_s += once * (calls[contender.name] + (contender.name in settle))
     if len(calls) != len(others) + 1:
         raise ValueError(f"{case.operator}, {case.size}: two contenders share a name: {[c.name for c in others]}")
-    limit_s = effort.headline_s if case.headline else effort.other_s
-    rounds = max(effort.least_rounds, min(effort.most_rounds, int(limit_s / round_s)))
+    limit_s, least = effort.other_s, effort.other_rounds
+    if case.headline:
+        limit_s, least = effort.headline_s, effort.headline_rounds
+    rounds = max(least, min(effort.most_rounds, int(limit_s / round_s)))
     seconds: dict[str, list[float]] = {contender.name: [] for contender in others}
 
     def measure_others() -> None:

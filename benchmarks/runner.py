@@ -71,7 +71,8 @@ def run(
 
     Without `out`, results go to benchmarks/results, and the tables and plots of README and docs are generated from
     them; a quick run's go to a new temporary folder. Progress goes to stderr where that is a terminal. ValueError for
-    an unknown operator or device, and where a benchmark fails; pytest's account of it is on stderr then.
+    an unknown operator or device, and where a benchmark fails; pytest's account of it is on stderr then. After
+    KeyboardInterrupt the operators measured so far have their result files.
     """
     unknown = sorted(set(operators) - set(tables.ORDER))
     if unknown:
@@ -82,16 +83,16 @@ def run(
     out = out or (Path(tempfile.mkdtemp(prefix="benchmarks-")) if quick else tables.RESULTS)
     names = [name for name in tables.ORDER if name in operators or not operators]
     arguments = [str(HERE / f"bench_{name}.py") for name in names]
-    arguments += ["--benchmark-only", "-q", "-p", "no:cacheprovider", "--rootdir", str(environment.ROOT)]
+    arguments += ["--benchmark-only", "--benchmark-quiet", "-q", "-p", "no:cacheprovider", "--rootdir", str(environment.ROOT)]
     arguments += ["--device", device, "--threads", str(threads), "--out", str(out), *(["--quick"] if quick else [])]
     started = time.time()
     printed = io.StringIO()
     with _progress() as plugins, contextlib.redirect_stdout(printed):
         status = pytest.main(arguments, plugins=plugins)
-    if status == pytest.ExitCode.INTERRUPTED:
-        raise KeyboardInterrupt
     if status != pytest.ExitCode.OK:
         print(printed.getvalue(), file=sys.stderr)
+        if status == pytest.ExitCode.INTERRUPTED:
+            raise KeyboardInterrupt
         raise ValueError("a benchmark failed, as told above; its operator's results were not written")
     files = [path for path in sorted(out.glob("*.json")) if path.stat().st_mtime >= started]
     if out == tables.RESULTS:
