@@ -83,8 +83,18 @@ def run(
     out = out or (Path(tempfile.mkdtemp(prefix="benchmarks-")) if quick else tables.RESULTS)
     names = [name for name in tables.ORDER if name in operators or not operators]
     arguments = [str(HERE / f"bench_{name}.py") for name in names]
-    arguments += ["--benchmark-only", "--benchmark-quiet", "-q", "-p", "no:cacheprovider", "--rootdir", str(environment.ROOT)]
-    arguments += ["--device", device, "--threads", str(threads), "--out", str(out), *(["--quick"] if quick else [])]
+    arguments += ["--benchmark-only", "--benchmark-quiet", "-q", "-p", "no:cacheprovider"]
+    arguments += [
+        "--rootdir",
+        str(environment.ROOT),
+        "--device",
+        device,
+        "--threads",
+        str(threads),
+        "--out",
+        str(out),
+        *(["--quick"] if quick else []),
+    ]
     started = time.time()
     printed = io.StringIO()
     with _progress() as plugins, contextlib.redirect_stdout(printed):
