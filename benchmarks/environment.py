@@ -36,13 +36,20 @@ def choose_device(wanted: str) -> str:
 
 
 def use_threads(count: int) -> None:
-    """The same number of threads for torch and for our CPU kernels; NumPy's argmax and comparisons use one."""
+    """The same number of threads for torch, our CPU kernels and, where it is installed, faiss with its own pool.
+
+    NumPy's argmax and comparisons use one.
+    """
     import torch
 
     import wmengine
 
     torch.set_num_threads(count)
     wmengine.set_num_threads(count)
+    with contextlib.suppress(ImportError):
+        import faiss
+
+        faiss.omp_set_num_threads(count)
 
 
 @contextlib.contextmanager

@@ -252,14 +252,14 @@ def compare(
     return row
 
 
-def shares(row: Mapping[str, Any], roofs: Mapping[str, float]) -> dict[str, float]:
+def shares(row: Mapping[str, Any], roofs: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """What a row reaches of the roofs of environment.measure_roofs, 1 being all of it, for the rates that it has."""
     known = (
         ("of_copy", "gb_s", "copy_gb_s"),
         ("of_cache_copy", "gb_s", "cache_gb_s"),
         ("of_peak", "gflop_s", "float32_gflop_s"),
     )
-    return {share: float(f"{row[rate] / roofs[roof]:.4g}") for share, rate, roof in known if rate in row}
+    return {share: float(f"{row[rate] / roofs[roof]['median']:.4g}") for share, rate, roof in known if rate in row}
 
 
 def axis_entry(case: Case) -> dict[str, Any] | None:

@@ -82,32 +82,29 @@ def run(
     environment.choose_device(device)
     out = out or (Path(tempfile.mkdtemp(prefix="benchmarks-")) if quick else tables.RESULTS)
     names = [name for name in tables.ORDER if name in operators or not operators]
-    arguments = [str(HERE / f"bench_{name}.py") for name in names]
-    arguments += ["--benchmark-only", "--benchmark-quiet", "-q", "-p", "no:cacheprovider"]
-    arguments += [
-        "--rootdir",
-        str(environment.ROOT),
-        "--device",
-        device,
-        "--threads",
-        str(threads),
-        "--out",
-        str(out),
-        *(["--quick"] if quick else []),
+    files = [str(HERE / f"bench_{name}.py") for name in names]
+    switches = [
+        "--benchmark-only",
+        "--benchmark-quiet",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--rootdir={environment.ROOT}",
     ]
+    switches += [f"--device={device}", f"--threads={threads}", f"--out={out}", *(["--quick"] if quick else [])]
     started = time.time()
     printed = io.StringIO()
     with _progress() as plugins, contextlib.redirect_stdout(printed):
-        status = pytest.main(arguments, plugins=plugins)
+        status = pytest.main([*files, *switches], plugins=plugins)
     if status != pytest.ExitCode.OK:
         print(printed.getvalue(), file=sys.stderr)
         if status == pytest.ExitCode.INTERRUPTED:
             raise KeyboardInterrupt
         raise ValueError("a benchmark failed, as told above; its operator's results were not written")
-    files = [path for path in sorted(out.glob("*.json")) if path.stat().st_mtime >= started]
+    written = [path for path in sorted(out.glob("*.json")) if path.stat().st_mtime >= started]
     if out == tables.RESULTS:
         publish()
-    return Report(out, [json.loads(path.read_text()) for path in files], time.time() - started)
+    return Report(out, [json.loads(path.read_text()) for path in written], time.time() - started)
 
 
 def publish() -> list[Path]:

@@ -17,6 +17,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- benchmarks:begin -->"
 END = "<!-- benchmarks:end -->"
 QUIET = 0.1  # cores used by other processes that a measurement is not disturbed by
+STEADY = 1.15  # p80 over p20 of a roof that has not drifted
 README_ROWS = 14  # of one machine
 ORDER = ("sketch", "project", "embedding_loss", "cross_entropy", "match_counts", "training_step")
 
@@ -77,12 +78,12 @@ def slug(results: Sequence[Result]) -> str:
 
 
 def roofs(results: Sequence[Result]) -> dict[str, float]:
-    """The machine's measured roofs: the highest of each, where the results come from several runs."""
-    found: dict[str, float] = {}
+    """The machine's measured roofs: the median of a run's measurements, and of the runs where there were several."""
+    found: dict[str, set[float]] = {}
     for result in results:
-        for name, value in result["environment"].get("roofs", {}).items():
-            found[name] = max(value, found.get(name, 0.0))
-    return found
+        for name, measured in result["environment"].get("roofs", {}).items():
+            found.setdefault(name, set()).add(measured["median"])
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
 def best_peer(row: Row) -> dict[str, Any] | None:
@@ -214,7 +215,11 @@ def _heading(machine: str, measured: Sequence[Result]) -> str:
         if name.endswith("_gflop_s")
     ]
     copies = f"copy {rate(reached['copy_gb_s'], 'B/s')} from memory, {rate(reached['cache_gb_s'], 'B/s')} from cache"
-    return f"{text}. Measured in the same run: {', '.join([copies, *products])}."
+    drift = [
+        roof["p80"] / roof["p20"] for result in measured for roof in result["environment"].get("roofs", {}).values()
+    ]
+    unsteady = f" They drifted by up to {100 * (max(drift) - 1):.0f} %." if max(drift) > STEADY else ""
+    return f"{text}. Measured in the same run: {', '.join([copies, *products])}.{unsteady}"
 
 
 def _headlines(measured: Sequence[Result]) -> list[Row]:

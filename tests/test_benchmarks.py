@@ -26,7 +26,10 @@ from hypothesis import strategies as st
 from benchmarks import environment, harness, plots, tables
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOFS = {"copy_gb_s": 40.0, "cache_gb_s": 160.0, "float32_gflop_s": 300.0}
+ROOFS = {
+    name: {"median": value, "p20": value, "p80": value}
+    for name, value in {"copy_gb_s": 40.0, "cache_gb_s": 160.0, "float32_gflop_s": 300.0}.items()
+}
 
 
 class DriftingMachine:
@@ -333,7 +336,11 @@ def test_results_without_roofs_or_curves_have_no_plots_and_no_links() -> None:
 
 def test_each_machine_has_its_own_plots() -> None:
     gpu = a_result(
-        *a_curve(), device="Some GPU (80 GB)", kind="cuda", cuda="13.0", roofs={**ROOFS, "bfloat16_gflop_s": 9e5}
+        *a_curve(),
+        device="Some GPU (80 GB)",
+        kind="cuda",
+        cuda="13.0",
+        roofs={**ROOFS, "bfloat16_gflop_s": ROOFS["copy_gb_s"]},
     )
     names = {path.name for path in plots.pictures([a_result(*a_curve()), gpu])}
     assert names == {
@@ -347,6 +354,12 @@ def test_labels_keep_their_order_and_their_distance(wanted: Sequence[float]) -> 
     assert all(second - first > 0.199 for first, second in itertools.pairwise(places))
     assert places[0] > -1e-9  # 20 labels take 3.8 of the 4 that there are
     assert places[-1] <= 4.0
+
+
+def test_roofs_that_drifted_within_the_run_say_so() -> None:
+    drifted = {**ROOFS, "copy_gb_s": {"median": 40.0, "p20": 34.0, "p80": 51.0}}
+    assert "drifted" not in tables.readme_table([a_result(a_row())])
+    assert "They drifted by up to 50 %." in tables.readme_table([a_result(a_row(), roofs=drifted)])
 
 
 def test_each_machine_has_its_own_table_and_the_cpu_comes_first(tmp_path: Path) -> None:
@@ -414,7 +427,7 @@ def test_a_quick_run_writes_one_complete_result_file_per_operator(quick_results:
         result = json.loads((quick_results / f"cpu-{operator}.json").read_text())
         assert result["operator"] == operator
         assert result["environment"]["threads"] == 1
-        assert all(roof > 0 for roof in result["environment"]["roofs"].values())
+        assert all(roof["median"] > 0 for roof in result["environment"]["roofs"].values())
         assert result["seconds"] > 0
         assert {"wmengine", "numpy", "torch"} <= result["environment"]["versions"].keys()
         assert result["rows"]
