@@ -127,9 +127,8 @@ def compare(
         clock = harness.device_clock(device)
         if not rows and not benchmark.disabled:
             roofs = pytestconfig.stash[ROOFS]
-            with environment.separated_threads():
-                for name, roof in environment.measure_roofs(device, clock, quick).items():
-                    roofs.setdefault(name, []).append(roof)
+            for name, roof in environment.measure_roofs(device, clock, quick).items():
+                roofs.setdefault(name, []).append(roof)
         row = harness.compare(case, benchmark, clock, effort, device)
         if row is not None:
             rows.append(row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import functools
 import gc
 import importlib.metadata
 import os
@@ -172,18 +173,26 @@ def measure_roofs(device: str, clock: Callable[[], float], quick: bool = False) 
     import torch
 
     on_cpu = device == "cpu"
-    seconds = 0.02 if quick else 0.3
-    roofs = {}
+    products = (torch.float32,) if on_cpu else (torch.float32, torch.bfloat16)
     large, small = (1 << 26, 1 << 17) if on_cpu else (1 << 28, 1 << 21)
+    side = (384 if quick else 1536) if on_cpu else 8192
+    work: dict[str, tuple[float, Callable[[], object]]] = {}  # billions of bytes or operations, and what does them
     for name, count in (("copy_gb_s", large // (8 if quick else 1)), ("cache_gb_s", small)):
         source, target = torch.ones(count, device=device), torch.ones(count, device=device)
-        roofs[name] = 8e-9 * count / _best(lambda target=target, source=source: target.copy_(source), clock, seconds)
-    side = (384 if quick else 1536) if on_cpu else 8192
-    for kind in (torch.float32,) if on_cpu else (torch.float32, torch.bfloat16):
-        a, b = torch.ones(side, side, device=device, dtype=kind), torch.ones(side, side, device=device, dtype=kind)
-        name = f"{str(kind).removeprefix('torch.')}_gflop_s"
-        roofs[name] = 2e-9 * side**3 / _best(lambda a=a, b=b: a @ b, clock, seconds)
-    return {name: float(f"{value:.4g}") for name, value in roofs.items()}
+        work[name] = 8e-9 * count, functools.partial(target.copy_, source)
+    for kind in products:
+        matrix = torch.ones(side, side, device=device, dtype=kind)
+        work[f"{str(kind).removeprefix('torch.')}_gflop_s"] = (
+            2e-9 * side**3,
+            functools.partial(torch.mm, matrix, matrix),
+        )
+    for _, run in work.values():
+        run()  # starts the threads that separated_threads then sends to their processors
+    with separated_threads():
+        return {
+            name: float(f"{billions / _best(run, clock, 0.02 if quick else 0.3):.4g}")
+            for name, (billions, run) in work.items()
+        }
 
 
 def _best(run: Callable[[], object], clock: Callable[[], float], seconds: float) -> float:
