@@ -74,6 +74,8 @@ class Case:
     aims: Sequence[Aim] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     headline: bool = False
+    operations: int = 0
+    axis: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)

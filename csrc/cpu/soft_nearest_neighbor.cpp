@@ -157,18 +157,19 @@ Packed pack(const SoftNeighborProblem& problem) {
     return packed;
 }
 
-// One float in every lane. GCC lowers every vector made of a scalar lane by lane before it knows the instruction set
-// (helpers are compiled for the baseline until they are inlined), which costs more than the multiplications.
-template <Level level>
-WM_INLINE Floats<lanes_of(level)> repeat(const float* x) {
+// One number in every lane. GCC lowers every vector made of a scalar lane by lane before it knows the instruction set
+// (helpers are compiled for the baseline until they are inlined), which costs more than the arithmetic.
+template <typename Vector, Level level, typename T>
+WM_INLINE Vector repeat(const T* x) {
+    static_assert(sizeof(T) == 4 && sizeof(Vector) == 4 * lanes_of(level));
 #if defined(WM_X86_64)
     if constexpr (level != Level::kBaseline) {
-        Floats<lanes_of(level)> v;
+        Vector v;
         __asm__("vbroadcastss %1, %0" : "=v"(v) : "m"(*x));
         return v;
     }
 #endif
-    return spread<lanes_of(level)>(*x);
+    return *x - Vector{};
 }
 
 // The sums of one micro-tile: `height` rows, two vectors of columns.
@@ -192,7 +193,7 @@ WM_INLINE void multiply(Sums<lanes_of(level), height>& sums, const float* a, int
         const V left = load<V>(b + k * kWidth), right = load<V>(b + k * kWidth + lanes);
 #pragma GCC unroll 12
         for (int r = 0; r < height; ++r) {
-            const V x = repeat<level>(a + r * row_step + k * step);
+            const V x = repeat<V, level>(a + r * row_step + k * step);
             sums.of[r][0] += x * left;
             sums.of[r][1] += x * right;
         }
@@ -306,16 +307,6 @@ WM_INLINE float largest_of(Floats<lanes> v) {
 }
 
 template <int lanes>
-WM_INLINE bool any(Ints<lanes> mask) {
-    uint64_t words[lanes / 2], all = 0;
-    std::memcpy(words, &mask, sizeof mask);
-    for (uint64_t word : words) {
-        all |= word;
-    }
-    return all != 0;
-}
-
-template <int lanes>
 WM_INLINE Floats<lanes> minimum(Floats<lanes> a, Floats<lanes> b) {
     return a < b ? a : b;
 }
@@ -323,11 +314,6 @@ WM_INLINE Floats<lanes> minimum(Floats<lanes> a, Floats<lanes> b) {
 template <int lanes>
 WM_INLINE Floats<lanes> select(Ints<lanes> mask, Floats<lanes> a, Floats<lanes> b) {
     return mask ? a : b;
-}
-
-template <int lanes>
-WM_INLINE Floats<lanes> masked(Floats<lanes> v, Ints<lanes> mask) {
-    return (Floats<lanes>)((Ints<lanes>)v & mask);
 }
 
 // Σ (x_i - x_j)² of the features as they were given
@@ -387,52 +373,87 @@ struct Tile {
     bool narrow(const View& v) const { return (largest - least) * v.inverse_temperature <= kSpan; }
 };
 
-// The lanes of columns from c on that row r of tile (I, J) does not pair with: itself, and columns past the end.
-template <int lanes, bool edge>
-WM_INLINE Ints<lanes> left_out(const View& v, int64_t I, int64_t J, int64_t r, int64_t c) {
-    if (!edge) {
-        return Ints<lanes>{};
-    }
-    Ints<lanes> column;
-    for (int i = 0; i < lanes; ++i) {
-        column[i] = i;
-    }
-    const int32_t itself = I == J ? static_cast<int32_t>(r - c) : -1;
-    return (column == itself) | (column >= static_cast<int32_t>(rows_of(v, J) - c));
-}
+// -1 at the columns of tile (I, J) that a row does not pair with: itself, and columns past the end. Read from memory,
+// because compilers of AVX-512 combine comparisons lane by lane.
+struct Outside {
+    alignas(64) int32_t column[kBlock];
+    bool diagonal;
 
-template <int lanes, bool edge>
+    Outside(const View& v, int64_t I, int64_t J) : diagonal(I == J) {
+        const int64_t columns = rows_of(v, J);
+        for (int64_t c = 0; c < kBlock; ++c) {
+            column[c] = c < columns ? 0 : -1;
+        }
+    }
+
+    void enter(int64_t row) {
+        if (diagonal) {
+            column[row] = -1;
+        }
+    }
+
+    void leave(int64_t row) {
+        if (diagonal) {
+            column[row] = 0;
+        }
+    }
+
+    // `otherwise` in the lanes that do not count
+    template <int lanes, bool edge>
+    WM_INLINE Floats<lanes> replaced(const Outside& outside, int64_t c, Floats<lanes> value, Floats<lanes> otherwise) {
+        if (!edge) {
+            return value;
+        }
+        return load<Ints<lanes>>(outside.column + c) ? otherwise : value;
+    }
+};
+
+template <Level level, bool edge>
 WM_INLINE void distances(const View& v, int64_t I, int64_t J, Tile& tile) {
+    constexpr int lanes = lanes_of(level);
     using V = Floats<lanes>;
     const int64_t rows = rows_of(v, I), columns = rows_of(v, J);
-    V least = spread<lanes>(FLT_MAX), largest = {};
+    const float* const row_norms = v.norms + I * kBlock;
+    const float* const column_norms = v.norms + J * kBlock;
+    const float temperature_value = v.temperature;
+    const V none = spread<lanes>(FLT_MAX), temperature = repeat<V, level>(&temperature_value);
+    V least = none, largest = {};
     tile.near = 0;
+    Outside outside(v, I, J);
     for (int64_t r = 0; r < rows; ++r) {
+        outside.enter(r);
         float* const d = tile.d + r * kBlock;
-        const V own = spread<lanes>(v.norms[I * kBlock + r]);
-        Ints<lanes> near = {};
+        const V own = repeat<V, level>(row_norms + r);
+        V margin = none, row_least = none, row_largest = {};
         for (int64_t c = 0; c < columns; c += lanes) {
-            const V norms = own + load<V>(v.norms + J * kBlock + c);
+            const V norms = own + load<V>(column_norms + c);
             const V value = maximum(norms - 2.0f * load<V>(d + c), V{});
             store(d + c, value);
-            // below the temperature, what cancels is nothing to the exponent
-            near |= (value <= kNear * norms) & (norms > v.temperature) & ~left_out<lanes, edge>(v, I, J, r, c);
+            // where the norms are below the temperature, what cancels is nothing to the exponent
+            const V bound = norms > temperature ? kNear * norms : V{} - 1.0f;
+            const V counted = Outside::replaced<lanes, edge>(outside, c, value, none);
+            margin = minimum<lanes>(margin, counted - bound);
+            row_least = minimum<lanes>(row_least, counted);
+            row_largest = maximum(row_largest, Outside::replaced<lanes, edge>(outside, c, value, V{}));
         }
-        if (any<lanes>(near)) {
+        if (least_of<lanes>(margin) <= 0) {
             for (int64_t c = 0; c < columns; ++c) {
-                const float norms = v.norms[I * kBlock + r] + v.norms[J * kBlock + c];
-                if (d[c] <= kNear * norms && norms > v.temperature && !(I == J && r == c)) {
+                const float norms = row_norms[r] + column_norms[c];
+                if (d[c] <= kNear * norms && norms > temperature_value && !(I == J && r == c)) {
                     d[c] = exact_distance<lanes>(v, I * kBlock + r, J * kBlock + c);
                     tile.near_at[tile.near++] = static_cast<uint16_t>(r * kBlock + c);
                 }
             }
+            row_least = none, row_largest = V{};
+            for (int64_t c = 0; c < columns; c += lanes) {
+                const V value = load<V>(d + c);
+                row_least = minimum<lanes>(row_least, Outside::replaced<lanes, edge>(outside, c, value, none));
+                row_largest = maximum(row_largest, Outside::replaced<lanes, edge>(outside, c, value, V{}));
+            }
         }
-        for (int64_t c = 0; c < columns; c += lanes) {
-            const V value = load<V>(d + c);
-            const Ints<lanes> out = left_out<lanes, edge>(v, I, J, r, c);
-            least = minimum<lanes>(least, select<lanes>(out, spread<lanes>(FLT_MAX), value));
-            largest = maximum(largest, masked<lanes>(value, ~out));
-        }
+        outside.leave(r);
+        least = minimum<lanes>(least, row_least);
+        largest = maximum(largest, row_largest);
     }
     tile.least = least_of<lanes>(least);
     tile.largest = std::max(largest_of<lanes>(largest), tile.least);
@@ -448,12 +469,17 @@ struct Parts {
     }
 };
 
-template <int lanes, bool edge>
+template <Level level, bool edge>
 WM_INLINE void sum_tile(const View& v, const Parts& parts, int64_t I, int64_t J, Tile& tile) {
+    constexpr int lanes = lanes_of(level);
     using V = Floats<lanes>;
-    distances<lanes, edge>(v, I, J, tile);
+    using Int = Ints<lanes>;
+    distances<level, edge>(v, I, J, tile);
     const int64_t rows = rows_of(v, I), columns = rows_of(v, J);
-    const V none = spread<lanes>(FLT_MAX);
+    const int32_t* const row_label = v.label + I * kBlock;
+    const int32_t* const column_label = v.label + J * kBlock;
+    const float inverse_temperature = v.inverse_temperature;
+    const V none = spread<lanes>(FLT_MAX), inverse = repeat<V, level>(&inverse_temperature);
     alignas(64) float column_same_nearest[kBlock], column_other_nearest[kBlock];
     alignas(64) float column_same[kBlock] = {}, column_other[kBlock] = {};
     float row_same_nearest[kBlock], row_other_nearest[kBlock];
@@ -462,14 +488,16 @@ WM_INLINE void sum_tile(const View& v, const Parts& parts, int64_t I, int64_t J,
     std::fill(column_other_nearest, column_other_nearest + kBlock, narrow ? tile.least : FLT_MAX);
     std::fill(row_same_nearest, row_same_nearest + kBlock, tile.least);
     std::fill(row_other_nearest, row_other_nearest + kBlock, tile.least);
+    Outside outside(v, I, J);
     if (!narrow) {
         for (int64_t r = 0; r < rows; ++r) {
+            outside.enter(r);
+            const Int label = repeat<Int, level>(row_label + r);
             V same_nearest = none, other_nearest = none;
             for (int64_t c = 0; c < columns; c += lanes) {
-                const V d = load<V>(tile.d + r * kBlock + c);
-                const Ints<lanes> out = left_out<lanes, edge>(v, I, J, r, c);
-                const Ints<lanes> same = load<Ints<lanes>>(v.label + J * kBlock + c) == v.label[I * kBlock + r];
-                const V if_same = select<lanes>(same & ~out, d, none), if_other = select<lanes>(same | out, none, d);
+                const V d = Outside::replaced<lanes, edge>(outside, c, load<V>(tile.d + r * kBlock + c), none);
+                const Int same = load<Int>(column_label + c) == label;
+                const V if_same = select<lanes>(same, d, none), if_other = select<lanes>(same, none, d);
                 same_nearest = minimum<lanes>(same_nearest, if_same);
                 other_nearest = minimum<lanes>(other_nearest, if_other);
                 store(column_same_nearest + c, minimum<lanes>(load<V>(column_same_nearest + c), if_same));
@@ -477,28 +505,35 @@ WM_INLINE void sum_tile(const View& v, const Parts& parts, int64_t I, int64_t J,
             }
             row_same_nearest[r] = least_of<lanes>(same_nearest);
             row_other_nearest[r] = least_of<lanes>(other_nearest);
+            outside.leave(r);
         }
     }
     for (int64_t r = 0; r < rows; ++r) {
+        outside.enter(r);
         V row_same = {}, row_other = {};
-        const V same_shift = spread<lanes>(row_same_nearest[r]), other_shift = spread<lanes>(row_other_nearest[r]);
+        const Int label = repeat<Int, level>(row_label + r);
+        const V same_shift = repeat<V, level>(row_same_nearest + r),
+                other_shift = repeat<V, level>(row_other_nearest + r);
         for (int64_t c = 0; c < columns; c += lanes) {
             const V d = load<V>(tile.d + r * kBlock + c);
-            const Ints<lanes> out = left_out<lanes, edge>(v, I, J, r, c);
-            const Ints<lanes> same = load<Ints<lanes>>(v.label + J * kBlock + c) == v.label[I * kBlock + r];
+            const Int same = load<Int>(column_label + c) == label;
             const V shift = select<lanes>(same, same_shift, other_shift);
-            const V row = masked<lanes>(exponential_of_number<lanes>((shift - d) * v.inverse_temperature), ~out);
+            const V e = exponential_of_number<lanes>((shift - d) * inverse);
+            const V row = Outside::replaced<lanes, edge>(outside, c, e, V{});
             V column = row;
             if (!narrow) {
                 const V other =
                     select<lanes>(same, load<V>(column_same_nearest + c), load<V>(column_other_nearest + c));
-                column = masked<lanes>(exponential_of_number<lanes>((other - d) * v.inverse_temperature), ~out);
+                const V other_e = exponential_of_number<lanes>((other - d) * inverse);
+                column = Outside::replaced<lanes, edge>(outside, c, other_e, V{});
             }
-            row_same += masked<lanes>(row, same);
-            row_other += masked<lanes>(row, ~same);
-            store(column_same + c, load<V>(column_same + c) + masked<lanes>(column, same));
-            store(column_other + c, load<V>(column_other + c) + masked<lanes>(column, ~same));
+            const V row_part = select<lanes>(same, row, V{}), column_part = select<lanes>(same, column, V{});
+            row_same += row_part;
+            row_other += row - row_part;
+            store(column_same + c, load<V>(column_same + c) + column_part);
+            store(column_other + c, load<V>(column_other + c) + (column - column_part));
         }
+        outside.leave(r);
         parts.row(J, 0, I)[r] = row_same_nearest[r];
         parts.row(J, 1, I)[r] = sum_of<lanes>(row_same);
         parts.row(J, 2, I)[r] = row_other_nearest[r];
@@ -517,9 +552,8 @@ bool is_edge(const View& v, int64_t I, int64_t J) { return I == J || rows_of(v, 
 struct SumTile {
     template <Level level>
     WM_INLINE void run(const View* view, Parts parts, int64_t I, int64_t J, Tile* tile) {
-        constexpr int lanes = lanes_of(level);
-        is_edge(*view, I, J) ? sum_tile<lanes, true>(*view, parts, I, J, *tile)
-                             : sum_tile<lanes, false>(*view, parts, I, J, *tile);
+        is_edge(*view, I, J) ? sum_tile<level, true>(*view, parts, I, J, *tile)
+                             : sum_tile<level, false>(*view, parts, I, J, *tile);
     }
 };
 
@@ -558,43 +592,53 @@ struct GradientSums {
     double* distance;  // [blocks][blocks] Σ W_ij d_ij of a tile
 };
 
-template <int lanes, bool edge>
+template <Level level, bool edge>
 WM_INLINE void gradient_tile(const View& v, const SoftNeighborRows& nearest, const GradientSums& sums, int64_t I,
                              int64_t J, Tile& tile) {
+    constexpr int lanes = lanes_of(level);
     using V = Floats<lanes>;
-    distances<lanes, edge>(v, I, J, tile);
+    using Int = Ints<lanes>;
+    distances<level, edge>(v, I, J, tile);
     const int64_t rows = rows_of(v, I), columns = rows_of(v, J);
+    const int32_t* const row_label = v.label + I * kBlock;
+    const int32_t* const column_label = v.label + J * kBlock;
     Side left, right;
     prepare(v, nearest, I, tile, left);
     prepare(v, nearest, J, tile, right);
     const bool narrow = tile.narrow(v);
+    const float inverse_temperature = v.inverse_temperature, tile_least = tile.least;
+    const V inverse = repeat<V, level>(&inverse_temperature), least = repeat<V, level>(&tile_least);
+    Outside outside(v, I, J);
     double distance = 0;
     for (int64_t r = 0; r < rows; ++r) {
+        outside.enter(r);
         float* const d = tile.d + r * kBlock;
+        const Int label = repeat<Int, level>(row_label + r);
+        const V same_factor = repeat<V, level>(left.same_factor + r);
+        const V other_factor = repeat<V, level>(left.other_factor + r);
+        const V same_nearest = repeat<V, level>(left.same_nearest + r);
+        const V other_nearest = repeat<V, level>(left.other_nearest + r);
         V sum = {};
         for (int64_t c = 0; c < columns; c += lanes) {
             const V value = load<V>(d + c);
-            const Ints<lanes> out = left_out<lanes, edge>(v, I, J, r, c);
-            const Ints<lanes> same = load<Ints<lanes>>(v.label + J * kBlock + c) == v.label[I * kBlock + r];
-            const V row_factor =
-                select<lanes>(same, spread<lanes>(left.same_factor[r]), spread<lanes>(left.other_factor[r]));
+            const Int same = load<Int>(column_label + c) == label;
+            const V row_factor = select<lanes>(same, same_factor, other_factor);
             const V column_factor =
                 select<lanes>(same, load<V>(right.same_factor + c), load<V>(right.other_factor + c));
             V weight;
             if (narrow) {
-                weight = exponential_of_number<lanes>((tile.least - value) * v.inverse_temperature) *
-                         (row_factor + column_factor);
+                weight = exponential_of_number<lanes>((least - value) * inverse) * (row_factor + column_factor);
             } else {
-                const V row =
-                    select<lanes>(same, spread<lanes>(left.same_nearest[r]), spread<lanes>(left.other_nearest[r]));
+                const V row = select<lanes>(same, same_nearest, other_nearest);
                 const V column = select<lanes>(same, load<V>(right.same_nearest + c), load<V>(right.other_nearest + c));
-                weight = exponential_of_number<lanes>((row - value) * v.inverse_temperature) * row_factor +
-                         exponential_of_number<lanes>((column - value) * v.inverse_temperature) * column_factor;
+                weight = exponential_of_number<lanes>((row - value) * inverse) * row_factor +
+                         exponential_of_number<lanes>((column - value) * inverse) * column_factor;
             }
-            weight = masked<lanes>(weight, ~out);
-            sum += masked<lanes>(weight * value, ~out);
+            weight = Outside::replaced<lanes, edge>(outside, c, weight, V{});
+            sum += weight * Outside::replaced<lanes, edge>(outside, c, value, V{});
             store(d + c, weight);
         }
+        outside.leave(r);
         distance += sum_of<lanes>(sum);
     }
     sums.distance[I * v.blocks + J] = I == J ? 0.5 * distance : distance;
@@ -626,9 +670,8 @@ WM_INLINE void gradient_tile(const View& v, const SoftNeighborRows& nearest, con
 struct GradientTile {
     template <Level level>
     WM_INLINE void run(const View* view, SoftNeighborRows rows, GradientSums sums, int64_t I, int64_t J, Tile* tile) {
-        constexpr int lanes = lanes_of(level);
-        is_edge(*view, I, J) ? gradient_tile<lanes, true>(*view, rows, sums, I, J, *tile)
-                             : gradient_tile<lanes, false>(*view, rows, sums, I, J, *tile);
+        is_edge(*view, I, J) ? gradient_tile<level, true>(*view, rows, sums, I, J, *tile)
+                             : gradient_tile<level, false>(*view, rows, sums, I, J, *tile);
     }
 };
 
