@@ -11,6 +11,8 @@
 // of its two blocks, and they are added in the order of the rounds whatever the number of threads.
 #include "soft_nearest_neighbor.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -30,8 +32,11 @@ namespace {
 constexpr int kWidth = 32;   // features or rows in a panel, whatever the instruction set
 constexpr int kBlock = 96;   // rows in a block: a multiple of kWidth and of every kernel's height
 constexpr int kPanels = 8;   // panels of features multiplied before the tile is touched: they stay in the L1 cache
+constexpr int kChunk = 32;   // panels of the gradient in a task of its own, where there are more
 constexpr float kSpan = 80;  // exp(-80) is far from the least normal float
 constexpr float kNear = 1.0f / 64;  // of the sum of the norms: below, a distance has lost too many bits
+
+constexpr size_t kHugePage = size_t{1} << 21;
 
 struct Free {
     void operator()(void* p) const { std::free(p); }
@@ -39,13 +44,21 @@ struct Free {
 template <typename T>
 using Buffer = std::unique_ptr<T[], Free>;
 
+// Large buffers ask for huge pages: fresh memory costs a page fault for every page, and they are used once.
 template <typename T>
 Buffer<T> allocate(int64_t count) {
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    void* p = std::aligned_alloc(64, std::max<size_t>(bytes, 64));
-    if (p == nullptr) {
+    const size_t needed = std::max<size_t>(static_cast<size_t>(count) * sizeof(T), 1);
+    const size_t alignment = needed < 2 * kHugePage ? 64 : kHugePage;
+    const size_t bytes = (needed + 63) / 64 * 64;
+    void* p = nullptr;
+    if (posix_memalign(&p, alignment, bytes) != 0) {
         throw std::bad_alloc();
     }
+#if defined(MADV_HUGEPAGE)
+    if (alignment == kHugePage) {
+        madvise(p, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // no more than a wish
+    }
+#endif
     return Buffer<T>(static_cast<T*>(p));
 }
 
@@ -162,7 +175,7 @@ Packed pack(const SoftNeighborProblem& problem) {
 template <typename Vector, Level level, typename T>
 WM_INLINE Vector repeat(const T* x) {
     static_assert(sizeof(T) == 4 && sizeof(Vector) == 4 * lanes_of(level));
-#if defined(WM_X86_64)
+#if defined(WM_X86_64) && !defined(__clang__)
     if constexpr (level != Level::kBaseline) {
         Vector v;
         __asm__("vbroadcastss %1, %0" : "=v"(v) : "m"(*x));
@@ -244,13 +257,14 @@ WM_INLINE void products(const View& v, int64_t I, int64_t J, float* tile) {
     }
 }
 
-// out[panels][padded_rows][kWidth], rows of block I, += W·x_J; W[i][j] = tile[i·row_step + j·step]
+// out[panels][padded_rows][kWidth], rows of block I and panels begin … end, += W·x_J; W[i][j] = tile[i·row_step +
+// j·step]
 template <Level level>
 WM_INLINE void add_weighted(const View& v, int64_t I, int64_t J, const float* tile, int64_t row_step, int64_t step,
-                            float* out) {
+                            int64_t begin, int64_t end, float* out) {
     constexpr int lanes = lanes_of(level), height = height_of<lanes>();
     const int64_t rows = rows_of(v, I), columns = rows_of(v, J);
-    for (int64_t panel = 0; panel < v.panels; ++panel) {
+    for (int64_t panel = begin; panel < end; ++panel) {
         for (int64_t c = 0; c < width_of(v, panel); c += 2 * lanes) {
             const float* const b = v.down + (panel * v.padded_rows + J * kBlock) * kWidth + c;
             float* const to = out + (panel * v.padded_rows + I * kBlock) * kWidth + c;
@@ -273,9 +287,10 @@ struct Products {
 
 struct AddWeighted {
     template <Level level>
-    WM_INLINE void run(const View* view, int64_t I, int64_t J, const float* tile, bool transposed, float* out) {
-        transposed ? add_weighted<level>(*view, I, J, tile, 1, kBlock, out)
-                   : add_weighted<level>(*view, I, J, tile, kBlock, 1, out);
+    WM_INLINE void run(const View* view, int64_t I, int64_t J, const float* tile, bool transposed, int64_t begin,
+                       int64_t end, float* out) {
+        transposed ? add_weighted<level>(*view, I, J, tile, 1, kBlock, begin, end, out)
+                   : add_weighted<level>(*view, I, J, tile, kBlock, 1, begin, end, out);
     }
 };
 
@@ -766,6 +781,15 @@ double soft_nearest_neighbor_backward(const SoftNeighborProblem& problem, const 
             std::fill(own, own + v.padded_rows * kWidth, 0.0f);
         });
     }
+    const int64_t chunks = (v.panels + kChunk - 1) / kChunk;
+    const auto add = [&](int64_t I, int64_t J, const Tile& tile, int64_t chunk) {
+        const int64_t begin = chunk * kChunk, end = std::min(begin + kChunk, v.panels);
+        dispatch<AddWeighted>(&v, I, J, static_cast<const float*>(tile.d), false, begin, end, weighted.get());
+        if (I != J) {
+            dispatch<AddWeighted>(&v, J, I, static_cast<const float*>(tile.d), true, begin, end, weighted.get());
+        }
+    };
+    const Buffer<Tile> tiles = allocate<Tile>(v.blocks / 2 + 1);
     const GradientSums sums{wanted ? weighted.get() : nullptr, weight.get(), distance.get()};
     for (int64_t round = 0; round < v.blocks; ++round) {
         std::vector<int64_t> firsts;  // of the pairs of blocks I <= J with (I + J) mod blocks = round
@@ -774,18 +798,21 @@ double soft_nearest_neighbor_backward(const SoftNeighborProblem& problem, const 
                 firsts.push_back(I);
             }
         }
-        parallel_for(static_cast<int64_t>(firsts.size()), [&](int64_t place) {
+        const int64_t pairs = static_cast<int64_t>(firsts.size());
+        parallel_for(pairs, [&](int64_t place) {
             const int64_t I = firsts[place], J = (round - I + v.blocks) % v.blocks;
-            Tile tile;
-            dispatch<Products>(&v, I, J, tile.d);
-            dispatch<GradientTile>(&v, rows, sums, I, J, &tile);
-            if (wanted) {
-                dispatch<AddWeighted>(&v, I, J, tile.d, false, sums.weighted);
-                if (I != J) {
-                    dispatch<AddWeighted>(&v, J, I, tile.d, true, sums.weighted);
-                }
+            dispatch<Products>(&v, I, J, tiles[place].d);
+            dispatch<GradientTile>(&v, rows, sums, I, J, &tiles[place]);
+            if (wanted && chunks == 1) {  // while the tile is in this processor's cache
+                add(I, J, tiles[place], 0);
             }
         });
+        if (wanted && chunks > 1) {
+            parallel_for(pairs * chunks, [&](int64_t task) {
+                const int64_t I = firsts[task / chunks], J = (round - I + v.blocks) % v.blocks;
+                add(I, J, tiles[task / chunks], task % chunks);
+            });
+        }
     }
     const double mean = counted > 0 ? factor / static_cast<double>(counted) : 0.0;
     const double scale = 2 * mean * v.inverse_temperature;
