@@ -3,6 +3,7 @@
 The kernels of the GPU run on the GPU where there is one, else in Triton's interpreter on CPU tensors.
 """
 
+import mmap
 import subprocess
 import sys
 
@@ -269,6 +270,29 @@ def test_features_may_be_strided():
         assert plain[0] == strided[0]
         assert torch.equal(leaf.grad, plain[1])
     assert ops.soft_nearest_neighbor(base[:40], (torch.arange(80) % 3)[::2], 5.0).isfinite()
+
+
+def test_rows_may_lie_further_apart_than_32_bits_count():
+    memory = mmap.mmap(-1, 4 * (3 << 30) + 4096)  # pages that are not touched cost nothing
+    far = torch.frombuffer(memory, dtype=torch.float32).as_strided((4, 6), (1 << 30, 1))
+    features, labels = batch(4, 6, classes=2)
+    far.copy_(features)
+    plain = ops.soft_nearest_neighbor(features, torch.tensor([0, 1, 1, 0]), 5.0)
+    assert ops.soft_nearest_neighbor(far, torch.tensor([0, 1, 1, 0]), 5.0) == plain
+    leaf = far.requires_grad_()
+    ops.soft_nearest_neighbor(leaf, labels, 5.0).backward()
+    assert torch.equal(leaf.grad, on_cpu(features, labels, 5.0)[1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", [300, 3000])
+def test_a_gpu_gives_what_the_cpu_gives(rows):
+    features, labels = batch(rows, 130)
+    x = features.to("cuda").requires_grad_()
+    t = torch.tensor(100.0, device="cuda", requires_grad=True)
+    loss = ops.soft_nearest_neighbor(x, labels.to("cuda"), t)
+    loss.backward()
+    assert_is_the_references((loss.cpu(), x.grad.cpu(), t.grad.cpu()), features, labels, 100.0)
 
 
 def test_the_same_bits_at_every_number_of_threads(instruction_set):
