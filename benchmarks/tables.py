@@ -19,7 +19,10 @@ END = "<!-- benchmarks:end -->"
 QUIET = 0.1  # cores used by other processes that a measurement is not disturbed by
 STEADY = 1.15  # p80 over p20 of a roof that has not drifted
 README_ROWS = 14  # of one machine
-ORDER = ("sketch", "project", "embedding_loss", "cross_entropy", "match_counts", "training_step")
+ORDER = (
+    *("sketch", "project", "embedding_loss", "cross_entropy", "linear_cross_entropy", "soft_nearest_neighbor"),
+    *("match_counts", "label_matches", "bit_matches", "training_step"),
+)
 
 Result = dict[str, Any]
 Row = dict[str, Any]

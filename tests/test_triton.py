@@ -386,7 +386,7 @@ import json, re, subprocess, sys, tempfile
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from wmengine.kernels import carriers, cross_entropy, embedding_loss, layers, projection
+from wmengine.kernels import carriers, cross_entropy, embedding_loss, layers, projection, soft_nearest_neighbor
 
 LAYERS = {"LAYERS": 32, "DTYPE": tl.float32}
 VALUES = [LAYERS | {"SCRATCH": False, "UNIT": True}, LAYERS | {"DTYPE": tl.bfloat16, "SCRATCH": True, "UNIT": False}]
@@ -425,6 +425,14 @@ KERNELS = [
       {"GROUPED": False, "MEAN": False, "ALONE": True, "rows": 1, "groups": 1}]),
     (cross_entropy.chunks_kernel, 4, "*fp32 *i32 *fp32 *fp32 *fp32 *i64 i32 i32",
      [{"MEAN": True}, {"MEAN": False, "groups": 1}]),
+    *[(soft_nearest_neighbor.distances_kernel, tile // 8, "*fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 i32",
+       [{"TILE": tile, "STEP": 32}]) for tile in (16, 64)],
+    (soft_nearest_neighbor.rows_kernel, 4, "*fp32 *i64 *fp32 *fp32 *fp32 *fp32 i32 i32",
+     [{"STEP": 32}, {"STEP": 1024}]),
+    (soft_nearest_neighbor.weights_kernel, 4, "*fp32 *fp32 *fp32 *i64 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32",
+     [{"GRADIENT": True, "STEP": 32}, {"GRADIENT": True, "STEP": 1024}, {"GRADIENT": False, "STEP": 1024}]),
+    *[(soft_nearest_neighbor.gradient_kernel, tile // 8, "*fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 i32",
+       [{"TILE": tile, "STEP": 32}]) for tile in (16, 64)],
 ]
 
 result = []
@@ -468,9 +476,9 @@ def test_every_kernel_compiles_to_hopper_machine_code_that_keeps_its_registers(t
     )
     assert run.returncode == 0, run.stderr[-4000:]
     compiled = json.loads(run.stdout)
-    from wmengine.kernels import carriers, cross_entropy, embedding_loss, layers, projection
+    from wmengine.kernels import carriers, cross_entropy, embedding_loss, layers, projection, soft_nearest_neighbor
 
-    modules = (carriers, cross_entropy, embedding_loss, layers, projection)
+    modules = (carriers, cross_entropy, embedding_loss, layers, projection, soft_nearest_neighbor)
     written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {one["kernel"] for one in compiled} == written, "a kernel that is not compiled here is not tested"
     for one in compiled:

@@ -64,3 +64,17 @@ def marked_cross_entropy_backward(
 def match_counts(
     outputs: int, suspects: int, queries: int, classes: int, expected: int, sets: int, counts: int, invalid: int
 ) -> None: ...
+def soft_nearest_neighbor(
+    features: int, rows: int, size: int, stride: int, labels: int, temperature: float, nearest: int
+) -> float: ...
+def soft_nearest_neighbor_backward(
+    features: int,
+    rows: int,
+    size: int,
+    stride: int,
+    labels: int,
+    temperature: float,
+    nearest: int,
+    factor: float,
+    gradient: int,
+) -> float: ...

@@ -13,6 +13,7 @@
 #include "embedding.h"
 #include "match_counts.h"
 #include "simd.h"
+#include "soft_nearest_neighbor.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -204,4 +205,28 @@ PYBIND11_MODULE(_cpu, m) {
         },
         py::arg("outputs"), py::arg("suspects"), py::arg("queries"), py::arg("classes"), py::arg("expected"),
         py::arg("sets"), py::arg("counts"), py::arg("invalid"));
+    m.def(
+        "soft_nearest_neighbor",
+        [](uintptr_t features, int64_t rows, int64_t size, int64_t stride, uintptr_t labels, double temperature,
+           uintptr_t nearest) {
+            float* const at = pointer<float>(nearest);
+            py::gil_scoped_release release;
+            return soft_nearest_neighbor(
+                {pointer<const float>(features), rows, size, stride, pointer<const int64_t>(labels), temperature},
+                {at, at + rows, at + 2 * rows, at + 3 * rows});
+        },
+        py::arg("features"), py::arg("rows"), py::arg("size"), py::arg("stride"), py::arg("labels"),
+        py::arg("temperature"), py::arg("nearest"));
+    m.def(
+        "soft_nearest_neighbor_backward",
+        [](uintptr_t features, int64_t rows, int64_t size, int64_t stride, uintptr_t labels, double temperature,
+           uintptr_t nearest, double factor, uintptr_t gradient) {
+            float* const at = pointer<float>(nearest);
+            py::gil_scoped_release release;
+            return soft_nearest_neighbor_backward(
+                {pointer<const float>(features), rows, size, stride, pointer<const int64_t>(labels), temperature},
+                {at, at + rows, at + 2 * rows, at + 3 * rows}, factor, pointer<float>(gradient));
+        },
+        py::arg("features"), py::arg("rows"), py::arg("size"), py::arg("stride"), py::arg("labels"),
+        py::arg("temperature"), py::arg("nearest"), py::arg("factor"), py::arg("gradient"));
 }

@@ -1,7 +1,7 @@
 """Numerical operators: a NumPy array runs on the compiled CPU kernels, a torch tensor through torch's dispatcher.
 
 Each has a reference in :mod:`wmengine.ops.reference`. A `key` is an int, 0 ≤ key < 2⁶⁴; `total` is a number of symbols.
-This module imports NumPy only; :func:`embedding_loss` and :func:`marked_cross_entropy` are for training and need torch.
+This module imports NumPy only; the losses are for training and need torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from wmengine.ops import cpu
 from wmengine.ops.cpu import carrier_projection, check_count
 
 if TYPE_CHECKING:
-    from wmengine.ops.torch_ops import MarkedCrossEntropy, embedding_loss, marked_cross_entropy
+    from wmengine.ops.torch_ops import (
+        MarkedCrossEntropy,
+        embedding_loss,
+        marked_cross_entropy,
+        soft_nearest_neighbor,
+    )
 
 __all__ = [
     "MarkedCrossEntropy",
@@ -29,9 +34,10 @@ __all__ = [
     "set_num_threads",
     "sketch",
     "sketch_adjoint",
+    "soft_nearest_neighbor",
 ]
 
-_TRAINING = ("MarkedCrossEntropy", "embedding_loss", "marked_cross_entropy")
+_TRAINING = ("MarkedCrossEntropy", "embedding_loss", "marked_cross_entropy", "soft_nearest_neighbor")
 
 
 def _is_tensor(value: Any) -> bool:

@@ -294,3 +294,43 @@ def match_counts(outputs: ArrayLike, expected: ArrayLike) -> tuple[NDArray[np.in
     predicted = np.where(finite, answers.argmax(axis=-1), -1)
     matches = (predicted[:, None, :] == np.asarray(expected)[None, :, :]) & finite[:, None, :]
     return matches.sum(axis=-1).astype(np.int32), (~finite).sum(axis=-1).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class SoftNeighborReference:
+    """What :func:`soft_nearest_neighbor` returns: the loss, its gradient by the features and by the temperature."""
+
+    loss: float
+    gradient: Float64
+    temperature_gradient: float
+
+
+def soft_nearest_neighbor(features: ArrayLike, labels: ArrayLike, temperature: float) -> SoftNeighborReference:
+    """Mean over i of −log(Σ_{j≠i, y_j=y_i} e^{−d_ij/T} / Σ_{j≠i} e^{−d_ij/T}), d_ij = ‖x_i − x_j‖².
+
+    Rows without another of their label are left out of the mean; without any other row the loss is 0. A feature that
+    is not finite makes everything NaN.
+    """
+    x, y = np.asarray(features, dtype=np.float64), np.asarray(labels)
+    n = len(x)
+    same = (y[:, None] == y[None, :]) & ~np.eye(n, dtype=bool)
+    other = y[:, None] != y[None, :]
+    counted = same.any(axis=1)
+    if not np.isfinite(x).all():
+        return SoftNeighborReference(np.nan, np.full_like(x, np.nan), np.nan)
+    if not counted.any():
+        return SoftNeighborReference(0.0, np.zeros_like(x), 0.0)
+    d = np.stack([((row - x) ** 2).sum(axis=1) for row in x])
+    both = counted & other.any(axis=1)
+    losses, weight = np.zeros(n), np.zeros((n, n))  # weight: dloss_i / d(d_ij / T)
+    for i in np.flatnonzero(both):
+        log_same, log_other = (np.logaddexp.reduce(-d[i, mask[i]] / temperature) for mask in (same, other))
+        losses[i] = np.logaddexp(0.0, log_other - log_same)
+        share = -np.expm1(-losses[i])
+        weight[i, same[i]] = share * np.exp(-d[i, same[i]] / temperature - log_same)
+        weight[i, other[i]] = -share * np.exp(-d[i, other[i]] / temperature - log_other)
+    weight /= counted.sum()
+    pairs = weight + weight.T
+    gradient = np.stack([2.0 / temperature * (w @ (row - x)) for w, row in zip(pairs, x, strict=True)])
+    by_temperature = -float((weight * d).sum()) / temperature**2
+    return SoftNeighborReference(float(losses.sum() / counted.sum()), gradient, by_temperature)

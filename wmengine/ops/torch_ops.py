@@ -9,6 +9,7 @@ from wmengine.ops.torch_cross_entropy import MarkedCrossEntropy, marked_cross_en
 from wmengine.ops.torch_embedding import embedding_loss
 from wmengine.ops.torch_library import Tensor, check_tensor, cuda
 from wmengine.ops.torch_projection import project, project_adjoint, sketch, sketch_adjoint
+from wmengine.ops.torch_soft_nearest_neighbor import soft_nearest_neighbor
 
 __all__ = [
     "MarkedCrossEntropy",
@@ -19,6 +20,7 @@ __all__ = [
     "project_adjoint",
     "sketch",
     "sketch_adjoint",
+    "soft_nearest_neighbor",
 ]
 
 
