@@ -12,6 +12,7 @@
 #include "cross_entropy.h"
 #include "embedding.h"
 #include "match_counts.h"
+#include "matches.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -184,4 +185,47 @@ PYBIND11_MODULE(_cpu, m) {
         },
         py::arg("outputs"), py::arg("suspects"), py::arg("queries"), py::arg("classes"), py::arg("expected"),
         py::arg("sets"), py::arg("counts"), py::arg("invalid"));
+    m.def(
+        "largest_label",
+        [](uintptr_t labels, int64_t count, bool wide) {
+            py::gil_scoped_release release;
+            return wide ? largest_label(pointer<const int64_t>(labels), count)
+                        : largest_label(pointer<const int32_t>(labels), count);
+        },
+        py::arg("labels"), py::arg("count"), py::arg("wide"));
+    m.def(
+        "label_matches",
+        [](uintptr_t predicted, int64_t suspects, uintptr_t expected, int64_t sets, int64_t places, bool wide,
+           int64_t largest, uintptr_t counts) {
+            py::gil_scoped_release release;
+            if (wide) {
+                label_matches(pointer<const int64_t>(predicted), suspects, pointer<const int64_t>(expected), sets,
+                              places, largest, pointer<int32_t>(counts));
+            } else {
+                label_matches(pointer<const int32_t>(predicted), suspects, pointer<const int32_t>(expected), sets,
+                              places, largest, pointer<int32_t>(counts));
+            }
+        },
+        py::arg("predicted"), py::arg("suspects"), py::arg("expected"), py::arg("sets"), py::arg("places"),
+        py::arg("wide"), py::arg("largest"), py::arg("counts"));
+    m.def(
+        "bit_matches",
+        [](uintptr_t messages, int64_t suspects, uintptr_t registry, int64_t rows, int64_t total, uintptr_t counts) {
+            py::gil_scoped_release release;
+            bit_matches({pointer<const uint8_t>(messages), suspects, total},
+                        {pointer<const uint8_t>(registry), rows, total}, pointer<int32_t>(counts));
+        },
+        py::arg("messages"), py::arg("suspects"), py::arg("registry"), py::arg("rows"), py::arg("total"),
+        py::arg("counts"));
+    m.def(
+        "best_bit_matches",
+        [](uintptr_t messages, int64_t suspects, uintptr_t registry, int64_t rows, int64_t total, int64_t best,
+           uintptr_t counts, uintptr_t indices) {
+            py::gil_scoped_release release;
+            best_bit_matches({pointer<const uint8_t>(messages), suspects, total},
+                             {pointer<const uint8_t>(registry), rows, total}, best, pointer<int32_t>(counts),
+                             pointer<int64_t>(indices));
+        },
+        py::arg("messages"), py::arg("suspects"), py::arg("registry"), py::arg("rows"), py::arg("total"),
+        py::arg("best"), py::arg("counts"), py::arg("indices"));
 }
