@@ -43,7 +43,15 @@ def marked_cross_entropy(
     gradient: int,
 ) -> float: ...
 def match_counts(
-    outputs: int, suspects: int, queries: int, classes: int, expected: int, sets: int, counts: int, invalid: int
+    outputs: int,
+    scores: int,
+    suspects: int,
+    queries: int,
+    classes: int,
+    expected: int,
+    sets: int,
+    counts: int,
+    invalid: int,
 ) -> None: ...
 def largest_label(labels: int, count: int, wide: bool) -> int: ...
 def label_matches(

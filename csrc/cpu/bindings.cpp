@@ -177,14 +177,14 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("group_loss"), py::arg("group_hits"), py::arg("gradient"));
     m.def(
         "match_counts",
-        [](uintptr_t outputs, int64_t suspects, int64_t queries, int64_t classes, uintptr_t expected, int64_t sets,
-           uintptr_t counts, uintptr_t invalid) {
+        [](uintptr_t outputs, int scores, int64_t suspects, int64_t queries, int64_t classes, uintptr_t expected,
+           int64_t sets, uintptr_t counts, uintptr_t invalid) {
             py::gil_scoped_release release;
-            match_counts(pointer<const float>(outputs), suspects, queries, classes, pointer<const int64_t>(expected),
-                         sets, pointer<int32_t>(counts), pointer<int32_t>(invalid));
+            match_counts(pointer<const void>(outputs), static_cast<Scores>(scores), suspects, queries, classes,
+                         pointer<const int64_t>(expected), sets, pointer<int32_t>(counts), pointer<int32_t>(invalid));
         },
-        py::arg("outputs"), py::arg("suspects"), py::arg("queries"), py::arg("classes"), py::arg("expected"),
-        py::arg("sets"), py::arg("counts"), py::arg("invalid"));
+        py::arg("outputs"), py::arg("scores"), py::arg("suspects"), py::arg("queries"), py::arg("classes"),
+        py::arg("expected"), py::arg("sets"), py::arg("counts"), py::arg("invalid"));
     m.def(
         "largest_label",
         [](uintptr_t labels, int64_t count, bool wide) {
