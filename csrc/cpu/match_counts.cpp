@@ -21,6 +21,7 @@ namespace {
 constexpr int64_t kShortRow = 64;    // classes of rows that are transposed
 constexpr int64_t kWidened = 4096;   // 16-bit answers that are widened at a time, into the nearest cache
 constexpr int64_t kFewSets = 3;      // label sets that are compared label by label
+constexpr int64_t kAhead = 1024;     // scores that long rows are fetched ahead of their use
 constexpr int32_t kInvalid = -1;     // the prediction for a row that holds NaN or Inf
 constexpr int32_t kImpossible = -2;  // a label that no class has: it equals no prediction
 
@@ -92,6 +93,10 @@ WM_INLINE int32_t predict_long(const float* row, int64_t classes) {
     int64_t c = (sizeof(Float) - reinterpret_cast<uintptr_t>(row) % sizeof(Float)) / sizeof(float);
     Int here = start + static_cast<int32_t>(c);
     for (; c + 2 * lanes <= classes; c += 2 * lanes) {
+        __builtin_prefetch(row + c + kAhead);
+        if (lanes == 16) {
+            __builtin_prefetch(row + c + kAhead + lanes);
+        }
         const Float z0 = load<Float>(row + c), z1 = load<Float>(row + c + lanes);
         place0 = z0 > best0 ? here : place0;
         best0 = maximum(z0, best0);
