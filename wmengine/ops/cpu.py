@@ -1,6 +1,7 @@
 """NumPy in, NumPy out: the fronts of the compiled CPU operators, which check what they are given.
 
-float32 runs compiled, float16 is widened to it, float64 goes to :mod:`wmengine.ops.reference`.
+float32 runs compiled, float16 is widened to it (match_counts reads it as it is), float64 goes to
+:mod:`wmengine.ops.reference`. Comparisons of labels and of bits are in :mod:`wmengine.ops.matches`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from wmengine import _cpu
 from wmengine.ops import reference
+from wmengine.ops.matches import bit_matches as bit_matches
+from wmengine.ops.matches import label_matches as label_matches
+from wmengine.ops.matches import pack_bits as pack_bits
 from wmengine.ops.reference import CARRIERS, PROJECTIONS
 
 Floats = NDArray[np.floating[Any]]

@@ -80,12 +80,12 @@ def pack_bits(bits: ArrayLike, name: str = "bits") -> PackedBits:
     """[rows, T] of 0 and 1, eight a byte. See :func:`wmengine.ops.pack_bits`."""
     array = check_bits(name, np.asarray(bits))
     if array.dtype == np.uint8 and array.size and array.max() > 1:
-        raise ValueError(f"{name} must hold 0 and 1 only; bytes that are packed already go in as PackedBits(data, total)")
+        raise ValueError(f"{name} must hold 0 and 1 only; packed bytes go in as PackedBits(data, total)")
     return PackedBits(np.packbits(array, axis=-1, bitorder="little"), int(array.shape[1]))
 
 
 def label_matches(predicted: ArrayLike, expected: ArrayLike) -> Counts:
-    """counts int32[S, K] of the places where predicted[S, N] is expected[K, N]. See :func:`wmengine.ops.label_matches`."""
+    """int32[S, K] of places where predicted[S, N] is expected[K, N]. See :func:`wmengine.ops.label_matches`."""
     left, right = np.asarray(predicted), np.asarray(expected)
     check_label_shapes(left, right)
     for name, labels in (("predicted", left), ("expected", right)):
