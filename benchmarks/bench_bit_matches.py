@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,7 +86,7 @@ def library_peers(
         def by_parts() -> Any:
             jobs = [
                 pool.submit(numkong.hammings_packed, messages, packed, out=out, start_row=begin, end_row=end)
-                for begin, end in zip(edges, edges[1:], strict=False)
+                for begin, end in pairwise(edges)
             ]
             return [job.result() for job in jobs]
 

@@ -61,7 +61,8 @@ class Case:
     """One row of a result: our operator at one size, its floor and its peers.
 
     `bytes_moved` is the least that any implementation must read and write, 0 where bytes are not the point; `left_out`
-    maps the name of a peer that cannot run here to the reason.
+    maps the name of a peer that cannot run here to the reason. `operations` are the arithmetic ones of the least work;
+    `axis` names the size that a scaling curve runs over, and its value: rows of the same `what` form one curve.
     """
 
     operator: str
@@ -74,6 +75,8 @@ class Case:
     aims: Sequence[Aim] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     headline: bool = False
+    operations: int = 0
+    axis: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)

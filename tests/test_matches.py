@@ -31,12 +31,17 @@ def random_bits(rng, *shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES + EMPTY)
-@pytest.mark.parametrize("classes", [1, 2, 10, 1000, 2**31 - 3, 2**40])
-@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.int16, np.uint8, np.uint64])
+@pytest.mark.parametrize(
+    ("classes", "dtype"),
+    [
+        (classes, dtype)
+        for classes in (1, 2, 10, 1000, 2**31 - 3, 2**40)
+        for dtype in (np.int64, np.int32, np.int16, np.uint8, np.uint64)
+        if classes <= np.iinfo(dtype).max
+    ],
+)
 def test_label_matches_equals_the_reference(instruction_set, shape, classes, dtype):
     suspects, sets, places = shape
-    if np.iinfo(dtype).max < classes:
-        pytest.skip("the type cannot hold these labels")
     rng = np.random.default_rng(places)
     lowest = 0 if np.dtype(dtype).kind == "u" else -1
     # few different labels, so that many match; -1 on both sides, so that abstaining ones meet
