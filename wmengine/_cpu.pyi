@@ -62,7 +62,23 @@ def marked_cross_entropy_backward(
     gradient: int,
 ) -> None: ...
 def match_counts(
-    outputs: int, suspects: int, queries: int, classes: int, expected: int, sets: int, counts: int, invalid: int
+    outputs: int,
+    scores: int,
+    suspects: int,
+    queries: int,
+    classes: int,
+    expected: int,
+    sets: int,
+    counts: int,
+    invalid: int,
+) -> None: ...
+def largest_label(labels: int, count: int, wide: bool) -> int: ...
+def label_matches(
+    predicted: int, suspects: int, expected: int, sets: int, places: int, wide: bool, largest: int, counts: int
+) -> None: ...
+def bit_matches(messages: int, suspects: int, registry: int, rows: int, total: int, counts: int) -> None: ...
+def best_bit_matches(
+    messages: int, suspects: int, registry: int, rows: int, total: int, best: int, counts: int, indices: int
 ) -> None: ...
 def soft_nearest_neighbor(
     features: int, rows: int, size: int, stride: int, labels: int, temperature: float, nearest: int

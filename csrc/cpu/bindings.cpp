@@ -12,6 +12,7 @@
 #include "cross_entropy.h"
 #include "embedding.h"
 #include "match_counts.h"
+#include "matches.h"
 #include "simd.h"
 #include "soft_nearest_neighbor.h"
 #include "threads.h"
@@ -197,14 +198,14 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("gradient"));
     m.def(
         "match_counts",
-        [](uintptr_t outputs, int64_t suspects, int64_t queries, int64_t classes, uintptr_t expected, int64_t sets,
-           uintptr_t counts, uintptr_t invalid) {
+        [](uintptr_t outputs, int scores, int64_t suspects, int64_t queries, int64_t classes, uintptr_t expected,
+           int64_t sets, uintptr_t counts, uintptr_t invalid) {
             py::gil_scoped_release release;
-            match_counts(pointer<const float>(outputs), suspects, queries, classes, pointer<const int64_t>(expected),
-                         sets, pointer<int32_t>(counts), pointer<int32_t>(invalid));
+            match_counts(pointer<const void>(outputs), static_cast<Scores>(scores), suspects, queries, classes,
+                         pointer<const int64_t>(expected), sets, pointer<int32_t>(counts), pointer<int32_t>(invalid));
         },
-        py::arg("outputs"), py::arg("suspects"), py::arg("queries"), py::arg("classes"), py::arg("expected"),
-        py::arg("sets"), py::arg("counts"), py::arg("invalid"));
+        py::arg("outputs"), py::arg("scores"), py::arg("suspects"), py::arg("queries"), py::arg("classes"),
+        py::arg("expected"), py::arg("sets"), py::arg("counts"), py::arg("invalid"));
     m.def(
         "soft_nearest_neighbor",
         [](uintptr_t features, int64_t rows, int64_t size, int64_t stride, uintptr_t labels, double temperature,
@@ -229,4 +230,47 @@ PYBIND11_MODULE(_cpu, m) {
         },
         py::arg("features"), py::arg("rows"), py::arg("size"), py::arg("stride"), py::arg("labels"),
         py::arg("temperature"), py::arg("nearest"), py::arg("factor"), py::arg("gradient"));
+    m.def(
+        "largest_label",
+        [](uintptr_t labels, int64_t count, bool wide) {
+            py::gil_scoped_release release;
+            return wide ? largest_label(pointer<const int64_t>(labels), count)
+                        : largest_label(pointer<const int32_t>(labels), count);
+        },
+        py::arg("labels"), py::arg("count"), py::arg("wide"));
+    m.def(
+        "label_matches",
+        [](uintptr_t predicted, int64_t suspects, uintptr_t expected, int64_t sets, int64_t places, bool wide,
+           int64_t largest, uintptr_t counts) {
+            py::gil_scoped_release release;
+            if (wide) {
+                label_matches(pointer<const int64_t>(predicted), suspects, pointer<const int64_t>(expected), sets,
+                              places, largest, pointer<int32_t>(counts));
+            } else {
+                label_matches(pointer<const int32_t>(predicted), suspects, pointer<const int32_t>(expected), sets,
+                              places, largest, pointer<int32_t>(counts));
+            }
+        },
+        py::arg("predicted"), py::arg("suspects"), py::arg("expected"), py::arg("sets"), py::arg("places"),
+        py::arg("wide"), py::arg("largest"), py::arg("counts"));
+    m.def(
+        "bit_matches",
+        [](uintptr_t messages, int64_t suspects, uintptr_t registry, int64_t rows, int64_t total, uintptr_t counts) {
+            py::gil_scoped_release release;
+            bit_matches({pointer<const uint8_t>(messages), suspects, total},
+                        {pointer<const uint8_t>(registry), rows, total}, pointer<int32_t>(counts));
+        },
+        py::arg("messages"), py::arg("suspects"), py::arg("registry"), py::arg("rows"), py::arg("total"),
+        py::arg("counts"));
+    m.def(
+        "best_bit_matches",
+        [](uintptr_t messages, int64_t suspects, uintptr_t registry, int64_t rows, int64_t total, int64_t best,
+           uintptr_t counts, uintptr_t indices) {
+            py::gil_scoped_release release;
+            best_bit_matches({pointer<const uint8_t>(messages), suspects, total},
+                             {pointer<const uint8_t>(registry), rows, total}, best, pointer<int32_t>(counts),
+                             pointer<int64_t>(indices));
+        },
+        py::arg("messages"), py::arg("suspects"), py::arg("registry"), py::arg("rows"), py::arg("total"),
+        py::arg("best"), py::arg("counts"), py::arg("indices"));
 }

@@ -334,3 +334,23 @@ def soft_nearest_neighbor(features: ArrayLike, labels: ArrayLike, temperature: f
     gradient = np.stack([2.0 / temperature * (w @ (row - x)) for w, row in zip(pairs, x, strict=True)])
     by_temperature = -float((weight * d).sum()) / temperature**2
     return SoftNeighborReference(float(losses.sum() / counted.sum()), gradient, by_temperature)
+
+
+def label_matches(predicted: ArrayLike, expected: ArrayLike) -> NDArray[np.int32]:
+    """counts[S, K] of places where predicted[S, N] is expected[K, N] and not negative."""
+    p, e = np.asarray(predicted)[:, None, :], np.asarray(expected)[None, :, :]
+    return np.asarray(((p == e) & (p >= 0) & (e >= 0)).sum(axis=-1), dtype=np.int32)
+
+
+def bit_matches(messages: ArrayLike, registry: ArrayLike) -> NDArray[np.int32]:
+    """counts[S, K] of equal bits of messages[S, T] and registry[K, T], which hold 0 and 1."""
+    return np.asarray((np.asarray(messages)[:, None, :] == np.asarray(registry)[None, :, :]).sum(axis=-1), np.int32)
+
+
+def best_bit_matches(
+    messages: ArrayLike, registry: ArrayLike, best: int
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """(counts[S, best], rows[S, best]) of the registry rows with most equal bits; ties to the lowest row."""
+    counts = bit_matches(messages, registry)
+    rows = np.argsort(-counts, axis=1, kind="stable")[:, :best]
+    return np.take_along_axis(counts, rows, axis=1), rows.astype(np.int64)
