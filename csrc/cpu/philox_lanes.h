@@ -25,12 +25,20 @@ WM_INLINE Wide<lanes_of(level)> multiply_words(Wide<lanes_of(level)> a, Wide<lan
 #if defined(WM_X86_64)
     if constexpr (level != Level::kBaseline) {
         asm("vpmuludq %2, %1, %0" : "=v"(product) : "v"(a), "v"(b));
-        return product;
+    } else {
+        typedef uint64_t Half __attribute__((vector_size(16)));
+        Half x[2], y[2];
+        std::memcpy(x, &a, sizeof x);
+        std::memcpy(y, &b, sizeof y);
+        asm("pmuludq %1, %0" : "+x"(x[0]) : "x"(y[0]));
+        asm("pmuludq %1, %0" : "+x"(x[1]) : "x"(y[1]));
+        std::memcpy(&product, x, sizeof x);
     }
-#endif
+#else
     for (int i = 0; i < lanes_of(level) / 2; ++i) {
         product[i] = static_cast<uint64_t>(static_cast<uint32_t>(a[i])) * static_cast<uint32_t>(b[i]);
     }
+#endif
     return product;
 }
 
