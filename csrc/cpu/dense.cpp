@@ -36,7 +36,8 @@ WM_INLINE void tabulate(float v0, float v1, float v2, float v3, float* entries) 
         const auto signed_value = [index](float value, uint32_t bit) __attribute__((always_inline)) {
             return (Float<level>)((Word<level>)spread<lanes>(value) ^ ((index << (31 - bit)) & 0x80000000u));
         };
-        store(entries + begin, (signed_value(v0, 0) + signed_value(v1, 1)) + (signed_value(v2, 2) + signed_value(v3, 3)));
+        store(entries + begin,
+              (signed_value(v0, 0) + signed_value(v1, 1)) + (signed_value(v2, 2) + signed_value(v3, 3)));
     }
 }
 
@@ -124,8 +125,8 @@ WM_INLINE void add_gaussian_block(const float* values, int groups, uint64_t firs
                 box_muller_lanes<lanes_of(level)>(words[0], words[1], &z[0], &z[1]);
                 box_muller_lanes<lanes_of(level)>(words[2], words[3], &z[2], &z[3]);
                 float* sum = acc + v * lanes_of(level);
-                store(sum, load<Float<level>>(sum) + ((w[0] * z[0] + w[kLanes] * z[1]) +
-                                                      (w[2 * kLanes] * z[2] + w[3 * kLanes] * z[3])));
+                store(sum, load<Float<level>>(sum) +
+                               ((w[0] * z[0] + w[kLanes] * z[1]) + (w[2 * kLanes] * z[2] + w[3 * kLanes] * z[3])));
             }
         }
     }

@@ -59,8 +59,7 @@ WM_INLINE void box_muller_lanes(Words32<lanes> word0, Words32<lanes> word1, Floa
     const Float f = (Float)((bits & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
     const Float k = to_float(((Int)bits >> 23) - 24);
     const Float s = f / (2.0f + f), z = s * s;
-    const Float series =
-        z * (0.66666668f + z * (0.4000000f + z * (0.28571429f + z * (0.22222222f + z * 0.18181818f))));
+    const Float series = z * (0.66666668f + z * (0.4000000f + z * (0.28571429f + z * (0.22222222f + z * 0.18181818f))));
     const Float logarithm = k * 0.693145752f + (k * 1.42860677e-06f + (2.0f * s + s * series));
     const Float square = -2.0f * logarithm;
     Float radius;
@@ -71,8 +70,8 @@ WM_INLINE void box_muller_lanes(Words32<lanes> word0, Words32<lanes> word1, Floa
     const Float x = to_float((Int)(shifted & 0x3FFFFFu) - (1 << 21)) * (1.57079633f / 4194304.0f);
     const Float y = x * x;
     const Float sine = x + x * y * (-1.6666654611e-1f + y * (8.3321608736e-3f - y * 1.9515295891e-4f));
-    const Float cosine = 1.0f - 0.5f * y +
-                         y * y * (4.166664568298827e-2f + y * (-1.388731625493765e-3f + y * 2.443315711809948e-5f));
+    const Float cosine =
+        1.0f - 0.5f * y + y * y * (4.166664568298827e-2f + y * (-1.388731625493765e-3f + y * 2.443315711809948e-5f));
     const Int odd = (Int)(shifted << 9) < 0;
     *first = radius * flip(odd ? sine : cosine, (shifted + (1u << 22)) << 8);
     *second = radius * flip(odd ? cosine : sine, shifted << 8);
