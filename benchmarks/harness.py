@@ -61,7 +61,8 @@ class Case:
     """One row of a result: our operator at one size, its floor and its peers.
 
     `bytes_moved` is the least that any implementation must read and write, 0 where bytes are not the point; `left_out`
-    maps the name of a peer that cannot run here to the reason.
+    maps the name of a peer that cannot run here to the reason. `operations` is the arithmetic of the least work; rows
+    of the same `what` form one curve over `axis`, the name and value of a size.
     """
 
     operator: str
@@ -74,6 +75,8 @@ class Case:
     aims: Sequence[Aim] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     headline: bool = False
+    operations: int = 0
+    axis: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
