@@ -43,11 +43,6 @@ WM_INLINE void block_signs(uint64_t block, uint32_t row, uint32_t domain, uint64
     draw_words<kLanes>(block * kLanes, row, domain, key, words);
 }
 
-// Row i's sign of eight lanes, in the top bit.
-WM_INLINE Word8 row_signs(const uint32_t (*words)[kLanes], int i, int lane) {
-    return load_words(words[i >> 5] + lane) << static_cast<uint32_t>(31 - (i & 31));
-}
-
 // layout.h's box_muller for a vector of word pairs: the same operations in the same order, so the same bits.
 template <int lanes>
 WM_INLINE void box_muller_lanes(Words32<lanes> word0, Words32<lanes> word1, Floats<lanes>* first,

@@ -96,8 +96,6 @@ WM_INLINE Float8 load8(const float* p) { return load<Float8>(p); }
 
 WM_INLINE void store8(float* p, Float8 v) { store(p, v); }
 
-WM_INLINE Word8 load_words(const uint32_t* p) { return load<Word8>(p); }
-
 WM_INLINE Float8 splat(float x) { return Float8{x, x, x, x, x, x, x, x}; }
 
 // x with its sign flipped where the top bit of `sign` is set.
