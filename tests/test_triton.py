@@ -358,7 +358,7 @@ from wmengine.kernels import carriers, cross_entropy, embedding_loss, layers, pr
 LAYERS = {"LAYERS": 32, "DTYPE": tl.float32}
 VALUES = [LAYERS | {"SCRATCH": False, "UNIT": True}, LAYERS | {"DTYPE": tl.bfloat16, "SCRATCH": True, "UNIT": False}]
 TILES = [("fp32", 16, 16, {}), ("fp32", 1, 1024, {}), ("fp32", 1, 4096, {}), ("bf16", 1, 4096, {}),
-         ("fp32", 16, 16, {"rows": 1, "classes": 1, "stride": 1})]
+         ("fp32", 16, 16, {"rows": 1, "classes": 1, "stride": 1, "gradient_stride": 1})]
 KERNELS = [
     (layers.addresses_kernel, 1, "*i64" + 16 * " i64", [{}]),
     (projection.sketch_tables_kernel, 1, "*i64 *i32 *i32", [{"LAYERS": 1, "BUCKETS": n} for n in (32, 256, 8192)]),
@@ -382,7 +382,7 @@ KERNELS = [
        [{"WEIGHTED": True, "SMOOTH": True, "TILE": tile, "STEP": step} | one])
       for x, tile, step, one in TILES],
     *[(cross_entropy.gradient_kernel, 8 if step > 1024 else 4,
-       f"*fp32 *{x} *i64 *fp32 *fp32 *fp32 *{x} i32 i32 i32 fp32 i32",
+       f"*fp32 *{x} *i64 *fp32 *fp32 *fp32 *{x} i32 i32 i32 i32 fp32 i32",
        [{"WEIGHTED": False, "TILE": tile, "STEP": step} | one])
       for x, tile, step, one in TILES],
     (cross_entropy.finish_kernel, 4, "*fp32 *fp32 *i8 *i64 *fp32 *fp32 *fp32 *i64 i32 i32",

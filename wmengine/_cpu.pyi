@@ -28,6 +28,7 @@ def projection_adjoint(
 ) -> None: ...
 def marked_cross_entropy(
     logits: int,
+    stored: int,
     rows: int,
     classes: int,
     stride: int,
@@ -38,10 +39,28 @@ def marked_cross_entropy(
     label_smoothing: float,
     ignore_index: int,
     mean: bool,
+    loss: int,
     group_loss: int,
     group_hits: int,
+    lse: int,
+    denominator: int,
     gradient: int,
-) -> float: ...
+    gradient_stride: int,
+) -> None: ...
+def marked_cross_entropy_backward(
+    logits: int,
+    stored: int,
+    rows: int,
+    classes: int,
+    stride: int,
+    labels: int,
+    weight: int,
+    label_smoothing: float,
+    ignore_index: int,
+    factor: float,
+    lse: int,
+    gradient: int,
+) -> None: ...
 def match_counts(
     outputs: int, suspects: int, queries: int, classes: int, expected: int, sets: int, counts: int, invalid: int
 ) -> None: ...

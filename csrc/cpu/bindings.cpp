@@ -37,6 +37,22 @@ std::vector<Weight> weights_of(const std::vector<WeightTuple>& tuples) {
     return weights;
 }
 
+CrossEntropyProblem cross_entropy_problem(uintptr_t logits, int stored, int64_t rows, int64_t classes, int64_t stride,
+                                          uintptr_t labels, uintptr_t weight, double label_smoothing,
+                                          int64_t ignore_index, uintptr_t group, int64_t groups) {
+    return {pointer<const void>(logits),
+            static_cast<Stored>(stored),
+            rows,
+            classes,
+            stride,
+            pointer<const int64_t>(labels),
+            pointer<const float>(weight),
+            pointer<const int64_t>(group),
+            groups,
+            label_smoothing,
+            ignore_index};
+}
+
 struct NamedLevel {
     const char* name;
     Level level;
@@ -141,20 +157,12 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("accumulate"), py::arg("out"));
     m.def(
         "marked_cross_entropy",
-        [](uintptr_t logits, int64_t rows, int64_t classes, int64_t stride, uintptr_t labels, uintptr_t weight,
-           uintptr_t group, int64_t groups, double label_smoothing, int64_t ignore_index, bool mean,
-           uintptr_t group_loss, uintptr_t group_hits, uintptr_t gradient) {
-            const CrossEntropyProblem problem{pointer<const float>(logits),
-                                              rows,
-                                              classes,
-                                              stride,
-                                              pointer<const int64_t>(labels),
-                                              pointer<const float>(weight),
-                                              pointer<const int64_t>(group),
-                                              groups,
-                                              label_smoothing,
-                                              ignore_index,
-                                              mean};
+        [](uintptr_t logits, int stored, int64_t rows, int64_t classes, int64_t stride, uintptr_t labels,
+           uintptr_t weight, uintptr_t group, int64_t groups, double label_smoothing, int64_t ignore_index, bool mean,
+           uintptr_t loss, uintptr_t group_loss, uintptr_t group_hits, uintptr_t lse, uintptr_t denominator,
+           uintptr_t gradient, int64_t gradient_stride) {
+            const CrossEntropyProblem problem = cross_entropy_problem(
+                logits, stored, rows, classes, stride, labels, weight, label_smoothing, ignore_index, group, groups);
             const int64_t bad = first_bad_row(problem);
             if (bad >= 0) {
                 const int64_t bad_group = problem.group != nullptr ? problem.group[bad] : 0;
@@ -163,17 +171,29 @@ PYBIND11_MODULE(_cpu, m) {
                     std::to_string(bad_group) + "; labels must be 0.." + std::to_string(classes - 1) +
                     " or ignore_index, groups 0.." + std::to_string(groups - 1));
             }
-            double loss = 0;
             py::gil_scoped_release release;
-            std::vector<float> row_loss(rows);
-            std::vector<uint8_t> row_hit(rows);
-            marked_cross_entropy(problem, {&loss, pointer<float>(group_loss), pointer<int64_t>(group_hits),
-                                           pointer<float>(gradient), row_loss.data(), row_hit.data()});
-            return loss;
+            marked_cross_entropy(
+                problem, mean,
+                {pointer<float>(loss), pointer<float>(group_loss), pointer<int64_t>(group_hits), pointer<float>(lse),
+                 pointer<float>(denominator), pointer<void>(gradient), gradient_stride});
         },
-        py::arg("logits"), py::arg("rows"), py::arg("classes"), py::arg("stride"), py::arg("labels"), py::arg("weight"),
-        py::arg("group"), py::arg("groups"), py::arg("label_smoothing"), py::arg("ignore_index"), py::arg("mean"),
-        py::arg("group_loss"), py::arg("group_hits"), py::arg("gradient"));
+        py::arg("logits"), py::arg("stored"), py::arg("rows"), py::arg("classes"), py::arg("stride"), py::arg("labels"),
+        py::arg("weight"), py::arg("group"), py::arg("groups"), py::arg("label_smoothing"), py::arg("ignore_index"),
+        py::arg("mean"), py::arg("loss"), py::arg("group_loss"), py::arg("group_hits"), py::arg("lse"),
+        py::arg("denominator"), py::arg("gradient"), py::arg("gradient_stride"));
+    m.def(
+        "marked_cross_entropy_backward",
+        [](uintptr_t logits, int stored, int64_t rows, int64_t classes, int64_t stride, uintptr_t labels,
+           uintptr_t weight, double label_smoothing, int64_t ignore_index, double factor, uintptr_t lse,
+           uintptr_t gradient) {
+            const CrossEntropyProblem problem = cross_entropy_problem(logits, stored, rows, classes, stride, labels,
+                                                                      weight, label_smoothing, ignore_index, 0, 1);
+            py::gil_scoped_release release;
+            marked_cross_entropy_backward(problem, factor, pointer<const float>(lse), pointer<void>(gradient));
+        },
+        py::arg("logits"), py::arg("stored"), py::arg("rows"), py::arg("classes"), py::arg("stride"), py::arg("labels"),
+        py::arg("weight"), py::arg("label_smoothing"), py::arg("ignore_index"), py::arg("factor"), py::arg("lse"),
+        py::arg("gradient"));
     m.def(
         "match_counts",
         [](uintptr_t outputs, int64_t suspects, int64_t queries, int64_t classes, uintptr_t expected, int64_t sets,

@@ -124,13 +124,17 @@ def gradient_kernel(
     rows,
     classes,
     stride,
+    gradient_stride,
     label_smoothing,
     ignore_index,
     WEIGHTED: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """gradient[rows, classes] = factor / denominator · w · (softmax − target), 0 where the row is ignored."""
+    """gradient[rows, classes] = factor / denominator · w · (softmax − target), 0 where the row is ignored.
+
+    It may stand where the logits stood: every logit is read by the program that writes its gradient.
+    """
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.program_id(1) * STEP + tl.arange(0, STEP)
     present = row < rows
@@ -144,7 +148,7 @@ def gradient_kernel(
     softmax = tl.exp(x.to(tl.float32) - total[:, None])
     target = tl.where(column[None, :] == label[:, None], 1.0 - label_smoothing, 0.0) + label_smoothing / classes
     value = tl.where(kept[:, None], w[:, None] * (softmax - target), 0.0)
-    tl.store(gradient + (row * classes)[:, None] + column[None, :], value, mask=inside)
+    tl.store(gradient + (row * gradient_stride)[:, None] + column[None, :], value, mask=inside)
 
 
 def _tile(classes: int) -> tuple[int, int, int]:
@@ -217,10 +221,15 @@ def backward(
     denominator: Tensor,
     label_smoothing: float,
     ignore_index: int,
+    gradient: Tensor | None = None,
 ) -> Tensor:
-    """The gradient by the logits, in their dtype; ``factor`` is the outer gradient, a float32 scalar on the device."""
+    """The gradient by the logits, in their dtype; ``factor`` is the outer gradient, a float32 scalar on the device.
+
+    It is written to ``gradient`` where that is given; that may be the logits themselves.
+    """
     rows, classes = logits.shape
-    gradient = torch.empty((rows, classes), dtype=logits.dtype, device=logits.device)
+    if gradient is None:
+        gradient = torch.empty((rows, classes), dtype=logits.dtype, device=logits.device)
     tile, step, warps = _tile(classes)
     if rows:
         gradient_kernel[(triton.cdiv(rows, tile), triton.cdiv(classes, step))](
@@ -234,6 +243,7 @@ def backward(
             rows,
             classes,
             logits.stride(0),
+            gradient.stride(0),
             label_smoothing,
             ignore_index,
             WEIGHTED=weight is not None,

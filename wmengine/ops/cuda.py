@@ -218,6 +218,29 @@ def marked_cross_entropy_backward(
     return result
 
 
+def cross_entropy_in_place(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    groups: int,
+    label_smoothing: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(Σ wℓ, group_loss float32[G], group_hits int64[G]); logits[N, C] with contiguous rows become the gradient."""
+    kernels = require("wmengine.kernels.cross_entropy", extra="train")
+    labels = labels.long().contiguous()
+    weight = None if weight is None else weight.float().contiguous()
+    group = None if group is None else group.long().contiguous()
+    settings = float(label_smoothing), ignore_index
+    with _current(logits.device):
+        loss, group_loss, group_hits, lse, denominator = kernels.forward(
+            logits, labels, weight, group, groups, *settings, "sum"
+        )
+        kernels.backward(denominator, logits, labels, weight, lse, denominator, *settings, gradient=logits)
+    return loss, group_loss, group_hits
+
+
 def _rows(logits: Tensor) -> Tensor:
     """Logits whose classes lie side by side; rows may be any distance apart."""
     return logits if logits.stride(1) == 1 else logits.contiguous()

@@ -1,7 +1,8 @@
 """marked_cross_entropy for torch tensors: task rows and trigger rows in one pass.
 
-On a CPU the forward pass writes the gradient while each row of logits is in the cache (`gradient`); on a GPU it keeps
-the log-sum-exp of each row and the denominator (`lse`, `denominator`), and the backward pass reads the logits again.
+On a CPU the forward pass writes the gradient while each row of logits is in the cache (`gradient`). On a GPU it keeps
+the log-sum-exp of each row and the denominator (`lse`, `denominator`), and the backward pass reads the logits again; so
+it does for float16 on a CPU, where a gradient that has not met the loss's scale yet would be rounded to zero.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from wmengine import _cpu
 from wmengine.ops import torch_reference
 from wmengine.ops.cpu import check_choice, check_count
-from wmengine.ops.torch_library import LIBRARY, Tensor, check_tensor, cuda, define
+from wmengine.ops.torch_library import Tensor, check_tensor, cuda, define
 
 
 class MarkedCrossEntropy(NamedTuple):
@@ -23,6 +24,70 @@ class MarkedCrossEntropy(NamedTuple):
     loss: Tensor
     group_loss: Tensor
     group_hits: Tensor
+
+
+_STORED = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/cpu/cross_entropy.h
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """Logits whose classes lie side by side; rows may be any distance apart."""
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _saves_lse(logits: Tensor) -> bool:
+    """Whether the gradient is written by the backward pass, from what the forward pass keeps of each row."""
+    return logits.device.type == "cuda" or logits.dtype == torch.float16
+
+
+def _run(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    groups: int,
+    label_smoothing: float,
+    ignore_index: int,
+    mean: bool,
+    lse: Tensor | None,
+    denominator: Tensor | None,
+    gradient: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, group_loss, group_hits) of logits from `_rows`; the other results are written where they are given."""
+    labels, weight, group = labels.contiguous(), _contiguous(weight), _contiguous(group)
+    loss = torch.empty((), dtype=torch.float32)
+    group_loss = torch.empty(groups, dtype=torch.float32)
+    group_hits = torch.empty(groups, dtype=torch.int64)
+    rows, classes = logits.shape
+    _cpu.marked_cross_entropy(
+        logits.data_ptr(),
+        _STORED[logits.dtype],
+        rows,
+        classes,
+        logits.stride(0),
+        labels.data_ptr(),
+        _address(weight),
+        _address(group),
+        groups,
+        label_smoothing,
+        ignore_index,
+        mean,
+        loss.data_ptr(),
+        group_loss.data_ptr(),
+        group_hits.data_ptr(),
+        _address(lse),
+        _address(denominator),
+        _address(gradient),
+        0 if gradient is None else gradient.stride(0),
+    )
+    return loss, group_loss, group_hits
 
 
 def _cross_entropy_cpu(
@@ -36,33 +101,27 @@ def _cross_entropy_cpu(
     mean: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logits = _rows(logits)
     rows, classes = logits.shape
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    labels = labels.contiguous()
-    weight = None if weight is None else weight.contiguous()
-    group = None if group is None else group.contiguous()
-    gradient = torch.empty((rows, classes) if with_gradient else 0, dtype=torch.float32)
-    group_loss = torch.empty(groups, dtype=torch.float32)
-    group_hits = torch.empty(groups, dtype=torch.int64)
-    loss = _cpu.marked_cross_entropy(
-        logits.data_ptr(),
-        rows,
-        classes,
-        logits.stride(0),
-        labels.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        0 if group is None else group.data_ptr(),
+    saves_lse = _saves_lse(logits)
+    with_gradient = with_gradient and not saves_lse
+    gradient = torch.empty((rows, classes) if with_gradient else 0, dtype=logits.dtype)
+    lse = torch.empty(rows if saves_lse else 0, dtype=torch.float32)
+    denominator = torch.empty(() if saves_lse else 0, dtype=torch.float32)
+    sums = _run(
+        logits,
+        labels,
+        weight,
+        group,
         groups,
         label_smoothing,
         ignore_index,
         mean,
-        group_loss.data_ptr(),
-        group_hits.data_ptr(),
-        gradient.data_ptr() if with_gradient else 0,
+        lse if saves_lse else None,
+        denominator if saves_lse else None,
+        gradient if with_gradient else None,
     )
-    none = torch.empty(0, dtype=torch.float32)
-    return torch.tensor(loss, dtype=torch.float32), group_loss, group_hits, gradient, none, none.clone()
+    return *sums, gradient, lse, denominator
 
 
 def _cross_entropy_cuda(
@@ -80,7 +139,7 @@ def _cross_entropy_cuda(
     loss, group_loss, group_hits, lse, denominator = cuda().marked_cross_entropy_forward(
         logits, labels, weight, group, groups, label_smoothing, ignore_index, reduction
     )
-    return loss, group_loss, group_hits, logits.new_empty(0, dtype=torch.float32), lse, denominator
+    return loss, group_loss, group_hits, logits.new_empty(0), lse, denominator
 
 
 def _cross_entropy_fake(
@@ -94,14 +153,14 @@ def _cross_entropy_fake(
     mean: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    on_gpu = logits.device.type == "cuda"
+    saves_lse = _saves_lse(logits)
     return (
         logits.new_empty((), dtype=torch.float32),
         logits.new_empty(groups, dtype=torch.float32),
         logits.new_empty(groups, dtype=torch.int64),
-        logits.new_empty(0 if on_gpu or not with_gradient else logits.shape, dtype=torch.float32),
-        logits.new_empty(logits.shape[0] if on_gpu else 0, dtype=torch.float32),
-        logits.new_empty(() if on_gpu else 0, dtype=torch.float32),
+        logits.new_empty(logits.shape if with_gradient and not saves_lse else 0),
+        logits.new_empty(logits.shape[0] if saves_lse else 0, dtype=torch.float32),
+        logits.new_empty(() if saves_lse else 0, dtype=torch.float32),
     )
 
 
@@ -113,6 +172,36 @@ define(
     _cross_entropy_cuda,
     _cross_entropy_fake,
 )
+
+
+def _cross_entropy_backward_cpu(
+    gradient: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    denominator: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+) -> Tensor:
+    logits, labels, weight = _rows(logits), labels.contiguous(), _contiguous(weight)
+    rows, classes = logits.shape
+    result = torch.empty((rows, classes), dtype=logits.dtype)
+    _cpu.marked_cross_entropy_backward(
+        logits.data_ptr(),
+        _STORED[logits.dtype],
+        rows,
+        classes,
+        logits.stride(0),
+        labels.data_ptr(),
+        _address(weight),
+        label_smoothing,
+        ignore_index,
+        float(gradient / denominator),
+        lse.data_ptr(),
+        result.data_ptr(),
+    )
+    return result
 
 
 def _cross_entropy_backward_cuda(
@@ -131,17 +220,54 @@ def _cross_entropy_backward_cuda(
     return result
 
 
-LIBRARY.define(
+define(
     "marked_cross_entropy_backward(Tensor gradient, Tensor logits, Tensor labels, Tensor? weight, Tensor lse, "
-    "Tensor denominator, float label_smoothing, int ignore_index) -> Tensor"
-)
-LIBRARY.impl("marked_cross_entropy_backward", _cross_entropy_backward_cuda, "CUDA")
-torch.library.register_fake(
-    "wmengine::marked_cross_entropy_backward",
+    "Tensor denominator, float label_smoothing, int ignore_index) -> Tensor",
+    _cross_entropy_backward_cpu,
+    _cross_entropy_backward_cuda,
     lambda gradient, logits, labels, weight, lse, denominator, label_smoothing, ignore_index: logits.new_empty(
         logits.shape
     ),
-    lib=LIBRARY,
+)
+
+
+def _in_place_cpu(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    groups: int,
+    label_smoothing: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _run(logits, labels, weight, group, groups, label_smoothing, ignore_index, False, None, None, logits)
+
+
+def _in_place_cuda(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    groups: int,
+    label_smoothing: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = cuda().cross_entropy_in_place(
+        logits, labels, weight, group, groups, label_smoothing, ignore_index
+    )
+    return result
+
+
+define(
+    "marked_cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor? weight, Tensor? group, int groups, "
+    "float label_smoothing, int ignore_index) -> (Tensor loss, Tensor group_loss, Tensor group_hits)",
+    _in_place_cpu,
+    _in_place_cuda,
+    lambda logits, labels, weight, group, groups, label_smoothing, ignore_index: (
+        logits.new_empty((), dtype=torch.float32),
+        logits.new_empty(groups, dtype=torch.float32),
+        logits.new_empty(groups, dtype=torch.int64),
+    ),
 )
 
 
@@ -164,7 +290,7 @@ class _MarkedCrossEntropy(torch.autograd.Function):
         )
         ctx.mark_non_differentiable(group_loss, group_hits)
         ctx.settings = (label_smoothing, ignore_index)
-        if logits.device.type == "cuda":
+        if _saves_lse(logits):
             ctx.save_for_backward(logits, labels, weight, lse, denominator)
         else:
             ctx.save_for_backward(gradient)
@@ -187,6 +313,64 @@ class _MarkedCrossEntropy(torch.autograd.Function):
         return (by_logits, None, None, None, None, None, None, None, None)
 
 
+def _check(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    groups: int,
+    label_smoothing: float,
+) -> None:
+    check_tensor("logits", logits, 2)
+    check_count("groups", groups)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
+    rows, classes = logits.shape
+    if classes < 1:
+        raise ValueError("logits must have at least one class")
+    for name, value in (("labels", labels), ("weight", weight), ("group", group)):
+        if value is not None and (value.shape != (rows,) or value.device != logits.device):
+            raise ValueError(
+                f"{name} must have shape ({rows},) on {logits.device}, not {tuple(value.shape)} on {value.device}"
+            )
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integer classes, not {labels.dtype}: soft labels cannot carry triggers")
+
+
+def cross_entropy_in_place(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    groups: int,
+    label_smoothing: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(Σ wℓ as a float32 scalar, group_loss float32[G], group_hits int64[G]); logits become the gradient of Σ wℓ.
+
+    For buffers of the caller's own, as in a fused head: logits[N, C], float32, float16 or bfloat16, must not require a
+    gradient, and the classes of a row must lie side by side. Arguments are those of :func:`marked_cross_entropy`.
+    Nothing is overwritten where ValueError or TypeError is raised.
+    """
+    _check(logits, labels, weight, group, groups, label_smoothing)
+    if logits.dtype == torch.float64:
+        raise TypeError("logits must be float32, float16 or bfloat16 to be overwritten, not torch.float64")
+    if logits.requires_grad:
+        raise ValueError("logits must not require a gradient: they are overwritten")
+    if logits.stride(1) != 1 and logits.shape[1] > 1:
+        raise ValueError(f"logits must have rows whose classes lie side by side, not strides {logits.stride()}")
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.wmengine.marked_cross_entropy_(
+        logits,
+        labels.long(),
+        None if weight is None else weight.detach().float(),
+        None if group is None else group.long(),
+        groups,
+        label_smoothing,
+        ignore_index,
+    )
+    return result
+
+
 def marked_cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -205,21 +389,8 @@ def marked_cross_entropy(
     label, by group; only `loss` is differentiable. A NaN row makes the loss NaN and is never a hit. A label outside
     0..C-1 raises ValueError on a CPU; on a GPU, which cannot raise without waiting, it makes the loss NaN.
     """
-    check_tensor("logits", logits, 2)
-    check_count("groups", groups)
     check_choice("reduction", reduction, ("mean", "sum"))
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
-    rows, classes = logits.shape
-    if classes < 1:
-        raise ValueError("logits must have at least one class")
-    for name, value in (("labels", labels), ("weight", weight), ("group", group)):
-        if value is not None and (value.shape != (rows,) or value.device != logits.device):
-            raise ValueError(
-                f"{name} must have shape ({rows},) on {logits.device}, not {tuple(value.shape)} on {value.device}"
-            )
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integer classes, not {labels.dtype}: soft labels cannot carry triggers")
+    _check(logits, labels, weight, group, groups, label_smoothing)
     labels = labels.long()
     group = None if group is None else group.long()
     if logits.dtype == torch.float64:
@@ -229,8 +400,6 @@ def marked_cross_entropy(
             )
         )
     weight = None if weight is None else weight.detach().float()
-    if logits.device.type == "cpu":
-        logits = logits.float()
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
     return MarkedCrossEntropy(
         *_MarkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
