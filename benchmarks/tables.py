@@ -14,7 +14,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- benchmarks:begin -->"
 END = "<!-- benchmarks:end -->"
 QUIET = 0.1  # cores used by other processes that a measurement is not disturbed by
-ORDER = ("sketch", "project", "embedding_loss", "cross_entropy", "match_counts", "training_step")
+ORDER = ("sketch", "project", "embedding_loss", "cross_entropy", "linear_cross_entropy", "match_counts", "training_step")
 
 Result = dict[str, Any]
 

@@ -1,7 +1,8 @@
 """Numerical operators: a NumPy array runs on the compiled CPU kernels, a torch tensor through torch's dispatcher.
 
 Each has a reference in :mod:`wmengine.ops.reference`. A `key` is an int, 0 ≤ key < 2⁶⁴; `total` is a number of symbols.
-This module imports NumPy only; :func:`embedding_loss` and :func:`marked_cross_entropy` are for training and need torch.
+This module imports NumPy only; :func:`embedding_loss`, :func:`marked_cross_entropy` and
+:func:`marked_linear_cross_entropy` are for training and need torch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from wmengine.ops import cpu
 from wmengine.ops.cpu import carrier_projection, check_count
 
 if TYPE_CHECKING:
-    from wmengine.ops.torch_ops import MarkedCrossEntropy, embedding_loss, marked_cross_entropy
+    from wmengine.ops.torch_ops import (
+        MarkedCrossEntropy,
+        embedding_loss,
+        marked_cross_entropy,
+        marked_linear_cross_entropy,
+    )
 
 __all__ = [
     "MarkedCrossEntropy",
@@ -23,6 +29,7 @@ __all__ = [
     "embedding_loss",
     "get_num_threads",
     "marked_cross_entropy",
+    "marked_linear_cross_entropy",
     "match_counts",
     "project",
     "project_adjoint",
@@ -31,7 +38,7 @@ __all__ = [
     "sketch_adjoint",
 ]
 
-_TRAINING = ("MarkedCrossEntropy", "embedding_loss", "marked_cross_entropy")
+_TRAINING = ("MarkedCrossEntropy", "embedding_loss", "marked_cross_entropy", "marked_linear_cross_entropy")
 
 
 def _is_tensor(value: Any) -> bool:

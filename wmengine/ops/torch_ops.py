@@ -8,12 +8,14 @@ from wmengine.ops import cpu
 from wmengine.ops.torch_cross_entropy import MarkedCrossEntropy, marked_cross_entropy
 from wmengine.ops.torch_embedding import embedding_loss
 from wmengine.ops.torch_library import Tensor, check_tensor, cuda
+from wmengine.ops.torch_linear_cross_entropy import marked_linear_cross_entropy
 from wmengine.ops.torch_projection import project, project_adjoint, sketch, sketch_adjoint
 
 __all__ = [
     "MarkedCrossEntropy",
     "embedding_loss",
     "marked_cross_entropy",
+    "marked_linear_cross_entropy",
     "match_counts",
     "project",
     "project_adjoint",

@@ -116,3 +116,22 @@ def marked_cross_entropy(
     group_loss = torch.zeros(groups, dtype=logits.dtype, device=logits.device).index_add(0, g, weighted.detach())
     group_hits = torch.zeros(groups, dtype=torch.int64, device=logits.device).index_add(0, g, hits.long())
     return loss, group_loss.float(), group_hits
+
+
+def marked_linear_cross_entropy(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, group_loss, group_hits) of the operator of the same name, in float64, its logits held."""
+    logits = hidden.double() @ head.double().t()
+    if bias is not None:
+        logits = logits + bias.double()
+    return marked_cross_entropy(logits, labels, weight, group, groups, label_smoothing, ignore_index, reduction)
