@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 from benchmarks import environment, harness
 
 ROWS = pytest.StashKey[dict[str, list[dict[str, Any]]]]()
+ROOFS = pytest.StashKey[dict[str, dict[str, float]]]()
+SECONDS = pytest.StashKey[dict[str, float]]()
 FAILED = pytest.StashKey[set[str]]()
 DEVICE = pytest.StashKey[str]()
 ENVIRONMENT = pytest.StashKey[dict[str, Any]]()
@@ -28,9 +31,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
-    config.stash[ROWS] = {}
-    config.stash[FAILED] = set()
-    device, threads = environment.choose_device(config.getoption("--device")), config.getoption("--threads")
+    config.stash[ROWS], config.stash[ROOFS], config.stash[SECONDS], config.stash[FAILED] = {}, {}, {}, set()
+    threads = config.getoption("--threads")
+    try:
+        device = environment.choose_device(config.getoption("--device"))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
     config.stash[DEVICE] = device
     config.stash[ENVIRONMENT] = environment.describe(device, threads)
     environment.use_threads(threads)
@@ -47,6 +53,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     clock = harness.device_clock(config.stash[DEVICE])
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=clock, disable_gc=True, group=_operator(item)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
+    """What an operator's cases cost altogether: preparing, compiling and measuring."""
+    started = time.perf_counter()
+    done = yield
+    seconds = item.config.stash[SECONDS]
+    seconds[_operator(item)] = seconds.get(_operator(item), 0.0) + time.perf_counter() - started
+    return done
 
 
 @pytest.hookimpl(wrapper=True)
@@ -71,7 +87,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
                 "format": "wmengine-benchmark/1",
                 "operator": operator,
                 "quick": bool(config.getoption("--quick")),
-                "environment": config.stash[ENVIRONMENT],
+                "seconds": round(config.stash[SECONDS][operator], 1),
+                "environment": {**config.stash[ENVIRONMENT], "roofs": config.stash[ROOFS][operator]},
                 "rows": rows,
             }
             path = out / f"{environment.device_slug(device)}-{operator}.json"
@@ -94,15 +111,26 @@ def quick(pytestconfig: pytest.Config) -> bool:
 def compare(
     benchmark: harness.Benchmark, device: str, quick: bool, pytestconfig: pytest.Config
 ) -> Callable[[harness.Case], None]:
-    """Measure a case. Aims were set for full sizes on a CPU, so other runs carry none."""
+    """Measure a case. Aims were set for full sizes on a CPU, so other runs carry none.
+
+    The device's roofs are measured once an operator, right before its first case: a shared machine drifts.
+    """
 
     def measure(case: harness.Case) -> None:
         if quick or device != "cpu":
             case = dataclasses.replace(case, aims=())
+        rows = pytestconfig.stash[ROWS].setdefault(case.operator, [])
+        if case.axis and any((row["what"], row["axis"]) == (case.what, harness.axis_entry(case)) for row in rows):
+            raise ValueError(f"{case.what}, {case.size}: its curve has another case at {case.axis}; name them apart")
         effort = harness.QUICK if quick else harness.FULL
-        row = harness.compare(case, benchmark, harness.device_clock(device), effort)
+        clock = harness.device_clock(device)
+        roofs = pytestconfig.stash[ROOFS]
+        if case.operator not in roofs and not benchmark.disabled:
+            with environment.separated_threads():
+                roofs[case.operator] = environment.measure_roofs(device, clock, quick)
+        row = harness.compare(case, benchmark, clock, effort, device, roofs.get(case.operator))
         if row is not None:
-            pytestconfig.stash[ROWS].setdefault(case.operator, []).append(row)
+            rows.append(row)
 
     return measure
 

@@ -1,31 +1,37 @@
-"""What a result was measured on: device, versions, commit, threads, and how busy the machine was meanwhile."""
+"""What a result was measured on: device, versions, commit, threads, roofs, and how busy the machine was meanwhile."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
+import gc
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("wmengine", "numpy", "torch", "triton")
+PEERS = ("faiss-cpu", "numkong", "liger-kernel", "fast_jl", "sjlt")
 
 
 def choose_device(wanted: str) -> str:
-    """`auto` is the GPU where torch sees one, else the CPU. RuntimeError where an asked-for GPU is not there."""
+    """`auto` is the GPU where torch sees one, else the CPU. ValueError where an asked-for GPU is not there."""
     import torch
 
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise RuntimeError(f"--device {wanted}: torch {torch.__version__} sees no GPU here; use --device cpu")
+    if wanted != "cpu" and not re.fullmatch(r"cuda(:\d+)?", wanted):
+        raise ValueError(f"--device is {wanted!r}: expected auto, cpu, cuda or, for one of several, cuda:1")
+    if wanted != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device {wanted}: torch {torch.__version__} sees no GPU here; use --device cpu")
     return wanted
 
 
@@ -106,6 +112,91 @@ def free_memory(device: str) -> int:
     return 1024 * int(found.group(1)) if found else 4 << 30
 
 
+def leaves() -> list[Any]:
+    """Every tensor alive that a gradient could be left on."""
+    import torch
+
+    gc.collect()
+    return [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.is_leaf]
+
+
+def peak_memory(run: Callable[[], object], device: str, differentiated: Sequence[Any] = ()) -> int | None:
+    """Bytes that one call of `run` holds at its peak beyond what was held before; None where the kernel does not tell.
+
+    On a CPU: the high-water mark of resident pages, reset before the call; memory that the allocator keeps is given
+    back first, or the call would find it there. A few hundred kB are noise. On a GPU: torch's own count. The gradients
+    of the `differentiated` tensors are let go first: the call would free them, and they would hide what it allocates.
+    """
+    import torch
+
+    for tensor in differentiated:
+        tensor.grad = None
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device)) - held
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        held = _status_bytes("VmRSS")
+        run()
+        return max(0, _status_bytes("VmHWM") - held)
+    except (OSError, AttributeError):  # no such file, no permission, or a C library without malloc_trim
+        return None
+
+
+def _status_bytes(name: str) -> int:
+    found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise OSError(f"/proc/self/status has no {name}")
+    return 1024 * int(found.group(1))
+
+
+def measure_roofs(device: str, clock: Callable[[], float], quick: bool = False) -> dict[str, float]:
+    """What this device reaches at its best in this very run, through torch and with the threads it was given.
+
+    `copy_gb_s` and `cache_gb_s`: bytes read plus bytes written a second by a copy too large for the caches, and by one
+    that fits in the second level; `float32_gflop_s` (and `bfloat16_gflop_s` on a GPU): 2n³ a matrix product of n×n over
+    its time. The best of the repeats counts: what holds a roof down is never the roof.
+    """
+    import torch
+
+    on_cpu = device == "cpu"
+    seconds = 0.02 if quick else 0.3
+    roofs = {}
+    large, small = (1 << 26, 1 << 17) if on_cpu else (1 << 28, 1 << 21)
+    for name, count in (("copy_gb_s", large // (8 if quick else 1)), ("cache_gb_s", small)):
+        source, target = torch.ones(count, device=device), torch.ones(count, device=device)
+        roofs[name] = 8e-9 * count / _best(lambda target=target, source=source: target.copy_(source), clock, seconds)
+    side = (384 if quick else 1536) if on_cpu else 8192
+    for kind in (torch.float32,) if on_cpu else (torch.float32, torch.bfloat16):
+        a, b = torch.ones(side, side, device=device, dtype=kind), torch.ones(side, side, device=device, dtype=kind)
+        name = f"{str(kind).removeprefix('torch.')}_gflop_s"
+        roofs[name] = 2e-9 * side**3 / _best(lambda a=a, b=b: a @ b, clock, seconds)
+    return {name: float(f"{value:.4g}") for name, value in roofs.items()}
+
+
+def _best(run: Callable[[], object], clock: Callable[[], float], seconds: float) -> float:
+    """The least seconds of a call, over samples of 1 ms or so that take `seconds` altogether, and five at least."""
+    once = float("inf")
+    for _ in range(4):
+        start = clock()
+        run()
+        once = min(once, clock() - start)
+    calls = max(1, int(1e-3 / max(once, 1e-7)))
+    best, taken, until = once, 0, time.perf_counter() + seconds
+    while time.perf_counter() < until or taken < 5:
+        taken += 1
+        start = clock()
+        for _ in range(calls):
+            run()
+        best = min(best, (clock() - start) / calls)
+    return best
+
+
 def git_commit() -> str:
     """Short hash, with '+' when engine sources differ from that commit; 'unknown' outside a checkout."""
 
@@ -147,7 +238,8 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "threads": threads,
         "instruction_sets": instruction_sets(),
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {package: version(package) for package in PACKAGES}
+        | {package: number for package in PEERS if (number := version(package))},
         "commit": git_commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from benchmarks import environment
 
 QUICK_REASON = "not part of a quick run"
+SETTLED_S = 0.1  # a call this long pays for caches and threads that others left behind without showing it
 
 Run = Callable[[], object]
 Clock = Callable[[], float]
@@ -82,11 +83,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: seconds a sample at least, seconds a case at most (rounds give way), rounds."""
+    """How long to measure: seconds a sample at least, seconds a case at most, and how far its rounds give way."""
 
     sample_s: float = 0.01
-    case_s: float = 20.0
-    least_rounds: int = 7
+    case_s: float = 5.0
+    least_rounds: int = 5
     most_rounds: int = 40
 
 
@@ -162,6 +163,10 @@ def sample(run: Run, calls: int, clock: Clock) -> float:
             gc.enable()
 
 
+def nothing() -> None:
+    """What a contender that needs no settling does between two samples."""
+
+
 def warm_up(case: Case) -> tuple[list[Contender], dict[str, str]]:
     """Call everything once (compilation, page faults); returns the peers that work and why others do not."""
     case.floor.run()
@@ -180,12 +185,20 @@ def warm_up(case: Case) -> tuple[list[Contender], dict[str, str]]:
     return working, left_out
 
 
-def compare(case: Case, benchmark: Benchmark, clock: Clock, effort: Effort) -> dict[str, Any] | None:
+def compare(
+    case: Case,
+    benchmark: Benchmark,
+    clock: Clock,
+    effort: Effort,
+    device: str = "cpu",
+    roofs: Mapping[str, float] | None = None,
+) -> dict[str, Any] | None:
     """Measure one case and return its row, JSON-ready; None, after one call of each, where pytest-benchmark is off.
 
     pytest-benchmark times our operator (its rounds are our rounds, its iterations our calls a sample); between two of
-    its rounds the floor and the peers are timed the same way. Every sample starts after one untimed call of the same
-    contender, so that nobody pays for the caches and threads that the one before left behind.
+    its rounds the floor and the peers are timed the same way. Every sample of a short call starts after one untimed
+    call of the same contender, so that nobody pays for the caches and threads that the one before left behind. `roofs`
+    are those of environment.measure_roofs: with them the row says how far below them it stays.
     """
     peers, left_out = warm_up(case)
     if benchmark.disabled:
@@ -193,11 +206,18 @@ def compare(case: Case, benchmark: Benchmark, clock: Clock, effort: Effort) -> d
     ours = Contender("ours", case.ours)
     others = [case.floor, *peers]
     calls: dict[str, int] = {}
+    settle: dict[str, Run] = {}
     round_s = 0.0
+    leaves = environment.leaves()
+    peaks = {contender.name: environment.peak_memory(contender.run, device, leaves) for contender in (ours, *others)}
+    del leaves  # it would keep alive what the case lets go
     for contender in (ours, *others):
-        once = min(sample(contender.run, 1, clock) for _ in range(2))
+        once = sample(contender.run, 1, clock)
+        if once < SETTLED_S:
+            once = min(once, sample(contender.run, 1, clock))
+            settle[contender.name] = contender.run
         calls[contender.name] = max(1, min(1000, math.ceil(effort.sample_s / max(once, 1e-9))))
-        round_s += once * (calls[contender.name] + 1)
+        round_s += once * (calls[contender.name] + (contender.name in settle))
     if len(calls) != len(others) + 1:
         raise ValueError(f"{case.operator}, {case.size}: two contenders share a name: {[c.name for c in others]}")
     rounds = max(effort.least_rounds, min(effort.most_rounds, int(effort.case_s / round_s)))
@@ -209,21 +229,26 @@ def compare(case: Case, benchmark: Benchmark, clock: Clock, effort: Effort) -> d
             return  # pytest-benchmark calls once more, untimed, for the result of a looped target
         for position in range(len(others)):
             contender = others[(turn + position) % len(others)]  # nobody always follows the same neighbour
-            contender.run()
+            settle.get(contender.name, nothing)()
             seconds[contender.name].append(sample(contender.run, calls[contender.name], clock))
-        ours.run()
+        settle.get("ours", nothing)()
 
-    ours.run()
+    settle.get("ours", nothing)()
     others_before, started = environment.other_seconds(), time.perf_counter()
     with environment.separated_threads():
         benchmark.pedantic(ours.run, teardown=measure_others, rounds=rounds, iterations=calls["ours"])
     seconds["ours"] = list(benchmark.stats.stats.data)
     others_after, wall = environment.other_seconds(), time.perf_counter() - started
-    row = _row(case, seconds, peers, left_out, calls)
+    row = _row(case, seconds, peers, left_out, calls, peaks, roofs or {})
     if others_before is not None and others_after is not None:
         row["others_cores"] = round(max(0.0, others_after - others_before) / wall, 2)
     benchmark.extra_info.update(row)
     return row
+
+
+def axis_entry(case: Case) -> dict[str, Any] | None:
+    """The case's place on its scaling curve, as its row has it."""
+    return None if case.axis is None else {"name": case.axis[0], "value": case.axis[1]}
 
 
 def _row(
@@ -232,13 +257,27 @@ def _row(
     peers: Sequence[Contender],
     left_out: Mapping[str, str],
     calls: Mapping[str, int],
+    peaks: Mapping[str, int | None],
+    roofs: Mapping[str, float],
 ) -> dict[str, Any]:
     def timing(name: str) -> dict[str, Any]:
-        return {"ms": spread([1e3 * value for value in seconds[name]]), "calls_a_sample": calls[name]}
+        timed = {"ms": spread([1e3 * value for value in seconds[name]]), "calls_a_sample": calls[name]}
+        return timed if peaks[name] is None else {**timed, "peak_bytes": peaks[name]}
 
     def ratio(above: str, below: str) -> dict[str, float]:
         return spread([a / b for a, b in zip(seconds[above], seconds[below], strict=True)])
 
+    our_s = percentile(seconds["ours"], 0.5)
+    rates = {"gb_s": 1e-9 * case.bytes_moved / our_s, "gflop_s": 1e-9 * case.operations / our_s}
+    shares = {
+        share: rates[rate] / roofs[roof]
+        for share, rate, roof in (
+            ("of_copy", "gb_s", "copy_gb_s"),
+            ("of_cache_copy", "gb_s", "cache_gb_s"),
+            ("of_peak", "gflop_s", "float32_gflop_s"),
+        )
+        if rates[rate] and roof in roofs
+    }
     floor_ratio = ratio("ours", case.floor.name)
     peer_rows = [
         {"name": peer.name, **timing(peer.name), "ratio": ratio(peer.name, "ours"), "holds_bytes": peer.holds}
@@ -260,7 +299,8 @@ def _row(
         "size": case.size,
         "bytes": case.bytes_moved,
         "operations": case.operations,
-        "axis": None if case.axis is None else {"name": case.axis[0], "value": case.axis[1]},
+        "axis": axis_entry(case),
+        **{name: float(f"{value:.4g}") for name, value in {**rates, **shares}.items() if value},
         "rounds": len(seconds["ours"]),
         "ours": timing("ours"),
         "floor": {"name": case.floor.name, **timing(case.floor.name), "ratio": floor_ratio},
