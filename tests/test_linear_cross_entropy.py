@@ -218,6 +218,8 @@ def test_a_chunk_holds_no_more_than_it_says(rows, features, classes, device):
     chunks = -(-rows // step)
     assert chunks * step - rows < max(chunks, 1)  # spread evenly: no chunk is short by more than one row each
     assert rows_of_a_chunk(rows, features, classes, device, 5) <= 5
+    wide = rows_of_a_chunk(rows, features, classes, device, None, torch.bfloat16)
+    assert wide * classes <= max(2 * features * classes, 64 * classes, least)
 
 
 # --- types ------------------------------------------------------------------------------------------------------------
@@ -225,7 +227,8 @@ def test_a_chunk_holds_no_more_than_it_says(rows, features, classes, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", LOW)
-def test_sixteen_bits_are_summed_in_float32(device, dtype):
+def test_sixteen_bits_are_summed_in_float32(monkeypatch, device, dtype):
+    monkeypatch.setattr(torch_linear_cross_entropy, "_BFLOAT16_ON_CPU", False)
     tensors, (labels, weight, group) = batch(40, 24, 300, dtype=dtype, device=device)
     hidden, head, bias = tensors
     result = ops.marked_linear_cross_entropy(hidden, head, labels, weight, group, bias=bias, groups=3, chunk=8)
@@ -238,6 +241,25 @@ def test_sixteen_bits_are_summed_in_float32(device, dtype):
         assert tensor.grad.dtype == dtype
         # On a CPU each gradient is rounded once, when it is done; on a GPU so is the gradient by each logit.
         assert_close(tensor.grad, wanted, half_a_step + 1e-5 if device == "cpu" else 2 * half_a_step)
+
+
+@pytest.mark.parametrize("rows", [40, 7])
+def test_cpu_with_bfloat16_rounds_as_torch_but_sums_in_float32(monkeypatch, rows):
+    monkeypatch.setattr(torch_linear_cross_entropy, "_BFLOAT16_ON_CPU", True)
+    tensors, (labels, weight, group) = batch(rows, 24, 300, dtype=torch.bfloat16)
+    hidden, head, bias = tensors
+    result = ops.marked_linear_cross_entropy(hidden, head, labels, weight, group, bias=bias, groups=3, chunk=8)
+    ours = torch.autograd.grad(result.loss, tensors)
+    expected = expected_of(hidden, head, labels, weight, group, bias, groups=3)
+    plain = ops.marked_cross_entropy(F.linear(hidden, head, bias), labels, weight, group, groups=3).loss
+    torchs = torch.autograd.grad(plain, tensors)
+    assert result.loss.item() == pytest.approx(expected.loss, rel=4e-3)
+    for actual, unfused, wanted in zip(
+        ours, torchs, (expected.by_hidden, expected.by_head, expected.by_bias), strict=True
+    ):
+        assert actual.dtype == torch.bfloat16
+        ours_off, torchs_off = (np.abs(double(x) - wanted).max() / np.abs(wanted).max() for x in (actual, unfused))
+        assert ours_off < 2 * max(torchs_off, 2**-8)  # rounded once more, after the division by Σ w
 
 
 def test_head_and_hidden_of_two_types_get_gradients_of_their_own():
@@ -262,7 +284,9 @@ def test_a_loss_scaler_saves_small_float16_gradients():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_under_autocast_the_head_keeps_a_float32_gradient(device):
+@pytest.mark.parametrize("instructions", [False, True])
+def test_under_autocast_the_head_keeps_a_float32_gradient(monkeypatch, device, instructions):
+    monkeypatch.setattr(torch_linear_cross_entropy, "_BFLOAT16_ON_CPU", instructions)
     (hidden, head, bias), (labels, _, _) = batch(30, 12, 50, device=device)
     narrow = hidden.detach().bfloat16().requires_grad_()
     with torch.autocast(device, dtype=torch.bfloat16):
@@ -270,7 +294,7 @@ def test_under_autocast_the_head_keeps_a_float32_gradient(device):
     loss.backward()
     assert (loss.dtype, narrow.grad.dtype, head.grad.dtype) == (torch.float32, torch.bfloat16, torch.float32)
     expected = expected_of(narrow, head, labels, bias=bias)
-    if device == "cpu":  # computed in float32 whatever autocast says
+    if device == "cpu" and not instructions:  # computed in float32 whatever autocast says
         assert loss.item() == pytest.approx(expected.loss, rel=1e-6)
         assert_close(head.grad, expected.by_head)
     else:
@@ -281,12 +305,13 @@ def test_under_autocast_the_head_keeps_a_float32_gradient(device):
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("weighted", [True, False])
 def test_path_of_a_gpu_with_sixteen_bits_in_the_interpreter(monkeypatch, dtype, weighted):
-    """Products of 16 bits into float32 exist on GPUs only and are written out here; the kernels are Triton's."""
+    """Products of 16 bits into float32 exist on GPUs only and are written out here; the kernels are the GPU's."""
 
     def product(a, b, out):
         assert a.dtype == b.dtype == dtype
         return out.copy_(a.float() @ b.float())
 
+    monkeypatch.setattr(torch_linear_cross_entropy, "_stored", lambda dtype, device: torch.float32)
     monkeypatch.setattr(torch_linear_cross_entropy, "_product", product)
     monkeypatch.setattr(torch_linear_cross_entropy, "_add_product", lambda a, b, out: out.add_(a.float() @ b.float()))
     (hidden, head, bias), (labels, weight, _) = batch(12, 6, 40, dtype=dtype)
@@ -496,7 +521,7 @@ def test_same_input_gives_the_same_bits(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_passes_opcheck(device, wanted, dtype):
     (hidden, head, bias), (labels, weight, group) = batch(6, 3, 5, dtype=dtype, device=device)
-    work = torch.float32 if device == "cpu" else dtype
+    work = torch.float32 if device == "cpu" and dtype == torch.float16 else dtype
     for optional in ((bias, weight, group), (None, None, None)):
         b, w, g = (None if x is None else x.detach() for x in optional)
         torch.library.opcheck(

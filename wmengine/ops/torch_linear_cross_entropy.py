@@ -5,10 +5,11 @@ carry that to the hidden states and to the head: logits[N, C] never exists. The 
 behind the loss but a factor, so forward makes them and backward multiplies (as Liger's FusedLinearCrossEntropy does,
 Hsu et al. 2024, arXiv:2410.10989).
 
-Rounding: logits, losses and the sums of the gradients over chunks are float32 for every input. On a CPU the factors of
-the products are widened to float32 too: products of 16 bits round their results, and are up to a hundred times slower
-where the processor has no instructions for them. On a GPU they keep their 16 bits, so the gradient by the logits is
-rounded to 16 bits once (in float16 scaled, so that small probabilities do not vanish) and products sum in float32.
+Rounding: losses and the sums of the gradients over chunks are float32 for every input. A GPU multiplies 16 bits as they
+are into float32 logits and float32 sums; the gradient by the logits is rounded to 16 bits once (in float16 scaled, so
+that small probabilities do not vanish). A CPU multiplies in float32, where products of 16 bits are up to a hundred
+times slower without instructions for them; bfloat16 it multiplies as it is where it has those, and then, like torch,
+rounds each product, the logits too.
 """
 
 from __future__ import annotations
@@ -26,26 +27,34 @@ from wmengine.ops.torch_library import Tensor, check_tensor, cuda, define
 _LEAST_ROWS = 64
 _LEAST_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of a chunk, where the batch has so many
 _LARGEST = 16384.0  # slope by a logit in float16, after scaling
+_BFLOAT16_ON_CPU = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def rows_of_a_chunk(rows: int, features: int, classes: int, device: str, chunk: int | None = None) -> int:
+def rows_of_a_chunk(
+    rows: int, features: int, classes: int, device: str, chunk: int | None = None, stored: torch.dtype = torch.float32
+) -> int:
     """Rows whose logits are held at once: `chunk`, or max(D, 64, L/C) with L = 2²² on a CPU and 2²⁶ on a GPU.
 
-    With D rows the logits take the memory of the head, whose gradient has to be held anyway, and every product does as
-    much work for a byte of its logits as for a byte of its head. The rows are then spread evenly over the chunks.
+    With D rows the float32 logits take the memory of the head's gradient, which has to be held anyway, and the products
+    do as much work for a byte of logits as for a byte of it; for logits of 16 bits that is at 2 D rows. The rows are
+    then spread evenly over the chunks.
     """
-    most = chunk or max(features, _LEAST_ROWS, _LEAST_LOGITS[device] // classes)
+    most = chunk or max(4 * features // stored.itemsize, _LEAST_ROWS, _LEAST_LOGITS[device] // classes)
     return max(1, -(-rows // max(1, -(-rows // most))))
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out = a·b; a GPU multiplies factors of 16 bits as they are and sums them into a float32 `out`."""
-    return torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
+    """out = a·b, where `out` may be float32 for factors of 16 bits: a GPU rounds nothing on the way, a CPU each sum."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    return out.copy_(a @ b) if a.device.type == "cpu" else torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 def _add_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out += a·b, in the precision of :func:`_product`."""
-    return out.addmm_(a, b) if a.dtype == out.dtype else torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    if a.dtype == out.dtype:
+        return out.addmm_(a, b)
+    return out.add_(a @ b) if a.device.type == "cpu" else torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
 
 
 def _matrix(values: Tensor) -> Tensor:
@@ -56,6 +65,11 @@ def _matrix(values: Tensor) -> Tensor:
 def _waiting(dtype: torch.dtype) -> torch.dtype:
     """The type in which a gradient waits for backward: float16 would lose what a loss scaler is yet to lift."""
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _stored(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type of the logits when `dtype` is multiplied: a CPU has no product of 16 bits that is not rounded."""
+    return dtype if device.type == "cpu" else torch.float32
 
 
 def _check_rows(labels: Tensor, group: Tensor | None, classes: int, groups: int, kept: Tensor) -> None:
@@ -115,12 +129,14 @@ def _linear_cross_entropy(
         scale = torch.where((largest > 0) & (largest < torch.inf), _LARGEST / largest, one)
     behind = factor / scale  # what the gradient of a chunk has to be multiplied by
 
-    step = rows_of_a_chunk(rows, features, classes, device.type, chunk)
+    with_gradient, low, stored = by_hidden or by_head or by_bias, dtype != torch.float32, _stored(dtype, device)
+    step = rows_of_a_chunk(rows, features, classes, device.type, chunk, stored)
     hidden, head_type, head = _matrix(hidden), head.dtype, _matrix(head).to(dtype)
-    with_gradient, low = by_hidden or by_head or by_bias, dtype != torch.float32
-    buffer, narrow = floats(step, classes), floats(step if low and with_gradient else 0, classes, kind=dtype)
-    slopes = floats(step if by_hidden else 0, features)
-    sums = floats(*(head.shape if by_head else (0,)))
+    buffer = floats(step, classes, kind=stored)
+    narrow = floats(step if stored != dtype and with_gradient else 0, classes, kind=dtype)
+    slopes = floats(step if by_hidden else 0, features, kind=stored)
+    alone = rows <= step and head_type == dtype == torch.bfloat16  # the sum over one chunk
+    sums = floats(*(head.shape if by_head else (0,)), kind=dtype if alone else torch.float32)
     by_bias = by_bias and bias is not None
     bias_sums = floats(classes if by_bias else 0).zero_()
     loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -141,13 +157,13 @@ def _linear_cross_entropy(
             label_smoothing,
             ignore_index,
         )
-        gradient = narrow[:size] if low else logits
+        gradient = logits if stored == dtype else narrow[:size]
         if not with_gradient:
             totals = torch.ops.wmengine.marked_cross_entropy(logits, *rest, False, False)[:3]
-        elif low:
-            totals = cuda().cross_entropy_into(gradient, scale, logits, *rest)
+        elif stored == dtype:
+            totals = cross_entropy_in_place(logits, *rest)
         else:
-            totals = cross_entropy_in_place(gradient, *rest)
+            totals = cuda().cross_entropy_into(gradient, scale, logits, *rest)
         loss += totals[0]
         group_loss += totals[1]
         group_hits += totals[2]
@@ -162,7 +178,7 @@ def _linear_cross_entropy(
     if not rows:
         sums.zero_()
     elif low:
-        sums = torch.mul(sums, behind, out=floats(*sums.shape, kind=_waiting(head_type)))
+        sums = torch.mul(sums, behind, out=sums if alone else floats(*sums.shape, kind=_waiting(head_type)))
     return (
         (loss / denominator if mean else loss).float(),
         group_loss.float(),
@@ -257,10 +273,12 @@ def marked_linear_cross_entropy(
     """:func:`marked_cross_entropy` of the logits hidden·headᵀ + bias, which are never held but for a chunk of rows.
 
     hidden[N, D], head[C, D], bias[C] or None; the rest as there. `loss` is differentiable once by hidden, head and
-    bias, and each gradient has its tensor's dtype. `chunk` is the number of rows whose float32 logits are held at once;
-    by default max(D, 64, 2²²/C) on a CPU and max(D, 64, 2²⁶/C) on a GPU, so that they take about the memory of the
-    head. From forward to backward the gradients themselves are held. Products are summed in float32; hidden and head
-    of two types are taken in the wider one, under autocast in autocast's (on a CPU always in float32).
+    bias, and each gradient has its tensor's dtype. `chunk` is the number of rows whose logits are held at once; by
+    default max(D, 64, 2²²/C) on a CPU (2 D in bfloat16) and max(D, 64, 2²⁶/C) on a GPU, so that they take about the
+    memory of the head. From forward to backward the gradients themselves are held.
+
+    The factors of the products have the wider type of hidden and head, under autocast autocast's; a CPU without
+    instructions for bfloat16, and any CPU for float16, multiplies in float32. Sums over rows and losses are float32.
     """
     check_tensor("hidden", hidden, 2)
     check_tensor("head", head, 2)
@@ -299,10 +317,11 @@ def marked_linear_cross_entropy(
                 hidden, head, labels, weight, group, bias, groups, label_smoothing, ignore_index, reduction
             )
         )
-    if hidden.device.type == "cpu":
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    if device == "cpu" and not (dtype == torch.bfloat16 and _BFLOAT16_ON_CPU):
         dtype = torch.float32
-    elif torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
     weight = None if weight is None else weight.detach().float()
     by = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, head, bias)]
     settings = (groups, label_smoothing, ignore_index, reduction == "mean", chunk, dtype, *by)
