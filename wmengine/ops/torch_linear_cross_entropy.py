@@ -73,9 +73,22 @@ def _stored(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _check_rows(labels: Tensor, group: Tensor | None, classes: int, groups: int, kept: Tensor) -> None:
-    bad = kept & ((labels < 0) | (labels >= classes))
+    """ValueError naming the first row, of the whole batch, whose label or group is out of range."""
+
+    def outside(values: Tensor, count: int) -> Tensor:
+        return (values < 0) | (values >= count)
+
+    def bounded(values: Tensor | None, count: int) -> bool:
+        if values is None or not values.numel():
+            return True
+        least, greatest = torch.aminmax(values)
+        return int(least) >= 0 and int(greatest) < count
+
+    if bounded(labels, classes) and bounded(group, groups):
+        return
+    bad = kept & outside(labels, classes)
     if group is not None:
-        bad |= (group < 0) | (group >= groups)
+        bad |= outside(group, groups)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise ValueError(
