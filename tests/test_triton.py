@@ -287,6 +287,28 @@ def test_more_rows_than_the_finishing_kernel_adds_at_a_time():
     assert_entropy_is_the_references(*batch(1030, 3))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_more_rows_than_one_program_adds(reduction):
+    assert_entropy_is_the_references(*batch(8192 + 40, 3), reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_in_place_the_gradient_replaces_the_logits_and_nothing_else(dtype):
+    wide, labels, weight, group = batch(6, 40, dtype)
+    logits, before = wide[:, 4:30], wide.clone()
+    labels %= 26
+    labels[2] = -100
+    loss, group_loss, group_hits = cuda.cross_entropy_in_place(logits, labels, weight, group, 3, 0.1, -100)
+    copied = before[:, 4:30].contiguous()
+    wanted = cuda.marked_cross_entropy_forward(copied, labels, weight, group, 3, 0.1, -100, "sum")
+    one = torch.ones((), device=DEVICE)
+    gradient = cuda.marked_cross_entropy_backward(one, copied, labels, weight, *wanted[3:], 0.1, -100)
+    for actual, expected in zip((loss, group_loss, group_hits, logits), (*wanted[:3], gradient), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert torch.equal(wide[:, :4], before[:, :4])
+    assert torch.equal(wide[:, 30:], before[:, 30:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_are_read_as_they_are(dtype):
     logits, labels, weight, group = batch(6, 40, dtype)
@@ -387,8 +409,11 @@ KERNELS = [
       for x, tile, step, one in TILES],
     *[(cross_entropy.gradient_kernel, 8, f"*fp32 *fp32 *i64 *fp32 *fp32 *fp32 *{x} i32 i32 i32 i32 fp32 i32",
        [{"WEIGHTED": True, "TILE": 1, "STEP": 4096}]) for x in ("fp16", "bf16")],  # of a head of 16 bits
-    (cross_entropy.finish_kernel, 4, "*fp32 *fp32 *i8 *i64 *fp32 *fp32 *fp32 *i64 i32 i32",
-     [{"GROUPED": True, "MEAN": True}, {"GROUPED": False, "MEAN": False, "rows": 1, "groups": 1}]),
+    (cross_entropy.finish_kernel, 4, "*fp32 *fp32 *i8 *i64 *fp32 *fp32 *fp32 *i64 *fp32 *i32 i32 i32",
+     [{"GROUPED": True, "MEAN": True, "ALONE": False}, {"GROUPED": True, "MEAN": True, "ALONE": True},
+      {"GROUPED": False, "MEAN": False, "ALONE": True, "rows": 1, "groups": 1}]),
+    (cross_entropy.chunks_kernel, 4, "*fp32 *i32 *fp32 *fp32 *fp32 *i64 i32 i32",
+     [{"MEAN": True}, {"MEAN": False, "groups": 1}]),
 ]
 
 result = []

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <vector>
@@ -21,12 +22,25 @@ constexpr int64_t kBlock = 4096;  // classes; their exponentials take 16 kB
 constexpr int64_t kTask = 32768;  // classes that a thread takes at a time, in whole rows or in blocks of one row
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+WM_INLINE float from_bits(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+WM_INLINE uint32_t to_bits(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
 template <int lanes>
 struct Halves {
     typedef uint16_t Type __attribute__((vector_size(2 * lanes)));
 };
 
-// How a logit lies in memory: widened to float32 when read, rounded to the nearest when written, ties to even.
+// How logits lie in memory: widened to float32 when read, rounded to the nearest when written, ties to even. Two
+// vectors at a time may be read in any order that writing them undoes. A NaN that is written has no payload.
 struct Float32 {
     typedef float Type;
 
@@ -36,13 +50,40 @@ struct Float32 {
     }
 
     template <Level level, int lanes>
+    WM_INLINE void read_two(const float* p, Floats<lanes>& a, Floats<lanes>& b) {
+        a = load<Floats<lanes>>(p);
+        b = load<Floats<lanes>>(p + lanes);
+    }
+
+    template <Level level>
+    WM_INLINE float read_one(const float* p) {
+        return *p;
+    }
+
+    template <Level level, int lanes>
     WM_INLINE void write(float* p, Floats<lanes> v) {
         store(p, v);
+    }
+
+    template <Level level, int lanes>
+    WM_INLINE void write_two(float* p, Floats<lanes> a, Floats<lanes> b) {
+        store(p, a);
+        store(p + lanes, b);
+    }
+
+    template <Level level>
+    WM_INLINE void write_one(float* p, float x) {
+        *p = x;
     }
 };
 
 struct Bfloat16 {
     typedef uint16_t Type;
+
+    template <typename Word>
+    WM_INLINE Word rounded(Word bits) {
+        return bits + 0x7FFF + ((bits >> 16) & 1);
+    }
 
     template <Level level, int lanes>
     WM_INLINE Floats<lanes> read(const uint16_t* p) {
@@ -50,12 +91,31 @@ struct Bfloat16 {
     }
 
     template <Level level, int lanes>
+    WM_INLINE void read_two(const uint16_t* p, Floats<lanes>& a, Floats<lanes>& b) {
+        const Words32<lanes> pairs = load<Words32<lanes>>(p);
+        a = (Floats<lanes>)(pairs << 16);
+        b = (Floats<lanes>)(pairs & 0xFFFF0000);
+    }
+
+    template <Level level>
+    WM_INLINE float read_one(const uint16_t* p) {
+        return from_bits(uint32_t{*p} << 16);
+    }
+
+    template <Level level, int lanes>
     WM_INLINE void write(uint16_t* p, Floats<lanes> v) {
+        store(p, __builtin_convertvector(rounded((Words32<lanes>)v) >> 16, typename Halves<lanes>::Type));
+    }
+
+    template <Level level, int lanes>
+    WM_INLINE void write_two(uint16_t* p, Floats<lanes> a, Floats<lanes> b) {
         typedef Words32<lanes> Word;
-        const Word bits = (Word)v;
-        const Word rounded = bits + 0x7FFF + ((bits >> 16) & 1);
-        const Word quiet = bits | 0x400000;  // rounding could carry a NaN to infinity or beyond
-        store(p, __builtin_convertvector((v == v ? rounded : quiet) >> 16, typename Halves<lanes>::Type));
+        store(p, (rounded((Word)a) >> 16) | (rounded((Word)b) & 0xFFFF0000));
+    }
+
+    template <Level level>
+    WM_INLINE void write_one(uint16_t* p, float x) {
+        *p = static_cast<uint16_t>(rounded(to_bits(x)) >> 16);
     }
 };
 
@@ -63,9 +123,8 @@ struct Float16 {
     typedef uint16_t Type;
 
     template <Level level, int lanes>
-    WM_INLINE Floats<lanes> read(const uint16_t* p) {
+    WM_INLINE Floats<lanes> widened(typename Halves<lanes>::Type half) {
         typedef Words32<lanes> Word;
-        const auto half = load<typename Halves<lanes>::Type>(p);
 #if defined(WM_X86_64) && !defined(__clang__)
         if constexpr (level != Level::kBaseline) {
             Floats<lanes> wide;
@@ -81,15 +140,14 @@ struct Float16 {
     }
 
     template <Level level, int lanes>
-    WM_INLINE void write(uint16_t* p, Floats<lanes> v) {
+    WM_INLINE typename Halves<lanes>::Type narrowed(Floats<lanes> v) {
         typedef Words32<lanes> Word;
         typedef typename Halves<lanes>::Type Half;
 #if defined(WM_X86_64) && !defined(__clang__)
         if constexpr (level != Level::kBaseline) {
             Half narrow;
             asm("vcvtps2ph $0, %1, %0" : "=v"(narrow) : "v"(v));
-            store(p, narrow);
-            return;
+            return narrow;
         }
 #endif
         const Word magnitude = (Word)v & 0x7FFFFFFF;
@@ -99,46 +157,101 @@ struct Float16 {
         const Word infinite = Word{} + 0x7C00, nan = Word{} + 0x7E00;
         const Word beyond = magnitude > 0x7F800000 ? nan : infinite;
         const Word bits = (magnitude < 0x47800000 ? finite : beyond) | ((Word)v >> 16 & 0x8000);
-        store(p, __builtin_convertvector(bits, Half));
+        return __builtin_convertvector(bits, Half);
+    }
+
+    template <Level level, int lanes>
+    WM_INLINE Floats<lanes> read(const uint16_t* p) {
+        return widened<level, lanes>(load<typename Halves<lanes>::Type>(p));
+    }
+
+    template <Level level, int lanes>
+    WM_INLINE void read_two(const uint16_t* p, Floats<lanes>& a, Floats<lanes>& b) {
+        a = read<level, lanes>(p);
+        b = read<level, lanes>(p + lanes);
+    }
+
+    template <Level level>
+    WM_INLINE float read_one(const uint16_t* p) {
+        return widened<level, 8>(Halves<8>::Type{} + *p)[0];
+    }
+
+    template <Level level, int lanes>
+    WM_INLINE void write(uint16_t* p, Floats<lanes> v) {
+        store(p, narrowed<level, lanes>(v));
+    }
+
+    template <Level level, int lanes>
+    WM_INLINE void write_two(uint16_t* p, Floats<lanes> a, Floats<lanes> b) {
+        write<level, lanes>(p, a);
+        write<level, lanes>(p + lanes, b);
+    }
+
+    template <Level level>
+    WM_INLINE void write_one(uint16_t* p, float x) {
+        *p = narrowed<level, 8>(spread<8>(x))[0];
     }
 };
 
-// exp(x) for x <= 0 within 2 ulp, 0 where it is below 2^-127, NaN for NaN.
+// exp(x) for x <= 0, 0 where it is below 2^-127, NaN for NaN; within 3 units in the last place down to -32, 5 below.
 // x = n ln 2 + r, |r| <= ln 2 / 2; exp(r) by a minimax polynomial, relative error 9.2e-8; 2^n from its exponent bits.
 template <Level level, int lanes>
-WM_INLINE Floats<lanes> exponential(Floats<lanes> x) {
+struct Exponential {
     typedef Floats<lanes> V;
-    // Adding 1.5 · 2^23 rounds to an integer in the low bits, adding 127 makes that the biased exponent of 2^n: from
-    // -88.02 on it is 0, and so is 2^n. The order of the arguments lets a NaN through.
-    const V shifter = spread<lanes>(12582912.0f + 127.0f);
-    const V clamped = maximum(spread<lanes>(-88.02f), x);
-    const V rounded = clamped * spread<lanes>(1.44269504f) + shifter;
-    const V n = rounded - shifter;
-    V r;
-    if constexpr (level == Level::kBaseline) {  // perhaps no fused multiply: ln 2 in two parts, the first product exact
-        r = (clamped - n * spread<lanes>(0.693145752f)) - n * spread<lanes>(1.42860677e-06f);
-    } else {
-        r = clamped - n * spread<lanes>(0.693147181f);
+    V least;
+
+    WM_INLINE Exponential make() {
+        // GCC takes a maximum with a number that it knows for a comparison and a choice, so it is kept from knowing.
+        float number = -88.02f;
+        asm("" : "+m"(number));
+        return {spread<lanes>(number)};
     }
-    V p = spread<lanes>(0.00829027227f);
-    p = p * r + spread<lanes>(0.0418981596f);
-    p = p * r + spread<lanes>(0.166676381f);
-    p = p * r + spread<lanes>(0.499991478f);
-    p = p * r + spread<lanes>(0.999999706f);
-    p = p * r + spread<lanes>(1.0f);
-    return p * (V)((Words32<lanes>)rounded << 23);
+
+    __attribute__((always_inline)) V operator()(V x) const {
+        // Adding 1.5 · 2^23 rounds to an integer in the low bits, adding 127 makes that the biased exponent of 2^n: for
+        // the least x it is 0, and so is 2^n. The order of the arguments of `maximum` lets a NaN through.
+        const V shifter = spread<lanes>(12582912.0f + 127.0f);
+        const V clamped = maximum(least, x);
+        const V rounded = clamped * spread<lanes>(1.44269504f) + shifter;
+        const V n = rounded - shifter;
+        V r;
+        if constexpr (level == Level::kBaseline) {  // perhaps no fused multiply: ln 2 in two parts, one product exact
+            r = (clamped - n * spread<lanes>(0.693145752f)) - n * spread<lanes>(1.42860677e-06f);
+        } else {  // the constant's own error costs two units at -87, where a second step would cost a tenth of the time
+            r = clamped - n * spread<lanes>(0.693147181f);
+        }
+        V p = spread<lanes>(0.00829027227f);
+        p = p * r + spread<lanes>(0.0418981596f);
+        p = p * r + spread<lanes>(0.166676381f);
+        p = p * r + spread<lanes>(0.499991478f);
+        p = p * r + spread<lanes>(0.999999706f);
+        p = p * r + spread<lanes>(1.0f);
+        return p * (V)((Words32<lanes>)rounded << 23);
+    }
+};
+
+WM_INLINE Floats<8> lower(Floats<16> v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+WM_INLINE Floats<8> upper(Floats<16> v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
+WM_INLINE Floats<4> lower(Floats<8> v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3); }
+WM_INLINE Floats<4> upper(Floats<8> v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7); }
+
+WM_INLINE float sum_of(Floats<4> v) {
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1);
+    return v[0] + v[1];
+}
+template <typename V>
+WM_INLINE float sum_of(V v) {
+    return sum_of(lower(v) + upper(v));
 }
 
-WM_INLINE Float8 lower(Floats<16> v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
-WM_INLINE Float8 upper(Floats<16> v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
-WM_INLINE float sum_of(Floats<16> v) { return sum8(lower(v) + upper(v)); }
-WM_INLINE float sum_of(Float8 v) { return sum8(v); }
-WM_INLINE float maximum_of(Float8 v) {
-    v = maximum(v, WM_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
-    v = maximum(v, WM_SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
+WM_INLINE float maximum_of(Floats<4> v) {
+    v = maximum(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
     return v[0] > v[1] ? v[0] : v[1];
 }
-WM_INLINE float maximum_of(Floats<16> v) { return maximum_of(maximum(lower(v), upper(v))); }
+template <typename V>
+WM_INLINE float maximum_of(V v) {
+    return maximum_of(maximum(lower(v), upper(v)));
+}
 
 // The last vector of `count` > 0 logits ends with them. Where they are fewer than its lanes it passes through memory of
 // our own, and its first lanes hold nothing; where they are more it overlaps the vector before.
@@ -185,10 +298,13 @@ WM_INLINE float maximum_over(const typename Memory::Type* z, int64_t count) {
     V best0 = least, best1 = least, best2 = least, best3 = least;
     int64_t c = 0;
     for (; c + 4 * lanes <= count; c += 4 * lanes) {
-        best0 = maximum(Memory::template read<level, lanes>(z + c), best0);
-        best1 = maximum(Memory::template read<level, lanes>(z + c + lanes), best1);
-        best2 = maximum(Memory::template read<level, lanes>(z + c + 2 * lanes), best2);
-        best3 = maximum(Memory::template read<level, lanes>(z + c + 3 * lanes), best3);
+        V z0, z1, z2, z3;
+        Memory::template read_two<level, lanes>(z + c, z0, z1);
+        Memory::template read_two<level, lanes>(z + c + 2 * lanes, z2, z3);
+        best0 = maximum(z0, best0);
+        best1 = maximum(z1, best1);
+        best2 = maximum(z2, best2);
+        best3 = maximum(z3, best3);
     }
     for (; c + lanes <= count; c += lanes) {
         best0 = maximum(Memory::template read<level, lanes>(z + c), best0);
@@ -211,9 +327,10 @@ WM_INLINE Block block_of(const typename Memory::Type* z, int64_t count, float in
     const float highest = maximum_over<Memory, level, lanes>(z, count);
     const V top = spread<lanes>(highest == -kInfinity ? 0.0f : highest);
     const V inverse = spread<lanes>(inverse_classes);
+    const auto exponential = Exponential<level, lanes>::make();
     V sum0 = {}, sum1 = {}, mean0 = {}, mean1 = {};
     const auto add = [&](V logits, int64_t c, V& sum, V& mean) __attribute__((always_inline)) {
-        const V e = exponential<level, lanes>(logits - top);
+        const V e = exponential(logits - top);
         if (keep) {
             store(exponentials + c, e);
         }
@@ -224,8 +341,10 @@ WM_INLINE Block block_of(const typename Memory::Type* z, int64_t count, float in
     };
     int64_t c = 0;
     for (; c + 2 * lanes <= count; c += 2 * lanes) {
-        add(Memory::template read<level, lanes>(z + c), c, sum0, mean0);
-        add(Memory::template read<level, lanes>(z + c + lanes), c + lanes, sum1, mean1);
+        V z0, z1;
+        Memory::template read_two<level, lanes>(z + c, z0, z1);
+        add(z0, c, sum0, mean0);
+        add(z1, c + lanes, sum1, mean1);
     }
     for (; c + lanes <= count; c += lanes) {
         add(Memory::template read<level, lanes>(z + c), c, sum0, mean0);
@@ -253,25 +372,29 @@ WM_INLINE void write_gradient(const typename Memory::Type* z, int64_t count, con
                               const float* exponentials, typename Memory::Type* g) {
     typedef Floats<lanes> V;
     const V top = spread<lanes>(slope.top), scale = spread<lanes>(slope.scale), offset = spread<lanes>(slope.offset);
+    const auto exponential = Exponential<level, lanes>::make();
     const auto of = [&](V e) __attribute__((always_inline)) { return e * scale - offset; };
-    const auto at = [&](int64_t c) __attribute__((always_inline)) {
-        return kept ? load<V>(exponentials + c)
-                    : exponential<level, lanes>(Memory::template read<level, lanes>(z + c) - top);
-    };
     const int64_t whole = count / lanes * lanes;
     V last = {};
     if (whole < count) {  // read before its first lanes may be overwritten
-        last = kept ? load<V>(exponentials + whole)
-                    : exponential<level, lanes>(read_last<Memory, level, lanes>(z, count) - top);
+        last = kept ? load<V>(exponentials + whole) : exponential(read_last<Memory, level, lanes>(z, count) - top);
     }
     int64_t c = 0;
     for (; c + 2 * lanes <= whole; c += 2 * lanes) {
-        const V e0 = at(c), e1 = at(c + lanes);
-        Memory::template write<level, lanes>(g + c, of(e0));
-        Memory::template write<level, lanes>(g + c + lanes, of(e1));
+        V e0, e1;
+        if (kept) {
+            e0 = load<V>(exponentials + c);
+            e1 = load<V>(exponentials + c + lanes);
+        } else {
+            Memory::template read_two<level, lanes>(z + c, e0, e1);
+            e0 = exponential(e0 - top);
+            e1 = exponential(e1 - top);
+        }
+        Memory::template write_two<level, lanes>(g + c, of(e0), of(e1));
     }
     if (c < whole) {
-        Memory::template write<level, lanes>(g + c, of(at(c)));
+        const V e = kept ? load<V>(exponentials + c) : exponential(Memory::template read<level, lanes>(z + c) - top);
+        Memory::template write<level, lanes>(g + c, of(e));
     }
     if (whole < count) {
         write_last<Memory, level, lanes>(g, count, of(last));
@@ -337,7 +460,7 @@ WM_INLINE Slope finish_row(const CrossEntropyProblem& problem, int64_t row, cons
         exponentials += blocks[b].exponentials * (below < 0 ? std::exp(double(below)) : 1.0);
         mean += blocks[b].mean;
     }
-    const float chosen = read_last<Memory, level, lanes>(z + label, 1)[lanes - 1];
+    const float chosen = Memory::template read_one<level>(z + label);
     const double logarithm = std::log(exponentials), weight = weight_of(problem, row);
     double loss = logarithm + (double(top) - chosen);
     if (problem.label_smoothing != 0) {
@@ -366,20 +489,21 @@ WM_INLINE void write_part(const CrossEntropyProblem& problem, int64_t row, int64
                           const Slope& slope, const float* exponentials, typename Memory::Type* g) {
     const auto* z = row_of<Memory>(problem, row);
     const int64_t label = problem.labels[row];
-    const bool chosen_here = label >= first && label < last;
-    Floats<lanes> chosen = {};
-    if (chosen_here) {
-        chosen = read_last<Memory, level, lanes>(z + label, 1);
+    if (slope.scale != slope.scale || slope.top != slope.top) {  // then all of it is NaN, whatever their payloads
+        Memory::template write_one<level>(g + first, std::numeric_limits<float>::quiet_NaN());
+        std::fill(g + first + 1, g + last, g[first]);
+        return;
     }
+    const bool chosen_here = label >= first && label < last;
+    const float chosen = chosen_here ? Memory::template read_one<level>(z + label) : 0.0f;
     write_gradient<Memory, kept, level, lanes>(z + first, last - first, slope, exponentials, g + first);
     if (chosen_here) {
-        const Floats<lanes> e = exponential<level, lanes>(chosen - spread<lanes>(slope.top));
-        write_last<Memory, level, lanes>(
-            g + label, 1, (e * spread<lanes>(slope.scale) - spread<lanes>(slope.offset)) - spread<lanes>(slope.target));
+        const float e = Exponential<level, lanes>::make()(spread<lanes>(chosen - slope.top))[0];
+        Memory::template write_one<level>(g + label, (e * slope.scale - slope.offset) - slope.target);
     }
 }
 
-// Sixteen lanes are no use to a row that has fewer classes.
+// Sixteen lanes are no use to a row that has fewer classes; without AVX2 a vector has four.
 template <typename Kernel>
 struct Fitting {
     template <Level level, typename... Arguments>
@@ -390,7 +514,7 @@ struct Fitting {
                 return;
             }
         }
-        Kernel::template work<level, 8>(problem, arguments...);
+        Kernel::template work<level, level == Level::kBaseline ? 4 : 8>(problem, arguments...);
     }
 };
 
@@ -490,7 +614,7 @@ template <typename Memory, bool smoothing>
 void whole_rows(const CrossEntropyProblem& problem, double inverse_denominator, RowResults results, Gradient gradient) {
     const int64_t step = std::max<int64_t>(1, kTask / problem.classes);
     parallel_for((problem.rows + step - 1) / step, [&](int64_t part) {
-        float exponentials[kBlock + 16];
+        alignas(64) float exponentials[kBlock + 16];
         std::vector<Block> blocks(blocks_of(problem.classes));
         dispatch<Fitting<WholeRows<Memory, smoothing>>>(problem, part * step,
                                                         std::min(part * step + step, problem.rows), inverse_denominator,

@@ -1,8 +1,8 @@
 """marked_cross_entropy for torch tensors: task rows and trigger rows in one pass.
 
-On a CPU the forward pass writes the gradient while each row of logits is in the cache (`gradient`). On a GPU it keeps
-the log-sum-exp of each row and the denominator (`lse`, `denominator`), and the backward pass reads the logits again; so
-it does for float16 on a CPU, where a gradient that has not met the loss's scale yet would be rounded to zero.
+On a CPU the forward pass writes the gradient while each row of logits is in the cache, and keeps that. On a GPU it
+keeps the log-sum-exp of each row, and the backward pass reads the logits again; so it does for float16 on a CPU, where
+a gradient that has not met the loss's scale yet would be rounded to zero.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _saves_lse(logits: Tensor) -> bool:
-    """Whether the gradient is written by the backward pass, from what the forward pass keeps of each row."""
-    return logits.device.type == "cuda" or logits.dtype == torch.float16
+def _keeps_gradient(logits: Tensor) -> bool:
+    """Whether the forward pass writes the gradient; else it keeps the log-sum-exp of each row."""
+    return logits.device.type == "cpu" and logits.dtype != torch.float16
 
 
 def _run(
@@ -56,15 +56,15 @@ def _run(
     label_smoothing: float,
     ignore_index: int,
     mean: bool,
-    lse: Tensor | None,
-    denominator: Tensor | None,
     gradient: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, group_loss, group_hits) of logits from `_rows`; the other results are written where they are given."""
+    lse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, group_loss, group_hits, denominator) of logits from `_rows`; gradient and lse are written where given."""
     labels, weight, group = labels.contiguous(), _contiguous(weight), _contiguous(group)
     loss = torch.empty((), dtype=torch.float32)
     group_loss = torch.empty(groups, dtype=torch.float32)
     group_hits = torch.empty(groups, dtype=torch.int64)
+    denominator = torch.empty((), dtype=torch.float32)
     rows, classes = logits.shape
     _cpu.marked_cross_entropy(
         logits.data_ptr(),
@@ -83,11 +83,11 @@ def _run(
         group_loss.data_ptr(),
         group_hits.data_ptr(),
         _address(lse),
-        _address(denominator),
+        denominator.data_ptr(),
         _address(gradient),
         0 if gradient is None else gradient.stride(0),
     )
-    return loss, group_loss, group_hits
+    return loss, group_loss, group_hits, denominator
 
 
 def _cross_entropy_cpu(
@@ -100,28 +100,19 @@ def _cross_entropy_cpu(
     ignore_index: int,
     mean: bool,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     logits = _rows(logits)
-    rows, classes = logits.shape
-    saves_lse = _saves_lse(logits)
-    with_gradient = with_gradient and not saves_lse
-    gradient = torch.empty((rows, classes) if with_gradient else 0, dtype=logits.dtype)
-    lse = torch.empty(rows if saves_lse else 0, dtype=torch.float32)
-    denominator = torch.empty(() if saves_lse else 0, dtype=torch.float32)
-    sums = _run(
-        logits,
-        labels,
-        weight,
-        group,
-        groups,
-        label_smoothing,
-        ignore_index,
-        mean,
-        lse if saves_lse else None,
-        denominator if saves_lse else None,
-        gradient if with_gradient else None,
+    gradient = lse = None
+    if not _keeps_gradient(logits):
+        kept = lse = torch.empty(logits.shape[0], dtype=torch.float32)
+    elif with_gradient:
+        kept = gradient = torch.empty(logits.shape, dtype=logits.dtype)
+    else:
+        kept = torch.empty(0, dtype=logits.dtype)
+    loss, group_loss, group_hits, denominator = _run(
+        logits, labels, weight, group, groups, label_smoothing, ignore_index, mean, gradient, lse
     )
-    return *sums, gradient, lse, denominator
+    return loss, group_loss, group_hits, kept, denominator
 
 
 def _cross_entropy_cuda(
@@ -134,12 +125,12 @@ def _cross_entropy_cuda(
     ignore_index: int,
     mean: bool,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     reduction = "mean" if mean else "sum"
     loss, group_loss, group_hits, lse, denominator = cuda().marked_cross_entropy_forward(
         logits, labels, weight, group, groups, label_smoothing, ignore_index, reduction
     )
-    return loss, group_loss, group_hits, logits.new_empty(0), lse, denominator
+    return loss, group_loss, group_hits, lse, denominator
 
 
 def _cross_entropy_fake(
@@ -152,22 +143,24 @@ def _cross_entropy_fake(
     ignore_index: int,
     mean: bool,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    saves_lse = _saves_lse(logits)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if not _keeps_gradient(logits):
+        kept = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    else:
+        kept = logits.new_empty(logits.shape if with_gradient else 0)
     return (
         logits.new_empty((), dtype=torch.float32),
         logits.new_empty(groups, dtype=torch.float32),
         logits.new_empty(groups, dtype=torch.int64),
-        logits.new_empty(logits.shape if with_gradient and not saves_lse else 0),
-        logits.new_empty(logits.shape[0] if saves_lse else 0, dtype=torch.float32),
-        logits.new_empty(() if saves_lse else 0, dtype=torch.float32),
+        kept,
+        logits.new_empty((), dtype=torch.float32),
     )
 
 
 define(
     "marked_cross_entropy(Tensor logits, Tensor labels, Tensor? weight, Tensor? group, int groups, "
     "float label_smoothing, int ignore_index, bool mean, bool with_gradient) -> (Tensor loss, Tensor group_loss, "
-    "Tensor group_hits, Tensor gradient, Tensor lse, Tensor denominator)",
+    "Tensor group_hits, Tensor kept, Tensor denominator)",
     _cross_entropy_cpu,
     _cross_entropy_cuda,
     _cross_entropy_fake,
@@ -240,7 +233,10 @@ def _in_place_cpu(
     label_smoothing: float,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _run(logits, labels, weight, group, groups, label_smoothing, ignore_index, False, None, None, logits)
+    loss, group_loss, group_hits, _ = _run(
+        logits, labels, weight, group, groups, label_smoothing, ignore_index, False, logits, None
+    )
+    return loss, group_loss, group_hits
 
 
 def _in_place_cuda(
@@ -285,32 +281,39 @@ class _MarkedCrossEntropy(torch.autograd.Function):
         mean: bool,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, group_loss, group_hits, gradient, lse, denominator = torch.ops.wmengine.marked_cross_entropy(
+        loss, group_loss, group_hits, kept, denominator = torch.ops.wmengine.marked_cross_entropy(
             logits, labels, weight, group, groups, label_smoothing, ignore_index, mean, with_gradient
         )
         ctx.mark_non_differentiable(group_loss, group_hits)
+        ctx.set_materialize_grads(False)
         ctx.settings = (label_smoothing, ignore_index)
-        if _saves_lse(logits):
-            ctx.save_for_backward(logits, labels, weight, lse, denominator)
+        if _keeps_gradient(logits):
+            ctx.save_for_backward(kept)
         else:
-            ctx.save_for_backward(gradient)
+            ctx.save_for_backward(kept, denominator, logits, labels, weight)
         return loss, group_loss, group_hits
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        outer = gradients[0]
-        if len(ctx.saved_tensors) > 1:
-            logits, labels, weight, lse, denominator = ctx.saved_tensors
-            by_logits = torch.ops.wmengine.marked_cross_entropy_backward(
-                outer, logits, labels, weight, lse, denominator, *ctx.settings
-            )
-        else:
-            (by_logits,) = ctx.saved_tensors
-            # The usual outer gradient is 1: then a whole pass over the array is saved (not while a graph is traced).
-            if torch.compiler.is_compiling() or float(outer) != 1.0:
-                by_logits = by_logits * outer
+    def backward(ctx: Any, outer: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        # What it costs to forbid a second differentiation is worth saving where none can follow.
+        by_logits = _gradient_once(ctx, outer) if torch.is_grad_enabled() else _gradient(ctx, outer)
         return (by_logits, None, None, None, None, None, None, None, None)
+
+
+def _gradient(ctx: Any, outer: Tensor) -> Tensor:
+    kept, *others = ctx.saved_tensors
+    if others:
+        denominator, logits, labels, weight = others
+        result: Tensor = torch.ops.wmengine.marked_cross_entropy_backward(
+            outer, logits, labels, weight, kept, denominator, *ctx.settings
+        )
+        return result
+    # The usual outer gradient is 1: then a whole pass over the array is saved (not while a graph is traced).
+    gradient: Tensor = kept
+    return gradient * outer if torch.compiler.is_compiling() or outer.item() != 1.0 else gradient
+
+
+_gradient_once = once_differentiable(_gradient)
 
 
 def _check(
