@@ -420,6 +420,8 @@ KERNELS = [
        f"*fp32 *{x} *i64 *fp32 *fp32 *fp32 *{x} i32 i32 i32 i32 fp32 i32",
        [{"WEIGHTED": False, "TILE": tile, "STEP": step} | one])
       for x, tile, step, one in TILES],
+    *[(cross_entropy.gradient_kernel, 8, f"*fp32 *fp32 *i64 *fp32 *fp32 *fp32 *{x} i32 i32 i32 i32 fp32 i32",
+       [{"WEIGHTED": True, "TILE": 1, "STEP": 4096}]) for x in ("fp16", "bf16")],  # of a head of 16 bits
     (cross_entropy.finish_kernel, 4, "*fp32 *fp32 *i8 *i64 *fp32 *fp32 *fp32 *i64 *fp32 *i32 i32 i32",
      [{"GROUPED": True, "MEAN": True, "ALONE": False}, {"GROUPED": True, "MEAN": True, "ALONE": True},
       {"GROUPED": False, "MEAN": False, "ALONE": True, "rows": 1, "groups": 1}]),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         MarkedCrossEntropy,
         embedding_loss,
         marked_cross_entropy,
+        marked_linear_cross_entropy,
         soft_nearest_neighbor,
     )
 
@@ -32,6 +33,7 @@ __all__ = [
     "get_num_threads",
     "label_matches",
     "marked_cross_entropy",
+    "marked_linear_cross_entropy",
     "match_counts",
     "pack_bits",
     "project",
@@ -42,7 +44,10 @@ __all__ = [
     "soft_nearest_neighbor",
 ]
 
-_TRAINING = ("MarkedCrossEntropy", "embedding_loss", "marked_cross_entropy", "soft_nearest_neighbor")
+_TRAINING = (
+    *("MarkedCrossEntropy", "embedding_loss", "marked_cross_entropy", "marked_linear_cross_entropy"),
+    "soft_nearest_neighbor",
+)
 
 
 def _is_tensor(value: Any) -> bool:

@@ -339,6 +339,31 @@ def cross_entropy_in_place(
     return loss, group_loss, group_hits
 
 
+def cross_entropy_into(
+    gradient: Tensor,
+    factor: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    groups: int,
+    label_smoothing: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(Σ wℓ, group_loss float32[G], group_hits int64[G]); gradient[N, C], of any type, becomes factor · that of Σ wℓ.
+
+    Labels and group are contiguous int64[N], weight is contiguous float32[N].
+    """
+    kernels = require("wmengine.kernels.cross_entropy", extra="train")
+    settings = float(label_smoothing), ignore_index
+    with _current(logits.device):
+        loss, group_loss, group_hits, lse, denominator = kernels.forward(
+            logits, labels, weight, group, groups, *settings, "sum"
+        )
+        kernels.backward(factor, logits, labels, weight, lse, denominator, *settings, gradient=gradient)
+    return loss, group_loss, group_hits
+
+
 def _rows(logits: Tensor) -> Tensor:
     """Logits whose classes lie side by side; rows may be any distance apart."""
     return logits if logits.stride(1) == 1 else logits.contiguous()

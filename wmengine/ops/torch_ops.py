@@ -8,6 +8,7 @@ from wmengine.ops import cpu
 from wmengine.ops.torch_cross_entropy import MarkedCrossEntropy, marked_cross_entropy
 from wmengine.ops.torch_embedding import embedding_loss
 from wmengine.ops.torch_library import Tensor, check_tensor, cuda
+from wmengine.ops.torch_linear_cross_entropy import marked_linear_cross_entropy
 from wmengine.ops.torch_matches import bit_matches, label_matches, pack_bits
 from wmengine.ops.torch_projection import project, project_adjoint, sketch, sketch_adjoint
 from wmengine.ops.torch_soft_nearest_neighbor import soft_nearest_neighbor
@@ -18,6 +19,7 @@ __all__ = [
     "embedding_loss",
     "label_matches",
     "marked_cross_entropy",
+    "marked_linear_cross_entropy",
     "match_counts",
     "pack_bits",
     "project",
