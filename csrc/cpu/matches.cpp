@@ -15,6 +15,10 @@
 #include "simd.h"
 #include "threads.h"
 
+#if defined(WM_X86_64) && !defined(__clang__)
+#define WM_POPCOUNT_BY_ASSEMBLY 1
+#endif
+
 namespace wmengine {
 namespace {
 
@@ -28,7 +32,7 @@ constexpr int64_t kWordsOfBytes = 31;  // words whose bits, up to eight a byte, 
 enum class Counting { kBitTricks, kShuffle, kInstruction };
 
 Counting counting() {
-#if defined(WM_X86_64)
+#if defined(WM_POPCOUNT_BY_ASSEMBLY)
     if (level() == Level::kV4 && __builtin_cpu_supports("avx512vpopcntdq")) {
         return Counting::kInstruction;
     }
@@ -42,10 +46,10 @@ Counting counting() {
 constexpr int counting_lanes(Counting counting) { return counting == Counting::kInstruction ? 16 : 8; }
 
 // Set bits, counted in each byte (kInstruction: in each lane). GCC refuses a builtin of another instruction set in a
-// function that is still to be inlined into one, but not assembly; Clang has a builtin for all of them.
+// function that is still to be inlined into one, but not assembly; with Clang the bit tricks have to do.
 template <Counting counting, typename Words>
 WM_INLINE Words set_bits(Words v) {
-#if defined(WM_X86_64) && defined(__GNUC__) && !defined(__clang__)
+#if defined(WM_POPCOUNT_BY_ASSEMBLY)
     if constexpr (counting == Counting::kInstruction) {
         Words count;
         __asm__("vpopcntd %1, %0" : "=v"(count) : "v"(v));
@@ -60,14 +64,6 @@ WM_INLINE Words set_bits(Words v) {
         __asm__("vpshufb %2, %1, %0" : "=x"(count_low) : "x"(table), "x"(low));
         __asm__("vpshufb %2, %1, %0" : "=x"(count_high) : "x"(table), "x"(high));
         return (Words)(count_low + count_high);
-    }
-#elif defined(__clang__)
-    if constexpr (counting == Counting::kInstruction) {
-        return __builtin_elementwise_popcount(v);
-    }
-    if constexpr (counting == Counting::kShuffle) {
-        typedef uint8_t Bytes __attribute__((vector_size(sizeof(Words))));
-        return (Words)__builtin_elementwise_popcount((Bytes)v);
     }
 #endif
     v = v - ((v >> 1) & 0x55555555u);
@@ -154,7 +150,7 @@ WM_INLINE void compare_planes(const uint32_t* suspects, int64_t group, const uin
     }
 }
 
-#if defined(WM_X86_64)
+#if defined(WM_POPCOUNT_BY_ASSEMBLY)
 __attribute__((target("arch=x86-64-v4,avx512vpopcntdq"))) void compare_by_instruction(const uint32_t* suspects,
                                                                                       int64_t group,
                                                                                       const uint32_t* tiles,
@@ -174,7 +170,7 @@ __attribute__((target("arch=x86-64-v3"))) void compare_by_shuffle(const uint32_t
 // suspect i at differences + i * kMostRows.
 void compare(Counting counting, const uint32_t* suspects, int64_t group, const uint32_t* tiles, int64_t count,
              Layout layout, int32_t* differences) {
-#if defined(WM_X86_64)
+#if defined(WM_POPCOUNT_BY_ASSEMBLY)
     if (counting == Counting::kInstruction) {
         return compare_by_instruction(suspects, group, tiles, count, layout, differences);
     }
