@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 SOURCES := $(shell find csrc -type f) setup.py CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench bench-avx2 clean
 
 demo: $(STAMP)
 	$(BIN)/python -m wmengine demo
@@ -27,6 +27,11 @@ format: $(STAMP)
 
 bench: $(PEERS)
 	$(BIN)/python -m benchmarks
+
+# The same on a processor with AVX-512, with everyone held to AVX2 who lets himself be held.
+bench-avx2: $(PEERS)
+	WMENGINE_INSTRUCTION_SET=x86-64-v3 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	FAISS_OPT_LEVEL=avx2 $(BIN)/python -m benchmarks
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info wmengine/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks

@@ -94,17 +94,29 @@ def device_name(device: str) -> str:
 
 
 def device_slug(device: str) -> str:
-    """The start of a result's file name: 'cpu', or the GPU's name in lower case with dashes."""
-    return "cpu" if device == "cpu" else re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    """The start of a result's file name: 'cpu', 'cpu-avx2' where it is capped, or the GPU's name with dashes."""
+    if device == "cpu":
+        return "-".join(["cpu", *instruction_sets()[-1:]]) if is_capped() else "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def is_capped() -> bool:
+    """Whether WMENGINE_INSTRUCTION_SET holds our kernels below what this CPU offers (`make bench-avx2` does)."""
+    from wmengine import _cpu
+
+    return _cpu.instruction_set() != _cpu.instruction_sets()[-1]
 
 
 def instruction_sets() -> list[str]:
-    """Which vector extensions this CPU offers, widest last; empty where the kernel does not tell."""
+    """Which vector extensions this CPU offers, or is capped at, widest last; empty where the kernel does not tell."""
+    from wmengine import _cpu
+
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return []
-    return [name for name in ("avx2", "avx512f", "asimd", "sve") if name in flags]
+    capped = {"x86-64": ("sse2",), "x86-64-v3": ("avx2",)} if is_capped() else {}
+    return [name for name in capped.get(_cpu.instruction_set(), ("avx2", "avx512f", "asimd", "sve")) if name in flags]
 
 
 def free_memory(device: str) -> int:
@@ -253,6 +265,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": threads,
         "instruction_sets": instruction_sets(),
+        "capped": device == "cpu" and is_capped(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES}
         | {package: number for package in PEERS if (number := version(package))},

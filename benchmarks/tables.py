@@ -74,8 +74,10 @@ def by_machine(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def slug(results: Sequence[Result]) -> str:
-    """'cpu' or the GPU's name, as in the result files' names: what a machine's plots are called after."""
+    """'cpu', 'cpu-avx2' where it was capped, or the GPU's name: what result files and plots are called after."""
     described = results[0]["environment"]
+    if described.get("capped"):
+        return "-".join(["cpu", *described["instruction_sets"][-1:]])
     lower = "".join(letter if letter.isalnum() else "-" for letter in described["device"].lower())
     return "cpu" if described["kind"] == "cpu" else "-".join(part for part in lower.split("-") if part)
 
@@ -137,9 +139,9 @@ def growth(sizes: Sequence[int], times: Sequence[float]) -> float:
 
 
 def readme_table(results: Sequence[Result]) -> str:
-    """The headline rows: time, ratio to the floor, ratios to peers; and the two plots."""
+    """The headline rows: time, ratio to the floor, ratios to peers; and the two plots. No capped machines."""
     parts = []
-    for machine, measured in by_machine(results).items():
+    for machine, measured in by_machine([one for one in results if not one["environment"].get("capped")]).items():
         table = [["operator", "size", "time", "× floor", "against peers"]]
         chosen = _headlines(measured)
         for row in chosen:
@@ -189,16 +191,18 @@ def summary(result: Result) -> str:
     return "\n".join([f"{result['operator']} on {result['environment']['device']}, {result['seconds']:g} s", *lines])
 
 
-def _place(result: Result) -> tuple[bool, str, int]:
+def _place(result: Result) -> tuple[bool, str, bool, int]:
     described = result["environment"]
     operator = result["operator"]
-    return described["kind"] != "cpu", described["device"], ORDER.index(operator) if operator in ORDER else len(ORDER)
+    order = ORDER.index(operator) if operator in ORDER else len(ORDER)
+    return described["kind"] != "cpu", described["device"], bool(described.get("capped")), order
 
 
 def _machine(described: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in described["versions"].items() if number)
     if described["kind"] == "cpu":
         sets = "/".join(name.upper() for name in described["instruction_sets"])
+        sets = f"held to {sets}" if described.get("capped") else sets
         place = f"CPU: {described['device']} ({sets}), {described['threads']} threads on {described['cores']} cores"
     else:
         place = f"GPU: {described['device']}, CUDA {described['cuda']}"
