@@ -108,7 +108,7 @@ def test_marked_linear_cross_entropy(size: Size, compare: Callable[[Case], None]
         try:
             from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
         except ImportError:
-            left_out["Liger-Kernel"] = "not installed"
+            left_out["Liger-Kernel"] = "not installed: pip install liger-kernel"
         else:
             liger = LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)
             opponents.append(
