@@ -11,7 +11,6 @@ from torch import Tensor
 from benchmarks.harness import QUICK_REASON, Aim, Case, Contender, compiled
 from wmengine import ops
 
-
 CURVE = 256  # features of the sizes that form a curve over rows
 
 
