@@ -21,7 +21,7 @@ STEADY = 1.15  # p80 over p20 of a roof that has not drifted
 README_ROWS = 14  # of one machine
 ORDER = (
     *("sketch", "project", "embedding_loss", "cross_entropy", "linear_cross_entropy", "soft_nearest_neighbor"),
-    *("match_counts", "label_matches", "bit_matches", "training_step"),
+    *("match_counts", "label_matches", "bit_matches", "training_step", "scan"),
 )
 
 Result = dict[str, Any]
