@@ -2,8 +2,10 @@
 
 import ctypes
 import errno
+import fcntl
 import os
 import resource
+import signal
 import socket as sockets
 import threading
 import time
@@ -81,6 +83,14 @@ def _run_machine_code():
         raise OSError(ctypes.get_errno(), "mprotect")
 
 
+def _send_descriptors():
+    connection = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM, 0, fileno=3)
+    try:
+        sockets.send_fds(connection, [b"x"], [0, 1, 2])
+    finally:
+        connection.detach()
+
+
 def _page():
     address = ctypes.addressof(ctypes.create_string_buffer(8192))
     return (address + 4095) // 4096 * 4096
@@ -97,6 +107,9 @@ FORBIDDEN = {
     "signal its parent": lambda: os.kill(os.getppid(), 0),
     "raise its limits": lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 50, 1 << 50)),
     "delete a file": lambda: os.unlink("/tmp/wmengine-was-here"),
+    "have the kernel signal others": lambda: fcntl.fcntl(3, fcntl.F_SETOWN, os.getppid()),
+    "choose the signal": lambda: fcntl.fcntl(3, 10, signal.SIGKILL),  # F_SETSIG
+    "send descriptors": _send_descriptors,
     "trace": lambda: _refuse_unless(ctypes.CDLL(None, use_errno=True).ptrace(16, os.getppid(), None, None) == 0),
     "run new code": _run_machine_code,
 }

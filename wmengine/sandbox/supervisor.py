@@ -61,26 +61,37 @@ class Supervisor:
     def worker(self, limits: Limits) -> Worker:
         """A fresh worker, forked and locked down."""
         ours, theirs = socket.socketpair()
-        with theirs:
-            answer = self._order({"fork": limits.memory_bytes}, theirs)
+        try:
+            with theirs:
+                answer = self._order({"fork": limits.memory_bytes}, theirs)
+        except BaseException:
+            ours.close()
+            raise
         ours.setblocking(False)
         return Worker(self, ours, int(answer["process"]), limits)
 
-    def reap(self, process: int) -> dict[str, Any]:
-        """How a worker ended: status as of wait(2), peak_kb, seconds of processor time."""
-        return self._order({"reap": process})
+    def end(self, process: int) -> dict[str, Any]:
+        """Kill a worker, if it still lives, and say how it ended: status as of wait(2), peak_kb, seconds of processor
+        time. The template does it, as the parent: no other process can have that number by now."""
+        return self._order({"end": process})
 
     def _order(self, order: dict[str, Any], passed: socket.socket | None = None) -> dict[str, Any]:
         with self._lock:
             for attempt in range(2):
+                if "end" in order and self._control is None:
+                    raise WorkerFailure("the template of the sandbox is gone, and its workers with it")
                 control = self._start()
                 try:
                     socket.send_fds(control, [json.dumps(order).encode()], [passed.fileno()] if passed else [])
-                    return self._answer(control)
+                    answer = self._answer(control)
                 except OSError:
                     self._close()  # somebody killed the template; its workers went with it
-                    if attempt or "reap" in order:
+                    if attempt or "end" in order:
                         raise WorkerFailure("the template of the sandbox was killed") from None
+                    continue
+                if "error" in answer:
+                    raise WorkerFailure(f"the template of the sandbox cannot {next(iter(order))}: {answer['error']}")
+                return answer
         raise AssertionError("unreachable")
 
     def _answer(self, control: socket.socket) -> dict[str, Any]:
@@ -172,18 +183,17 @@ class Worker:
     def close(self) -> None:
         """Kill the process."""
         if self.alive:
-            self._kill()
+            with contextlib.suppress(WorkerFailure):  # the template died first, and took it along
+                self._kill()
 
     def _kill(self) -> dict[str, Any]:
         self.alive = False
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process, signal.SIGKILL)
         self._connection.close()
-        return self._supervisor.reap(self.process)
+        return self._supervisor.end(self.process)
 
     def _ended(self, doing: str, error: wire.WireError) -> str:
         seconds = time.monotonic() - self._started
-        # What a worker died of is decided before its socket closes: this signal only ends one that closed it by itself.
+        # What a worker died of is decided before its socket closes: it is killed only if it closed that by itself.
         ended = self._kill()
         status = int(ended["status"])
         if error.late:

@@ -55,12 +55,14 @@ def receive(
 ) -> tuple[dict[str, Any], list[Array]]:
     """The next frame, its arrays read-only no more than maximum_bytes in all; WireError where there is none."""
     header_bytes, array_bytes = _LENGTHS.unpack(_receive_all(connection, _LENGTHS.size, deadline))
-    if header_bytes > MAXIMUM_HEADER or array_bytes > maximum_bytes:
-        raise WireError(f"an answer of {header_bytes + array_bytes} bytes, and at most {maximum_bytes} are taken")
+    if header_bytes > MAXIMUM_HEADER:
+        raise WireError(f"an answer of {header_bytes} bytes of names, and at most {MAXIMUM_HEADER} are taken")
+    if array_bytes > maximum_bytes:
+        raise WireError(f"an answer of {array_bytes} bytes, and at most {maximum_bytes} are taken")
     try:
         header = json.loads(_receive_all(connection, header_bytes, deadline))
         described = [(str(dtype), [int(size) for size in shape]) for dtype, shape in header["arrays"]]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):  # int(1e999)
         raise WireError("an answer that cannot be read") from None
     data = _receive_all(connection, array_bytes, deadline)
     arrays, at = [], 0
@@ -71,7 +73,10 @@ def receive(
         size = count * np.dtype(dtype).itemsize
         if at + size > array_bytes:
             raise WireError("an answer whose arrays are longer than itself")
-        arrays.append(np.frombuffer(data, dtype, count, at).reshape(shape) if count else np.empty(shape, dtype))
+        try:
+            arrays.append(np.frombuffer(data, dtype, count, at).reshape(shape) if count else np.empty(shape, dtype))
+        except (ValueError, OverflowError):  # a shape like [0, 2^40, 2^40]
+            raise WireError("an answer that cannot be read") from None
         at += size
     if at != array_bytes:
         raise WireError("an answer whose arrays are shorter than itself")
