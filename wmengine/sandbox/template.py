@@ -38,7 +38,7 @@ def main() -> None:
                 process = os.fork()
                 if process == 0:
                     _become_worker(service, control, descriptors[0], int(order["fork"]))
-                answer = {"process": process}
+                answer: dict[str, Any] = {"process": process}
             else:
                 answer = _end(int(order["end"]))
         except OSError as error:  # no more processes, or a worker of the template before this one

@@ -25,11 +25,13 @@ MAXIMUM_HEADER = 1 << 20
 DTYPES = frozenset(
     ["bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32", "float64"]
 )
+_PART = 1 << 16
 _LENGTHS = struct.Struct("<IQ")
 
 
 class WireError(Exception):
-    """The other side closed the connection (`closed`), did not answer in time, or sent what is no frame."""
+    """The other side closed the connection (`closed`), did not answer in time (`late`), or sent what is no frame or one
+    too large."""
 
     def __init__(self, reason: str, closed: bool = False, late: bool = False) -> None:
         super().__init__(reason)
@@ -95,7 +97,12 @@ def _send_all(connection: socket.socket, data: bytes | memoryview, deadline: flo
 
 
 def _receive_all(connection: socket.socket, count: int, deadline: float) -> bytearray:
-    buffer = bytearray(count)
+    try:
+        buffer = bytearray(count)
+    except MemoryError:
+        for start in range(0, count, _PART):  # the next frame begins after it
+            _receive_all(connection, min(_PART, count - start), deadline)
+        raise WireError(f"{count} bytes, more than there is memory for") from None
     view = memoryview(buffer)
     while view:
         try:
