@@ -151,6 +151,17 @@ def test_a_worker_of_a_template_that_is_gone_is_no_reason_to_harm_the_next_one()
     new.close()  # after the supervisor
 
 
+def test_no_code_is_taken_from_the_working_directory(tmp_path, monkeypatch):
+    """Which is where the files lie, as often as not, in `wmengine scan .`"""
+    for name in ("json", "onnx", "numpy", "wmengine", "sandbox_service", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    with Supervisor("sandbox_service") as supervisor:
+        assert supervisor.worker(LIMITS).ask("echo", {}, [np.ones(2)])[1][0].sum() == 2
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_fork_that_fails_is_an_error_and_the_other_workers_go_on(tmp_path, monkeypatch):
     """As where the user's processes have run out. The second fork fails, and only that one."""
     (tmp_path / "poor_service.py").write_text(

@@ -19,6 +19,7 @@ from wmengine.sandbox import wire
 from wmengine.sandbox.wire import Array
 
 TEMPLATE_SECONDS = 60.0
+PACKAGES = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # where wmengine lies
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,11 @@ class Supervisor:
             self._close()
 
     def worker(self, limits: Limits) -> Worker:
-        """A fresh worker, forked and locked down."""
-        ours, theirs = socket.socketpair()
+        """A fresh worker, forked and locked down. Raises WorkerFailure where there can be none."""
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise WorkerFailure(f"there is no socket for a worker: {error}") from None
         try:
             with theirs:
                 answer = self._order({"fork": limits.memory_bytes}, theirs)
@@ -80,14 +84,14 @@ class Supervisor:
             for attempt in range(2):
                 if "end" in order and self._control is None:
                     raise WorkerFailure("the template of the sandbox is gone, and its workers with it")
-                control = self._start()
                 try:
+                    control = self._start()
                     socket.send_fds(control, [json.dumps(order).encode()], [passed.fileno()] if passed else [])
                     answer = self._answer(control)
-                except OSError:
-                    self._close()  # somebody killed the template; its workers went with it
+                except OSError as error:
+                    self._close()  # somebody killed the template, and its workers went with it; or it cannot start
                     if attempt or "end" in order:
-                        raise WorkerFailure("the template of the sandbox was killed") from None
+                        raise WorkerFailure(f"the template of the sandbox is gone: {error}") from None
                     continue
                 if "error" in answer:
                     raise WorkerFailure(f"the template of the sandbox cannot {next(iter(order))}: {answer['error']}")
@@ -112,12 +116,14 @@ class Supervisor:
             name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG", "TZ") if name in os.environ
         }
         environment |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "ORT_DISABLE_TELEMETRY"), "1")
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        # Never from the working directory: it may be the folder of a stranger's files, with an `onnx.py` among them.
+        paths = [os.path.abspath(path) for path in [*sys.path, PACKAGES] if path]
+        environment |= {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "PYTHONSAFEPATH": "1"}
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "wmengine.sandbox.template", str(theirs.fileno()), self._service],
                 pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                stderr=subprocess.PIPE, cwd="/",
             )  # fmt: skip
         ours.settimeout(TEMPLATE_SECONDS)
         try:
@@ -175,6 +181,7 @@ class Worker:
         if not self.alive:
             raise WorkerFailure(f"the worker was already gone when asked to {doing}")
         try:
+            wire.check_silent(self._connection)
             wire.send(self._connection, {"ask": doing} | question, arrays, self._deadline)
             return wire.receive(self._connection, self.limits.answer_bytes, self._deadline)
         except wire.WireError as error:

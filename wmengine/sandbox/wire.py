@@ -52,6 +52,19 @@ def send(
             _send_all(connection, array.reshape(-1).view(np.uint8).data, deadline)
 
 
+def check_silent(connection: socket.socket) -> None:
+    """WireError where the other side has said something that nobody has asked for, or is gone."""
+    try:
+        said = connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return
+    except OSError:
+        said = b""
+    if not said:
+        raise WireError("the other side is gone", closed=True)
+    raise WireError("an answer without a question")
+
+
 def receive(
     connection: socket.socket, maximum_bytes: int, deadline: float = math.inf
 ) -> tuple[dict[str, Any], list[Array]]:

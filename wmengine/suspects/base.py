@@ -6,6 +6,7 @@ symbols: which output, batch size or dtype a suspect works with is chosen from s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +19,9 @@ from wmengine.suspects.adapters import Adapter, Range
 
 # As fast per input as larger batches, in a tenth of their memory (measured with ONNX Runtime on CPUs).
 CHUNK = 32
+
+# A place in ONNX Runtime's source, which stands before what went wrong there: file, line, the function's signature.
+_SOURCE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\) (?:\[with .*?\] )?")
 
 Outputs = list[tuple[str, Any]]
 
@@ -52,6 +56,7 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if text.startswith("[ONNXRuntimeError]"):  # "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model failed"
         text = text.split(" : ", 3)[-1]
+    text = _SOURCE.sub("", text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

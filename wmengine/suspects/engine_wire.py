@@ -167,10 +167,13 @@ def _read_locations(header: dict[str, Any], arrays: Arrays) -> list[str]:
 
 
 def _read_inputs(header: dict[str, Any], arrays: Arrays) -> list[Input]:
-    return [
+    found = [
         Input(str(name), str(type_), tuple(None if size is None else int(size) for size in shape), bool(rescaled))
         for name, type_, shape, rescaled in header["inputs"]
     ]
+    if any(size is not None and size < 1 for each in found for size in each.shape):
+        raise ValueError("not what an engine says of a size")
+    return found
 
 
 def _read_outputs(header: dict[str, Any], arrays: Arrays) -> Outputs:

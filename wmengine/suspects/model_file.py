@@ -18,7 +18,7 @@ from typing import Protocol
 from wmengine.errors import SuspectError
 
 MAXIMUM_BYTES = 4 << 30
-MAXIMUM_FILES = 10_000
+MAXIMUM_FILES, MAXIMUM_LOCATION = 10_000, 4096  # a path's length on Linux
 
 
 class Source(Protocol):
@@ -66,6 +66,8 @@ def read_model(
     if len(named) > MAXIMUM_FILES:
         raise SuspectError(f"{source.name} names {len(named)} external files, and at most {MAXIMUM_FILES} are read")
     for location in named:
+        if len(location) > MAXIMUM_LOCATION:
+            raise SuspectError(f"{source.name} names an external file in {len(location)} characters; export it again")
         parts = PurePosixPath(location).parts
         if not parts or location.startswith("/") or ".." in parts or "\0" in location:
             raise SuspectError(
