@@ -113,6 +113,8 @@ def _receive_all(connection: socket.socket, count: int, deadline: float) -> byte
     try:
         buffer = bytearray(count)
     except MemoryError:
+        if count <= _PART:
+            raise
         for start in range(0, count, _PART):  # the next frame begins after it
             _receive_all(connection, min(_PART, count - start), deadline)
         raise WireError(f"{count} bytes, more than there is memory for") from None

@@ -29,7 +29,7 @@ Answer = tuple[dict[str, Any], Sequence[NDArray[Any]]]
 MAXIMUM_QUESTION = 1 << 40  # the client is trusted: its own limits hold
 LIST, LOAD, OPEN, RUN, READ = "list external files", "load the model", "create the session", "run", "read the weights"
 FORGET = "forget the model"
-MAXIMUM_NAME = 200  # of a tensor, or of a note: characters
+MAXIMUM_NAME, MAXIMUM_NOTES = 200, 20  # characters of a tensor's name, or of a note
 
 
 def serve(connection: socket.socket, mechanisms: Sequence[str]) -> None:
@@ -184,7 +184,7 @@ def _read_tensors(header: dict[str, Any], arrays: Arrays) -> tuple[list[Tensor],
     if any(array.dtype != np.float32 or array.ndim < 2 for array in arrays):
         raise ValueError("not what weights are read as")
     found = [Tensor(array, printable(str(name))) for name, array in zip(header["sources"], arrays, strict=True)]
-    return found, [printable(str(note), MAXIMUM_NAME) for note in header["notes"]]
+    return found, [printable(str(note), MAXIMUM_NAME) for note in header["notes"][:MAXIMUM_NOTES]]
 
 
 def _bytes(data: bytes) -> NDArray[np.uint8]:
