@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import socket
-import threading
 import time
 import types
 
@@ -57,13 +56,13 @@ def _sleep(connection):
     time.sleep(1e6)
 
 
-def _die_soon(connection):
-    threading.Timer(0.01, os._exit, [7]).start()
+def _die(connection):
+    os._exit(7)
 
 
 def _flood(connection):
-    frame = wire._LENGTHS.pack(2, 0) + b"{}"
-    threading.Thread(target=lambda: [connection.send(frame) for _ in range(10**6)], daemon=True).start()
+    while True:
+        connection.sendall(wire._LENGTHS.pack(2, 0) + b"{}")
 
 
 SCORES = np.zeros((16, 10), np.float32)
@@ -143,7 +142,8 @@ LIES = {
     # Done to whoever comes next; what is said of the liar itself depends on who is faster.
     "answer twice": (RUN, _answer_then(_header(outputs=[]), {"outputs": ["y"]}, SCORES), ""),
     "answer for ever": (RUN, _answer_then(_flood, {"outputs": ["y"]}, SCORES), ""),
-    "die after the answer": (RUN, _answer_then(_die_soon, {"outputs": ["y"]}, SCORES), ""),
+    "die after the answer": (RUN, _answer_then(_die, {"outputs": ["y"]}, SCORES), ""),
+    "forget without the word": (FORGET, _header(), None),
     "never forget": (FORGET, _sleep, None),
     "crash when forgetting": (FORGET, lambda connection: ctypes.string_at(0), None),
 }

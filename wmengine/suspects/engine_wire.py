@@ -6,6 +6,7 @@ Inputs and a model's bytes go out, arrays of numbers and text come back. Expecte
 from __future__ import annotations
 
 import gc
+import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -76,7 +77,7 @@ def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechan
     if asked == FORGET:
         engine.close()
         gc.collect()  # a graph is full of cycles, and they hold its weights
-        return {}, ()
+        return {"word": question["word"]}, ()
     return {"mechanisms": list(mechanisms)}, ()
 
 
@@ -115,18 +116,20 @@ class RemoteEngine:
     def begin(self) -> bool:
         """The time of the next suspect starts now; False where the worker is gone, or fit for no other suspect.
 
-        It is asked to let go of the model before, so that what a model does as it goes is not put down to the next one.
-        A model that failed may have left its memory behind: its worker serves no other.
+        It is asked to let go of the model before, so that what a model does as it goes is not put down to the next one,
+        and to say a word that it cannot know: what else it has said is not taken for an answer to the next question. A
+        model that failed may have left its memory behind: its worker serves no other.
         """
         if self._spent or self._failure is not None:
             return False
         self.worker.begin()
+        word = secrets.token_hex(16)
         try:
-            self.worker.ask(FORGET, {})
+            header, _ = self.worker.ask(FORGET, {"word": word})
         except WorkerFailure:
             return False
         self.worker.begin()
-        return True
+        return header.get("word") == word
 
     def close(self) -> None:
         self.worker.close()
