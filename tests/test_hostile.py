@@ -25,6 +25,7 @@ from wmengine.sandbox import Limits, Supervisor
 from wmengine.scan import scan
 from wmengine.schemes import scheme, white_box_parameters
 from wmengine.suspects import onnx_file
+from wmengine.suspects.base import choose_output
 from wmengine.suspects.model_file import read_model
 from wmengine.suspects.onnx_file import OnnxSuspect, open_engine
 from wmengine.verify import verify
@@ -254,6 +255,35 @@ def test_what_a_model_leaves_in_its_worker_is_not_charged_to_the_next(tmp_path, 
     rows = by_suspect(scan(tmp_path, registry, jobs=1, limits=Limits(20.0, 300 << 20)))
     for number in range(6):
         assert verdicts(rows[str(tmp_path / f"{number}b.onnx")]) == OWNED
+
+
+def test_a_model_larger_than_its_workers_memory_is_told_so(tmp_path):
+    weight = constant("w", np.ones((80 << 18, 1), np.float32))
+    onnx.save(model([node("Flatten", "x", "f"), node("MatMul", "f w", "y")], [weight]), tmp_path / "m.onnx")
+    verdict = verify(tmp_path / "m.onnx", MARK, limits=Limits(20.0, 64 << 20))
+    assert "needs more memory than it may have" in verdict.error
+
+
+def test_a_batch_is_as_large_as_memory_has_room_for(tmp_path):
+    inputs = [value("x", shape=[4000, 3, 224, 224])]
+    onnx.save(model([node("Flatten", "x", "y")], inputs=inputs), tmp_path / "m.onnx")
+    suspect = OnnxSuspect(tmp_path / "m.onnx")
+    with pytest.raises(SuspectError, match="a fixed batch of 4000, and at most 445 can be asked at once"):
+        suspect.query(np.zeros((1, 3, 224, 224), np.float32))
+
+
+def test_outputs_are_chosen_without_a_look_at_their_values():
+    """Each of these would be terabytes of float64."""
+    big = [np.broadcast_to(np.int8(0), (32, 1 << 36)), np.broadcast_to(np.int64(0), (32, 1 << 36, 2))]
+    outputs = [(str(index), array) for index, array in enumerate([*big, np.zeros((32, CLASSES), np.float32)])]
+    assert choose_output(outputs, 32, CLASSES, "m.onnx") == 2
+    with pytest.raises(SuspectError, match=f"answers with {1 << 36} classes"):
+        choose_output(outputs[:2], 32, CLASSES, "m.onnx")
+
+
+def test_a_file_that_is_longer_than_it_says_is_refused():
+    with pytest.raises(SuspectError, match="changes while it is read"):
+        OnnxSuspect("/proc/self/status")
 
 
 # --- a worker that was taken over -------------------------------------------------------------------------------------

@@ -50,9 +50,10 @@ def main() -> None:
 
 def _end(process: int) -> dict[str, Any]:
     """Kill one of our own children and say how it ended: what died before by itself keeps its own cause."""
-    if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:  # raises where it is no child
+    ended, status, usage = os.wait4(process, os.WNOHANG)  # raises where it is no child
+    if not ended:
         os.kill(process, signal.SIGKILL)
-    _, status, usage = os.wait4(process, 0)
+        _, status, usage = os.wait4(process, 0)
     return {"status": status, "peak_kb": usage.ru_maxrss, "seconds": usage.ru_utime + usage.ru_stime}
 
 
