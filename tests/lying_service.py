@@ -129,7 +129,6 @@ LIES = {
     "garbage": (LOAD, lambda connection: connection.sendall(b"\xff" * 4096), "at most"),
     "half an answer": (LOAD, _answer_then(_sleep, {"arrays": []}), "took longer"),
     "one byte after the other": (LOAD, _drip, "took longer|at most|cannot be read"),
-    "no answer": (LOAD, _sleep, "took longer"),
     "stop": (LOAD, _stop, "took longer"),
     "crash": (LOAD, lambda connection: ctypes.string_at(0), "was killed by SIGSEGV"),
     "abort": (LOAD, lambda connection: os.abort(), "was killed by SIGABRT"),
