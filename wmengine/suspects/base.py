@@ -6,6 +6,7 @@ symbols: which output, batch size or dtype a suspect works with is chosen from s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +19,9 @@ from wmengine.suspects.adapters import Adapter, Range
 
 # As fast per input as larger batches, in a tenth of their memory (measured with ONNX Runtime on CPUs).
 CHUNK = 32
+
+# A place in ONNX Runtime's source, which stands before what went wrong there: file, line, the function's signature.
+_SOURCE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\) (?:\[with .*?\] )?")
 
 Outputs = list[tuple[str, Any]]
 
@@ -52,6 +56,7 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if text.startswith("[ONNXRuntimeError]"):  # "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model failed"
         text = text.split(" : ", 3)[-1]
+    text = _SOURCE.sub("", text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
@@ -74,16 +79,25 @@ def read_answers(output: Any, rows: int) -> NDArray[Any] | None:
     length 1 at the end are dropped ([N, C, 1, 1] is [N, C]); integers [N] and [N, 1] are labels.
     """
     array = to_array(output)
+    shape = _answer_shape(array, rows)
+    if array is None or shape is None:
+        return None
+    if len(shape) == 1:
+        return array.reshape(shape).astype(np.int64)
+    with np.errstate(over="ignore"):
+        return array.reshape(shape).astype(np.float32 if array.dtype in (np.float16, np.float32) else np.float64)
+
+
+def _answer_shape(array: NDArray[Any] | None, rows: int) -> tuple[int, ...] | None:
+    """(rows, C) for scores, (rows,) for labels, None for what is neither; no value is looked at."""
     if array is None or array.ndim == 0 or array.shape[0] != rows or array.dtype.kind not in "fiu":
         return None
-    while array.ndim > 2 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.dtype.kind in "iu" and (array.ndim == 1 or array.shape[1:] == (1,)):
-        return array.reshape(rows).astype(np.int64)
-    if array.ndim != 2:
-        return None
-    with np.errstate(over="ignore"):
-        return array.astype(np.float32 if array.dtype in (np.float16, np.float32) else np.float64)
+    shape = array.shape
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    if array.dtype.kind in "iu" and shape[1:] in ((), (1,)):
+        return shape[:1]
+    return shape if len(shape) == 2 else None
 
 
 def choose_output(outputs: Outputs, rows: int, num_classes: int | None, name: str) -> int:
@@ -91,17 +105,15 @@ def choose_output(outputs: Outputs, rows: int, num_classes: int | None, name: st
 
     Raises SuspectError naming both numbers of classes, or the outputs' shapes where none can be read.
     """
-    answers = [read_answers(output, rows) for _, output in outputs]
-    scores = [index for index, answer in enumerate(answers) if answer is not None and answer.ndim == 2]
-    for index in scores:
-        answer = answers[index]
-        if answer is not None and num_classes in (None, answer.shape[1]):
+    answers = [_answer_shape(to_array(output), rows) for _, output in outputs]
+    for index, shape in enumerate(answers):
+        if shape is not None and len(shape) == 2 and num_classes in (None, shape[1]):
             return index
-    for index, answer in enumerate(answers):
-        if answer is not None and answer.ndim == 1:
+    for index, shape in enumerate(answers):
+        if shape is not None and len(shape) == 1:
             return index
-    if scores:
-        classes = sorted({answer.shape[1] for answer in answers if answer is not None})
+    classes = sorted({shape[1] for shape in answers if shape is not None})
+    if classes:
         raise SuspectError(
             f"{name} answers with {' or '.join(map(str, classes))} classes and the watermark has {num_classes}; "
             "verify a suspect of the same task"
@@ -139,7 +151,7 @@ def ask_in_chunks(
         notes.append("the suspect answers only one input at a time")
     chosen = choose_output(first, min(chunk, len(inputs)) if fixed_batch is None else chunk, num_classes, name)
     if len(first) > 1:
-        notes.append(f"answers were read from output {first[chosen][0]!r}, one of {len(first)}")
+        notes.append(f"answers were read from output {first[chosen][0][:100]!r}, one of {len(first)}")
     parts: list[NDArray[Any]] = []
     for start in range(0, len(inputs), chunk):
         rows = inputs[start : start + chunk]

@@ -73,6 +73,8 @@ class OnnxEngine:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Bytes can be an ONNX model for us and one of ONNX Runtime's own format, which nobody has looked at, for it.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", NO_DIRECTORY)
         if self._external:
             locations, contents = zip(*self._external.items(), strict=True)
@@ -257,4 +259,6 @@ def entries(name: str, tensor: Any) -> dict[str, str]:
     said = {entry.key: entry.value for entry in tensor.external_data}
     if not all(isinstance(text, str) for entry in said.items() for text in entry):
         raise SuspectError(f"{name} names external weights in what is not UTF-8; export it again")
+    if len(said) != len(tensor.external_data):
+        raise SuspectError(f"{name} says twice where external weights are; export it again")
     return said

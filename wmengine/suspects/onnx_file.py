@@ -19,7 +19,7 @@ from wmengine.suspects.engine_wire import RemoteEngine
 from wmengine.suspects.model_file import MAXIMUM_BYTES, LocalSource, ModelFile, Source, read_model
 from wmengine.suspects.onnx_engine import Input, OnnxEngine
 
-MAXIMUM_BATCH = 4096
+MAXIMUM_BATCH, MAXIMUM_BATCH_BYTES = 4096, 256 << 20
 ISOLATION = ("persistent", "per-model", "none")
 SERVICE = "wmengine.suspects.engine_wire"
 
@@ -93,10 +93,9 @@ class OnnxSuspect:
         batch = declared.shape[0] if declared.shape else None
         if declared.shape:  # an input without any declared shape takes everything
             check_input_shape(self.name, declared.shape, inputs)
-        if batch is not None and batch > MAXIMUM_BATCH:
-            raise SuspectError(
-                f"{self.name} has a fixed batch of {batch}, and at most {MAXIMUM_BATCH} can be asked at once"
-            )
+        most = min(MAXIMUM_BATCH, MAXIMUM_BATCH_BYTES // max(1, inputs[:1].nbytes))
+        if batch is not None and batch > most:
+            raise SuspectError(f"{self.name} has a fixed batch of {batch}, and at most {most} can be asked at once")
         if batch is not None:
             self.notes.append(f"the suspect has a fixed batch of {batch}")
         return ask_in_chunks(
