@@ -35,6 +35,10 @@ class WorkerFailure(Exception):
     """A worker that died, hung or lied; the message says what it was doing, how it ended, and its peak of memory."""
 
 
+class TemplateGone(WorkerFailure):
+    """Somebody killed the template, and all workers with it: nothing that this worker did."""
+
+
 class Supervisor:
     """One template process and the workers forked from it; safe to use from several threads. Use as a context.
 
@@ -83,7 +87,7 @@ class Supervisor:
         with self._lock:
             for attempt in range(2):
                 if "end" in order and self._control is None:
-                    raise WorkerFailure("the template of the sandbox is gone, and its workers with it")
+                    raise TemplateGone("the template of the sandbox is gone, and its workers with it")
                 try:
                     control = self._start()
                     socket.send_fds(control, [json.dumps(order).encode()], [passed.fileno()] if passed else [])
@@ -91,7 +95,7 @@ class Supervisor:
                 except OSError as error:
                     self._close()  # somebody killed the template, and its workers went with it; or it cannot start
                     if attempt or "end" in order:
-                        raise WorkerFailure(f"the template of the sandbox is gone: {error}") from None
+                        raise TemplateGone(f"the template of the sandbox is gone: {error}") from None
                     continue
                 if "error" in answer:
                     raise WorkerFailure(f"the template of the sandbox cannot {next(iter(order))}: {answer['error']}")

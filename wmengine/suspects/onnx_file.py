@@ -27,6 +27,8 @@ SERVICE = "wmengine.suspects.engine_wire"
 class Engine(Protocol):
     """What OnnxEngine does here and RemoteEngine does in a sandbox."""
 
+    abandoned: bool
+
     def locations(self, name: str, data: bytes) -> list[str]: ...
 
     def load(self, name: str, data: bytes, external: dict[str, bytes]) -> None: ...
