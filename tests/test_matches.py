@@ -135,7 +135,30 @@ def test_non_contiguous_arrays_give_what_their_copies_give():
     )
     packed = ops.pack_bits(bits)
     every_second = ops.PackedBits(packed.data[::2], 64)
-    np.testing.assert_array_equal(ops.bit_matches(every_second, bits.T.T), reference.bit_matches(bits[::2], bits))
+    np.testing.assert_array_equal(ops.bit_matches(every_second, bits), reference.bit_matches(bits[::2], bits))
+    for columns in (np.asfortranarray(bits), random_bits(rng, 64, 40).T, bits[:, ::-1]):
+        np.testing.assert_array_equal(ops.bit_matches(bits, columns), reference.bit_matches(bits, columns))
+        np.testing.assert_array_equal(ops.pack_bits(columns).data, ops.pack_bits(columns.copy("C")).data)
+
+
+def test_arrays_at_odd_addresses_are_read():
+    labels = np.arange(60, dtype=np.int64).reshape(4, 15) % 7
+    raw = np.zeros(labels.nbytes + 1, np.uint8)
+    odd = raw[1:].view(np.int64).reshape(labels.shape)
+    odd[:] = labels
+    assert not odd.flags.aligned
+    np.testing.assert_array_equal(ops.label_matches(odd, odd), reference.label_matches(labels, labels))
+
+
+def test_labels_beyond_two_to_the_53_are_told_apart():
+    near = [2**53, 2**53 + 1, 2**60, 2**60 + 1, 5, -1, -(2**60)]
+    signed = np.array([near], dtype=np.int64)
+    unsigned = np.array([[max(0, value) for value in near]], dtype=np.uint64)
+    assert ops.label_matches(signed, signed).tolist() == [[5]]
+    assert ops.label_matches(signed, unsigned).tolist() == [[5]]
+    assert ops.label_matches(unsigned, unsigned).tolist() == [[7]]
+    assert ops.label_matches(signed + 1, unsigned)[0, 0] == 0
+    assert ops.label_matches(-abs(signed), -abs(signed)).tolist() == [[0]]
 
 
 def test_a_registry_of_more_than_two_to_the_31_bytes_is_read_to_its_end():

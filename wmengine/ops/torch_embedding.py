@@ -52,6 +52,8 @@ def _embedding_loss_cpu(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights = [w.contiguous() for w in weights]
+    if bits.dtype not in (torch.bool, torch.uint8) and bool(((bits != 0) & (bits != 1)).any()):
+        raise ValueError("bits must hold 0 and 1 only")
     bits = bits.to(torch.uint8).contiguous()
     total = bits.numel()
     norms = torch.empty(_norm_count(weights, carrier), dtype=torch.float32)
@@ -236,6 +238,8 @@ def embedding_loss(
             )
     if not isinstance(bits, torch.Tensor) or bits.ndim != 1 or bits.numel() < 1:
         raise ValueError("bits must be a tensor of one dimension with at least one bit")
+    if bits.is_floating_point() or bits.is_complex():
+        raise TypeError(f"bits must be bool or integers 0 and 1, not {bits.dtype}")
     if bits.device != weights[0].device:
         raise ValueError(f"bits are on {bits.device}, the weights on {weights[0].device}: move the bits")
     if scale is None:
