@@ -1,3 +1,5 @@
+// Distances, weights and their sums, a vector of columns at a time. Columns that do not count are computed like the
+// others, whatever comes of it, and replaced (Outside).
 #include "soft_neighbor_tiles.h"
 
 #include <algorithm>
