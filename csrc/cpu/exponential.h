@@ -5,9 +5,9 @@
 
 namespace wmengine {
 
-// exp(x) for x <= 0 (what comes of x > 0 has no meaning), 0 where it is below 2^-127, NaN for NaN; within 3 units in
-// the last place down to -32, 5 below. x = n ln 2 + r, |r| <= ln 2 / 2; exp(r) by a minimax polynomial, relative
-// error 9.2e-8; 2^n from its exponent bits.
+// exp(x) for x <= 0, 0 where it is below 2^-127, NaN for NaN; within 3 units in the last place down to -32, 5 below.
+// What comes of x > 0 has no meaning. x = n ln 2 + r, |r| <= ln 2 / 2; exp(r) by a minimax polynomial, relative error
+// 9.2e-8; 2^n from its exponent bits.
 template <Level level, int lanes>
 struct Exponential {
     typedef Floats<lanes> V;
