@@ -9,21 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from wmengine import _cpu, ops
+from wmengine import ops
 from wmengine.ops import reference
 
 # (suspects, sets, places): one of each, tiles of 16 rows and words of 32 places with and without a rest, groups of 4
 # suspects and none, more than 31 words, parts of the registry.
 SHAPES = [(1, 1, 1), (5, 7, 100), (16, 16, 32), (33, 70, 31), (4, 1, 64), (1, 300, 3), (17, 1500, 250), (6, 5, 2000)]
 EMPTY = [(0, 3, 4), (3, 0, 4), (3, 3, 0), (0, 0, 0)]
-
-
-@pytest.fixture(params=_cpu.instruction_sets())
-def instruction_set(request):
-    before = _cpu.instruction_set()
-    _cpu.set_instruction_set(request.param)
-    yield request.param
-    _cpu.set_instruction_set(before)
 
 
 def random_bits(rng, *shape):
