@@ -238,8 +238,6 @@ def embedding_loss(
             )
     if not isinstance(bits, torch.Tensor) or bits.ndim != 1 or bits.numel() < 1:
         raise ValueError("bits must be a tensor of one dimension with at least one bit")
-    if bits.is_floating_point() or bits.is_complex():
-        raise TypeError(f"bits must be bool or integers 0 and 1, not {bits.dtype}")
     if bits.device != weights[0].device:
         raise ValueError(f"bits are on {bits.device}, the weights on {weights[0].device}: move the bits")
     if scale is None:
