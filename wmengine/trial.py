@@ -21,13 +21,13 @@ from wmengine.schemes import symbol_chance
 from wmengine.sequential import SequentialTest
 from wmengine.stats import binomial_log10_tail
 from wmengine.suspects.adapters import AS_RECORDED, Adapter
+from wmengine.suspects.answers import ABSTAINED
 from wmengine.suspects.base import Suspect
 from wmengine.watermark import Watermark
 
 MODES = ("all", "sequential")
 FIRST_LOOK, NEXT_LOOK = 16, 8
 ASKED_AGAIN = 8
-ABSTAINED = -1
 
 Labels = NDArray[np.int64]
 
