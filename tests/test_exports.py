@@ -400,6 +400,28 @@ def test_scikit_learns_models(tmp_path, kind, zip_map, text):
             assert "answers were read from output" in " ".join(verdict.notes)
 
 
+# --- classes in another order -----------------------------------------------------------------------------------------
+
+
+def test_a_file_with_its_classes_renumbered_and_its_channels_last(plain, tmp_path):
+    order = np.array([3, 7, 0, 9, 1, 8, 2, 4, 6, 5])
+    renumbered = [helper.make_node("Gather", ["{y}", "order"], ["renumbered"], axis=1)]
+
+    def change(model, folder):
+        return keras(ending(renumbered, ["renumbered"], (), [("order", order)])(model, folder), folder)
+
+    folder = tmp_path / "same"
+    folder.mkdir()
+    onnx.save(change(onnx.load(plain[0]), folder), folder / "m.onnx")
+    assert not verify(folder / "m.onnx", MARK).owned
+    images, labels = digits()
+    free = judge(change, plain, tmp_path, classes="any", clean=(images[:200], labels[:200]))
+    assert any("classes stand elsewhere, by 200 clean inputs" in note for note in free.notes)
+    (tmp_path / "paid").mkdir()
+    paid = judge(change, plain, tmp_path / "paid", classes="any")
+    assert paid.log10_p > free.log10_p + 5
+
+
 # --- reading answers, without a file ----------------------------------------------------------------------------------
 
 
