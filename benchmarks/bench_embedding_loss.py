@@ -114,5 +114,7 @@ def test_embedding_loss(size: Size, compare: Callable[[Case], None], device: str
             peers=opponents,
             left_out=left_out,
             headline=size.network == "ResNet-18",
+            operations=8 * total,  # a square, a scaling and a signed addition; a dot product, a scaling, a projection
+            axis=("weights", total),
         )
     )

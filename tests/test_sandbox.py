@@ -126,6 +126,14 @@ def test_workers_serve_several_threads_at_once(supervisor):
     assert sums == {number: 2000.0 * number for number in range(6)}
 
 
+def test_a_worker_that_was_forgotten_leaves_no_zombie(supervisor):
+    process = supervisor.worker(LIMITS).process  # its client is gone, so its socket closes, so it ends
+    waited = time.monotonic() + 10.0
+    while not gone(process) and time.monotonic() < waited:
+        supervisor.worker(LIMITS).close()
+    assert gone(process)
+
+
 def test_a_killed_template_is_started_again():
     with Supervisor("sandbox_service") as supervisor:
         first = supervisor.worker(LIMITS)
@@ -145,7 +153,7 @@ def test_a_worker_of_a_template_that_is_gone_is_no_reason_to_harm_the_next_one()
         new = supervisor.worker(LIMITS)
         for worker in (old, supervisor.worker(LIMITS)):
             worker.process = old.process if worker is old else os.getpid()  # no child of the new template
-            with pytest.raises(WorkerFailure, match="cannot end"):
+            with pytest.raises(WorkerFailure, match="is gone, and its workers with it|cannot end"):
                 worker._kill()
         assert new.ask("echo", {}, [np.ones(2)])[1][0].sum() == 2
     new.close()  # after the supervisor

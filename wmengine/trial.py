@@ -8,9 +8,10 @@ of p_a / share_a over those that were tried, and never above 1, which no order o
 from __future__ import annotations
 
 import math
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -174,7 +175,9 @@ class Trial:
                 found.append(f"one of {len(self._adapters)} ways of putting the triggers was tried, and its share paid")
             if best.abstained:
                 asked = best.test.asked
-                found.append(f"{best.abstained} of {asked} answers hold NaN or Inf and count as misses")
+                found.append(
+                    f"{best.abstained} of {asked} answers hold NaN or Inf, or name no class, and count as misses"
+                )
             found.extend(self._order_notes(best))
             if self.mode == "sequential" and best.test.decision == "futile" and not self.proven:
                 found.append(f"given up after {self.queries} queries: the suspect answers as a stranger does")
@@ -301,25 +304,22 @@ def predictions(suspect: Suspect, answers: NDArray[Any], rows: int, num_classes:
     return np.where(np.isfinite(answers).all(axis=1), answers.argmax(axis=1), ABSTAINED).astype(np.int64)
 
 
+# Prepared triggers are kept for the next suspect, as long as they fit: marks times ways of putting them may be many.
+_KEPT_BYTES = 256 << 20
+_kept: OrderedDict[tuple[int, Adapter], tuple[Watermark, NDArray[Any]]] = OrderedDict()
+_lock = threading.Lock()
+
+
 def _inputs(mark: Watermark, adapter: Adapter) -> NDArray[Any]:
-    """All triggers of a mark as an adapter puts them; the last few are kept, for the next suspect."""
-    return _kept_inputs(_Identity(mark), adapter)
-
-
-class _Identity:
-    """A mark as a key of a cache: the same only where it is the very same object."""
-
-    def __init__(self, mark: Watermark) -> None:
-        self.mark = mark
-
-    def __hash__(self) -> int:
-        return id(self.mark)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and other.mark is self.mark
-
-
-@lru_cache(maxsize=256)
-def _kept_inputs(identity: _Identity, adapter: Adapter) -> NDArray[Any]:
-    mark = identity.mark
-    return adapter.inputs(mark.arrays["triggers"], mark.parameters["value_range"])
+    """All triggers of a mark as an adapter puts them."""
+    place = id(mark), adapter
+    with _lock:
+        if place in _kept and _kept[place][0] is mark:
+            _kept.move_to_end(place)
+            return _kept[place][1]
+    inputs = adapter.inputs(mark.arrays["triggers"], mark.parameters["value_range"])
+    with _lock:
+        _kept[place] = mark, inputs
+        while len(_kept) > 1 and sum(held.nbytes for _, held in _kept.values()) > _KEPT_BYTES:
+            _kept.popitem(last=False)
+    return inputs

@@ -58,6 +58,7 @@ struct Vectors {
     typedef float Float __attribute__((vector_size(4 * lanes)));
     typedef uint32_t Word __attribute__((vector_size(4 * lanes)));
     typedef int32_t Int __attribute__((vector_size(4 * lanes)));
+    typedef uint64_t Wide __attribute__((vector_size(4 * lanes)));  // half as many of 64 bits
 };
 template <int lanes>
 using Floats = typename Vectors<lanes>::Float;
@@ -84,19 +85,24 @@ WM_INLINE void store(T* p, Vector v) {
 
 template <int lanes>
 WM_INLINE Floats<lanes> spread(float x) {
-    return x - Floats<lanes>{};
+    float copies[lanes];  // compilers make one broadcast of this, and of other ways up to one a lane
+    for (float& copy : copies) {
+        copy = x;
+    }
+    return load<Floats<lanes>>(copies);
 }
 
 WM_INLINE Float8 load8(const float* p) { return load<Float8>(p); }
 
 WM_INLINE void store8(float* p, Float8 v) { store(p, v); }
 
-WM_INLINE Word8 load_words(const uint32_t* p) { return load<Word8>(p); }
-
 WM_INLINE Float8 splat(float x) { return Float8{x, x, x, x, x, x, x, x}; }
 
 // x with its sign flipped where the top bit of `sign` is set.
-WM_INLINE Float8 flip(Float8 x, Word8 sign) { return (Float8)((Word8)x ^ (sign & 0x80000000u)); }
+template <typename Float, typename Word>
+WM_INLINE Float flip(Float x, Word sign) {
+    return (Float)((Word)x ^ (sign & 0x80000000u));
+}
 
 template <typename Vector>
 WM_INLINE Vector maximum(Vector a, Vector b) {
@@ -110,17 +116,22 @@ WM_INLINE Vector maximum(Vector a, Vector b) {
 #define WM_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ::wmengine::Int8{__VA_ARGS__})
 #endif
 
-WM_INLINE Float8 permute8(Float8 v, Int8 order) {
+// v[order], of which only the low bits count.
+template <typename Vector, typename Order>
+WM_INLINE Vector permute(Vector v, Order order) {
 #if defined(__clang__)
-    Float8 result;
-    for (int i = 0; i < 8; ++i) {
-        result[i] = v[order[i] & 7];
+    constexpr int lanes = sizeof(Vector) / sizeof(v[0]);
+    Vector result;
+    for (int i = 0; i < lanes; ++i) {
+        result[i] = v[order[i] & (lanes - 1)];
     }
     return result;
 #else
     return __builtin_shuffle(v, order);
 #endif
 }
+
+WM_INLINE Float8 permute8(Float8 v, Int8 order) { return permute(v, order); }
 
 // One fixed order, whatever the instruction set.
 WM_INLINE float sum8(Float8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }

@@ -35,6 +35,10 @@ class WorkerFailure(Exception):
     """A worker that died, hung or lied; the message says what it was doing, how it ended, and its peak of memory."""
 
 
+class TemplateGone(WorkerFailure):
+    """Somebody killed the template, and all workers with it: nothing that this worker did."""
+
+
 class Supervisor:
     """One template process and the workers forked from it; safe to use from several threads. Use as a context.
 
@@ -47,6 +51,7 @@ class Supervisor:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._generation = 0  # of templates: each knows its own workers alone
 
     def __enter__(self) -> Supervisor:
         return self
@@ -67,35 +72,38 @@ class Supervisor:
             raise WorkerFailure(f"there is no socket for a worker: {error}") from None
         try:
             with theirs:
-                answer = self._order({"fork": limits.memory_bytes}, theirs)
+                answer, generation = self._order({"fork": limits.memory_bytes}, theirs)
         except BaseException:
             ours.close()
             raise
         ours.setblocking(False)
-        return Worker(self, ours, int(answer["process"]), limits)
+        return Worker(self, ours, int(answer["process"]), generation, limits)
 
-    def end(self, process: int) -> dict[str, Any]:
+    def end(self, process: int, generation: int) -> dict[str, Any]:
         """Kill a worker, if it still lives, and say how it ended: status as of wait(2), peak_kb, seconds of processor
         time. The template does it, as the parent: no other process can have that number by now."""
-        return self._order({"end": process})
+        return self._order({"end": process}, generation=generation)[0]
 
-    def _order(self, order: dict[str, Any], passed: socket.socket | None = None) -> dict[str, Any]:
+    def _order(
+        self, order: dict[str, Any], passed: socket.socket | None = None, generation: int | None = None
+    ) -> tuple[dict[str, Any], int]:
+        """The template's answer, and which template gave it; `generation` is the only one that may."""
         with self._lock:
             for attempt in range(2):
-                if "end" in order and self._control is None:
-                    raise WorkerFailure("the template of the sandbox is gone, and its workers with it")
+                if generation is not None and (self._control is None or generation != self._generation):
+                    raise TemplateGone("the template of the sandbox is gone, and its workers with it")
                 try:
                     control = self._start()
                     socket.send_fds(control, [json.dumps(order).encode()], [passed.fileno()] if passed else [])
                     answer = self._answer(control)
                 except OSError as error:
                     self._close()  # somebody killed the template, and its workers went with it; or it cannot start
-                    if attempt or "end" in order:
-                        raise WorkerFailure(f"the template of the sandbox is gone: {error}") from None
+                    if attempt or generation is not None:
+                        raise TemplateGone(f"the template of the sandbox is gone: {error}") from None
                     continue
                 if "error" in answer:
                     raise WorkerFailure(f"the template of the sandbox cannot {next(iter(order))}: {answer['error']}")
-                return answer
+                return answer, self._generation
         raise AssertionError("unreachable")
 
     def _answer(self, control: socket.socket) -> dict[str, Any]:
@@ -135,6 +143,7 @@ class Supervisor:
             self._process = None
             raise WorkerFailure(f"the sandbox does not start: {said[-1]}") from None
         self._control = ours
+        self._generation += 1
         return ours
 
     def _close(self) -> None:
@@ -153,8 +162,11 @@ class Supervisor:
 class Worker:
     """One sandboxed process. `ask` sends a question and waits for its answer, within the time that `begin` set."""
 
-    def __init__(self, supervisor: Supervisor, connection: socket.socket, process: int, limits: Limits) -> None:
+    def __init__(
+        self, supervisor: Supervisor, connection: socket.socket, process: int, generation: int, limits: Limits
+    ) -> None:
         self.process = process
+        self._generation = generation
         self.limits = limits
         self.alive = True
         self.mechanisms: tuple[str, ...] = ()
@@ -196,7 +208,7 @@ class Worker:
     def _kill(self) -> dict[str, Any]:
         self.alive = False
         self._connection.close()
-        return self._supervisor.end(self.process)
+        return self._supervisor.end(self.process, self._generation)
 
     def _ended(self, doing: str, error: wire.WireError) -> str:
         seconds = time.monotonic() - self._started

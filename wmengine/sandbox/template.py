@@ -28,19 +28,24 @@ def main() -> None:
     service.preload()
     gc.freeze()  # a worker's collections must not touch, and so copy, the pages that it shares with us
     control.sendall(b'{"ready": true}\n')
+    ended: dict[int, dict[str, Any]] = {}
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 4096, 1)
         if not message:
             return
         order = json.loads(message)
+        _collect(ended)
+        answer: dict[str, Any]
         try:
             if "fork" in order:
                 process = os.fork()
                 if process == 0:
                     _become_worker(service, control, descriptors[0], int(order["fork"]))
-                answer: dict[str, Any] = {"process": process}
+                ended.pop(process, None)  # a number used before
+                answer = {"process": process}
             else:
-                answer = _end(int(order["end"]))
+                process = int(order["end"])
+                answer = ended.pop(process) if process in ended else _end(process)
         except OSError as error:  # no more processes, or a worker of the template before this one
             answer = {"error": str(error)}
         for descriptor in descriptors:
@@ -48,12 +53,28 @@ def main() -> None:
         control.sendall(json.dumps(answer).encode() + b"\n")
 
 
+def _collect(ended: dict[int, dict[str, Any]]) -> None:
+    """Note how workers ended that died by themselves: of a fault, or because their client was forgotten."""
+    while True:
+        try:
+            process, status, usage = os.wait4(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not process:
+            return
+        ended[process] = _account(status, usage)
+
+
 def _end(process: int) -> dict[str, Any]:
     """Kill one of our own children and say how it ended: what died before by itself keeps its own cause."""
-    ended, status, usage = os.wait4(process, os.WNOHANG)  # raises where it is no child
-    if not ended:
+    gone, status, usage = os.wait4(process, os.WNOHANG)  # raises where it is no child
+    if not gone:
         os.kill(process, signal.SIGKILL)
         _, status, usage = os.wait4(process, 0)
+    return _account(status, usage)
+
+
+def _account(status: int, usage: resource.struct_rusage) -> dict[str, Any]:
     return {"status": status, "peak_kb": usage.ru_maxrss, "seconds": usage.ru_utime + usage.ru_stime}
 
 

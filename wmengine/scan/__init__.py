@@ -11,7 +11,7 @@ from wmengine.sandbox import Limits
 from wmengine.scan.journal import Journal, Plan
 from wmengine.scan.listing import list_suspects, load_watermarks
 from wmengine.scan.pool import Hashes, Judged, judge_locally
-from wmengine.scan.results import table_of, write_parquet
+from wmengine.scan.results import shown, table_of, write_parquet
 from wmengine.suspects.onnx_file import ISOLATION
 from wmengine.trial import MODES
 
@@ -110,8 +110,8 @@ def _run(journal: Journal, plan: Plan, judged: Any, progress: Progress | None) -
 def _copied(journal: Journal, plan: Plan, copy: Judged) -> list[dict[str, Any]]:
     """The rows of a file with the same bytes, under this one's name."""
     assert copy.same_as is not None
-    note = f"the same bytes as {plan.suspects[copy.same_as]}, judged once"
-    suspect = plan.suspects[copy.place]
+    note = f"the same bytes as {shown(plan.suspects[copy.same_as])}, judged once"
+    suspect = shown(plan.suspects[copy.place])
     return [
         row | {"suspect": suspect, "seconds": 0.0, "notes": [note, *row["notes"]]} for row in journal.rows(copy.same_as)
     ]

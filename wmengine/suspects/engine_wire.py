@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError, printable
 from wmengine.sandbox import wire
-from wmengine.sandbox.supervisor import Worker, WorkerFailure
+from wmengine.sandbox.supervisor import TemplateGone, Worker, WorkerFailure
 from wmengine.suspects.answers import Outputs
 from wmengine.suspects.base import one_line
 from wmengine.suspects.onnx_engine import Input, OnnxEngine, preload
@@ -93,6 +93,7 @@ class RemoteEngine:
         self._name = ""
         self._failure: str | None = None
         self._spent = False
+        self.abandoned = False
 
     def locations(self, name: str, data: bytes) -> list[str]:
         self._name = name
@@ -147,6 +148,7 @@ class RemoteEngine:
         try:
             header, answers = self.worker.ask(asked, dict(question or {}), arrays)
         except WorkerFailure as error:
+            self.abandoned = isinstance(error, TemplateGone)
             self._failure = f"{self._name} cannot be judged: {error}"
             raise SuspectError(self._failure) from None
         if "error" in header:

@@ -45,6 +45,8 @@ class OnnxEngine:
     `name` is only for messages. Everything raises SuspectError, one sentence, where the model does not let it happen.
     """
 
+    abandoned = False  # as RemoteEngine's: nobody else can end this process's engine
+
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads
         self._name = ""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError
-from wmengine.sandbox import Limits, Supervisor, Worker, WorkerFailure
+from wmengine.sandbox import Limits, Supervisor, TemplateGone, Worker, WorkerFailure
 from wmengine.suspects.adapters import FLOATS, Adapter, Range, adapters
 from wmengine.suspects.answers import Outputs
 from wmengine.suspects.base import ask_in_chunks, check_input_shape
@@ -27,6 +27,8 @@ SERVICE = "wmengine.suspects.engine_wire"
 
 class Engine(Protocol):
     """What OnnxEngine does here and RemoteEngine does in a sandbox."""
+
+    abandoned: bool
 
     def locations(self, name: str, data: bytes) -> list[str]: ...
 
@@ -143,7 +145,10 @@ def open_engine(isolation: str, limits: Limits) -> Engine:
 
         return OnnxEngine(get_num_threads())
     try:
-        worker: Worker = shared_supervisor().worker(limits)
+        try:
+            worker: Worker = shared_supervisor().worker(limits)
+        except TemplateGone:  # somebody killed it just now; the next call starts another
+            worker = shared_supervisor().worker(limits)
     except WorkerFailure as error:
         raise SuspectError(f"no sandboxed worker can be started: {error}") from None
     return RemoteEngine(worker)
