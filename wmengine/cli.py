@@ -181,6 +181,17 @@ def verify(
         bool, typer.Option("--adversarial", help="For evidence against others: needs --key, and the bar is 2^-128.")
     ] = False,
     queries: QueriesOption = "all",
+    classes: Annotated[
+        str,
+        typer.Option(metavar="ORDER", help='"same" order as the mark\'s, or "any": every order is tried and paid for.'),
+    ] = "same",
+    clean: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.npz",
+            help="With --classes any: arrays `inputs` and `labels` of task data, on which the order is found for free.",
+        ),
+    ] = None,
     isolation: IsolationOption = "persistent",
     seconds: SecondsOption = 120.0,
     memory: MemoryOption = 4.0,
@@ -201,6 +212,8 @@ def verify(
         queries=queries,
         isolation=isolation,
         limits=_limits(seconds, memory),
+        classes=classes,
+        clean=None if clean is None else _load_clean(clean),
     )
     if as_json:
         print(verdict.to_json())
@@ -368,6 +381,18 @@ def _limits(seconds: float, memory: float) -> "Limits":
     if not 0.0 < seconds < math.inf or not 0.0 < memory < math.inf:
         raise ValueError("--seconds and --memory must be positive numbers")
     return Limits(seconds=seconds, memory_bytes=int(memory * 2**30))
+
+
+def _load_clean(path: Path) -> tuple[Any, Any]:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays["inputs"], arrays["labels"]
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
+        raise ValueError(f"{path} must be an .npz file with the arrays `inputs` and `labels`") from None
 
 
 def _load_key(path: Path, passphrase_file: Path | None) -> "Key":

@@ -18,7 +18,8 @@ from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError, printable
 from wmengine.sandbox import wire
 from wmengine.sandbox.supervisor import TemplateGone, Worker, WorkerFailure
-from wmengine.suspects.base import Outputs, one_line
+from wmengine.suspects.answers import Outputs
+from wmengine.suspects.base import one_line
 from wmengine.suspects.onnx_engine import Input, OnnxEngine, preload
 
 __all__ = ["RemoteEngine", "preload", "serve"]

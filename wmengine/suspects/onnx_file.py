@@ -14,7 +14,8 @@ from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError
 from wmengine.sandbox import Limits, Supervisor, TemplateGone, Worker, WorkerFailure
 from wmengine.suspects.adapters import FLOATS, Adapter, Range, adapters
-from wmengine.suspects.base import Outputs, ask_in_chunks, check_input_shape
+from wmengine.suspects.answers import Outputs
+from wmengine.suspects.base import ask_in_chunks, check_input_shape
 from wmengine.suspects.engine_wire import RemoteEngine
 from wmengine.suspects.model_file import MAXIMUM_BYTES, LocalSource, ModelFile, Source, read_model
 from wmengine.suspects.onnx_engine import Input, OnnxEngine
