@@ -19,3 +19,7 @@ class SuspectError(WmengineError):
     def __init__(self, message: str) -> None:
         # Names inside a suspect's file are a stranger's: none may break the line or steer a terminal.
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+
+
+class ScanError(WmengineError):
+    """A scan that cannot go on, through no suspect's fault; what it has finished is kept."""
