@@ -22,7 +22,7 @@ from wmengine import __version__
 from wmengine.errors import ScanError
 from wmengine.sandbox import Limits
 from wmengine.scan import ray_pool, scan
-from wmengine.scan.journal import Journal, Plan
+from wmengine.scan.journal import Plan
 from wmengine.scan.pool import Hashes, Judged
 
 needs_ray = pytest.mark.skipif(
@@ -139,6 +139,13 @@ def is_alive(process):
     return os.path.exists(f"/proc/{process}/exe")  # a process that has ended but was not waited for has none
 
 
+def wait_until(true):
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def agents():
     return [process for process, command in descendants(os.getpid()).items() if command.startswith("ray::Agent")]
 
@@ -152,6 +159,7 @@ def test_the_rows_are_those_of_a_local_scan(bucket, cluster, usual, tmp_path):
 
     def progress(done, total, rows):
         told.append(done)
+        wait_until(lambda: len(agents()) == 2)
         seen.update(agents())
 
     out = tmp_path / "rows.parquet"
@@ -165,10 +173,7 @@ def test_the_rows_are_those_of_a_local_scan(bucket, cluster, usual, tmp_path):
     assert told == list(range(1, len(usual) // 2 + 1))
     assert parquet.read_table(out).equals(table)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.parquet"]
-    deadline = time.monotonic() + 10
-    while agents() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert agents() == []
+    wait_until(lambda: not agents())
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
@@ -288,10 +293,7 @@ def test_ctrl_c_ends_a_cluster_of_our_own_and_keeps_what_is_finished(bucket, usu
     assert lines[1] == "wmengine: interrupted"
     finished |= {json.loads(line)["suspect"] for line in rest.splitlines()}  # nothing of Ray's is among the rows
     assert any("raylet" in name for name in below.values())
-    deadline = time.monotonic() + 10
-    while any(map(is_alive, below)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert [name for number, name in below.items() if is_alive(number)] == []
+    wait_until(lambda: not any(map(is_alive, below)))
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = [json.loads(line) for line in again.stdout.splitlines()][:-1]
     assert {row["suspect"] for row in rows} == {row["suspect"] for row in usual} - finished
@@ -299,16 +301,21 @@ def test_ctrl_c_ends_a_cluster_of_our_own_and_keeps_what_is_finished(bucket, usu
 
 
 @needs_ray
-def test_a_lost_node_costs_nothing(bucket, cluster, usual):
+def test_a_lost_node_costs_nothing(bucket, cluster, usual, caplog):
     """The last test on this cluster: the second node does not come back."""
     import ray
 
     def lose_a_node(done, total, rows):
-        if done == 4:
+        if done == 1:
+            wait_until(lambda: len(agents()) == 2)
+        if done == 6:
+            running = agents()
             cluster.remove_node(cluster.second, allow_graceful=False)
+            wait_until(lambda: not all(map(is_alive, running)))
 
     assert facts(scan(bucket / "models", bucket / "registry", ray="auto", progress=lose_a_node)) == usual
-    assert sum(node["Alive"] for node in ray.nodes()) == 1
+    assert "was lost (" in caplog.text
+    wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
 
 
 # --- without Ray ------------------------------------------------------------------------------------------------------
@@ -446,7 +453,7 @@ def test_one_guilty_suspect_is_singled_out_and_given_up(monkeypatch):
     assert found[7].rows[0]["decision"] == "error"
     assert found[7].rows[0]["error"].endswith("3 times the agent on 10.0.0.0 was lost (its process died)")
     assert sum(7 in places for _, places, _ in fake.given) == 3
-    assert fake.given[-1] == ("0", [7], 1)
+    assert ("0", [7], 1) in fake.given
 
 
 def test_a_node_that_only_loses_agents_is_left_out(monkeypatch):
@@ -459,12 +466,15 @@ def test_a_node_that_only_loses_agents_is_left_out(monkeypatch):
     fake = FakeRay(script)
     found = drive(monkeypatch, fake, count=400)
     assert {judged.sha256 is None for judged in found.values()} == {False}
-    assert 1 <= len({index for index, (node, _, _) in enumerate(fake.given) if node == "1"}) <= 3 * 4
+    given = Counter(place for node, places, _ in fake.given for place in places if node == "1")
+    assert set(given.values()) == {1}  # what was lost there is judged elsewhere
 
 
 def test_where_no_node_goes_on_the_scan_ends_and_says_why(monkeypatch):
     refusal = FakeRay.exceptions.RayTaskError(ScanError("it does not see /data/a.onnx"))
-    with pytest.raises(ScanError, match=r"no node .*10\.0\.0\.1: it does not see /data/a\.onnx; 40 suspects are left"):
+    with pytest.raises(
+        ScanError, match=r"no node .*10\.0\.0\.[01]: it does not see /data/a\.onnx; 40 suspects are left"
+    ):
         drive(monkeypatch, FakeRay(None, refusal=refusal))
     with pytest.raises(ScanError, match="none has a CPU to give"):
         drive(monkeypatch, FakeRay(None, nodes=0))
@@ -524,9 +534,21 @@ def test_an_agent_refuses_another_version_and_a_node_without_the_files(tmp_path)
         agent.start(__version__, [str(here), "/nowhere/b.onnx"])
 
 
-def test_rays_client_is_refused(bucket, tmp_path):
+def test_rays_client_is_refused(bucket):
     with pytest.raises(ValueError, match="Ray's client cannot stream"):
         scan(bucket / "models", bucket / "registry", ray="ray://10.0.0.1:10001")
+
+
+@needs_ray
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "nonsense"])
+def test_an_address_where_nobody_listens_is_refused_at_once(bucket, address):
+    """In a process of its own: this one may be connected."""
+    code = "import sys; from wmengine.scan import scan; scan(sys.argv[1], sys.argv[2], ray=sys.argv[3])"
+    command = [sys.executable, "-c", code, str(bucket / "models"), str(bucket / "registry"), address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert f"ScanError: there is no Ray cluster at {address}" in done.stderr
+
+
+def test_where_nothing_is_left_no_cluster_is_needed():
     plan = Plan(("a.onnx",), ("m",), 1e-9, "all", "likely", "persistent", "0")
-    assert list(ray_pool.judge_on_ray(plan, [], [], Hashes({}), None, Limits(), "ray://10.0.0.1:10001")) == []
-    Journal(tmp_path / "j", plan).close()
+    assert list(ray_pool.judge_on_ray(plan, [], [], Hashes({}), None, Limits(), "10.0.0.1:6379")) == []

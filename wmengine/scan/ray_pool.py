@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -91,7 +92,10 @@ class _Shard:
 
 @dataclass(eq=False)
 class _Node:
-    """An agent and what it is doing. started: what its `start` will give, None once that has come."""
+    """An agent and what it is doing. started: what its `start` will give, None once that has come.
+
+    brought: whether any suspect has come back.
+    """
 
     node: str
     address: str
@@ -99,6 +103,7 @@ class _Node:
     jobs: int
     started: Any
     shards: list[_Shard] = field(default_factory=list)
+    brought: bool = False
 
     @property
     def free(self) -> int:
@@ -149,8 +154,8 @@ class _Driver:
         self._fresh = deque(places)
         self._again: deque[int] = deque()  # lost once: one in a shard, so that whoever loses the agent stands out
         self._last: deque[int] = deque()  # lost more than once: the agent judges nothing else meanwhile
-        self._losses: dict[int, int] = {}
-        self._failures: dict[str, int] = {}  # of a node's agents, since one of them brought anything
+        self._lost_on: dict[int, list[str]] = {}  # nodes whose agents were lost with a suspect
+        self._failures: dict[str, int] = {}  # a node's agents in succession that brought nothing
         self._copies: dict[int, list[Judged]] = {}  # of suspects that have not come back
         self._done: deque[Judged] = deque()
         self._trouble = "none has a CPU to give"
@@ -227,14 +232,23 @@ class _Driver:
 
     def _next_shard(self, node: _Node) -> tuple[list[int], bool]:
         """Places for this node, and whether it must judge nothing else meanwhile."""
-        if self._last and not node.shards:
-            return [self._last.popleft()], True
-        if self._again:
-            return [self._again.popleft()], False
+        if not node.shards and (place := self._pick(self._last, node)) is not None:
+            return [place], True
+        if (place := self._pick(self._again, node)) is not None:
+            return [place], False
         # Shards shrink towards the end, so that the nodes finish together.
         threads = sum(each.jobs for each in self._nodes.values())
         size = node.free * max(1, min(SUSPECTS_A_THREAD, len(self._fresh) // (4 * threads)))
         return [self._fresh.popleft() for _ in range(min(size, len(self._fresh)))], False
+
+    def _pick(self, queue: deque[int], node: _Node) -> int | None:
+        """A suspect to judge once more: on another node than before, where there is one."""
+        working = {each.node for each in self._nodes.values() if each.started is None}
+        for place in queue:
+            if node.node not in self._lost_on[place] or working <= set(self._lost_on[place]):
+                queue.remove(place)
+                return place
+        return None
 
     def _take_news(self) -> None:
         """Wait for one thing to happen: an agent has started, a suspect is done, a shard is over, an agent is lost."""
@@ -267,6 +281,7 @@ class _Driver:
                 self._lose(node, error)
             else:
                 self._failures.pop(node.node, None)
+                node.brought = True
                 shard.left.discard(judged.place)
                 self._arrived(judged)
 
@@ -293,12 +308,16 @@ class _Driver:
         _log.warning(self._trouble)
         del self._nodes[node.node]
         self._ray.kill(node.actor)
-        self._failures[node.node] = TRIES if for_good else self._failures.get(node.node, 0) + 1
+        if for_good:
+            self._failures[node.node] = TRIES
+        elif not node.brought and not any(shard.alone for shard in node.shards):  # else it may be the suspect's fault
+            self._failures[node.node] = self._failures.get(node.node, 0) + 1
         self._next_look = 0.0
         for place in sorted(place for shard in node.shards for place in shard.left):
-            losses = self._losses[place] = self._losses.get(place, 0) + 1
-            if losses < TRIES:
-                (self._again if losses == 1 else self._last).append(place)
+            lost_on = self._lost_on.setdefault(place, [])
+            lost_on.append(node.node)
+            if len(lost_on) < TRIES:
+                (self._again if len(lost_on) == 1 else self._last).append(place)
                 continue
             why = SuspectError(f"{self._plan.suspects[place]} was given up: {TRIES} times {self._trouble}")
             scores = [Score(0, mark.total, 0, 0.0, error=str(why)) for mark in self._marks]
@@ -327,6 +346,8 @@ def _connected(address: str, jobs: int | None) -> Iterator[Any]:
             raise ValueError(f"this process is connected to Ray at {there} already: give that address, not {address}")
         yield ray
         return
+    if address not in ("local", "auto"):
+        _check_answers(address)
     folder = None
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
@@ -345,6 +366,15 @@ def _connected(address: str, jobs: int | None) -> Iterator[Any]:
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_answers(address: str) -> None:
+    """Raises ScanError where nobody listens: Ray would try for minutes and then end the process."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10.0).close()
+    except (OSError, ValueError) as error:
+        raise ScanError(f"there is no Ray cluster at {address} ({error}): give HOST:PORT, auto or local") from None
 
 
 def _on(node: str) -> Any:
