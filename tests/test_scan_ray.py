@@ -534,6 +534,12 @@ def test_an_agent_refuses_another_version_and_a_node_without_the_files(tmp_path)
         agent.start(__version__, [str(here), "/nowhere/b.onnx"])
 
 
+def test_a_missing_ray_is_named_with_its_extra(bucket, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"ray is not installed: pip install 'wmengine\[ray\]'"):
+        scan(bucket / "models", bucket / "registry", ray="local")
+
+
 def test_rays_client_is_refused(bucket):
     with pytest.raises(ValueError, match="Ray's client cannot stream"):
         scan(bucket / "models", bucket / "registry", ray="ray://10.0.0.1:10001")
