@@ -296,7 +296,10 @@ def test_ctrl_c_ends_a_cluster_of_our_own_and_keeps_what_is_finished(bucket, usu
     wait_until(lambda: not any(map(is_alive, below)))
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = [json.loads(line) for line in again.stdout.splitlines()][:-1]
-    assert {row["suspect"] for row in rows} == {row["suspect"] for row in usual} - finished
+    left = {row["suspect"] for row in usual} - finished
+    judged = {row["suspect"] for row in rows}
+    assert judged <= left
+    assert len(left - judged) <= 1  # written down when the interruption came, and not yet printed
     assert facts(parquet.read_table(out)) == usual
 
 

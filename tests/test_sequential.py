@@ -5,6 +5,7 @@ reaches 1/a) is computed and not estimated.
 """
 
 import math
+from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wmengine.sequential import SequentialTest, e_bh, is_futile, log10_e_value
+from wmengine.sequential import SequentialTest, e_bh, is_futile, log10_e_value, operating_point
 from wmengine.stats import binomial_log10_tail
 
 
@@ -145,3 +146,19 @@ def test_e_bh_equals_its_definition():
             assert {i for i in range(7) if q[i] <= alpha} == {log10_e.index(value) for value in ordered[:k]}
     with pytest.raises(ValueError, match="only 1 tests"):
         e_bh([1.0, 2.0], 1)
+
+
+def test_the_table_of_operating_points_is_what_is_computed():
+    text = (Path(__file__).parents[1] / "docs" / "design.md").read_text()
+    table = text.split("<!-- operating points:begin -->")[1].split("<!-- operating points:end -->")[0]
+    bars = {"10^-9": 9.0, "10^-9 / 10^6 pairs": 15.0, "2^-64": 64 * math.log10(2), "2^-128": 128 * math.log10(2)}
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+    assert len(rows) == 12
+    for classes, bar, *cells in rows:
+        p0 = 1 / int(classes)
+        for rate, cell in zip((1.0, 0.8, 0.6, 0.5, 0.4), cells[:-1], strict=True):
+            proven, queries = operating_point(rate, p0, 100, bars[bar])
+            assert cell == f"{100 * proven:.1f} %, {queries:.0f}"
+        proven, queries = operating_point(p0, p0, 100, bars[bar])
+        assert proven <= 10.0 ** -bars[bar]
+        assert cells[-1] == f"{queries:.0f}"
