@@ -31,7 +31,8 @@ def pins() -> dict[str, str]:
 
 def declared() -> list[Requirement]:
     extras = PROJECT["project"]["optional-dependencies"]
-    wanted = [*PROJECT["project"]["dependencies"], *extras["cpu"], *extras["train"], *extras["demo"], *extras["dev"]]
+    wanted = [*PROJECT["project"]["dependencies"]]
+    wanted += [one for extra in ("cpu", "train", "endpoint", "demo", "dev") for one in extras[extra]]
     return [one for one in map(Requirement, wanted) if one.name != "wmengine"]
 
 

@@ -19,6 +19,8 @@ from wmengine.suspects.adapters import Adapter, Range
 # As fast per input as larger batches, in a tenth of their memory (measured with ONNX Runtime on CPUs).
 CHUNK = 32
 
+URL_SCHEMES = ("https", "http", "grpcs", "grpc")
+
 Outputs = list[tuple[str, Any]]
 
 
@@ -45,6 +47,11 @@ class Suspect(Protocol):
     def tensors(self, input_shape: Sequence[int] | None = None) -> list[Tensor]: ...
 
     def close(self) -> None: ...
+
+
+def is_url(suspect: Any) -> bool:
+    """Whether this is the address of an endpoint."""
+    return isinstance(suspect, str) and suspect.startswith(tuple(f"{scheme}://" for scheme in URL_SCHEMES))
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
