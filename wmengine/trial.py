@@ -130,8 +130,8 @@ class Trial:
             elif best.adapter.share < 1.0:
                 found.append(f"one of {len(self._adapters)} ways of putting the triggers was tried, and its share paid")
             if best.abstained:
-                asked = best.test.asked
-                found.append(f"{best.abstained} of {asked} answers hold NaN or Inf and count as misses")
+                which = f"{best.abstained} of {best.test.asked}"
+                found.append(f"{which} answers name no class (NaN, Inf or none at all) and count as misses")
             if self.mode == "sequential" and best.test.decision == "futile" and not self.proven:
                 found.append(f"given up after {self.queries} queries: the suspect answers as a stranger does")
         return found
@@ -148,7 +148,9 @@ class Trial:
         again = np.repeat(np.arange(len(attempt.first))[::-1], 2)
         inputs = _inputs(self.mark, attempt.adapter)[again]
         predicted = predictions(suspect, suspect.query(inputs, self.num_classes), len(inputs), self.num_classes)
-        changed = len(set(again[predicted != attempt.first[again]].tolist()))
+        # What is not answered this time, as a budget was used up, shows nothing.
+        differs = (predicted != attempt.first[again]) & (predicted != ABSTAINED)
+        changed = len(set(again[differs].tolist()))
         if not changed:
             return None
         return f"{changed} of {len(attempt.first)} answers change when the batch does, or from one time to the next"

@@ -83,7 +83,10 @@ def endpoint(
     Raises ValueError for a URL, a template or an option that is none. Nothing is sent before the suspect is asked.
     """
     _positive(batch=batch, budget=budget, rate=rate, tries=tries, timeout=timeout, deadline=deadline)
-    if not (isinstance(decoys, int | float) and 0.0 <= decoys <= 100.0):
+    for name, value in {"input": input, "output": output}.items():
+        if value is not None and not (isinstance(value, str) and value):
+            raise ValueError(f"{name} must be a name, and it is {value!r}")
+    if isinstance(decoys, bool) or not (isinstance(decoys, int | float) and 0.0 <= decoys <= 100.0):
         raise ValueError(f"decoys must be from 0 to 100 for each trigger, and it is {decoys!r}")
     _one_of("datatype", datatype, (None, *_TYPES))
     _one_of("layout", layout, (None, *LAYOUT_NAMES))
@@ -110,7 +113,7 @@ def endpoint(
     else:
         model = RestModel(url, headers, outputs)
     patience = Patience(rate, budget, tries, timeout, deadline)
-    return EndpointSuspect(model, patience, input, datatype, layout, scaling, batch, decoys)
+    return EndpointSuspect(model, patience, input, output, datatype, layout, scaling, batch, decoys)
 
 
 def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -138,12 +141,13 @@ class EndpointSuspect:
         self,
         model: Model,
         patience: Patience,
-        input: str | None = None,
-        datatype: str | None = None,
-        layout: str | None = None,
-        scaling: str = "as recorded",
-        batch: int | None = None,
-        decoys: float = 0.0,
+        input: str | None,
+        output: str | None,
+        datatype: str | None,
+        layout: str | None,
+        scaling: str,
+        batch: int | None,
+        decoys: float,
     ) -> None:
         self.name = model.name
         self.sha256: str | None = None
@@ -151,6 +155,7 @@ class EndpointSuspect:
         self._model = model
         self._patience = patience
         self._wanted = (input, datatype)
+        self._output = output
         self._layout = layout
         self._scaling = scaling
         self._batch = batch
@@ -272,6 +277,8 @@ class EndpointSuspect:
         fixed = self._fixed(to)
         padded = rows if fixed is None else np.resize(rows, (fixed, *rows.shape[1:]))
         outputs = self._patience.call(lambda seconds: self._model.ask(to, padded, seconds), len(padded))
+        if self._output is not None:  # some servers send the others too
+            outputs = [each for each in outputs if each[0] == self._output]
         chosen = choose_output(outputs, len(padded), num_classes, self.name)
         answers = read_answers(outputs[chosen][1], len(padded))
         kind = (outputs[chosen][0], () if answers is None else answers.shape[1:])
@@ -316,7 +323,7 @@ def _joined(answers: Mapping[int, NDArray[Any]], rows: int) -> NDArray[Any]:
     return joined
 
 
-def _positive(**options: float | None) -> None:
+def _positive(**options: Any) -> None:
     for name, value in options.items():
         whole = name in ("batch", "budget", "tries")
         right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)

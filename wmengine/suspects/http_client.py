@@ -159,16 +159,16 @@ class HttpClient:
             raise Unavailable(f"{self.name} does not answer in time")
         if self._connection is None:
             self._connection = _connection(self.parts, seconds)
-        connection = self._connection
+        connection, timer, expired = self._connection, None, threading.Event()
         connection.timeout = seconds
-        expired = threading.Event()
-        # A server that sends a byte now and then never runs into a socket's timeout: at the end, the socket goes.
-        timer = threading.Timer(seconds, _cut, (connection, expired))
-        timer.daemon = True
-        timer.start()
         try:
-            if connection.sock is not None:
-                connection.sock.settimeout(seconds)
+            if connection.sock is None:
+                connection.connect()
+            connection.sock.settimeout(seconds)
+            # A server that sends a byte now and then never runs into a socket's timeout: at the end, the socket goes.
+            timer = threading.Timer(end - time.monotonic(), _cut, (connection.sock, expired))
+            timer.daemon = True
+            timer.start()
             parts = urlsplit(url)
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             headers = self._headers if body is None else {"Content-Type": "application/json", **self._headers}
@@ -189,7 +189,8 @@ class HttpClient:
             reached = not isinstance(error, OSError)
             raise Unavailable(f"{self.name} cannot be asked ({one_line(error)})", 0.0, reached) from None
         finally:
-            timer.cancel()
+            if timer is not None:
+                timer.cancel()
         if expired.is_set():  # a body that ends where the connection does would pass for a whole one
             self.close()
             raise Unavailable(f"{self.name} does not answer within {seconds:.3g} seconds")
@@ -205,12 +206,11 @@ def _connection(parts: SplitResult, seconds: float) -> http.client.HTTPConnectio
     return http.client.HTTPSConnection(host, parts.port, timeout=seconds, context=ssl.create_default_context())
 
 
-def _cut(connection: http.client.HTTPConnection, expired: threading.Event) -> None:
+def _cut(connected: socket.socket, expired: threading.Event) -> None:
     expired.set()
-    if connection.sock is not None:
-        with contextlib.suppress(OSError):
-            # SSLSocket has a shutdown of its own, which must not run beside a read.
-            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+    with contextlib.suppress(OSError):
+        # SSLSocket has a shutdown of its own, which must not run beside a read.
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
 
 def _message(answer: bytes) -> str:
