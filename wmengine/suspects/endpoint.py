@@ -161,6 +161,7 @@ class EndpointSuspect:
         self._batch = batch
         self._batches_work = False  # whether more than one input at once was ever answered
         self._answered = False  # whether anything ever was
+        self._given_up: str | None = None  # why nothing more is asked
         self._declared: Declared | None = None
         self._decoys = Decoys(decoys)
 
@@ -239,7 +240,7 @@ class EndpointSuspect:
         random.SystemRandom().shuffle(order)
         size = self._size(to)
         waiting = [order[start : start + size] for start in range(0, len(order), size)]
-        found = _Found()
+        found = _Found(stopped=self._given_up)
         failures = 0
         while waiting and found.stopped is None:
             batch = waiting.pop(0)
@@ -254,7 +255,7 @@ class EndpointSuspect:
                 gone = isinstance(error, Unavailable) and not error.reached
                 hopeless = isinstance(error, Refused) and error.hopeless and not (self._answered or found.answers)
                 if gone or hopeless or failures == FAILURES:
-                    found.stopped = str(error)
+                    found.stopped = self._given_up = str(error)
                 elif len(batch) > 1:
                     if not self._batches_work:
                         self._batch = 1

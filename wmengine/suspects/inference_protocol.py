@@ -81,9 +81,8 @@ class RestModel:
         found = document.get("outputs") if isinstance(document, dict) else None
         if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
             raise Refused(f"{self.name} answers without a list of outputs")
-        return [
-            (str(each.get("name")), self._tensor(each)) for each in found if each.get("datatype") in DTYPES
-        ]  # texts and truth values are no answers
+        # Texts and truth values are no answers.
+        return [(str(each.get("name")), self._tensor(each)) for each in found if str(each.get("datatype")) in DTYPES]
 
     def close(self) -> None:
         self.client.close()
