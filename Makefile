@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(shell find csrc -type f) setup.py CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench mlserver clean
 
 demo: $(STAMP)
 	$(BIN)/python -m wmengine demo
@@ -27,8 +27,16 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
+# A served model for tests/test_mlserver.py, in an environment of its own: its pins and ours exclude each other.
+mlserver: .mlserver/.installed
+
+.mlserver/.installed: tests/mlserver.txt
+	test -x .mlserver/bin/python || $(PYTHON) -m venv .mlserver
+	.mlserver/bin/python -m pip install -q -r tests/mlserver.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info wmengine/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) .mlserver build dist *.egg-info wmengine/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Setting up: the build's own tools first, because without build isolation nothing else brings them.

@@ -767,3 +767,52 @@ def test_the_command_line_takes_urls_and_options(tmp_path, capfd):
             assert main(["verify", stub.url, *mark, "--endpoint-options", str(options)]) == 2
             assert said in capfd.readouterr().err
     assert main(["verify", str(tmp_path / "m.onnx"), *mark, "--endpoint-options", str(options)]) == 2
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+
+def test_the_templates_in_the_documents_work(tmp_path, monkeypatch):
+    import base64
+    import io
+    import re
+    from pathlib import Path
+
+    from PIL import Image
+
+    from wmengine.suspects.endpoint import read_options
+
+    page = (Path(__file__).resolve().parent.parent / "docs" / "endpoints.md").read_text(encoding="utf-8")
+    pngs, lists = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    labels = dict(zip((image.tobytes() for image in MARK.arrays["triggers"]), MARK.arrays["labels"], strict=True))
+
+    def label(pixels):
+        return labels[np.ascontiguousarray(np.moveaxis(pixels, -1, 0)).tobytes()]
+
+    def behave(request):
+        if "images" in request.json:
+            assert request.headers["Authorization"] == "Bearer a-token"
+            images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(one)))) for one in request.json["images"]]
+            return {"predictions": [{"probabilities": np.eye(CLASSES)[label(image)].tolist()} for image in images]}
+        names = json.loads(lists)["request"]["labels"]
+        return [{"label": names[label(np.array(request.json["input"]["array"], np.uint8))], "score": 0.9}]
+
+    monkeypatch.setenv("CLASSIFIER_TOKEN", "a-token")
+    with serving(behave) as stub:
+        for text in (pngs, lists):
+            (tmp_path / "options.json").write_text(text)
+            options = read_options(tmp_path / "options.json")
+            options.pop("rate", None)  # which would take half a minute
+            assert judged(stub, url=f"{stub.origin}/classify", **options).owned
+
+
+def test_the_documented_options_are_those_there_are():
+    import re
+    from pathlib import Path
+
+    from wmengine.suspects.request_template import FIELDS
+
+    page = (Path(__file__).resolve().parent.parent / "docs" / "endpoints.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", page, re.MULTILINE)
+    names = [name for cell in cells for name in re.findall(r"\w+", cell)]
+    assert sorted(names) == sorted([*wm.endpoint.__kwdefaults__, *FIELDS])
