@@ -120,6 +120,17 @@ def test_what_the_options_say_is_what_it_gets():
     assert "triggers were put channels last" in verdict.notes
 
 
+def test_a_server_that_describes_its_model_wrongly_can_be_overruled():
+    def behave(request):
+        if request.method == "GET":
+            return {"inputs": [{"name": "x", "datatype": "FP32", "shape": [3, 4, 4]}]}  # without the batch
+        return answer(scores(tensor(request.json)))
+
+    with serving(behave) as stub:
+        assert judged(stub).error.endswith("or give a layout where the server describes its model wrongly")
+        assert judged(stub, layout="as recorded").owned
+
+
 def test_only_scalings_that_are_asked_for_are_tried():
     stranger = posted(lambda request: answer(np.eye(CLASSES)[[3] * len(tensor(request.json))]))
     with serving(stranger) as stub:
@@ -653,6 +664,14 @@ def test_one_image_at_a_time_with_the_name_of_its_class(encoding):
     assert stub.requests[0].method == "PUT"
 
 
+def test_what_is_no_image_is_no_png():
+    with serving(lambda request: []) as stub:
+        suspect = wm.endpoint(stub.url, request={"body": "${input}", "encoding": "png", "label": ""})
+        with pytest.raises(SuspectError, match=r"inputs \[2, 4, 4\] are no images"):
+            suspect.query(np.zeros((3, 2, 4, 4), np.uint8))
+        assert stub.requests == []
+
+
 def test_a_grey_image_is_a_grey_png():
     import io
 
@@ -715,6 +734,7 @@ def test_a_template_that_is_none_is_refused_before_anything_is_sent(request_, sa
     ("url", "options", "said"),
     [
         ("https://host/model.onnx", {}, "downloaded first"),
+        ("https://host/v2/models/m?token=x", {}, "is no model of the Open Inference Protocol"),
         ("https://user:word@host/v2/models/m", {}, "no password"),
         ("https://host:0/v2/models/m", {}, "an endpoint is https://HOST"),
         ("https://host:port/v2/models/m", {}, "an endpoint is https://HOST"),

@@ -173,7 +173,11 @@ class EndpointSuspect:
         to = self._input()
         shape = () if self._layout else to.shape
         kind = _TYPES.get(to.datatype, to.datatype)
-        ways = adapters(self.name, kind, shape, trigger_shape, value_range, every and self._scaling == "any")
+        try:
+            ways = adapters(self.name, kind, shape, trigger_shape, value_range, every and self._scaling == "any")
+        except SuspectError as error:
+            hint = ", or give a layout where the server describes its model wrongly" if shape else ""
+            raise SuspectError(f"{error}{hint}") from None
         if not shape:
             ways = [replace(way, layout=self._layout or way.layout) for way in ways if way.layout == "as recorded"]
         if self._scaling != "any" and ways[0].scaling != "bytes":

@@ -34,7 +34,7 @@ DTYPES = {
     "UINT32": "uint32",
     "UINT64": "uint64",
 }
-MODEL_PATH = re.compile(r"(.*/v2/models/[^/]+(?:/versions/[^/]+)?)(?:/infer)?/?")
+MODEL_PATH = re.compile(r"([^?#]*/v2/models/[^/?#]+(?:/versions/[^/?#]+)?)(?:/infer)?/?")
 
 
 @dataclass(frozen=True)

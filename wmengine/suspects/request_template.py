@@ -53,6 +53,8 @@ class TemplateModel:
 
     def ask(self, to: Declared, rows: NDArray[Any], seconds: float) -> Outputs:
         """Scores [rows, C] or labels [rows], NaN or −1 where an entry holds neither. Raises Refused or Unavailable."""
+        if self.encoding == "png" and (rows.ndim != 4 or rows.shape[1] not in _COLOUR_TYPES):
+            raise Refused(f"{self.name} takes PNGs, and inputs {list(rows.shape[1:])} are no images", hopeless=True)
         encoded = [_ENCODE[self.encoding](row) for row in rows]
         body = _filled(self._body, encoded[0] if self.single else encoded)
         document = read_json(
