@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 SOURCES := $(shell find csrc -type f) setup.py CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test lint format bench mlserver clean
+.PHONY: demo test lint format bench bench-avx2 mlserver clean
 
 demo: $(STAMP)
 	$(BIN)/python -m wmengine demo
@@ -24,8 +25,13 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -type f)
 
-bench: $(STAMP)
+bench: $(PEERS)
 	$(BIN)/python -m benchmarks
+
+# The same on a processor with AVX-512, with everyone held to AVX2 who lets himself be held.
+bench-avx2: $(PEERS)
+	WMENGINE_INSTRUCTION_SET=x86-64-v3 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	FAISS_OPT_LEVEL=avx2 $(BIN)/python -m benchmarks
 
 # A served model for tests/test_mlserver.py, in an environment of its own: its pins and ours exclude each other.
 mlserver: .mlserver/.installed
@@ -44,4 +50,9 @@ $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools pybind11 cmake ninja
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+# The libraries that benchmarks compare with come on top.
+$(PEERS): $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
 	touch $@

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks import harness
 from benchmarks.harness import QUICK_REASON, Aim, Case, Contender, compiled
 from wmengine import _cpu, ops
+from wmengine.ops.torch_cross_entropy import cross_entropy_in_place
 
 
 class Size(NamedTuple):
@@ -19,26 +23,78 @@ class Size(NamedTuple):
 
     rows: int
     classes: int
+    dtype: str = "float32"
 
 
-SIZES = [Size(144, 10), Size(1024, 1000), Size(1024, 32000)]
-QUICK_SIZES = [Size(16, 10), Size(32, 100)]
+SIZES = [
+    Size(144, 10),
+    Size(1024, 100),
+    Size(1024, 1000),
+    Size(16384, 1000),
+    Size(1024, 32000),
+    Size(128, 262144),
+    Size(1024, 32000, "bfloat16"),
+]
+QUICK_SIZES = [Size(16, 10), Size(32, 100), Size(32, 100, "bfloat16")]
 ONCE = "F.cross_entropy once"
 TWICE = "F.cross_entropy twice + argmax accuracy"
-AIMS = {SIZES[1]: [Aim(ONCE, 3.0), Aim(TWICE, 4.0)], SIZES[2]: [Aim(ONCE, 2.5), Aim(TWICE, 4.0)]}
+FLOOR = "copy into fresh memory"
+FROM_MEMORY = [Aim(FLOOR, 2.0)]  # where the logits do not fit in any cache
+AIMS = {
+    SIZES[2]: [Aim(ONCE, 3.0), Aim(TWICE, 4.0)],
+    SIZES[3]: FROM_MEMORY,
+    SIZES[4]: [*FROM_MEMORY, Aim(ONCE, 2.5), Aim(TWICE, 4.0)],
+    SIZES[5]: FROM_MEMORY,
+    SIZES[6]: FROM_MEMORY,
+}
+# Of one logit: the comparison for the maximum; of its exponential the difference, bound, rounding (3), remainder (2),
+# polynomial (10) and power of two; the sum; scale and offset of the gradient.
+OPERATIONS = 1 + (1 + 1 + 3 + 2 + 10 + 1) + 1 + 2
+
+
+def _case(size: Size, what: str, ours: Callable[[], object], floor: Contender, **others: Any) -> Case:
+    logits = size.rows * size.classes
+    return Case(
+        operator="cross_entropy",
+        what=f"marked_cross_entropy, {what}" + (f", {size.dtype}" if size.dtype != "float32" else ""),
+        size=f"{size.rows} × {size.classes}",
+        bytes_moved=2 * logits * getattr(torch, size.dtype).itemsize,
+        operations=OPERATIONS * logits,
+        axis=("logits", logits),
+        ours=ours,
+        floor=floor,
+        **others,
+    )
+
+
+def _gradient(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    """What torch computes in float32, rounded to the type of the logits."""
+    leaf = logits.detach().float().requires_grad_()
+    loss = functional.cross_entropy(leaf, labels, reduction=reduction)
+    return torch.autograd.grad(loss, leaf)[0].to(logits.dtype)
+
+
+def _liger(logits: Tensor, labels: Tensor) -> Contender:
+    """Liger overwrites the logits that it is given, so it gets its own."""
+    loss_of = importlib.import_module("liger_kernel.transformers").LigerCrossEntropyLoss()
+    leaf = logits.detach().clone().requires_grad_()
+
+    def run() -> None:
+        leaf.grad = None
+        loss_of(leaf, labels).backward()
+
+    return Contender("Liger-Kernel", run, may_fail=True)
 
 
 def test_marked_cross_entropy(size: Size, compare: Callable[[Case], None], device: str, quick: bool) -> None:
     torch.manual_seed(1)
-    logits = torch.randn(size.rows, size.classes, device=device, requires_grad=True)
+    dtype = getattr(torch, size.dtype)
+    logits = torch.randn(size.rows, size.classes, device=device).to(dtype).requires_grad_()
     labels = torch.randint(0, size.classes, (size.rows,), device=device)
     task = size.rows - size.rows // 8
     group = (torch.arange(size.rows, device=device) >= task).long()
 
-    def differentiate(loss: Tensor) -> Tensor:
-        logits.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+    differentiate: Callable[[Tensor], Tensor] = partial(harness.differentiate, [logits])
 
     def ours() -> Tensor:
         return differentiate(ops.marked_cross_entropy(logits, labels, None, group, groups=2).loss)
@@ -48,15 +104,22 @@ def test_marked_cross_entropy(size: Size, compare: Callable[[Case], None], devic
         loss = loss + functional.cross_entropy(logits[task:], labels[task:]) * (1 - task / size.rows)
         return loss, (logits[task:].argmax(dim=1) == labels[task:]).sum()
 
-    expected_loss, expected_hits = twice(logits)
-    torch.testing.assert_close(ours().detach(), expected_loss.detach())
+    expected_loss, expected_hits = twice(logits.detach().float())
+    torch.testing.assert_close(ours().detach(), expected_loss)
     hits = ops.marked_cross_entropy(logits, labels, None, group, groups=2).group_hits
     assert int(hits[1]) == int(expected_hits)
     opponents = [
         Contender(ONCE, lambda: differentiate(functional.cross_entropy(logits, labels))),
         Contender(TWICE, lambda: differentiate(twice(logits)[0])),
     ]
-    left_out = {"Liger-Kernel": "needs a GPU"} if device == "cpu" else {}
+    left_out = {}
+    if device == "cpu":
+        left_out["Liger-Kernel"] = "needs a GPU"
+    else:
+        try:
+            opponents.append(_liger(logits, labels))
+        except ImportError as error:
+            left_out["Liger-Kernel"] = f"not installed: {error}"
     if quick:
         left_out["torch.compile"] = QUICK_REASON
     else:
@@ -66,13 +129,11 @@ def test_marked_cross_entropy(size: Size, compare: Callable[[Case], None], devic
             Contender(f"{TWICE}, torch.compile", lambda: differentiate(twice_fused(logits)[0]), may_fail=True),
         ]
     compare(
-        Case(
-            operator="cross_entropy",
-            what="marked_cross_entropy, forward + backward by autograd",
-            size=f"{size.rows} × {size.classes}",
-            bytes_moved=2 * logits.numel() * 4,
-            ours=ours,
-            floor=Contender("copy into fresh memory", lambda: logits.detach().clone()),
+        _case(
+            size,
+            "forward + backward by autograd",
+            ours,
+            Contender(FLOOR, lambda: logits.detach().clone()),
             peers=opponents,
             left_out=left_out,
             aims=AIMS.get(size, []),
@@ -86,45 +147,62 @@ def test_bare_operator(size: Size, compare: Callable[[Case], None], device: str)
     if device != "cpu":
         pytest.skip("a GPU's caching allocator hands out no fresh memory in a steady state")
     torch.manual_seed(1)
-    logits, gradient = torch.randn(size.rows, size.classes), torch.empty(size.rows, size.classes)
+    logits = torch.randn(size.rows, size.classes).to(getattr(torch, size.dtype))
+    gradient, leaf = torch.empty_like(logits), logits.clone().requires_grad_()
     labels, group = torch.randint(0, size.classes, (size.rows,)), torch.zeros(size.rows, dtype=torch.int64)
-    group_loss, group_hits = torch.empty(1), torch.empty(1, dtype=torch.int64)
-    leaf = logits.clone().requires_grad_()
+    loss, group_loss, group_hits = torch.empty(()), torch.empty(1), torch.empty(1, dtype=torch.int64)
+    stored = {"float32": 0, "bfloat16": 2}[size.dtype]
 
-    def ours() -> float:
-        pointers = [tensor.data_ptr() for tensor in (group_loss, group_hits, gradient)]
-        return float(
-            _cpu.marked_cross_entropy(
-                logits.data_ptr(),
-                size.rows,
-                size.classes,
-                size.classes,
-                labels.data_ptr(),
-                0,
-                group.data_ptr(),
-                1,
-                0.0,
-                -100,
-                True,
-                *pointers,
-            )
+    def ours() -> None:
+        _cpu.marked_cross_entropy(
+            logits.data_ptr(),
+            stored,
+            size.rows,
+            size.classes,
+            size.classes,
+            labels.data_ptr(),
+            0,
+            group.data_ptr(),
+            1,
+            0.0,
+            -100,
+            True,
+            loss.data_ptr(),
+            group_loss.data_ptr(),
+            group_hits.data_ptr(),
+            0,
+            0,
+            gradient.data_ptr(),
+            size.classes,
         )
 
     def eager() -> None:
         leaf.grad = None
         functional.cross_entropy(leaf, labels).backward()  # type: ignore[no-untyped-call]
 
-    eager()
     ours()
-    torch.testing.assert_close(gradient, leaf.grad)
-    compare(
-        Case(
-            operator="cross_entropy",
-            what="marked_cross_entropy, bare operator into kept memory",
-            size=f"{size.rows} × {size.classes}",
-            bytes_moved=2 * logits.numel() * 4,
-            ours=ours,
-            floor=Contender("copy", lambda: gradient.copy_(logits)),
-            peers=[Contender(ONCE, eager)],
-        )
-    )
+    torch.testing.assert_close(gradient, _gradient(logits, labels, "mean"))
+    floor = Contender("copy", lambda: gradient.copy_(logits))
+    compare(_case(size, "bare operator into kept memory", ours, floor, peers=[Contender(ONCE, eager)]))
+
+
+def test_in_place(size: Size, compare: Callable[[Case], None], device: str) -> None:
+    """The operator that writes the gradient over the logits; from its second call on it finds a gradient there."""
+    torch.manual_seed(1)
+    logits = torch.randn(size.rows, size.classes, device=device).to(getattr(torch, size.dtype))
+    labels = torch.randint(0, size.classes, (size.rows,), device=device)
+    leaf = logits.clone().requires_grad_()
+
+    def ours() -> object:
+        return cross_entropy_in_place(logits, labels, None, None, 1, 0.0, -100)
+
+    def eager() -> None:
+        leaf.grad = None
+        functional.cross_entropy(leaf, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+
+    expected = _gradient(logits, labels, "sum")
+    ours()
+    torch.testing.assert_close(logits, expected)
+    factor = torch.ones((), dtype=logits.dtype, device=device)
+    floor = Contender("multiply in place", lambda: logits.mul_(factor))
+    compare(_case(size, "in place", ours, floor, peers=[Contender(ONCE, eager)]))

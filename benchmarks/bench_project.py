@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.harness import Case, Contender, quantity
-from benchmarks.projections import keyed_pair, stored_pair
+from benchmarks.harness import Aim, Case, Contender, quantity
+from benchmarks.projections import EAGER, keyed_pair, stored_pair
 
 
 class Size(NamedTuple):
@@ -19,7 +19,12 @@ class Size(NamedTuple):
     kind: str
 
 
-SIZES = [Size(1 << 20, 256, "rademacher"), Size(1 << 20, 256, "gaussian"), Size(1 << 24, 64, "rademacher")]
+SIZES = [
+    *(Size(1 << log2, 256, kind) for kind in ("rademacher", "gaussian") for log2 in (12, 16, 20)),
+    Size(1 << 24, 64, "rademacher"),
+]
+# Aims for two AVX2 cores; the arithmetic of Box and Muller leaves the Gaussian matrix none.
+AIMS = {Size(1 << 20, 256, "rademacher"): [Aim(EAGER, 5.0)]}
 QUICK_SIZES = [Size(5000, 40, "rademacher"), Size(5000, 40, "gaussian")]
 
 
@@ -38,6 +43,9 @@ def test_project(size: Size, compare: Callable[[Case], None], device: str, quick
             floor=Contender("copy", lambda: gradient.copy_(weights)),
             peers=stored,
             left_out=left_out,
+            aims=AIMS.get(size, []),
             headline=size.weights == 1 << 20,
+            operations=(2 if size.kind == "rademacher" else 4) * size.weights * size.bits,  # additions; products too
+            axis=("weights", size.weights) if size.bits == 256 else None,
         )
     )

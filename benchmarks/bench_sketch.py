@@ -21,6 +21,7 @@ class Size(NamedTuple):
 SIZES = [
     *(Size(1 << 22, bits) for bits in (64, 256, 4096)),
     *(Size(1 << 24, bits) for bits in (64, 256, 4096)),
+    *(Size(1 << log2, 256) for log2 in (12, 15, 18)),
     Size(1 << 18, 4096),
 ]
 QUICK_SIZES = [Size(5000, 40), Size(10000, 256)]
@@ -46,5 +47,7 @@ def test_sketch(size: Size, compare: Callable[[Case], None], device: str, quick:
             left_out=left_out,
             aims=AIMS.get(size, []),
             headline=size in HEADLINES,
+            operations=2 * size.weights,  # one signed addition a weight each way
+            axis=("weights", size.weights) if size.bits == 256 else None,
         )
     )

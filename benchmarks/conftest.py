@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 from benchmarks import environment, harness
 
 ROWS = pytest.StashKey[dict[str, list[dict[str, Any]]]]()
+ROOFS = pytest.StashKey[dict[str, list[float]]]()
+SECONDS = pytest.StashKey[dict[str, float]]()
 FAILED = pytest.StashKey[set[str]]()
 DEVICE = pytest.StashKey[str]()
 ENVIRONMENT = pytest.StashKey[dict[str, Any]]()
@@ -28,9 +31,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
-    config.stash[ROWS] = {}
-    config.stash[FAILED] = set()
-    device, threads = environment.choose_device(config.getoption("--device")), config.getoption("--threads")
+    config.stash[ROWS], config.stash[ROOFS], config.stash[SECONDS], config.stash[FAILED] = {}, {}, {}, set()
+    threads = config.getoption("--threads")
+    try:
+        device = environment.choose_device(config.getoption("--device"))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
     config.stash[DEVICE] = device
     config.stash[ENVIRONMENT] = environment.describe(device, threads)
     environment.use_threads(threads)
@@ -50,6 +56,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
+    """What an operator's cases cost altogether: preparing, compiling and measuring."""
+    started = time.perf_counter()
+    done = yield
+    seconds = item.config.stash[SECONDS]
+    seconds[_operator(item)] = seconds.get(_operator(item), 0.0) + time.perf_counter() - started
+    return done
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed:
@@ -65,14 +81,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     device = config.stash[DEVICE]
     out.mkdir(parents=True, exist_ok=True)
+    roofs = {name: harness.spread(values) for name, values in config.stash[ROOFS].items()}
     for operator, rows in config.stash[ROWS].items():
-        if operator not in config.stash[FAILED]:
+        if rows and operator not in config.stash[FAILED]:
             result = {
                 "format": "wmengine-benchmark/1",
                 "operator": operator,
                 "quick": bool(config.getoption("--quick")),
-                "environment": config.stash[ENVIRONMENT],
-                "rows": rows,
+                "seconds": round(config.stash[SECONDS][operator], 1),
+                "environment": {**config.stash[ENVIRONMENT], "roofs": roofs},
+                "rows": [{**row, **harness.shares(row, roofs)} for row in rows],
             }
             path = out / f"{environment.device_slug(device)}-{operator}.json"
             path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
@@ -94,15 +112,26 @@ def quick(pytestconfig: pytest.Config) -> bool:
 def compare(
     benchmark: harness.Benchmark, device: str, quick: bool, pytestconfig: pytest.Config
 ) -> Callable[[harness.Case], None]:
-    """Measure a case. Aims were set for full sizes on a CPU, so other runs carry none."""
+    """Measure a case. Aims were set for full sizes on a CPU, so other runs carry none.
+
+    The device's roofs are measured before the first case of every operator: a shared machine's memory drifts too.
+    """
 
     def measure(case: harness.Case) -> None:
         if quick or device != "cpu":
             case = dataclasses.replace(case, aims=())
+        rows = pytestconfig.stash[ROWS].setdefault(case.operator, [])
+        if case.axis and any((row["what"], row["axis"]) == (case.what, harness.axis_entry(case)) for row in rows):
+            raise ValueError(f"{case.what}, {case.size}: its curve has another case at {case.axis}; name them apart")
         effort = harness.QUICK if quick else harness.FULL
-        row = harness.compare(case, benchmark, harness.device_clock(device), effort)
+        clock = harness.device_clock(device)
+        if not rows and not benchmark.disabled:
+            roofs = pytestconfig.stash[ROOFS]
+            for name, roof in environment.measure_roofs(device, clock, quick).items():
+                roofs.setdefault(name, []).append(roof)
+        row = harness.compare(case, benchmark, clock, effort, device)
         if row is not None:
-            pytestconfig.stash[ROWS].setdefault(case.operator, []).append(row)
+            rows.append(row)
 
     return measure
 

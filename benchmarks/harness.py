@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from benchmarks import environment
 
 QUICK_REASON = "not part of a quick run"
+SETTLED_S = 0.1  # a call this long pays for caches and threads that others left behind without showing it
 
 Run = Callable[[], object]
 Clock = Callable[[], float]
@@ -60,8 +61,10 @@ class Aim:
 class Case:
     """One row of a result: our operator at one size, its floor and its peers.
 
-    `bytes_moved` is the least that any implementation must read and write, 0 where bytes are not the point; `left_out`
-    maps the name of a peer that cannot run here to the reason.
+    `bytes_moved` is the least that any implementation must read and write, 0 where bytes are not the point, and
+    `operations` the arithmetic operations of the least work, 0 where there are none to speak of. `axis` names the size
+    that a scaling curve runs over and gives its value, such as ("rows", 4096): rows with the same `what` and the same
+    name form one curve. `left_out` maps the name of a peer that cannot run here to the reason.
     """
 
     operator: str
@@ -74,20 +77,28 @@ class Case:
     aims: Sequence[Aim] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     headline: bool = False
+    operations: int = 0
+    axis: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: seconds a sample at least, seconds a case at most (rounds give way), rounds."""
+    """How long to measure: seconds a sample at least, seconds a case at most, and how far its rounds give way.
+
+    All cases on two cores, with what torch.compile takes, should stay below ten minutes; so `other` rows than headlines
+    get less.
+    """
 
     sample_s: float = 0.01
-    case_s: float = 20.0
-    least_rounds: int = 7
+    headline_s: float = 4.0
+    headline_rounds: int = 5
+    other_s: float = 1.5
+    other_rounds: int = 3
     most_rounds: int = 40
 
 
 FULL = Effort()
-QUICK = Effort(sample_s=2e-4, case_s=0.5, least_rounds=3, most_rounds=3)
+QUICK = Effort(sample_s=2e-4, headline_rounds=3, most_rounds=3)
 
 
 def device_clock(device: str) -> Clock:
@@ -108,6 +119,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     import torch
 
     return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def differentiate(leaves: Sequence[Any], loss: Any) -> Any:
+    """The loss, after a backward pass that leaves its gradients in `leaves`, and nothing from before."""
+    for leaf in leaves:
+        leaf.grad = None
+    loss.backward()
+    return loss
 
 
 def byte_size(count: int) -> str:
@@ -158,6 +177,10 @@ def sample(run: Run, calls: int, clock: Clock) -> float:
             gc.enable()
 
 
+def nothing() -> None:
+    """What a contender that needs no settling does between two samples."""
+
+
 def warm_up(case: Case) -> tuple[list[Contender], dict[str, str]]:
     """Call everything once (compilation, page faults); returns the peers that work and why others do not."""
     case.floor.run()
@@ -176,12 +199,14 @@ def warm_up(case: Case) -> tuple[list[Contender], dict[str, str]]:
     return working, left_out
 
 
-def compare(case: Case, benchmark: Benchmark, clock: Clock, effort: Effort) -> dict[str, Any] | None:
+def compare(
+    case: Case, benchmark: Benchmark, clock: Clock, effort: Effort, device: str = "cpu"
+) -> dict[str, Any] | None:
     """Measure one case and return its row, JSON-ready; None, after one call of each, where pytest-benchmark is off.
 
     pytest-benchmark times our operator (its rounds are our rounds, its iterations our calls a sample); between two of
-    its rounds the floor and the peers are timed the same way. Every sample starts after one untimed call of the same
-    contender, so that nobody pays for the caches and threads that the one before left behind.
+    its rounds the floor and the peers are timed the same way. Every sample of a short call starts after one untimed
+    call of the same contender, so that nobody pays for the caches and threads that the one before left behind.
     """
     peers, left_out = warm_up(case)
     if benchmark.disabled:
@@ -189,14 +214,27 @@ def compare(case: Case, benchmark: Benchmark, clock: Clock, effort: Effort) -> d
     ours = Contender("ours", case.ours)
     others = [case.floor, *peers]
     calls: dict[str, int] = {}
+    settle: dict[str, Run] = {}
     round_s = 0.0
+    leaves = environment.leaves()
+    peaks = {contender.name: environment.peak_memory(contender.run, device, leaves) for contender in (ours, *others)}
+    del leaves  # it would keep alive what the case lets go
     for contender in (ours, *others):
-        once = min(sample(contender.run, 1, clock) for _ in range(2))
+        once = sample(contender.run, 1, clock)
+        if once < SETTLED_S:
+            once = min(once, sample(contender.run, 1, clock))
+            settle[contender.name] = contender.run
         calls[contender.name] = max(1, min(1000, math.ceil(effort.sample_s / max(once, 1e-9))))
-        round_s += once * (calls[contender.name] + 1)
+        if contender.name in settle:
+            # On a busy machine many calls take longer than the best of two lets expect.
+            once = max(once, sample(contender.run, calls[contender.name], clock))
+        round_s += once * (calls[contender.name] + (contender.name in settle))
     if len(calls) != len(others) + 1:
         raise ValueError(f"{case.operator}, {case.size}: two contenders share a name: {[c.name for c in others]}")
-    rounds = max(effort.least_rounds, min(effort.most_rounds, int(effort.case_s / round_s)))
+    limit_s, least = effort.other_s, effort.other_rounds
+    if case.headline:
+        limit_s, least = effort.headline_s, effort.headline_rounds
+    rounds = max(least, min(effort.most_rounds, int(limit_s / round_s)))
     seconds: dict[str, list[float]] = {contender.name: [] for contender in others}
 
     def measure_others() -> None:
@@ -205,21 +243,36 @@ def compare(case: Case, benchmark: Benchmark, clock: Clock, effort: Effort) -> d
             return  # pytest-benchmark calls once more, untimed, for the result of a looped target
         for position in range(len(others)):
             contender = others[(turn + position) % len(others)]  # nobody always follows the same neighbour
-            contender.run()
+            settle.get(contender.name, nothing)()
             seconds[contender.name].append(sample(contender.run, calls[contender.name], clock))
-        ours.run()
+        settle.get("ours", nothing)()
 
-    ours.run()
+    settle.get("ours", nothing)()
     others_before, started = environment.other_seconds(), time.perf_counter()
     with environment.separated_threads():
         benchmark.pedantic(ours.run, teardown=measure_others, rounds=rounds, iterations=calls["ours"])
     seconds["ours"] = list(benchmark.stats.stats.data)
     others_after, wall = environment.other_seconds(), time.perf_counter() - started
-    row = _row(case, seconds, peers, left_out, calls)
+    row = _row(case, seconds, peers, left_out, calls, peaks)
     if others_before is not None and others_after is not None:
         row["others_cores"] = round(max(0.0, others_after - others_before) / wall, 2)
     benchmark.extra_info.update(row)
     return row
+
+
+def shares(row: Mapping[str, Any], roofs: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What a row reaches of the roofs of environment.measure_roofs, 1 being all of it, for the rates that it has."""
+    known = (
+        ("of_copy", "gb_s", "copy_gb_s"),
+        ("of_cache_copy", "gb_s", "cache_gb_s"),
+        ("of_peak", "gflop_s", "float32_gflop_s"),
+    )
+    return {share: float(f"{row[rate] / roofs[roof]['median']:.4g}") for share, rate, roof in known if rate in row}
+
+
+def axis_entry(case: Case) -> dict[str, Any] | None:
+    """The case's place on its scaling curve, as its row has it."""
+    return None if case.axis is None else {"name": case.axis[0], "value": case.axis[1]}
 
 
 def _row(
@@ -228,13 +281,17 @@ def _row(
     peers: Sequence[Contender],
     left_out: Mapping[str, str],
     calls: Mapping[str, int],
+    peaks: Mapping[str, int | None],
 ) -> dict[str, Any]:
     def timing(name: str) -> dict[str, Any]:
-        return {"ms": spread([1e3 * value for value in seconds[name]]), "calls_a_sample": calls[name]}
+        timed = {"ms": spread([1e3 * value for value in seconds[name]]), "calls_a_sample": calls[name]}
+        return timed if peaks[name] is None else {**timed, "peak_bytes": peaks[name]}
 
     def ratio(above: str, below: str) -> dict[str, float]:
         return spread([a / b for a, b in zip(seconds[above], seconds[below], strict=True)])
 
+    our_s = percentile(seconds["ours"], 0.5)
+    rates = {"gb_s": 1e-9 * case.bytes_moved / our_s, "gflop_s": 1e-9 * case.operations / our_s}
     floor_ratio = ratio("ours", case.floor.name)
     peer_rows = [
         {"name": peer.name, **timing(peer.name), "ratio": ratio(peer.name, "ours"), "holds_bytes": peer.holds}
@@ -255,6 +312,9 @@ def _row(
         "what": case.what,
         "size": case.size,
         "bytes": case.bytes_moved,
+        "operations": case.operations,
+        "axis": axis_entry(case),
+        **{name: float(f"{rate:.4g}") for name, rate in rates.items() if rate},
         "rounds": len(seconds["ours"]),
         "ours": timing("ours"),
         "floor": {"name": case.floor.name, **timing(case.floor.name), "ratio": floor_ratio},

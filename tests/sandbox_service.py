@@ -2,8 +2,10 @@
 
 import ctypes
 import errno
+import fcntl
 import os
 import resource
+import signal
 import socket as sockets
 import threading
 import time
@@ -61,9 +63,6 @@ def serve(connection, mechanisms):
         elif asked == "forbidden":
             header = {"refused": {name: _refused(act) for name, act in FORBIDDEN.items()}}
         elif asked == "allowed":
-            thread = threading.Thread(target=lambda: None)
-            thread.start()
-            thread.join()
             header = {"sum": float((np.ones((300, 300)) @ np.ones((300, 300))).sum()), "random": len(os.urandom(8))}
         wire.send(connection, header, answers)
 
@@ -81,6 +80,21 @@ def _run_machine_code():
         raise OSError(ctypes.get_errno(), "mprotect")
 
 
+def _start_a_thread():
+    try:
+        threading.Thread(target=lambda: None).start()
+    except RuntimeError:  # what Python makes of it
+        raise OSError(errno.EPERM, "no thread") from None
+
+
+def _send_descriptors():
+    connection = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM, 0, fileno=3)
+    try:
+        sockets.send_fds(connection, [b"x"], [0, 1, 2])
+    finally:
+        connection.detach()
+
+
 def _page():
     address = ctypes.addressof(ctypes.create_string_buffer(8192))
     return (address + 4095) // 4096 * 4096
@@ -93,10 +107,14 @@ FORBIDDEN = {
     "reach the network": lambda: sockets.socket(sockets.AF_INET),
     "open a socket": lambda: sockets.socket(sockets.AF_UNIX),
     "fork": os.fork,
+    "start a thread": _start_a_thread,
     "execute": lambda: os.execv("/bin/true", ["true"]),
     "signal its parent": lambda: os.kill(os.getppid(), 0),
     "raise its limits": lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 50, 1 << 50)),
     "delete a file": lambda: os.unlink("/tmp/wmengine-was-here"),
+    "have the kernel signal others": lambda: fcntl.fcntl(3, fcntl.F_SETOWN, os.getppid()),
+    "choose the signal": lambda: fcntl.fcntl(3, 10, signal.SIGKILL),  # F_SETSIG
+    "send descriptors": _send_descriptors,
     "trace": lambda: _refuse_unless(ctypes.CDLL(None, use_errno=True).ptrace(16, os.getppid(), None, None) == 0),
     "run new code": _run_machine_code,
 }

@@ -1,5 +1,10 @@
 """The compiled CUDA module without a GPU: it imports, sizes its workspaces, and refuses what makes no sense."""
 
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 
 _cuda = pytest.importorskip("wmengine._cuda", reason="wmengine._cuda was not built (it needs nvcc)")
@@ -64,6 +69,7 @@ def test_project_names_the_size_it_refuses(count, total, kind, named):
     [
         (0, 1, 1, 0, 1, r"outputs is \[1, 1, 0\]"),
         (0, -1, 1, 2, 1, r"outputs is \[-1, 1, 2\]"),
+        (0, 1, 2**31, 2, 1, "rows below 2"),
         (1, 1, 1, 2, -1, "expected has -1"),
         (3, 1, 1, 2, 1, "dtype is 3"),
     ],
@@ -71,6 +77,49 @@ def test_project_names_the_size_it_refuses(count, total, kind, named):
 def test_match_counts_names_the_size_it_refuses(dtype, suspects, rows, classes, sets, named):
     with pytest.raises(ValueError, match=named):
         _cuda.match_counts(*NOWHERE, 0, dtype, suspects, rows, classes, 0, sets, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "suspects", "rows", "sets", "named"),
+    [
+        (0, -1, 3, 1, r"predicted is \[-1, 3\]"),
+        (1, 1, 2**31, 1, "fewer than 2"),
+        (0, 1, 1, -1, "expected has -1"),
+        (2, 1, 1, 1, "dtype is 2"),
+    ],
+)
+def test_label_matches_names_the_size_it_refuses(dtype, suspects, rows, sets, named):
+    with pytest.raises(ValueError, match=named):
+        _cuda.label_matches(*NOWHERE, 0, dtype, suspects, rows, 0, sets, 0)
+
+
+@pytest.mark.parametrize(
+    ("suspects", "registered", "total", "best", "named"),
+    [
+        (-1, 1, 8, 1, "there are -1 messages"),
+        (1, 2**40, 8, 1, "registry below 2"),
+        (1, 9, 0, 1, "total is 0"),
+        (1, 9, 2**23, 1, "total is 8388608"),
+        (1, 9, 8, 0, "best is 0"),
+        (1, 9, 8, 10, "between 1 and 9"),
+        (1, 5000, 8, 1025, "between 1 and 1024"),
+    ],
+)
+def test_bit_matches_name_the_size_they_refuse(suspects, registered, total, best, named):
+    if not named.startswith(("best", "between")):
+        with pytest.raises(ValueError, match=named):
+            _cuda.bit_matches(*NOWHERE, 0, suspects, 0, registered, total, 0)
+    with pytest.raises(ValueError, match=named):
+        _cuda.best_bit_matches(*NOWHERE, 0, suspects, 0, registered, total, best, 0, 0, 0)
+
+
+@pytest.mark.parametrize("best", [1, 256, 1024])
+def test_the_best_need_few_lists_of_so_many(best):
+    assert _cuda.best_bit_matches_workspace(0, 2000, best) == 0
+    assert _cuda.best_bit_matches_workspace(3, 2000, best) == 3 * best
+    one, many = (_cuda.best_bit_matches_workspace(suspects, 2**39, best) for suspects in (1, 10_000))
+    assert best < one <= 1000 * best
+    assert many == 10_000 * best  # so many messages fill a card without cutting the registry
 
 
 @pytest.mark.parametrize("key", [-1, 2**64])
@@ -85,6 +134,12 @@ def test_without_a_gpu_a_call_says_what_failed():
         _cuda.sketch(*NOWHERE, 0, 10, 1, 32, 32, 1.0, 0, 0)
     with pytest.raises(RuntimeError, match="match_counts failed on the GPU: "):
         _cuda.match_counts(*NOWHERE, 0, 0, 1, 1, 2, 0, 1, 0, 0, 0)
+    with pytest.raises(RuntimeError, match="label_matches failed on the GPU: "):
+        _cuda.label_matches(*NOWHERE, 0, 0, 1, 1, 0, 1, 0)
+    with pytest.raises(RuntimeError, match=r"bit_matches failed on the GPU: "):
+        _cuda.bit_matches(*NOWHERE, 0, 1, 0, 1, 8, 0)
+    with pytest.raises(RuntimeError, match="best_bit_matches failed on the GPU: "):
+        _cuda.best_bit_matches(*NOWHERE, 0, 1, 0, 1, 8, 1, 0, 0, 0)
 
 
 def test_the_fronts_refuse_tensors_that_are_not_on_a_gpu():
@@ -95,6 +150,49 @@ def test_the_fronts_refuse_tensors_that_are_not_on_a_gpu():
         lambda: cuda.project(torch.ones(5), 1, 32, "sketch", 1.0),
         lambda: cuda.project_adjoint(torch.ones(32), 1, 5, "gaussian", 1.0),
         lambda: cuda.match_counts(torch.ones(2, 3, 4), torch.ones(1, 3, dtype=torch.int64)),
+        lambda: cuda.label_matches(torch.ones(2, 3, dtype=torch.int32), torch.ones(1, 3, dtype=torch.int64)),
+        lambda: cuda.bit_matches(*(torch.ones(2, 3, dtype=torch.uint8) for _ in range(2)), 20),
+        lambda: cuda.best_bit_matches(*(torch.ones(2, 3, dtype=torch.uint8) for _ in range(2)), 20, 1),
     ):
         with pytest.raises(TypeError, match="not on cpu"):
             call()
+
+
+def test_the_fronts_name_the_argument_they_refuse():
+    torch = pytest.importorskip("torch", reason="the fronts take torch tensors")
+    from wmengine.ops import cuda
+
+    labels, bits = torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.uint8)
+    for error, named, call in (
+        (
+            TypeError,
+            "predicted must be integer labels, not torch.float32",
+            (cuda.label_matches, labels.float(), labels),
+        ),
+        (ValueError, r"predicted must have shape \[S, N\], not \(3,\)", (cuda.label_matches, labels[0], labels)),
+        (ValueError, r"expected must have shape \[K, 3\]", (cuda.label_matches, labels, labels[:, :2])),
+        (TypeError, "expected must be integer labels, not torch.float32", (cuda.label_matches, labels, labels.float())),
+        (TypeError, "messages must be packed uint8 bits, not torch.int64", (cuda.bit_matches, labels, bits, 20)),
+        (ValueError, r"registry must have 3 bytes a row for 20 bits", (cuda.bit_matches, bits, bits[:, :2], 20)),
+        (ValueError, r"messages must have 2 bytes a row for 16 bits", (cuda.bit_matches, bits, bits, 16)),
+    ):
+        with pytest.raises(error, match=named):
+            call[0](*call[1:])
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("kernels", ["label_matches", "bit_matches", "match_counts", "dense", "launch"])
+def test_kernels_keep_their_registers(kernels, architecture, tmp_path):
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    csrc = Path(__file__).parents[1] / "csrc"
+    command = [nvcc, "-std=c++17", "-O3", "--fmad=false", f"-arch=sm_{architecture}", "-Xptxas=-v", f"-I{csrc}"]
+    command += ["-cubin", "-o", str(tmp_path / "kernels.cubin"), str(csrc / "cuda" / f"{kernels}.cu")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "Unsupported gpu architecture" in run.stderr:
+        pytest.skip(f"this nvcc knows no sm_{architecture}")
+    assert run.returncode == 0, run.stderr
+    usage = [line.strip() for line in run.stderr.splitlines() if "spill stores" in line]
+    assert usage
+    assert set(usage) == {"0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"}, run.stderr

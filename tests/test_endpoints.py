@@ -154,6 +154,18 @@ def test_labels_are_answers_too():
         assert judged(stub).owned
 
 
+def test_one_score_for_two_classes_is_an_answer_too():
+    def behave(request):
+        given = tensor(request.json)
+        return answer(given.mean(axis=(1, 2, 3))) if len(given) == 1 else (400, {}, b"")
+
+    with serving(posted(behave)) as stub:
+        suspect = wm.endpoint(stub.url)
+        found = suspect.query(INPUTS, 2)
+        assert "the suspect gives one score, read as class 1 where it is above 0" in suspect.notes
+    assert np.array_equal(found, INPUTS.mean(axis=(1, 2, 3)) > 0)
+
+
 def test_a_fixed_batch_is_padded_and_a_batch_of_one_is_found_out():
     def behave(request, size):
         if request.method == "GET":
@@ -453,7 +465,7 @@ def test_nan_and_infinity_are_abstentions():
     with serving(posted(behave)) as stub:
         verdict = judged(stub)
     assert (verdict.decision, verdict.matched) == ("owned", COUNT - 4)
-    assert f"4 of {COUNT} answers name no class (NaN, Inf or none at all) and count as misses" in verdict.notes
+    assert f"4 of {COUNT} answers hold NaN or Inf or name no class, and count as misses" in verdict.notes
 
 
 def test_another_task_is_refused_naming_both_numbers_of_classes():

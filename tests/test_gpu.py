@@ -11,7 +11,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
+from tests.closeness import assert_close  # noqa: E402
 from wmengine import ops  # noqa: E402
+from wmengine.kernels import launches  # noqa: E402
 from wmengine.ops import cuda, reference, torch_ops  # noqa: E402, F401 (importing torch_ops registers torch.ops.wmengine)
 
 DEVICE = torch.device("cuda")
@@ -20,19 +22,14 @@ COUNTS = [0, 1, 31, 33, 129, 4095, 4097, 131_073, 600_001]
 GIB = 2**30
 
 
-def assert_close(actual, expected, tolerance=1e-5, at_least=1e-30):
-    """Within `tolerance` of the largest expected value, NaN where NaN is expected."""
-    expected = np.asarray(expected, dtype=np.float64)
-    actual = actual.detach().double().cpu().numpy()
-    assert actual.shape == expected.shape
-    assert np.array_equal(np.isnan(actual), np.isnan(expected))
-    actual, expected = np.nan_to_num(actual), np.nan_to_num(expected)
-    assert np.abs(actual - expected).max(initial=0.0) <= tolerance * np.abs(expected).max(initial=at_least)
-
-
 def random(*shape, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def integers(*shape, seed=0, low=-1, high=4, dtype=torch.int64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high, shape, generator=generator, dtype=dtype).to(DEVICE)
 
 
 def needs_memory(gib):
@@ -145,6 +142,91 @@ def test_match_counts_of_more_than_two_to_the_31_answers():
     counts, invalid = ops.match_counts(outputs, expected)
     assert counts.tolist() == [[0], [0], [rows]]
     assert invalid.tolist() == [0, 0, 0]
+
+
+# --- label_matches and bit_matches ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 5, 2), (2, 4100, 3), (8, 33, 9), (65, 40, 66), (1000, 100, 32), (9, 100_003, 70)]
+)
+def test_label_matches_equals_a_comparison(dtype, shape):
+    suspects, rows, sets = shape
+    predicted, expected = integers(suspects, rows).to(dtype), integers(sets, rows, seed=1)
+    wanted = ((predicted[:, None] == expected[None]) & (predicted >= 0)[:, None]).sum(dim=-1)
+    counts = cuda.label_matches(predicted, expected)
+    assert counts.dtype == torch.int32
+    assert torch.equal(counts, wanted.int())
+    assert torch.equal(cuda.label_matches(predicted.t().contiguous().t(), expected.int()), counts)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2), (9, 0, 9), (2, 0, 3), (2, 4, 0)])
+def test_label_matches_of_nothing(shape):
+    suspects, rows, sets = shape
+    counts = cuda.label_matches(integers(suspects, rows), integers(sets, rows))
+    assert counts.shape == (suspects, sets)
+    assert not counts.any()
+
+
+@pytest.mark.parametrize("sets", [1, 8])
+def test_label_matches_of_more_than_two_to_the_31_labels(sets):
+    suspects, rows = 8, 2**28 + 77
+    needs_memory(16 + 2 * sets + 2)
+    predicted = torch.full((suspects, rows), -1, dtype=torch.int32, device=DEVICE)
+    expected = torch.zeros(sets, rows, dtype=torch.int64, device=DEVICE)
+    predicted[-1, -100:] = 7
+    expected[-1, -99:] = 7
+    counts = cuda.label_matches(predicted, expected)
+    assert counts[-1].tolist() == [0] * (sets - 1) + [99]
+    assert counts.sum() == 99
+
+
+def bits_and_bytes(rows, total, seed=0):
+    """Bits as ±1 in float32, and packed; the last byte's spare bits are noise."""
+    bits = np.random.default_rng(seed + total).integers(0, 2, (rows, -(-total // 8) * 8), dtype=np.uint8)
+    signs = torch.from_numpy(bits[:, :total]).to(DEVICE).float() * 2 - 1
+    return signs, torch.from_numpy(np.packbits(bits, axis=1, bitorder="little")).to(DEVICE)
+
+
+@pytest.mark.parametrize("total", [1, 31, 32, 100, 160, 256, 300, 4096])
+@pytest.mark.parametrize(("suspects", "registered"), [(1, 1), (1, 9000), (70, 3000)])
+def test_bit_matches_and_the_best_equal_a_product_of_signs(total, suspects, registered):
+    messages, packed_messages = bits_and_bytes(suspects, total)
+    registry, packed_registry = bits_and_bytes(registered, total, seed=1)
+    wanted = ((messages.double() @ registry.double().t() + total) / 2).int()
+    assert torch.equal(cuda.bit_matches(packed_messages, packed_registry, total), wanted)
+    shifted = torch.empty(packed_registry.numel() + 1, dtype=torch.uint8, device=DEVICE)[1:].view_as(packed_registry)
+    assert torch.equal(cuda.bit_matches(packed_messages, shifted.copy_(packed_registry), total), wanted)
+    for best in {1, min(10, registered), min(1024, registered)}:
+        counts, indices = cuda.best_bit_matches(packed_messages, packed_registry, total, best)
+        order = wanted.sort(dim=1, descending=True, stable=True)
+        assert torch.equal(indices, order.indices[:, :best])
+        assert torch.equal(counts, order.values[:, :best])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+def test_bit_matches_of_nothing(shape):
+    suspects, registered = shape
+    messages, registry = bits_and_bytes(suspects, 20)[1], bits_and_bytes(registered, 20)[1]
+    assert cuda.bit_matches(messages, registry, 20).shape == shape
+    if registered:
+        assert cuda.best_bit_matches(messages, registry, 20, 2)[1].shape == (suspects, 2)
+    else:
+        with pytest.raises(ValueError, match="best must lie between"):
+            cuda.best_bit_matches(messages, registry, 20, 1)
+
+
+def test_bit_matches_of_a_registry_of_more_than_two_to_the_31_bytes():
+    needs_memory(5)
+    registered, total = 2**26 + 99, 256
+    registry = torch.zeros(registered, total // 8, dtype=torch.uint8, device=DEVICE)
+    message = torch.full((1, total // 8), 255, dtype=torch.uint8, device=DEVICE)
+    registry[-1], registry[-3, 0], registry[5, 0] = 255, 7, 7
+    counts, indices = cuda.best_bit_matches(message, registry, total, 4)
+    assert counts.tolist() == [[256, 3, 3, 0]]
+    assert indices.tolist() == [[registered - 1, 5, registered - 3, 0]]
+    assert cuda.bit_matches(message, registry, total)[0, -3:].tolist() == [3, 0, 256]
 
 
 # --- embedding_loss ---------------------------------------------------------------------------------------------------
@@ -320,6 +402,210 @@ def test_cross_entropy_of_more_than_two_to_the_31_logits():
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(tail.float(), last.grad, rtol=0.01, atol=1e-6)
+
+
+# --- soft_nearest_neighbor and marked_linear_cross_entropy ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (130, 64), (1000, 257)])
+def test_soft_nearest_neighbor_and_its_gradient_equal_the_formula(shape):
+    features = random(*shape).requires_grad_()
+    labels = torch.arange(shape[0], device=DEVICE) % 3
+    temperature = float(shape[1])
+    loss = ops.soft_nearest_neighbor(features, labels, temperature)
+    loss.backward()
+    x = features.detach().double().requires_grad_()
+    near = torch.exp(-((x[:, None] - x[None]) ** 2).sum(dim=-1) / temperature)
+    near = near * (1 - torch.eye(shape[0], device=DEVICE, dtype=torch.float64))
+    same = (near * (labels[:, None] == labels[None])).sum(dim=1)
+    expected = -torch.log(same / near.sum(dim=1)).mean()
+    expected.backward()
+    assert_close(loss, expected.item(), 1e-4)
+    assert_close(features.grad, x.grad.cpu().numpy(), 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 8, 3), (300, 64, 1000), (64, 128, 32_000)])
+def test_marked_linear_cross_entropy_and_its_gradients_equal_those_of_the_logits(dtype, shape):
+    rows, size, classes = shape
+    hidden, head = random(rows, size, dtype=dtype).requires_grad_(), random(classes, size, dtype=dtype).requires_grad_()
+    labels = integers(rows, low=0, high=classes)
+    marked = ops.marked_linear_cross_entropy(hidden, head, labels)
+    gradients = torch.autograd.grad(marked.loss, [hidden, head])
+    h, w = (tensor.detach().double().requires_grad_() for tensor in (hidden, head))
+    expected = torch.nn.functional.cross_entropy(h @ w.t(), labels)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.02
+    assert_close(marked.loss, expected.item(), tolerance)
+    for actual, wanted in zip(gradients, torch.autograd.grad(expected, [h, w]), strict=True):
+        assert actual.dtype == dtype
+        assert_close(actual, wanted.cpu().numpy(), tolerance)
+
+
+# --- what holds for every operator -----------------------------------------------------------------------------------
+
+
+def differentiated(loss_of, *tensors):
+    """(loss, gradients…) of what `loss_of` gives for the floating tensors among its arguments."""
+    tensors = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in tensors]
+    loss = loss_of(*tensors)
+    return loss, *torch.autograd.grad(loss, [tensor for tensor in tensors if tensor.requires_grad])
+
+
+def embedded(carrier, projection):
+    def loss_of(bits, *weights):
+        settings = {"carrier": carrier, "projection": projection, "link": "bce"}
+        return ops.embedding_loss(weights, KEYS[: len(weights)], bits, **settings)[0]
+
+    return lambda *tensors: differentiated(loss_of, *tensors)
+
+
+def marks(total):
+    return [integers(total, low=0, high=2, dtype=torch.uint8)]
+
+
+PACKED = [integers(rows, 32, low=0, high=256, dtype=torch.uint8, seed=rows) for rows in (9, 5000)]
+WEIGHTS = [random(33, 41), random(70, 3, 3, 3), random(64, 64, dtype=torch.bfloat16)]
+ROWS = [random(65, 1000), integers(65, low=0, high=1000)]
+
+# The inputs of an operator, and a call that returns a tensor or a tuple of them, gradients included.
+OPERATORS = {
+    "sketch": ([random(70_003)], lambda w: ops.sketch(w, 9, 256)),
+    "sketch_adjoint": ([random(8192)], lambda g: ops.sketch_adjoint(g, 9, 70_003)),
+    "rademacher": ([random(9001)], lambda w: ops.project(w, 9, 100, "rademacher")),
+    "gaussian_adjoint": ([random(100)], lambda g: ops.project_adjoint(g, 9, 9001, "gaussian")),
+    "match_counts": ([random(9, 50, 100), integers(8, 50)], cuda.match_counts),
+    "match_counts of halves": ([random(9, 50, 100, dtype=torch.float16), integers(1, 50)], cuda.match_counts),
+    "label_matches": ([integers(65, 5000), integers(40, 5000, seed=1)], cuda.label_matches),
+    "label_matches of few": ([integers(3, 500).int(), integers(2, 500, seed=1)], cuda.label_matches),
+    "bit_matches": (PACKED, lambda messages, registry: cuda.bit_matches(messages, registry, 250)),
+    "best_bit_matches": (PACKED, lambda messages, registry: cuda.best_bit_matches(messages, registry, 250, 20)),
+    "embedding_loss": ([*marks(256), *WEIGHTS], embedded("unit_filters", "sketch")),
+    "embedding_loss of means": ([*marks(40), *WEIGHTS], embedded("unit_filter_mean", "rademacher")),
+    "embedding_loss of all": ([*marks(40), *WEIGHTS], embedded("flat", "gaussian")),
+    "marked_cross_entropy": (
+        ROWS, lambda *tensors: differentiated(lambda x, y: ops.marked_cross_entropy(x, y).loss, *tensors)
+    ),
+    "marked_linear_cross_entropy": (
+        [random(65, 32), random(1000, 32), ROWS[1]],
+        lambda *tensors: differentiated(lambda h, w, y: ops.marked_linear_cross_entropy(h, w, y).loss, *tensors),
+    ),
+    "soft_nearest_neighbor": (
+        [random(65, 32), integers(65, low=0, high=4)],
+        lambda *tensors: differentiated(lambda x, y: ops.soft_nearest_neighbor(x, y, 32.0), *tensors),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=list(OPERATORS))
+def operator(request):
+    """(inputs of its own, call → list of tensors), called once: what is compiled and uploaded once is then there."""
+    inputs, call = OPERATORS[request.param]
+    inputs = [tensor.clone() for tensor in inputs]
+
+    def results(*tensors):
+        result = call(*tensors)
+        return [result] if isinstance(result, torch.Tensor) else list(result)
+
+    results(*inputs)
+    torch.cuda.synchronize()
+    return inputs, results
+
+
+def assert_same(actual, expected):
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_every_operator_gives_the_same_bits_twice(operator):
+    inputs, call = operator
+    expected = call(*inputs)
+    for _ in range(5):
+        assert_same(call(*inputs), expected)
+
+
+def test_every_operator_reads_any_memory_layout(operator):
+    inputs, call = operator
+    strided = [torch.stack([tensor, tensor], dim=-1)[..., 0] for tensor in inputs]
+    assert not any(tensor.is_contiguous() for tensor in strided)
+    assert_same(call(*strided), call(*inputs))
+
+
+def test_every_captured_operator_follows_its_inputs(operator):
+    inputs, call = operator
+    before = call(*inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(*inputs)
+    for _ in range(2):
+        for tensor in inputs:
+            tensor.copy_(tensor.roll(1, 0) if tensor.ndim == 1 else tensor.flip(0).flip(1))
+        graph.replay()
+        expected = call(*inputs)
+        assert_same(captured, expected)
+        assert not all(torch.equal(one, other) for one, other in zip(before, expected, strict=True))
+
+
+def test_no_operator_waits_for_the_gpu(operator):
+    inputs, call = operator
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(*inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_every_operator_runs_on_the_current_stream(operator):
+    inputs, call = operator
+    changed = [tensor.roll(1, 0) for tensor in inputs]
+    expected = call(*changed)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # on another stream the operator would read the inputs before they are changed
+        for tensor, new in zip(inputs, changed, strict=True):
+            tensor.copy_(new)
+        actual = call(*inputs)
+    stream.synchronize()
+    assert_same(actual, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_every_operator_runs_where_its_inputs_are(operator):
+    inputs, call = operator
+    actual = call(*(tensor.to("cuda:1") for tensor in inputs))
+    assert torch.cuda.current_device() == 0
+    assert all(tensor.device == torch.device("cuda:1") for tensor in actual)
+    assert_same([tensor.to(DEVICE) for tensor in actual], call(*inputs))
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("projection", reference.PROJECTIONS)
+def test_launches_that_tuning_may_choose_give_the_same_bits(projection, monkeypatch):
+    kernel = "sketch_adjoint" if projection == "sketch" else "dense_adjoint"
+    inputs, call = [*marks(40), *WEIGHTS], embedded("flat", projection)
+    expected = call(*inputs)
+    row = launches.size_class(kernel, 1)
+    assert row.others
+    for launch in row.others:
+        monkeypatch.setitem(launches.TABLE, kernel, (launches.SizeClass(float("inf"), launch),))
+        assert_same(call(*inputs), expected)
+
+
+def test_tuning_measures_keeps_and_uses_what_it_found(monkeypatch, tmp_path):
+    inputs, call = [*marks(40), *WEIGHTS], embedded("flat", "sketch")
+    expected = call(*inputs)
+    monkeypatch.setattr(launches, "_TUNED", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("WMENGINE_AUTOTUNE", "1")
+    assert_same(call(*inputs), expected)
+    kept = launches.cache_file().read_text()
+    assert kept.count("sketch_adjoint") == 2  # float32 and bfloat16
+    assert torch.cuda.get_device_name() in kept
+    assert_same(call(*inputs), expected)
+    assert launches.cache_file().read_text() == kept
 
 
 # --- torch's own checks -----------------------------------------------------------------------------------------------

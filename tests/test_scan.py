@@ -323,3 +323,32 @@ def test_calibrated_p_values_are_e_values():
     assert float((values * mass.reshape(-1)[::20] * 20).sum()) == pytest.approx(1.0, abs=0.02)
     assert log10_calibrated(0.0) == pytest.approx(math.log10(0.5))
     assert log10_calibrated(-20.0) == pytest.approx(20.0 - 2 * math.log10(20 * math.log(10)), abs=1e-9)
+
+
+def test_a_file_name_that_is_no_unicode_and_one_that_steers_terminals(bucket, tmp_path):
+    data = (bucket / "models" / "copy.onnx").read_bytes()
+    for name in (b"caf\xe9.onnx", b"red\x1b[31m.onnx"):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(data + name)  # unknown bytes behind a model: both are judged, and are no models any more
+    rows = scan(tmp_path, bucket / "registry" / "first.wm", out=tmp_path / "rows.parquet").to_pylist()
+    assert {os.path.basename(row["suspect"]) for row in rows} == {"caf\\udce9.onnx", "red\x1b[31m.onnx"}
+    assert all(row["error"] is None or row["error"].isprintable() for row in rows)
+
+
+def test_file_urls_are_read_with_the_care_that_local_files_are(bucket, tmp_path):
+    os.mkfifo(tmp_path / "pipe.onnx")
+    rows = by_pair(scan([f"file://{bucket}/models/copy.onnx", f"file://{tmp_path}"], bucket / "registry" / "first.wm"))
+    assert rows["copy.onnx", "detector"]["decision"] == "owned"
+    assert "not a regular file" in rows["pipe.onnx", "detector"]["error"]
+
+
+def test_a_killed_template_costs_no_suspect_its_verdict(bucket):
+    from wmengine.suspects.onnx_file import shared_supervisor
+
+    def kill_once(done, total, rows):
+        if done == 3:
+            os.kill(shared_supervisor()._process.pid, signal.SIGKILL)
+
+    rows = by_pair(scan(bucket / "models", bucket / "registry", jobs=2, progress=kill_once))
+    assert {pair[0] for pair, row in rows.items() if row["decision"] == "error"} == {"broken.onnx"}
+    assert rows["copy.onnx", "detector"]["decision"] == "owned"

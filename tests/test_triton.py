@@ -18,7 +18,9 @@ triton = pytest.importorskip("triton", reason="Triton is not installed (it comes
 
 import triton.language as tl  # noqa: E402
 
+from tests.closeness import assert_close  # noqa: E402
 from wmengine.kernels import philox  # noqa: E402
+from wmengine.kernels.layers import address_table  # noqa: E402
 from wmengine.ops import cuda, reference  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,16 +28,6 @@ KEYS = [0xFEDCBA9876543210, 5, 2**63, 2**64 - 1, 11]
 
 # The interpreter computes on NumPy arrays, masked lanes too.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-
-
-def assert_close(actual, expected, tolerance, at_least=1e-30):
-    """Within `tolerance` of the largest expected value (or of `at_least`), NaN where NaN is expected."""
-    expected = np.asarray(expected, dtype=np.float64)
-    actual = actual.detach().cpu().double().numpy()
-    assert actual.shape == expected.shape
-    assert np.array_equal(np.isnan(actual), np.isnan(expected))
-    actual, expected = np.nan_to_num(actual), np.nan_to_num(expected)
-    assert np.abs(actual - expected).max(initial=0.0) <= tolerance * np.abs(expected).max(initial=at_least)
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -168,6 +160,16 @@ def test_dtypes_may_be_mixed_and_gradients_come_back_in_each(carrier):
     assert_embeds_as_the_reference(weights, bits_of(32), carrier, "sketch")
 
 
+@pytest.mark.parametrize("count", [1, 16, 17])
+def test_addresses_are_those_of_the_tensors_and_never_zero(count):
+    tensors = [torch.empty(0 if index == 3 else 5, device=DEVICE) for index in range(count)]
+    table = address_table(tensors, torch.device(DEVICE)).tolist()
+    assert len(table) == -(-count // 16) * 16
+    for tensor, address in zip(tensors, table, strict=False):
+        assert address == tensor.data_ptr() or tensor.numel() == 0
+    assert all(address in {tensor.data_ptr() for tensor in tensors} - {0} for address in table)
+
+
 def test_empty_layers_have_empty_gradients():
     weights = [random(0, 3), random(4, 30), random(3, 0, 2)]
     _, y, gradients = embed(weights, bits_of(32), "unit_filters", "sketch")
@@ -287,6 +289,28 @@ def test_more_rows_than_the_finishing_kernel_adds_at_a_time():
     assert_entropy_is_the_references(*batch(1030, 3))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_more_rows_than_one_program_adds(reduction):
+    assert_entropy_is_the_references(*batch(8192 + 40, 3), reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_in_place_the_gradient_replaces_the_logits_and_nothing_else(dtype):
+    wide, labels, weight, group = batch(6, 40, dtype)
+    logits, before = wide[:, 4:30], wide.clone()
+    labels %= 26
+    labels[2] = -100
+    loss, group_loss, group_hits = cuda.cross_entropy_in_place(logits, labels, weight, group, 3, 0.1, -100)
+    copied = before[:, 4:30].contiguous()
+    wanted = cuda.marked_cross_entropy_forward(copied, labels, weight, group, 3, 0.1, -100, "sum")
+    one = torch.ones((), device=DEVICE)
+    gradient = cuda.marked_cross_entropy_backward(one, copied, labels, weight, *wanted[3:], 0.1, -100)
+    for actual, expected in zip((loss, group_loss, group_hits, logits), (*wanted[:3], gradient), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert torch.equal(wide[:, :4], before[:, :4])
+    assert torch.equal(wide[:, 30:], before[:, 30:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_are_read_as_they_are(dtype):
     logits, labels, weight, group = batch(6, 40, dtype)
@@ -353,12 +377,12 @@ import json, re, subprocess, sys, tempfile
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from wmengine.kernels import carriers, cross_entropy, embedding_loss, layers, projection
+from wmengine.kernels import carriers, cross_entropy, embedding_loss, layers, projection, soft_nearest_neighbor
 
 LAYERS = {"LAYERS": 32, "DTYPE": tl.float32}
 VALUES = [LAYERS | {"SCRATCH": False, "UNIT": True}, LAYERS | {"DTYPE": tl.bfloat16, "SCRATCH": True, "UNIT": False}]
 TILES = [("fp32", 16, 16, {}), ("fp32", 1, 1024, {}), ("fp32", 1, 4096, {}), ("bf16", 1, 4096, {}),
-         ("fp32", 16, 16, {"rows": 1, "classes": 1, "stride": 1})]
+         ("fp32", 16, 16, {"rows": 1, "classes": 1, "stride": 1, "gradient_stride": 1})]
 KERNELS = [
     (layers.addresses_kernel, 1, "*i64" + 16 * " i64", [{}]),
     (projection.sketch_tables_kernel, 1, "*i64 *i32 *i32", [{"LAYERS": 1, "BUCKETS": n} for n in (32, 256, 8192)]),
@@ -366,15 +390,17 @@ KERNELS = [
      [v | {"BUCKETS": n} for v, n in zip(VALUES[:1] * 3 + VALUES[1:], (32, 256, 8192, 256))]),
     (projection.dense_sums_kernel, 2, "*i64 *fp32 *i64 *fp32 *fp32 i32",
      [v | {"PROJECTION": p} for v in VALUES for p in (1, 2)] + [VALUES[0] | {"PROJECTION": 1, "total": 1}]),
+    *[(projection.adjoint_kernel, warps, "*fp32 fp32 *fp32 *i64 *fp32 *i64 *i32 *i32 i32",
+       [LAYERS | {"BUCKETS": 256, "SCRATCH": p == 1, "PROJECTION": p} for p in kinds])
+      for warps, kinds in ((2, (0,)), (4, (0, 1, 2)), (8, (0, 1, 2)))],
     (projection.adjoint_kernel, 4, "*fp32 fp32 *fp32 *i64 *fp32 *i64 *i32 *i32 i32",
-     [LAYERS | {"BUCKETS": 256, "SCRATCH": p == 1, "PROJECTION": p} for p in (0, 1, 2)]
-     + [LAYERS | {"BUCKETS": 32, "SCRATCH": False, "PROJECTION": 1, "total": 1}]),
+     [LAYERS | {"BUCKETS": 32, "SCRATCH": False, "PROJECTION": 1, "total": 1}]),
     (carriers.inverse_norms_kernel, 4, "*i64 *i64 *fp32", [LAYERS]),
     (carriers.column_means_kernel, 4, "*i64 *i64 *fp32 *fp32", [LAYERS | {"UNIT": u} for u in (False, True)]),
     (carriers.filter_gradients_kernel, 4, "*fp32 fp32 *fp32 *i64 *i64 *i64 *fp32 *fp32 *i32 *i32 i32",
      [LAYERS | {"BUCKETS": 256, "UNIT": u, "SOURCE": s, "INDEX": i}
-      for u, s, i in ((True, 0, tl.int32), (True, 0, tl.int64), (True, 1, tl.int32), (True, 2, tl.int32),
-                      (False, 2, tl.int32))]),
+      for u, s, i in ((True, 0, tl.uint32), (True, 0, tl.int64), (True, 1, tl.uint32), (True, 2, tl.uint32),
+                      (False, 2, tl.uint32))]),
     (embedding_loss.total_kernel, 4, "*fp32 *fp32 i32 i32 i32 fp32", [{}, {"groups": 1, "width": 1, "total": 1}]),
     (embedding_loss.link_kernel, 4, "*fp32 *u8 *fp32 *fp32 i32 fp32", [{"LINK": link} for link in range(4)]),
     *[(cross_entropy.rows_kernel, 8 if step > 1024 else 4,
@@ -382,11 +408,24 @@ KERNELS = [
        [{"WEIGHTED": True, "SMOOTH": True, "TILE": tile, "STEP": step} | one])
       for x, tile, step, one in TILES],
     *[(cross_entropy.gradient_kernel, 8 if step > 1024 else 4,
-       f"*fp32 *{x} *i64 *fp32 *fp32 *fp32 *{x} i32 i32 i32 fp32 i32",
+       f"*fp32 *{x} *i64 *fp32 *fp32 *fp32 *{x} i32 i32 i32 i32 fp32 i32",
        [{"WEIGHTED": False, "TILE": tile, "STEP": step} | one])
       for x, tile, step, one in TILES],
-    (cross_entropy.finish_kernel, 4, "*fp32 *fp32 *i8 *i64 *fp32 *fp32 *fp32 *i64 i32 i32",
-     [{"GROUPED": True, "MEAN": True}, {"GROUPED": False, "MEAN": False, "rows": 1, "groups": 1}]),
+    *[(cross_entropy.gradient_kernel, 8, f"*fp32 *fp32 *i64 *fp32 *fp32 *fp32 *{x} i32 i32 i32 i32 fp32 i32",
+       [{"WEIGHTED": True, "TILE": 1, "STEP": 4096}]) for x in ("fp16", "bf16")],  # of a head of 16 bits
+    (cross_entropy.finish_kernel, 4, "*fp32 *fp32 *i8 *i64 *fp32 *fp32 *fp32 *i64 *fp32 *i32 i32 i32",
+     [{"GROUPED": True, "MEAN": True, "ALONE": False}, {"GROUPED": True, "MEAN": True, "ALONE": True},
+      {"GROUPED": False, "MEAN": False, "ALONE": True, "rows": 1, "groups": 1}]),
+    (cross_entropy.chunks_kernel, 4, "*fp32 *i32 *fp32 *fp32 *fp32 *i64 i32 i32",
+     [{"MEAN": True}, {"MEAN": False, "groups": 1}]),
+    *[(soft_nearest_neighbor.distances_kernel, tile // 8, "*fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 i32",
+       [{"TILE": tile, "STEP": 32}]) for tile in (16, 64)],
+    (soft_nearest_neighbor.rows_kernel, 4, "*fp32 *i64 *fp32 *fp32 *fp32 *fp32 i32 i32",
+     [{"STEP": 32}, {"STEP": 1024}]),
+    (soft_nearest_neighbor.weights_kernel, 4, "*fp32 *fp32 *fp32 *i64 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32",
+     [{"GRADIENT": True, "STEP": 32}, {"GRADIENT": True, "STEP": 1024}, {"GRADIENT": False, "STEP": 1024}]),
+    *[(soft_nearest_neighbor.gradient_kernel, tile // 8, "*fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 i32",
+       [{"TILE": tile, "STEP": 32}]) for tile in (16, 64)],
 ]
 
 result = []
@@ -430,9 +469,9 @@ def test_every_kernel_compiles_to_hopper_machine_code_that_keeps_its_registers(t
     )
     assert run.returncode == 0, run.stderr[-4000:]
     compiled = json.loads(run.stdout)
-    from wmengine.kernels import carriers, cross_entropy, embedding_loss, layers, projection
+    from wmengine.kernels import carriers, cross_entropy, embedding_loss, layers, projection, soft_nearest_neighbor
 
-    modules = (carriers, cross_entropy, embedding_loss, layers, projection)
+    modules = (carriers, cross_entropy, embedding_loss, layers, projection, soft_nearest_neighbor)
     written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {one["kernel"] for one in compiled} == written, "a kernel that is not compiled here is not tested"
     for one in compiled:

@@ -28,6 +28,7 @@ def projection_adjoint(
 ) -> None: ...
 def marked_cross_entropy(
     logits: int,
+    stored: int,
     rows: int,
     classes: int,
     stride: int,
@@ -38,10 +39,58 @@ def marked_cross_entropy(
     label_smoothing: float,
     ignore_index: int,
     mean: bool,
+    loss: int,
     group_loss: int,
     group_hits: int,
+    lse: int,
+    denominator: int,
+    gradient: int,
+    gradient_stride: int,
+) -> None: ...
+def marked_cross_entropy_backward(
+    logits: int,
+    stored: int,
+    rows: int,
+    classes: int,
+    stride: int,
+    labels: int,
+    weight: int,
+    label_smoothing: float,
+    ignore_index: int,
+    factor: float,
+    lse: int,
+    gradient: int,
+) -> None: ...
+def match_counts(
+    outputs: int,
+    scores: int,
+    suspects: int,
+    queries: int,
+    classes: int,
+    expected: int,
+    sets: int,
+    counts: int,
+    invalid: int,
+) -> None: ...
+def largest_label(labels: int, count: int, wide: bool) -> int: ...
+def label_matches(
+    predicted: int, suspects: int, expected: int, sets: int, places: int, wide: bool, largest: int, counts: int
+) -> None: ...
+def bit_matches(messages: int, suspects: int, registry: int, rows: int, total: int, counts: int) -> None: ...
+def best_bit_matches(
+    messages: int, suspects: int, registry: int, rows: int, total: int, best: int, counts: int, indices: int
+) -> None: ...
+def soft_nearest_neighbor(
+    features: int, rows: int, size: int, stride: int, labels: int, temperature: float, nearest: int
+) -> float: ...
+def soft_nearest_neighbor_backward(
+    features: int,
+    rows: int,
+    size: int,
+    stride: int,
+    labels: int,
+    temperature: float,
+    nearest: int,
+    factor: float,
     gradient: int,
 ) -> float: ...
-def match_counts(
-    outputs: int, suspects: int, queries: int, classes: int, expected: int, sets: int, counts: int, invalid: int
-) -> None: ...

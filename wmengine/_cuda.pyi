@@ -65,3 +65,38 @@ def match_counts(
     counts: int,
     invalid: int,
 ) -> None: ...
+def label_matches(
+    device: int,
+    stream: int,
+    predicted: int,
+    dtype: int,
+    suspects: int,
+    rows: int,
+    expected: int,
+    sets: int,
+    counts: int,
+) -> None: ...
+def bit_matches(
+    device: int,
+    stream: int,
+    messages: int,
+    suspects: int,
+    registry: int,
+    registered: int,
+    total: int,
+    counts: int,
+) -> None: ...
+def best_bit_matches_workspace(suspects: int, registered: int, best: int) -> int: ...
+def best_bit_matches(
+    device: int,
+    stream: int,
+    messages: int,
+    suspects: int,
+    registry: int,
+    registered: int,
+    total: int,
+    best: int,
+    workspace: int,
+    counts: int,
+    indices: int,
+) -> None: ...

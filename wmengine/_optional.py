@@ -19,6 +19,7 @@ EXTRAS = {
     "onnxscript": "train",
     "sklearn": "demo",
     "grpc": "endpoint",
+    "ray": "ray",
 }
 
 

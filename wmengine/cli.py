@@ -5,6 +5,7 @@ when the suspect is owned, 1 when that is not proven, 2 when it could not be jud
 """
 
 import getpass
+import importlib
 import json
 import math
 import os
@@ -68,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = app(given, prog_name="wmengine", standalone_mode=False)
         sys.stdout.flush()
+        if status == 130:  # typer makes a status of Ctrl-C
+            raise KeyboardInterrupt
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "wmengine"
@@ -186,6 +189,17 @@ def verify(
         Path | None,
         typer.Option(metavar="FILE.json", help="How to ask the endpoint: names, budget, rate, a template for others."),
     ] = None,
+    classes: Annotated[
+        str,
+        typer.Option(metavar="ORDER", help='"same" order as the mark\'s, or "any": every order is tried and paid for.'),
+    ] = "same",
+    clean: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.npz",
+            help="With --classes any: arrays `inputs` and `labels` of task data, on which the order is found for free.",
+        ),
+    ] = None,
     isolation: IsolationOption = "persistent",
     seconds: SecondsOption = 120.0,
     memory: MemoryOption = 4.0,
@@ -211,6 +225,8 @@ def verify(
         queries=queries,
         isolation=isolation,
         limits=_limits(seconds, memory),
+        classes=classes,
+        clean=None if clean is None else _load_clean(clean),
     )
     if as_json:
         print(verdict.to_json())
@@ -248,6 +264,10 @@ def scan(
     isolation: IsolationOption = "persistent",
     seconds: SecondsOption = 120.0,
     memory: MemoryOption = 4.0,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS|local", help="Judge on this Ray cluster; --jobs are then those of each node."),
+    ] = None,
     passphrase_file: PassphraseOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a line: every row when it is done, then the summary.")
@@ -272,6 +292,7 @@ def scan(
             limits=_limits(seconds, memory),
             passphrase=_read_passphrase(passphrase_file) if passphrase_file else None,
             progress=report.add,
+            ray=ray,
         )
     report.summarise(out)
     return 0
@@ -305,6 +326,50 @@ def info(as_json: JsonOption = False) -> int:
     return 0
 
 
+@app.command()
+def bench(
+    operators: Annotated[
+        list[str] | None, typer.Argument(metavar="OPERATOR", help="Which operators to measure; all unless told.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, under a minute: does everything run?")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Where result files go (benchmarks/results, with new tables and plots; with --quick a temporary one).",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int, typer.Option("--threads", help="CPU threads, for torch and wmengine alike.")] = 2,
+    as_json: JsonOption = False,
+) -> int:
+    """Measure every operator beside its floor and its peers. Needs a checkout: benchmarks are not installed."""
+    runner = _benchmarks()
+    report = runner.run(operators or (), quick=quick, out=out, device=device, threads=threads)
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        print(report.text())
+    return 0
+
+
+def _benchmarks() -> Any:
+    """benchmarks.runner of the checkout that this package is installed from, or else of the current folder."""
+    for root in (Path(__file__).resolve().parent.parent, Path.cwd()):
+        if (root / "benchmarks" / "runner.py").is_file() and (root / "wmengine" / "cli.py").is_file():
+            sys.path.insert(0, str(root))
+            try:
+                return importlib.import_module("benchmarks.runner")
+            except ModuleNotFoundError as error:
+                if error.name is None or error.name.startswith("benchmarks"):
+                    raise
+                raise ImportError(f"{error.name} is not installed: pip install -e '.[bench]' in {root}") from error
+    raise ValueError(
+        "the benchmarks are not part of the installed package: clone wmengine's repository and run this in the clone"
+    )
+
+
 def _parts(scheme: "Scheme") -> str:
     from wmengine.schemes import WhiteBox
 
@@ -334,6 +399,18 @@ def _limits(seconds: float, memory: float) -> "Limits":
     if not 0.0 < seconds < math.inf or not 0.0 < memory < math.inf:
         raise ValueError("--seconds and --memory must be positive numbers")
     return Limits(seconds=seconds, memory_bytes=int(memory * 2**30))
+
+
+def _load_clean(path: Path) -> tuple[Any, Any]:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays["inputs"], arrays["labels"]
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
+        raise ValueError(f"{path} must be an .npz file with the arrays `inputs` and `labels`") from None
 
 
 def _load_key(path: Path, passphrase_file: Path | None) -> "Key":

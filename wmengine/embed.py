@@ -141,12 +141,11 @@ class Embedder:
         as `mix` returns them, in any order. A batch without trigger rows is fine.
         """
         self._check_logits(logits, labels)
-        is_trigger = labels >= self.num_classes
-        group = torch.where(is_trigger, labels // self.num_classes, 0)
+        group = (labels // self.num_classes).clamp(min=0)  # 0 for task rows, ignored ones among them
         groups = 1 + len(self._trigger_marks)
         result = ops.marked_cross_entropy(
             logits,
-            torch.where(is_trigger, labels % self.num_classes, labels),
+            torch.sub(labels, group, alpha=self.num_classes),
             None,
             group,
             groups=groups,
@@ -154,8 +153,8 @@ class Embedder:
             ignore_index=IGNORE_INDEX,
         )
         if self._trigger_marks and torch.is_grad_enabled():
-            rows = torch.stack([(group == number).sum() for number in range(groups)])
-            counts = torch.stack([result.group_hits.detach().to(rows.dtype), rows])
+            rows = (group == torch.arange(groups, device=group.device)[:, None]).sum(dim=1)
+            counts = torch.stack([result.group_hits.detach(), rows])
             self._seen = torch.where(rows > 0, counts, self._seen.to(counts.device, non_blocking=True))
         loss: torch.Tensor = result.loss
         return loss + self.regulariser() if self._weight_marks else loss
@@ -181,7 +180,7 @@ class Embedder:
             terms.append(mark.preset.strength * term)
             projected.append(y.detach())
         self._projected = projected
-        return torch.stack(terms).sum() if terms else torch.zeros(())
+        return sum(terms[1:], terms[0]) if terms else torch.zeros(())
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:

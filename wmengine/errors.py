@@ -17,5 +17,14 @@ class SuspectError(WmengineError):
     """A suspect that cannot be judged: not a model, no tensors to read, the wrong input shape, no usable answers."""
 
     def __init__(self, message: str) -> None:
-        # Names inside a suspect's file are a stranger's: none may break the line or steer a terminal.
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+        super().__init__(printable(message))
+
+
+class ScanError(WmengineError):
+    """A scan that cannot go on, through no suspect's fault; what it has finished is kept."""
+
+
+def printable(text: str, limit: int = 1000) -> str:
+    """A stranger's text on one line of at most `limit` characters, none of which steers a terminal or is no Unicode."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
+    return text if len(text) <= limit else text[: limit - 1] + "…"

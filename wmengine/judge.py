@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from wmengine import ops
 from wmengine.carriers import Tensor, match_tensors
 from wmengine.errors import SuspectError
+from wmengine.reordering import CleanData
 from wmengine.schemes import symbol_chance
 from wmengine.stats import binomial_log10_tail, paid_log10_p
 from wmengine.suspects import Suspect
@@ -43,11 +44,14 @@ def score_suspect(
     log10_bar: float,
     every_adapter: bool = True,
     ask_again: bool = False,
+    any_order: bool = False,
+    clean: CleanData | None = None,
 ) -> list[Score]:
     """One score for each mark. A mark that the suspect cannot be asked about has an error, and the others go on.
 
     mode: "all" or "sequential", for black-box marks; log10_bar: −log10 of what a p-value must reach; every_adapter: put
-    triggers in unlikely ways too; ask_again: look whether answers depend on the batch even where nothing is proven.
+    triggers in unlikely ways too; ask_again: look whether answers depend on the batch even where nothing is proven;
+    any_order and clean: see Trial.
     """
     scores: list[Score | None] = [None] * len(marks)
     trials: dict[int, Trial] = {}
@@ -61,7 +65,7 @@ def score_suspect(
                     raise tensors
                 scores[index] = score_weights(tensors, mark, suspect.notes)
             else:
-                trials[index] = open_trial(suspect, mark, mode, log10_bar, every_adapter)
+                trials[index] = open_trial(suspect, mark, mode, log10_bar, every_adapter, any_order, clean)
         except SuspectError as error:
             scores[index] = _failed(mark, error)
     # Marks of one number of classes are asked together; if the suspect fails one group, the others are still asked.
@@ -80,10 +84,18 @@ def score_suspect(
     return [score for score in scores if score is not None]
 
 
-def open_trial(suspect: Suspect, mark: Watermark, mode: str, log10_bar: float, every_adapter: bool = True) -> Trial:
+def open_trial(
+    suspect: Suspect,
+    mark: Watermark,
+    mode: str,
+    log10_bar: float,
+    every_adapter: bool = True,
+    any_order: bool = False,
+    clean: CleanData | None = None,
+) -> Trial:
     """A trial of the ways that the suspect's input leaves open to put the mark's triggers."""
     ways = suspect.adapters(mark.arrays["triggers"].shape[1:], mark.parameters["value_range"], every_adapter)
-    return Trial(mark, ways, mode, log10_bar)
+    return Trial(mark, ways, mode, log10_bar, any_order, clean)
 
 
 def score_trial(suspect: Suspect, trial: Trial, notes: Sequence[str], ask_again: bool = False) -> Score:

@@ -8,26 +8,28 @@ of p_a / share_a over those that were tried, and never above 1, which no order o
 from __future__ import annotations
 
 import math
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.errors import SuspectError
+from wmengine.reordering import CleanData, best_order, log10_orders, reorder, used_classes
 from wmengine.schemes import symbol_chance
 from wmengine.sequential import SequentialTest
 from wmengine.stats import binomial_log10_tail
 from wmengine.suspects.adapters import AS_RECORDED, Adapter
+from wmengine.suspects.answers import ABSTAINED
 from wmengine.suspects.base import Suspect
 from wmengine.watermark import Watermark
 
 MODES = ("all", "sequential")
 FIRST_LOOK, NEXT_LOOK = 16, 8
 ASKED_AGAIN = 8
-ABSTAINED = -1
 
 Labels = NDArray[np.int64]
 
@@ -48,6 +50,10 @@ class _Attempt:
     test: SequentialTest
     first: Labels  # the predictions for the first triggers, to be asked again
     abstained: int = 0
+    order: Labels | None = None  # what each class of the suspect stands for, estimated on clean data
+    agreed: int = 0  # clean inputs that the suspect answers rightly in that order
+    any_matched: int = 0  # in the order with most matches, where every order is tried
+    any_log10_orders: float = 0.0
 
 
 class Trial:
@@ -56,16 +62,32 @@ class Trial:
     mode: "all" asks every trigger and reports the binomial tail; "sequential" stops when the answer is clear.
     log10_bar: −log10 of what p must reach, all tests of the same scan paid. adapters: the ways to put triggers, in this
     order, each with its share of the evidence; the next is tried when the one before has not proven the suspect.
+    any_order: the suspect's classes may stand in another order. It is estimated on clean data, or without them, and
+    with mode "all", every order is tried and paid for: half of the evidence is for them, half for the order recorded.
     """
 
-    def __init__(self, mark: Watermark, adapters: Sequence[Adapter], mode: str, log10_bar: float) -> None:
+    def __init__(
+        self,
+        mark: Watermark,
+        adapters: Sequence[Adapter],
+        mode: str,
+        log10_bar: float,
+        any_order: bool = False,
+        clean: CleanData | None = None,
+    ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, and it is {mode!r}")
+        if any_order and clean is None and mode != "all":
+            raise ValueError(
+                'classes in any order, without clean data, need the mode "all": the order fits all answers'
+            )
         self.mark = mark
         self.num_classes = int(mark.parameters["num_classes"])
         self.mode = mode
         self._labels: Labels = mark.arrays["labels"]
         self._log10_bar = log10_bar
+        self._try_orders = any_order and clean is None
+        self._clean = clean if any_order else None
         self._adapters = list(adapters)
         self._attempts: list[_Attempt] = []
 
@@ -85,11 +107,30 @@ class Trial:
         """The predictions for what `next` asked: class numbers, ABSTAINED where there was no answer."""
         attempt = self._attempts[-1]
         start = attempt.test.asked
-        expected = self._labels[start : start + len(predicted)]
-        attempt.test.add(int((predicted == expected).sum()), len(predicted))
-        attempt.abstained += int((predicted == ABSTAINED).sum())
         if start == 0:
             attempt.first = predicted[:ASKED_AGAIN]
+        attempt.abstained += int((predicted == ABSTAINED).sum())
+        if attempt.order is not None:
+            predicted = reorder(predicted, attempt.order)
+        expected = self._labels[start : start + len(predicted)]
+        attempt.test.add(int((predicted == expected).sum()), len(predicted))
+        if self._try_orders:
+            _, attempt.any_matched = best_order(predicted, expected, self.num_classes)
+            attempt.any_log10_orders = log10_orders(self.num_classes, used_classes(predicted, self.num_classes))
+
+    def clean_inputs(self) -> NDArray[Any] | None:
+        """What to ask before the triggers that `next` names, for `add_clean`; None where nothing is."""
+        attempt = self._attempts[-1]
+        if self._clean is None or attempt.order is not None:
+            return None
+        inputs, scale = self._clean.inputs, self.mark.parameters["value_range"]
+        return (attempt.adapter.inputs if inputs.dtype == np.uint8 else attempt.adapter.recorded_inputs)(inputs, scale)
+
+    def add_clean(self, predicted: Labels) -> None:
+        """The predictions for the clean inputs: they say in which order the suspect's classes stand."""
+        assert self._clean is not None
+        attempt = self._attempts[-1]
+        attempt.order, attempt.agreed = best_order(predicted, self._clean.labels, self.num_classes)
 
     @property
     def queries(self) -> int:
@@ -99,7 +140,10 @@ class Trial:
     @property
     def matched(self) -> int:
         """Matches of the adapter that did best."""
-        return self._best().test.matched if self._attempts else 0
+        if not self._attempts:
+            return 0
+        best = self._best()
+        return best.any_matched if self._is_reordered(best) else best.test.matched
 
     @property
     def log10_p(self) -> float:
@@ -130,8 +174,11 @@ class Trial:
             elif best.adapter.share < 1.0:
                 found.append(f"one of {len(self._adapters)} ways of putting the triggers was tried, and its share paid")
             if best.abstained:
-                which = f"{best.abstained} of {best.test.asked}"
-                found.append(f"{which} answers name no class (NaN, Inf or none at all) and count as misses")
+                asked = best.test.asked
+                found.append(
+                    f"{best.abstained} of {asked} answers hold NaN or Inf or name no class, and count as misses"
+                )
+            found.extend(self._order_notes(best))
             if self.mode == "sequential" and best.test.decision == "futile" and not self.proven:
                 found.append(f"given up after {self.queries} queries: the suspect answers as a stranger does")
         return found
@@ -174,7 +221,41 @@ class Trial:
         test = attempt.test
         fixed = self.mode == "all"  # of all triggers: those not asked are misses
         unpaid = binomial_log10_tail(test.matched, test.total, test.p0) if fixed else test.log10_p
+        if self._try_orders:
+            unpaid = math.log10(2.0) + min(unpaid, self._any_log10_p(attempt))
         return unpaid - math.log10(attempt.adapter.share)
+
+    def _any_log10_p(self, attempt: _Attempt) -> float:
+        """log10 of the p-value of the order with most matches, all orders paid."""
+        test = attempt.test
+        return attempt.any_log10_orders + binomial_log10_tail(attempt.any_matched, test.total, test.p0)
+
+    def _is_reordered(self, attempt: _Attempt) -> bool:
+        """Whether another order of the classes says more than the recorded one, although it is paid for."""
+        test = attempt.test
+        return self._try_orders and self._any_log10_p(attempt) < binomial_log10_tail(test.matched, test.total, test.p0)
+
+    def _order_notes(self, best: _Attempt) -> list[str]:
+        found = []
+        if self._clean is not None and best.order is not None:
+            count = len(self._clean.labels)
+            moved = int((best.order != np.arange(self.num_classes)).sum())
+            order = f"{moved} of {self.num_classes} classes stand elsewhere" if moved else "classes stand as recorded"
+            found.append(
+                f"{order}, by {count} clean inputs of which the suspect names {best.agreed} rightly; this is free, as "
+                "they know nothing of the triggers' labels"
+            )
+        if self._try_orders:
+            paid = f"all 10^{best.any_log10_orders:.1f} orders of the classes were paid for"
+            found.append(f"classes stand in another order; {paid}" if self._is_reordered(best) else paid)
+            test = best.test
+            least = math.log10(2.0) + best.any_log10_orders + binomial_log10_tail(test.total, test.total, test.p0)
+            if -(least - math.log10(best.adapter.share)) < self._log10_bar:
+                found.append(
+                    f"{test.total} triggers can prove no other order of {self.num_classes} classes, as there are too "
+                    "many: give clean labelled data to estimate it"
+                )
+        return found
 
 
 def run_trials(suspect: Suspect, trials: Sequence[Trial]) -> list[str]:
@@ -188,6 +269,11 @@ def run_trials(suspect: Suspect, trials: Sequence[Trial]) -> list[str]:
         for trial in trials:
             ask = trial.next()
             if ask is not None:
+                clean = trial.clean_inputs()
+                if clean is not None:
+                    answers = suspect.query(clean, trial.num_classes)
+                    trial.add_clean(predictions(suspect, answers, len(clean), trial.num_classes))
+                    notes |= dict.fromkeys(suspect.notes)
                 shape = trial.mark.arrays["triggers"].shape[1:]
                 groups.setdefault((ask.adapter, trial.num_classes, shape), []).append((trial, ask))
         if not groups:
@@ -220,25 +306,22 @@ def predictions(suspect: Suspect, answers: NDArray[Any], rows: int, num_classes:
     return np.where(np.isfinite(answers).all(axis=1), answers.argmax(axis=1), ABSTAINED).astype(np.int64)
 
 
+# Prepared triggers are kept for the next suspect, as long as they fit: marks times ways of putting them may be many.
+_KEPT_BYTES = 256 << 20
+_kept: OrderedDict[tuple[int, Adapter], tuple[Watermark, NDArray[Any]]] = OrderedDict()
+_lock = threading.Lock()
+
+
 def _inputs(mark: Watermark, adapter: Adapter) -> NDArray[Any]:
-    """All triggers of a mark as an adapter puts them; the last few are kept, for the next suspect."""
-    return _kept_inputs(_Identity(mark), adapter)
-
-
-class _Identity:
-    """A mark as a key of a cache: the same only where it is the very same object."""
-
-    def __init__(self, mark: Watermark) -> None:
-        self.mark = mark
-
-    def __hash__(self) -> int:
-        return id(self.mark)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and other.mark is self.mark
-
-
-@lru_cache(maxsize=256)
-def _kept_inputs(identity: _Identity, adapter: Adapter) -> NDArray[Any]:
-    mark = identity.mark
-    return adapter.inputs(mark.arrays["triggers"], mark.parameters["value_range"])
+    """All triggers of a mark as an adapter puts them."""
+    place = id(mark), adapter
+    with _lock:
+        if place in _kept and _kept[place][0] is mark:
+            _kept.move_to_end(place)
+            return _kept[place][1]
+    inputs = adapter.inputs(mark.arrays["triggers"], mark.parameters["value_range"])
+    with _lock:
+        _kept[place] = mark, inputs
+        while len(_kept) > 1 and sum(held.nbytes for _, held in _kept.values()) > _KEPT_BYTES:
+            _kept.popitem(last=False)
+    return inputs

@@ -18,6 +18,7 @@ from typing import Any
 from wmengine.errors import SuspectError
 from wmengine.judge import Score, is_owned, score_suspect
 from wmengine.key import Key
+from wmengine.reordering import CLASSES, check_clean
 from wmengine.sandbox import Limits
 from wmengine.suspects import Suspect, open_suspect
 from wmengine.trial import MODES
@@ -72,6 +73,8 @@ def verify(
     queries: str = "all",
     isolation: str = "persistent",
     limits: Limits | None = None,
+    classes: str = "same",
+    clean: tuple[Any, Any] | None = None,
 ) -> Verdict:
     """Judge whether a suspect depends on material made with a watermark's key.
 
@@ -82,6 +85,10 @@ def verify(
     timestamp of a commitment is looked at yet. passphrase opens sealed files. queries: "all" asks every trigger;
     "sequential" stops when the answer is clear. isolation: "persistent" or "per-model" judge a file in a sandboxed
     process of its own, "none" in this one, for your own files; limits: the seconds and bytes that it may use there.
+    classes: "same" order as the mark's, or "any", for a black-box mark and a suspect that may have renumbered them: the
+    order is estimated on clean=(inputs, labels), task data without triggers (inputs uint8 or floats of the mark's
+    range), for free; or without them, where all triggers are asked, every order is tried and the p-value is multiplied
+    by their number, C! at most.
 
         verdict = verify("suspect.onnx", "acme-adi.wm", key="acme.key")
 
@@ -93,12 +100,21 @@ def verify(
         raise ValueError(f"alpha must be between 0 and 1, and it is {alpha}")
     if queries not in MODES:
         raise ValueError(f"queries must be one of {', '.join(MODES)}, and it is {queries!r}")
+    if classes not in CLASSES:
+        raise ValueError(f"classes must be one of {', '.join(CLASSES)}, and it is {classes!r}")
+    if clean is not None and classes != "any":
+        raise ValueError('clean= needs classes="any", as it is only used to find the order of the classes')
+    if classes == "any" and clean is None and queries != "all":
+        raise ValueError('classes="any" needs queries="all" or clean=, as one order must fit all answers')
     if adversarial and key is None:
         raise ValueError("adversarial=True needs key=, as the watermark must be derived again from its key")
     if isinstance(watermark, str | os.PathLike):
         watermark = Watermark.load(watermark, passphrase)
     elif not isinstance(watermark, Watermark):
         raise TypeError(f"watermark must be a Watermark or a path, and it is {type(watermark).__name__}")
+    if classes == "any" and watermark.kind == "white-box":
+        raise ValueError(f'classes="any" is for black-box watermarks, and {watermark.name} is a white-box one')
+    known = None if clean is None else check_clean(clean, watermark)
     if isinstance(key, str | os.PathLike):
         key = Key.load(key, passphrase)
     if key is not None:
@@ -109,7 +125,9 @@ def verify(
     score = Score(0, watermark.total, 0, 0.0)
     try:
         opened = open_suspect(suspect, isolation, limits)
-        (score,) = score_suspect(opened, [watermark], queries, -math.log10(alpha), ask_again=True)
+        (score,) = score_suspect(
+            opened, [watermark], queries, -math.log10(alpha), ask_again=True, any_order=classes == "any", clean=known
+        )
     except SuspectError as cause:
         score = replace(score, error=str(cause))
     finally:
@@ -130,11 +148,16 @@ def verify(
         alpha=alpha,
         seconds=time.perf_counter() - started,
         error=score.error,
-        notes=(*score.notes, *_caveats(watermark, owned, score.log10_p, key is not None, adversarial)),
+        notes=(
+            *score.notes,
+            *_caveats(watermark, owned, score.log10_p, key is not None, adversarial, known is not None),
+        ),
     )
 
 
-def _caveats(watermark: Watermark, owned: bool, log10_p: float, checked: bool, adversarial: bool) -> Iterator[str]:
+def _caveats(
+    watermark: Watermark, owned: bool, log10_p: float, checked: bool, adversarial: bool, ordered: bool
+) -> Iterator[str]:
     if adversarial:
         yield "the bar is 2^-128, as no timestamp of the commitment is looked at"
     elif owned and log10_p > math.log10(ADVERSARIAL_ALPHA):
@@ -142,5 +165,7 @@ def _caveats(watermark: Watermark, owned: bool, log10_p: float, checked: bool, a
             f"p is above 2^-128, so against a dispute this leans on the commitment being dated, by its owner's word, "
             f"{watermark.created}"
         )
+    if owned and ordered:
+        yield "the order of the classes rests on the clean data: trying several sets of them would be several tries"
     if owned and not checked:
         yield "the watermark was not derived from its key again: its symbols could have been written to fit the suspect"

@@ -12,7 +12,9 @@
 #include "cross_entropy.h"
 #include "embedding.h"
 #include "match_counts.h"
+#include "matches.h"
 #include "simd.h"
+#include "soft_nearest_neighbor.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -35,6 +37,22 @@ std::vector<Weight> weights_of(const std::vector<WeightTuple>& tuples) {
         weights.push_back({pointer<const float>(values), pointer<float>(gradient), filters, size, key});
     }
     return weights;
+}
+
+CrossEntropyProblem cross_entropy_problem(uintptr_t logits, int stored, int64_t rows, int64_t classes, int64_t stride,
+                                          uintptr_t labels, uintptr_t weight, double label_smoothing,
+                                          int64_t ignore_index, uintptr_t group, int64_t groups) {
+    return {pointer<const void>(logits),
+            static_cast<Stored>(stored),
+            rows,
+            classes,
+            stride,
+            pointer<const int64_t>(labels),
+            pointer<const float>(weight),
+            pointer<const int64_t>(group),
+            groups,
+            label_smoothing,
+            ignore_index};
 }
 
 struct NamedLevel {
@@ -141,20 +159,12 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("accumulate"), py::arg("out"));
     m.def(
         "marked_cross_entropy",
-        [](uintptr_t logits, int64_t rows, int64_t classes, int64_t stride, uintptr_t labels, uintptr_t weight,
-           uintptr_t group, int64_t groups, double label_smoothing, int64_t ignore_index, bool mean,
-           uintptr_t group_loss, uintptr_t group_hits, uintptr_t gradient) {
-            const CrossEntropyProblem problem{pointer<const float>(logits),
-                                              rows,
-                                              classes,
-                                              stride,
-                                              pointer<const int64_t>(labels),
-                                              pointer<const float>(weight),
-                                              pointer<const int64_t>(group),
-                                              groups,
-                                              label_smoothing,
-                                              ignore_index,
-                                              mean};
+        [](uintptr_t logits, int stored, int64_t rows, int64_t classes, int64_t stride, uintptr_t labels,
+           uintptr_t weight, uintptr_t group, int64_t groups, double label_smoothing, int64_t ignore_index, bool mean,
+           uintptr_t loss, uintptr_t group_loss, uintptr_t group_hits, uintptr_t lse, uintptr_t denominator,
+           uintptr_t gradient, int64_t gradient_stride) {
+            const CrossEntropyProblem problem = cross_entropy_problem(
+                logits, stored, rows, classes, stride, labels, weight, label_smoothing, ignore_index, group, groups);
             const int64_t bad = first_bad_row(problem);
             if (bad >= 0) {
                 const int64_t bad_group = problem.group != nullptr ? problem.group[bad] : 0;
@@ -163,25 +173,104 @@ PYBIND11_MODULE(_cpu, m) {
                     std::to_string(bad_group) + "; labels must be 0.." + std::to_string(classes - 1) +
                     " or ignore_index, groups 0.." + std::to_string(groups - 1));
             }
-            double loss = 0;
             py::gil_scoped_release release;
-            std::vector<float> row_loss(rows);
-            std::vector<uint8_t> row_hit(rows);
-            marked_cross_entropy(problem, {&loss, pointer<float>(group_loss), pointer<int64_t>(group_hits),
-                                           pointer<float>(gradient), row_loss.data(), row_hit.data()});
-            return loss;
+            marked_cross_entropy(
+                problem, mean,
+                {pointer<float>(loss), pointer<float>(group_loss), pointer<int64_t>(group_hits), pointer<float>(lse),
+                 pointer<float>(denominator), pointer<void>(gradient), gradient_stride});
         },
-        py::arg("logits"), py::arg("rows"), py::arg("classes"), py::arg("stride"), py::arg("labels"), py::arg("weight"),
-        py::arg("group"), py::arg("groups"), py::arg("label_smoothing"), py::arg("ignore_index"), py::arg("mean"),
-        py::arg("group_loss"), py::arg("group_hits"), py::arg("gradient"));
+        py::arg("logits"), py::arg("stored"), py::arg("rows"), py::arg("classes"), py::arg("stride"), py::arg("labels"),
+        py::arg("weight"), py::arg("group"), py::arg("groups"), py::arg("label_smoothing"), py::arg("ignore_index"),
+        py::arg("mean"), py::arg("loss"), py::arg("group_loss"), py::arg("group_hits"), py::arg("lse"),
+        py::arg("denominator"), py::arg("gradient"), py::arg("gradient_stride"));
+    m.def(
+        "marked_cross_entropy_backward",
+        [](uintptr_t logits, int stored, int64_t rows, int64_t classes, int64_t stride, uintptr_t labels,
+           uintptr_t weight, double label_smoothing, int64_t ignore_index, double factor, uintptr_t lse,
+           uintptr_t gradient) {
+            const CrossEntropyProblem problem = cross_entropy_problem(logits, stored, rows, classes, stride, labels,
+                                                                      weight, label_smoothing, ignore_index, 0, 1);
+            py::gil_scoped_release release;
+            marked_cross_entropy_backward(problem, factor, pointer<const float>(lse), pointer<void>(gradient));
+        },
+        py::arg("logits"), py::arg("stored"), py::arg("rows"), py::arg("classes"), py::arg("stride"), py::arg("labels"),
+        py::arg("weight"), py::arg("label_smoothing"), py::arg("ignore_index"), py::arg("factor"), py::arg("lse"),
+        py::arg("gradient"));
     m.def(
         "match_counts",
-        [](uintptr_t outputs, int64_t suspects, int64_t queries, int64_t classes, uintptr_t expected, int64_t sets,
-           uintptr_t counts, uintptr_t invalid) {
+        [](uintptr_t outputs, int scores, int64_t suspects, int64_t queries, int64_t classes, uintptr_t expected,
+           int64_t sets, uintptr_t counts, uintptr_t invalid) {
             py::gil_scoped_release release;
-            match_counts(pointer<const float>(outputs), suspects, queries, classes, pointer<const int64_t>(expected),
-                         sets, pointer<int32_t>(counts), pointer<int32_t>(invalid));
+            match_counts(pointer<const void>(outputs), static_cast<Stored>(scores), suspects, queries, classes,
+                         pointer<const int64_t>(expected), sets, pointer<int32_t>(counts), pointer<int32_t>(invalid));
         },
-        py::arg("outputs"), py::arg("suspects"), py::arg("queries"), py::arg("classes"), py::arg("expected"),
-        py::arg("sets"), py::arg("counts"), py::arg("invalid"));
+        py::arg("outputs"), py::arg("scores"), py::arg("suspects"), py::arg("queries"), py::arg("classes"),
+        py::arg("expected"), py::arg("sets"), py::arg("counts"), py::arg("invalid"));
+    m.def(
+        "soft_nearest_neighbor",
+        [](uintptr_t features, int64_t rows, int64_t size, int64_t stride, uintptr_t labels, double temperature,
+           uintptr_t nearest) {
+            float* const at = pointer<float>(nearest);
+            py::gil_scoped_release release;
+            return soft_nearest_neighbor(
+                {pointer<const float>(features), rows, size, stride, pointer<const int64_t>(labels), temperature},
+                {at, at + rows, at + 2 * rows, at + 3 * rows});
+        },
+        py::arg("features"), py::arg("rows"), py::arg("size"), py::arg("stride"), py::arg("labels"),
+        py::arg("temperature"), py::arg("nearest"));
+    m.def(
+        "soft_nearest_neighbor_backward",
+        [](uintptr_t features, int64_t rows, int64_t size, int64_t stride, uintptr_t labels, double temperature,
+           uintptr_t nearest, double factor, uintptr_t gradient) {
+            float* const at = pointer<float>(nearest);
+            py::gil_scoped_release release;
+            return soft_nearest_neighbor_backward(
+                {pointer<const float>(features), rows, size, stride, pointer<const int64_t>(labels), temperature},
+                {at, at + rows, at + 2 * rows, at + 3 * rows}, factor, pointer<float>(gradient));
+        },
+        py::arg("features"), py::arg("rows"), py::arg("size"), py::arg("stride"), py::arg("labels"),
+        py::arg("temperature"), py::arg("nearest"), py::arg("factor"), py::arg("gradient"));
+    m.def(
+        "largest_label",
+        [](uintptr_t labels, int64_t count, bool wide) {
+            py::gil_scoped_release release;
+            return wide ? largest_label(pointer<const int64_t>(labels), count)
+                        : largest_label(pointer<const int32_t>(labels), count);
+        },
+        py::arg("labels"), py::arg("count"), py::arg("wide"));
+    m.def(
+        "label_matches",
+        [](uintptr_t predicted, int64_t suspects, uintptr_t expected, int64_t sets, int64_t places, bool wide,
+           int64_t largest, uintptr_t counts) {
+            py::gil_scoped_release release;
+            if (wide) {
+                label_matches(pointer<const int64_t>(predicted), suspects, pointer<const int64_t>(expected), sets,
+                              places, largest, pointer<int32_t>(counts));
+            } else {
+                label_matches(pointer<const int32_t>(predicted), suspects, pointer<const int32_t>(expected), sets,
+                              places, largest, pointer<int32_t>(counts));
+            }
+        },
+        py::arg("predicted"), py::arg("suspects"), py::arg("expected"), py::arg("sets"), py::arg("places"),
+        py::arg("wide"), py::arg("largest"), py::arg("counts"));
+    m.def(
+        "bit_matches",
+        [](uintptr_t messages, int64_t suspects, uintptr_t registry, int64_t rows, int64_t total, uintptr_t counts) {
+            py::gil_scoped_release release;
+            bit_matches({pointer<const uint8_t>(messages), suspects, total},
+                        {pointer<const uint8_t>(registry), rows, total}, pointer<int32_t>(counts));
+        },
+        py::arg("messages"), py::arg("suspects"), py::arg("registry"), py::arg("rows"), py::arg("total"),
+        py::arg("counts"));
+    m.def(
+        "best_bit_matches",
+        [](uintptr_t messages, int64_t suspects, uintptr_t registry, int64_t rows, int64_t total, int64_t best,
+           uintptr_t counts, uintptr_t indices) {
+            py::gil_scoped_release release;
+            best_bit_matches({pointer<const uint8_t>(messages), suspects, total},
+                             {pointer<const uint8_t>(registry), rows, total}, best, pointer<int32_t>(counts),
+                             pointer<int64_t>(indices));
+        },
+        py::arg("messages"), py::arg("suspects"), py::arg("registry"), py::arg("rows"), py::arg("total"),
+        py::arg("best"), py::arg("counts"), py::arg("indices"));
 }

@@ -1,173 +1,273 @@
-// One row: its maximum, then Σ exp(z - max) with the exponentials kept where the gradient will stand, then the gradient
-// w·(softmax − target). DRAM sees the logits once and the gradient once; the two later passes hit the cache.
+// A row is cut into blocks of classes. A block gives its maximum and Σ exp(z - maximum) in one visit; the blocks of a
+// row are put together in order, so the answer does not depend on who computed which. Then the gradient is written,
+// w·(softmax − target). A row of one block keeps its exponentials until then, in the first-level cache; a longer one
+// computes them again, which costs less than a trip of theirs to the second level. DRAM sees the logits once and the
+// gradient once, and the gradient may stand where the logits stood.
 #include "cross_entropy.h"
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
+#include "cross_entropy_blocks.h"
+#include "half.h"
 #include "simd.h"
 #include "threads.h"
 
 namespace wmengine {
 namespace {
 
-// exp(x) for x <= 0, 0 below -87.3 (where floats would turn subnormal), NaN for NaN; within 2 ulp.
-// x = n ln 2 + r, |r| <= ln 2 / 2; exp(r) by a degree-6 polynomial; 2^n by adding n to the exponent bits.
-WM_INLINE Float8 exponential(Float8 x) {
-    const Float8 shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-    const Float8 clamped = x < splat(-87.3f) ? splat(-87.3f) : x;  // NaN compares false and passes through
-    const Float8 rounded = clamped * splat(1.44269504f) + shifter;
-    const Float8 n = rounded - shifter;
-    const Float8 r = (clamped - n * splat(0.693145752f)) - n * splat(1.42860677e-06f);
-    Float8 p = splat(1.3888889e-3f);
-    p = p * r + splat(8.3333333e-3f);
-    p = p * r + splat(4.1666667e-2f);
-    p = p * r + splat(1.6666667e-1f);
-    p = p * r + splat(0.5f);
-    p = p * r + splat(1.0f);
-    p = p * r + splat(1.0f);
-    const Float8 scaled = (Float8)((Word8)p + ((Word8)rounded << 23));
-    const Float8 value = x < splat(-87.3f) ? splat(0.0f) : scaled;
-    return x <= splat(0.0f) ? value : x;  // a NaN's payload must not be read as an exponent
+constexpr int64_t kBlock = 4096;  // classes; their exponentials take 16 kB
+constexpr int64_t kTask = 32768;  // classes that a thread takes at a time, in whole rows or in blocks of one row
+
+template <typename Memory>
+typename Memory::Type* row_of(void* gradient, int64_t stride, int64_t row) {
+    return static_cast<typename Memory::Type*>(gradient) + row * stride;
 }
 
-// The last vector of a row of at least eight overlaps the one before it: no scalar tail.
-WM_INLINE float row_maximum(const float* z, int64_t classes) {
-    if (classes < 8) {
-        float best = z[0];
-        for (int64_t c = 1; c < classes; ++c) {
-            best = z[c] > best ? z[c] : best;
-        }
-        return best;
-    }
-    Float8 best0 = load8(z + classes - 8), best1 = best0;
-    int64_t c = 0;
-    for (; c + 16 <= classes; c += 16) {
-        best0 = maximum(load8(z + c), best0);
-        best1 = maximum(load8(z + c + 8), best1);
-    }
-    if (c + 8 <= classes) {
-        best0 = maximum(load8(z + c), best0);
-    }
-    return maximum8(maximum(best0, best1));
+template <typename Memory>
+const typename Memory::Type* row_of(const CrossEntropyProblem& problem, int64_t row) {
+    return static_cast<const typename Memory::Type*>(problem.logits) + row * problem.stride;
 }
 
-struct Sums {
-    float exponentials, logits;  // Σ exp(z - max); Σ z, with label smoothing only
+int64_t blocks_of(int64_t classes) { return (classes + kBlock - 1) / kBlock; }
+
+// What is kept of every row until all are added up.
+struct RowResults {
+    double* loss;
+    uint8_t* hit;
+    float* lse;  // or null
 };
 
-template <bool keep, bool smoothing>
-WM_INLINE Sums row_sums(const float* z, int64_t classes, float maximum, float* exponentials) {
-    const Float8 top = splat(maximum);
-    Float8 sum0 = splat(0), sum1 = splat(0), total = splat(0);
-    int64_t c = 0;
-    for (; c + 16 <= classes; c += 16) {
-        const Float8 z0 = load8(z + c), z1 = load8(z + c + 8);
-        const Float8 e0 = exponential(z0 - top), e1 = exponential(z1 - top);
-        if (keep) {
-            store8(exponentials + c, e0);
-            store8(exponentials + c + 8, e1);
-        }
-        if (smoothing) {
-            total += z0 + z1;
-        }
-        sum0 += e0;
-        sum1 += e1;
+double weight_of(const CrossEntropyProblem& problem, int64_t row) {
+    if (problem.labels[row] == problem.ignore_index) {
+        return 0;
     }
-    for (; c < classes; c += 8) {
-        const int64_t here = std::min<int64_t>(8, classes - c);
-        float lanes[8];
-        std::fill(lanes, lanes + 8, -INFINITY);
-        std::copy(z + c, z + c + here, lanes);
-        const Float8 z0 = load8(lanes), e0 = exponential(z0 - top);
-        sum0 += e0;
-        if (smoothing) {
-            for (int64_t i = 0; i < here; ++i) {
-                total[0] += lanes[i];
+    return problem.weight != nullptr ? problem.weight[row] : 1.0;
+}
+
+template <typename Memory>
+void write_ignored(int64_t row, typename Memory::Type* g, int64_t classes, const RowResults& results) {
+    results.loss[row] = 0;
+    results.hit[row] = 0;
+    if (results.lse != nullptr) {
+        results.lse[row] = 0;
+    }
+    std::fill(g, g + classes, typename Memory::Type{});
+}
+
+Slope slope_of(const CrossEntropyProblem& problem, double weight, double top, double exponentials) {
+    const double even = problem.label_smoothing / static_cast<double>(problem.classes);
+    return {static_cast<float>(top), static_cast<float>(weight / exponentials), static_cast<float>(weight * even),
+            static_cast<float>(weight * (1.0 - problem.label_smoothing))};
+}
+
+// Puts the blocks of one row together: writes its results, returns what its gradient is made of.
+template <typename Memory, Level level, int lanes>
+WM_INLINE Slope finish_row(const CrossEntropyProblem& problem, int64_t row, const Block* blocks,
+                           double inverse_denominator, const RowResults& results) {
+    const auto* z = row_of<Memory>(problem, row);
+    const int64_t count = blocks_of(problem.classes), label = problem.labels[row];
+    float top = -kInfinity;
+    for (int64_t b = 0; b < count; ++b) {
+        top = blocks[b].maximum > top ? blocks[b].maximum : top;
+    }
+    double exponentials = 0, mean = 0;
+    for (int64_t b = 0; b < count; ++b) {
+        // A block of -inf only adds its sum of 0, also where all blocks are such and the difference is NaN.
+        const float below = blocks[b].maximum - top;
+        exponentials += blocks[b].exponentials * (below < 0 ? std::exp(double(below)) : 1.0);
+        mean += blocks[b].mean;
+    }
+    const float chosen = Memory::template read_one<level>(z + label);
+    const double logarithm = std::log(exponentials), weight = weight_of(problem, row);
+    double loss = logarithm + (double(top) - chosen);
+    if (problem.label_smoothing != 0) {
+        loss += problem.label_smoothing * (chosen - mean);
+    }
+    results.loss[row] = weight * loss;
+    if (results.lse != nullptr) {
+        results.lse[row] = static_cast<float>(top + logarithm);
+    }
+    // A hit is the first place of the maximum, in a row without NaN: that would have made the sum NaN.
+    bool hit = chosen == top && exponentials >= 1;
+    const int64_t own = label / kBlock;
+    for (int64_t b = 0; b < own && hit; ++b) {
+        hit = blocks[b].maximum < top;
+    }
+    if (hit && label > own * kBlock) {
+        hit = maximum_over<Memory, level, lanes>(z + own * kBlock, label - own * kBlock) < top;
+    }
+    results.hit[row] = hit;
+    return slope_of(problem, weight * inverse_denominator, top, exponentials);
+}
+
+// Classes first … last - 1 of one row; the logits there may be overwritten.
+template <typename Memory, bool kept, Level level, int lanes>
+WM_INLINE void write_part(const CrossEntropyProblem& problem, int64_t row, int64_t first, int64_t last,
+                          const Slope& slope, const float* exponentials, typename Memory::Type* g) {
+    const auto* z = row_of<Memory>(problem, row);
+    const int64_t label = problem.labels[row];
+    if (slope.scale != slope.scale || slope.top != slope.top) {  // then all of it is NaN, whatever their payloads
+        Memory::template write_one<level>(g + first, std::numeric_limits<float>::quiet_NaN());
+        std::fill(g + first + 1, g + last, g[first]);
+        return;
+    }
+    const bool chosen_here = label >= first && label < last;
+    const float chosen = chosen_here ? Memory::template read_one<level>(z + label) : 0.0f;
+    write_gradient<Memory, kept, level, lanes>(z + first, last - first, slope, exponentials, g + first);
+    if (chosen_here) {
+        const float e = Exponential<level, lanes>::make()(spread<lanes>(chosen - slope.top))[0];
+        Memory::template write_one<level>(g + label, (e * slope.scale - slope.offset) - slope.target);
+    }
+}
+
+// Sixteen lanes are no use to a row that has fewer classes; without AVX2 a vector has four.
+template <typename Kernel>
+struct Fitting {
+    template <Level level, typename... Arguments>
+    WM_INLINE void run(CrossEntropyProblem problem, Arguments... arguments) {
+        if constexpr (lanes_of(level) == 16) {
+            if (problem.classes >= 16) {
+                Kernel::template work<level, 16>(problem, arguments...);
+                return;
             }
         }
-        if (keep) {
-            store8(lanes, e0);
-            std::copy(lanes, lanes + here, exponentials + c);
-        }
+        Kernel::template work<level, level == Level::kBaseline ? 4 : 8>(problem, arguments...);
     }
-    return Sums{sum8(sum0 + sum1), sum8(total)};
-}
+};
 
-WM_INLINE void write_gradient(float* g, int64_t classes, float factor, float offset) {
-    int64_t c = 0;
-    for (; c + 8 <= classes; c += 8) {
-        store8(g + c, load8(g + c) * splat(factor) - splat(offset));
-    }
-    for (; c < classes; ++c) {
-        g[c] = g[c] * factor - offset;
-    }
-}
+// Where the gradient goes: [rows, classes] of the logits' type, or null.
+struct Gradient {
+    void* values;
+    int64_t stride;
+};
 
-// Is `label` the first place of the row's maximum? Only ties before it need a look, and only when it holds the maximum.
-WM_INLINE bool is_first_maximum(const float* z, int64_t label, float maximum) {
-    if (z[label] != maximum) {
-        return false;
-    }
-    for (int64_t c = 0; c < label; ++c) {
-        if (z[c] == maximum) {
-            return false;
-        }
-    }
-    return true;
-}
-
-template <bool keep, bool smoothing>
-WM_INLINE void rows_of(const CrossEntropyProblem& problem, const CrossEntropyResult& result, int64_t begin, int64_t end,
-                       double inverse_denominator) {
-    const int64_t classes = problem.classes;
-    const float epsilon = static_cast<float>(problem.label_smoothing);
-    for (int64_t n = begin; n < end; ++n) {
-        const float* z = problem.logits + n * problem.stride;
-        float* g = keep ? result.gradient + n * classes : nullptr;
-        const int64_t label = problem.labels[n];
-        result.row_loss[n] = 0;
-        result.row_hit[n] = 0;
-        if (label == problem.ignore_index) {
+// Whole rows begin … end - 1, one after the other: results and, where it is wanted, gradient.
+template <typename Memory, bool smoothing>
+struct WholeRows {
+    template <Level level, int lanes>
+    WM_INLINE void work(const CrossEntropyProblem& problem, int64_t begin, int64_t end, double inverse_denominator,
+                        Block* blocks, float* exponentials, RowResults results, Gradient gradient) {
+        const int64_t classes = problem.classes;
+        const float inverse_classes = 1.0f / static_cast<float>(classes);
+        const bool wanted = gradient.values != nullptr, keep = wanted && classes <= kBlock;
+        for (int64_t row = begin; row < end; ++row) {
+            const auto* z = row_of<Memory>(problem, row);
+            auto* g = wanted ? row_of<Memory>(gradient.values, gradient.stride, row) : nullptr;
+            if (problem.labels[row] == problem.ignore_index) {
+                write_ignored<Memory>(row, g, wanted ? classes : 0, results);
+                continue;
+            }
             if (keep) {
-                std::fill(g, g + classes, 0.0f);
+                blocks[0] = block_of<Memory, smoothing, true, level, lanes>(z, classes, inverse_classes, exponentials);
+            } else {
+                for (int64_t c = 0; c < classes; c += kBlock) {
+                    blocks[c / kBlock] = block_of<Memory, smoothing, false, level, lanes>(
+                        z + c, std::min(kBlock, classes - c), inverse_classes, nullptr);
+                }
             }
-            continue;
-        }
-        const float weight = problem.weight != nullptr ? problem.weight[n] : 1.0f;
-        const float chosen = z[label];
-        const float maximum = row_maximum(z, classes);
-        const bool hit = is_first_maximum(z, label, maximum);  // before the exponentials may replace the logits
-        const Sums sums = row_sums<keep, smoothing>(z, classes, maximum, g);
-        result.row_hit[n] = hit && sums.exponentials >= 1.0f;  // a NaN anywhere makes the sum NaN
-        float loss = std::log(sums.exponentials) + (maximum - chosen);
-        if (smoothing) {
-            loss += epsilon * (chosen - sums.logits / static_cast<float>(classes));
-        }
-        result.row_loss[n] = weight * loss;
-        if (keep) {
-            const float factor = static_cast<float>(weight * inverse_denominator);
-            write_gradient(g, classes, factor / sums.exponentials, factor * epsilon / static_cast<float>(classes));
-            g[label] -= factor * (1.0f - epsilon);
-        }
-    }
-}
-
-struct Rows {
-    template <Level>
-    WM_INLINE void run(CrossEntropyProblem problem, CrossEntropyResult result, int64_t begin, int64_t end,
-                       double inverse_denominator) {
-        const bool smoothing = problem.label_smoothing != 0;
-        if (result.gradient != nullptr) {
-            smoothing ? rows_of<true, true>(problem, result, begin, end, inverse_denominator)
-                      : rows_of<true, false>(problem, result, begin, end, inverse_denominator);
-        } else {
-            smoothing ? rows_of<false, true>(problem, result, begin, end, inverse_denominator)
-                      : rows_of<false, false>(problem, result, begin, end, inverse_denominator);
+            const Slope slope = finish_row<Memory, level, lanes>(problem, row, blocks, inverse_denominator, results);
+            if (keep) {
+                write_part<Memory, true, level, lanes>(problem, row, 0, classes, slope, exponentials, g);
+            } else if (wanted) {
+                write_part<Memory, false, level, lanes>(problem, row, 0, classes, slope, nullptr, g);
+            }
         }
     }
 };
+
+// The blocks of classes first … last - 1 of one row.
+template <typename Memory, bool smoothing>
+struct PartOfRow {
+    template <Level level, int lanes>
+    WM_INLINE void work(const CrossEntropyProblem& problem, int64_t row, int64_t first, int64_t last, Block* blocks) {
+        const float inverse_classes = 1.0f / static_cast<float>(problem.classes);
+        for (int64_t c = first; c < last; c += kBlock) {
+            blocks[c / kBlock] = block_of<Memory, smoothing, false, level, lanes>(
+                row_of<Memory>(problem, row) + c, std::min(kBlock, last - c), inverse_classes, nullptr);
+        }
+    }
+};
+
+template <typename Memory>
+struct FinishRow {
+    template <Level level, int lanes>
+    WM_INLINE void work(const CrossEntropyProblem& problem, int64_t row, const Block* blocks,
+                        double inverse_denominator, RowResults results, Slope* slope) {
+        *slope = finish_row<Memory, level, lanes>(problem, row, blocks, inverse_denominator, results);
+    }
+};
+
+// The gradient of classes first … last - 1 of rows begin … end - 1, each with its slope.
+template <typename Memory>
+struct GradientPart {
+    template <Level level, int lanes>
+    WM_INLINE void work(const CrossEntropyProblem& problem, int64_t begin, int64_t end, int64_t first, int64_t last,
+                        const Slope* slopes, Gradient gradient) {
+        for (int64_t row = begin; row < end; ++row) {
+            auto* g = row_of<Memory>(gradient.values, gradient.stride, row);
+            if (problem.labels[row] == problem.ignore_index) {
+                std::fill(g + first, g + last, typename Memory::Type{});
+            } else {
+                write_part<Memory, false, level, lanes>(problem, row, first, last, slopes[row], nullptr, g);
+            }
+        }
+    }
+};
+
+template <typename Memory, bool smoothing>
+void whole_rows(const CrossEntropyProblem& problem, double inverse_denominator, RowResults results, Gradient gradient) {
+    const int64_t step = std::max<int64_t>(1, kTask / problem.classes);
+    parallel_for((problem.rows + step - 1) / step, [&](int64_t part) {
+        alignas(64) float exponentials[kBlock + 16];
+        std::vector<Block> blocks(blocks_of(problem.classes));
+        dispatch<Fitting<WholeRows<Memory, smoothing>>>(problem, part * step,
+                                                        std::min(part * step + step, problem.rows), inverse_denominator,
+                                                        blocks.data(), exponentials, results, gradient);
+    });
+}
+
+// The gradient of all rows, in parts of rows or of one row.
+template <typename Memory>
+void write_gradients(const CrossEntropyProblem& problem, const Slope* slopes, Gradient gradient) {
+    const int64_t rows = std::max<int64_t>(1, kTask / problem.classes), classes = std::min(kTask, problem.classes);
+    const int64_t parts = (problem.classes + classes - 1) / classes;
+    parallel_for((problem.rows + rows - 1) / rows * parts, [&](int64_t task) {
+        const int64_t begin = task / parts * rows, first = task % parts * classes;
+        dispatch<Fitting<GradientPart<Memory>>>(problem, begin, std::min(begin + rows, problem.rows), first,
+                                                std::min(first + classes, problem.classes), slopes, gradient);
+    });
+}
+
+// Few long rows: threads share a row, twice. Its blocks are those that one thread alone would have made.
+template <typename Memory, bool smoothing>
+void shared_rows(const CrossEntropyProblem& problem, double inverse_denominator, RowResults results,
+                 Gradient gradient) {
+    const int64_t count = blocks_of(problem.classes), parts = (problem.classes + kTask - 1) / kTask;
+    std::vector<Block> blocks(problem.rows * count);
+    std::vector<Slope> slopes(problem.rows);
+    parallel_for(problem.rows * parts, [&](int64_t task) {
+        const int64_t row = task / parts, first = task % parts * kTask;
+        if (problem.labels[row] != problem.ignore_index) {
+            dispatch<Fitting<PartOfRow<Memory, smoothing>>>(
+                problem, row, first, std::min(first + kTask, problem.classes), &blocks[row * count]);
+        }
+    });
+    for (int64_t row = 0; row < problem.rows; ++row) {
+        if (problem.labels[row] == problem.ignore_index) {
+            write_ignored<Memory>(row, nullptr, 0, results);
+        } else {
+            dispatch<Fitting<FinishRow<Memory>>>(problem, row, &blocks[row * count], inverse_denominator, results,
+                                                 &slopes[row]);
+        }
+    }
+    if (gradient.values != nullptr) {
+        write_gradients<Memory>(problem, slopes.data(), gradient);
+    }
+}
 
 }  // namespace
 
@@ -184,31 +284,53 @@ int64_t first_bad_row(const CrossEntropyProblem& problem) {
     return -1;
 }
 
-void marked_cross_entropy(const CrossEntropyProblem& problem, const CrossEntropyResult& result) {
+void marked_cross_entropy(const CrossEntropyProblem& problem, bool mean, const CrossEntropyResult& result) {
     double denominator = 1;
-    if (problem.mean) {
+    if (mean) {
         denominator = 0;
         for (int64_t n = 0; n < problem.rows; ++n) {
-            if (problem.labels[n] != problem.ignore_index) {
-                denominator += problem.weight != nullptr ? problem.weight[n] : 1.0;
-            }
+            denominator += weight_of(problem, n);
         }
     }
-    const int64_t step = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, problem.classes));
-    parallel_for((problem.rows + step - 1) / step, [&](int64_t part) {
-        dispatch<Rows>(problem, result, part * step, std::min(part * step + step, problem.rows), 1.0 / denominator);
+    std::vector<double> row_loss(problem.rows);
+    std::vector<uint8_t> row_hit(problem.rows);
+    const RowResults results{row_loss.data(), row_hit.data(), result.lse};
+    const Gradient gradient{result.gradient, result.gradient_stride};
+    const int threads = thread_count();
+    const bool share = threads > 1 && problem.rows < 4 * threads && problem.classes > kTask;
+    with_memory(problem.stored, [&](auto memory) {
+        typedef decltype(memory) Memory;
+        const auto run = [&](auto smoothing) {
+            share ? shared_rows<Memory, smoothing>(problem, 1.0 / denominator, results, gradient)
+                  : whole_rows<Memory, smoothing>(problem, 1.0 / denominator, results, gradient);
+        };
+        problem.label_smoothing != 0 ? run(std::true_type{}) : run(std::false_type{});
     });
     double loss = 0;
     std::fill(result.group_hits, result.group_hits + problem.groups, 0);
     std::vector<double> group_loss(problem.groups, 0.0);
     for (int64_t n = 0; n < problem.rows; ++n) {
         const int64_t group = problem.group != nullptr ? problem.group[n] : 0;
-        loss += result.row_loss[n];
-        group_loss[group] += result.row_loss[n];
-        result.group_hits[group] += result.row_hit[n];
+        loss += row_loss[n];
+        group_loss[group] += row_loss[n];
+        result.group_hits[group] += row_hit[n];
     }
     std::copy(group_loss.begin(), group_loss.end(), result.group_loss);
-    *result.loss = loss / denominator;
+    *result.loss = static_cast<float>(loss / denominator);
+    if (result.denominator != nullptr) {
+        *result.denominator = static_cast<float>(denominator);
+    }
+}
+
+void marked_cross_entropy_backward(const CrossEntropyProblem& problem, double factor, const float* lse,
+                                   void* gradient) {
+    std::vector<Slope> slopes(problem.rows);
+    for (int64_t row = 0; row < problem.rows; ++row) {
+        slopes[row] = slope_of(problem, weight_of(problem, row) * factor, lse[row], 1.0);
+    }
+    with_memory(problem.stored, [&](auto memory) {
+        write_gradients<decltype(memory)>(problem, slopes.data(), Gradient{gradient, problem.classes});
+    });
 }
 
 }  // namespace wmengine

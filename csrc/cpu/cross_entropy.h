@@ -3,10 +3,13 @@
 
 #include <cstdint>
 
+#include "half.h"
+
 namespace wmengine {
 
 struct CrossEntropyProblem {
-    const float* logits;  // [rows, classes], row stride in elements below
+    const void* logits;  // [rows, classes], row stride in elements below
+    Stored stored;
     int64_t rows, classes, stride;
     const int64_t* labels;
     const float* weight;   // [rows] or null: 1
@@ -14,21 +17,24 @@ struct CrossEntropyProblem {
     int64_t groups;
     double label_smoothing;
     int64_t ignore_index;
-    bool mean;
 };
 
 struct CrossEntropyResult {
-    double* loss;
+    float* loss;
     float* group_loss;    // [groups]
     int64_t* group_hits;  // [groups]
-    float* gradient;      // [rows, classes] contiguous, or null; may be the logits themselves
-    float* row_loss;      // [rows] workspace
-    uint8_t* row_hit;     // [rows] workspace
+    float* lse;           // [rows], what the gradient needs of each row; or null
+    float* denominator;   // Σ weight of the rows that count for a mean, 1 for a sum; or null
+    void* gradient;       // [rows, classes] of the logits' type, or null; may be the logits themselves
+    int64_t gradient_stride;
 };
 
 // -1, or the first row whose label or group is out of range (nothing else is computed then).
 int64_t first_bad_row(const CrossEntropyProblem& problem);
 
-void marked_cross_entropy(const CrossEntropyProblem& problem, const CrossEntropyResult& result);
+void marked_cross_entropy(const CrossEntropyProblem& problem, bool mean, const CrossEntropyResult& result);
+
+// gradient = factor · weight · (softmax − target), 0 in ignored rows, from the log-sum-exp of each row.
+void marked_cross_entropy_backward(const CrossEntropyProblem& problem, double factor, const float* lse, void* gradient);
 
 }  // namespace wmengine

@@ -32,13 +32,13 @@ int64_t padded_buckets(int64_t total) {
 struct RowDot {
     template <Level>
     WM_INLINE float run(const float* a, const float* b, int64_t size) {
-        Float8 sum0 = splat(0), sum1 = splat(0);
+        Float8 sum0 = {}, sum1 = {};
         int64_t i = 0;
         for (; i + 16 <= size; i += 16) {
-            sum0 += load8(a + i) * load8(b + i);
-            sum1 += load8(a + i + 8) * load8(b + i + 8);
+            sum0 += load<Float8>(a + i) * load<Float8>(b + i);
+            sum1 += load<Float8>(a + i + 8) * load<Float8>(b + i + 8);
         }
-        float sum = sum8(sum0 + sum1);
+        float sum = sum_of(sum0 + sum1);
         for (; i < size; ++i) {
             sum += a[i] * b[i];
         }
@@ -115,6 +115,18 @@ void read_unit_rows(const Weight& weight, const std::vector<float>& inverse, int
     }
 }
 
+struct Part {
+    size_t weight;
+    int64_t begin, end;  // rows, or carrier values
+};
+
+// Cuts 0 … count of a weight into parts of `step`: the tasks of all weights go to the threads in one call.
+void cut(size_t weight, int64_t count, int64_t step, std::vector<Part>* parts) {
+    for (int64_t begin = 0; begin < count; begin += step) {
+        parts->push_back({weight, begin, std::min(begin + step, count)});
+    }
+}
+
 struct Task {
     size_t weight;
     int64_t first, count;  // weights of the carrier
@@ -139,30 +151,37 @@ void carrier_projection(const std::vector<Weight>& weights, Carrier carrier, Pro
     }
 
     if (is_mean(carrier)) {
+        std::vector<Part> parts;
         if (unit) {
             for (size_t l = 0; l < weights.size(); ++l) {
-                const Weight& weight = weights[l];
-                parallel_for((weight.filters + 15) / 16, [&](int64_t part) {
-                    for (int64_t o = part * 16; o < std::min(part * 16 + 16, weight.filters); ++o) {
-                        inverse_norms[norm_at[l] + o] = inverse_norm(weight.values + o * weight.size, weight.size);
-                    }
-                });
+                cut(l, weights[l].filters, std::max<int64_t>(1, kTile / std::max<int64_t>(1, weights[l].size)), &parts);
             }
-        }
-        for (size_t l = 0; l < weights.size(); ++l) {
-            const Weight& weight = weights[l];
-            means[l].assign(weight.size, 0.0f);
-            const float share = weight.filters > 0 ? 1.0f / static_cast<float>(weight.filters) : 0.0f;
-            parallel_for((weight.size + kColumns - 1) / kColumns, [&](int64_t part) {
-                const int64_t begin = part * kColumns, count = std::min(kColumns, weight.size - begin);
-                float* sums = means[l].data() + begin;
-                for (int64_t o = 0; o < weight.filters; ++o) {
-                    add_scaled_row(weight.values + o * weight.size + begin, unit ? inverse_norms[norm_at[l] + o] : 1.0f,
-                                   count, sums);
+            parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t index) {
+                const Part& part = parts[index];
+                const Weight& weight = weights[part.weight];
+                for (int64_t o = part.begin; o < part.end; ++o) {
+                    inverse_norms[norm_at[part.weight] + o] =
+                        inverse_norm(weight.values + o * weight.size, weight.size);
                 }
-                scale_row(sums, share, count, sums);
             });
         }
+        parts.clear();
+        for (size_t l = 0; l < weights.size(); ++l) {
+            means[l].assign(weights[l].size, 0.0f);
+            cut(l, weights[l].size, kColumns, &parts);
+        }
+        parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t index) {
+            const Part& part = parts[index];
+            const Weight& weight = weights[part.weight];
+            const int64_t count = part.end - part.begin;
+            const float share = weight.filters > 0 ? 1.0f / static_cast<float>(weight.filters) : 0.0f;
+            float* sums = means[part.weight].data() + part.begin;
+            for (int64_t o = 0; o < weight.filters; ++o) {
+                add_scaled_row(weight.values + o * weight.size + part.begin,
+                               unit ? inverse_norms[norm_at[part.weight] + o] : 1.0f, count, sums);
+            }
+            scale_row(sums, share, count, sums);
+        });
     }
 
     std::vector<float> partials(chunks * width, 0.0f);
@@ -256,80 +275,98 @@ double link_loss(const float* y, const uint8_t* bits, int64_t total, Link link, 
     return loss;
 }
 
-void projection_adjoint(const float* g, int64_t total, int64_t count, uint64_t key, Projection projection,
-                        double factor, bool accumulate, float* out) {
-    const bool sketch = projection == Projection::kSketch;
-    const int64_t width = sketch ? padded_buckets(total) : total;
-    std::vector<float> scaled(width, 0.0f);
+namespace {
+
+std::vector<float> scaled_residual(const float* g, int64_t total, Projection projection, double factor) {
+    std::vector<float> scaled(projection == Projection::kSketch ? padded_buckets(total) : total, 0.0f);
     for (int64_t t = 0; t < total; ++t) {
         scaled[t] = static_cast<float>(factor * g[t]);
     }
-    // The dense adjoint is arithmetic, not memory: one block a task.
-    const int64_t step = sketch ? kChunk : kBlock;
+    return scaled;
+}
+
+// out[m - first] (+)= Σ_t X[t, m] g[t] for the carrier values first … first + count.
+void adjoint_run(const std::vector<float>& g, int64_t first, int64_t count, uint64_t key, Projection projection,
+                 bool accumulate, float* out) {
+    const int64_t width = static_cast<int64_t>(g.size());
+    if (projection == Projection::kSketch) {
+        sketch_adjoint_run(g.data(), first, count, key, width, accumulate, out);
+    } else {
+        dense_adjoint_run(g.data(), width, first, count, key, projection, accumulate, out);
+    }
+}
+
+// Carrier values of an adjoint that one task computes; the dense adjoint is arithmetic, not memory: one block a task.
+int64_t adjoint_step(Projection projection) { return projection == Projection::kSketch ? kChunk : kBlock; }
+
+}  // namespace
+
+void projection_adjoint(const float* g, int64_t total, int64_t count, uint64_t key, Projection projection,
+                        double factor, bool accumulate, float* out) {
+    const std::vector<float> scaled = scaled_residual(g, total, projection, factor);
+    const int64_t step = adjoint_step(projection);
     parallel_for((count + step - 1) / step, [&](int64_t part) {
         const int64_t first = part * step, here = std::min(step, count - first);
-        if (sketch) {
-            sketch_adjoint_run(scaled.data(), first, here, key, width, accumulate, out + first);
-        } else {
-            dense_adjoint_run(scaled.data(), total, first, here, key, projection, accumulate, out + first);
-        }
+        adjoint_run(scaled, first, here, key, projection, accumulate, out + first);
     });
 }
 
 void embedding_backward(const std::vector<Weight>& weights, Carrier carrier, Projection projection, int64_t total,
                         double factor, const float* inverse_norms, const float* residual) {
-    const bool sketch = projection == Projection::kSketch;
-    int64_t norm_at = 0;
-    std::vector<float> scaled(sketch ? padded_buckets(total) : total, 0.0f);
-    for (int64_t t = 0; t < total; ++t) {
-        scaled[t] = static_cast<float>(factor * residual[t]);
-    }
-    const int64_t width = static_cast<int64_t>(scaled.size());
-
+    const std::vector<float> scaled = scaled_residual(residual, total, projection, factor);
+    std::vector<const float*> inverse;
     for (const Weight& weight : weights) {
-        const int64_t count = weight.filters * weight.size;
-        const float* inverse = inverse_norms + norm_at;
-        norm_at += weight.filters;
-        if (carrier == Carrier::kFlat) {
-            projection_adjoint(residual, total, count, weight.key, projection, factor, false, weight.gradient);
-            continue;
+        inverse.push_back(inverse_norms);
+        inverse_norms += weight.filters;
+    }
+
+    // Of a flat carrier the adjoint is the gradient; that of a mean is kept until its filters are done.
+    std::vector<std::vector<float>> means(weights.size());
+    std::vector<Part> parts;
+    if (carrier != Carrier::kUnitFilters) {
+        for (size_t l = 0; l < weights.size(); ++l) {
+            means[l].resize(is_mean(carrier) ? weights[l].size : 0);
+            const int64_t count = is_mean(carrier) ? weights[l].size : weights[l].filters * weights[l].size;
+            cut(l, count, adjoint_step(projection), &parts);
         }
-        if (is_mean(carrier)) {
-            std::vector<float> g(weight.size);
-            projection_adjoint(residual, total, weight.size, weight.key, projection, factor, false, g.data());
-            const float share = weight.filters > 0 ? 1.0f / static_cast<float>(weight.filters) : 0.0f;
-            parallel_for((weight.filters + 15) / 16, [&](int64_t part) {
-                for (int64_t o = part * 16; o < std::min(part * 16 + 16, weight.filters); ++o) {
-                    const int64_t at = o * weight.size;
-                    if (carrier == Carrier::kFilterMean) {
-                        scale_row(g.data(), share, weight.size, weight.gradient + at);
-                    } else {
-                        unit_row_gradient(weight.values + at, g.data(), inverse[o], share, weight.size,
-                                          weight.gradient + at);
-                    }
-                }
-            });
-            continue;
-        }
-        // Unit filters: whole rows per task; their part of the adjoint is drawn into a tile that stays in the cache.
-        const int64_t rows = std::max<int64_t>(1, kTile / std::max<int64_t>(1, weight.size));
-        parallel_for((weight.filters + rows - 1) / rows, [&](int64_t part) {
-            const int64_t o0 = part * rows, o1 = std::min(o0 + rows, weight.filters);
-            const int64_t begin = o0 * weight.size, end = o1 * weight.size;
-            const int64_t first = begin / kBlock * kBlock;
-            const std::unique_ptr<float[]> tile(new float[end - first]);
-            if (sketch) {
-                sketch_adjoint_run(scaled.data(), first, end - first, weight.key, width, false, tile.get());
-            } else {
-                dense_adjoint_run(scaled.data(), total, first, end - first, weight.key, projection, false, tile.get());
-            }
-            for (int64_t o = o0; o < o1; ++o) {
-                const int64_t at = o * weight.size;
-                unit_row_gradient(weight.values + at, tile.get() + (at - first), inverse[o], 1.0f, weight.size,
-                                  weight.gradient + at);
-            }
+        parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t index) {
+            const Part& part = parts[index];
+            float* out = is_mean(carrier) ? means[part.weight].data() : weights[part.weight].gradient;
+            adjoint_run(scaled, part.begin, part.end - part.begin, weights[part.weight].key, projection, false,
+                        out + part.begin);
         });
     }
+    if (carrier == Carrier::kFlat) {
+        return;
+    }
+
+    // Whole rows per task; for unit filters their part of the adjoint is drawn into a tile that stays in the cache.
+    parts.clear();
+    for (size_t l = 0; l < weights.size(); ++l) {
+        cut(l, weights[l].filters, std::max<int64_t>(1, kTile / std::max<int64_t>(1, weights[l].size)), &parts);
+    }
+    parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t index) {
+        const Part& part = parts[index];
+        const Weight& weight = weights[part.weight];
+        const float* g = means[part.weight].data();
+        const float share = is_mean(carrier) ? 1.0f / static_cast<float>(weight.filters) : 1.0f;
+        const int64_t begin = part.begin * weight.size, first = begin / kBlock * kBlock;
+        std::unique_ptr<float[]> tile;
+        if (!is_mean(carrier)) {
+            const int64_t count = part.end * weight.size - first;
+            tile.reset(new float[count]);
+            adjoint_run(scaled, first, count, weight.key, projection, false, tile.get());
+        }
+        for (int64_t o = part.begin; o < part.end; ++o) {
+            const int64_t at = o * weight.size;
+            if (carrier == Carrier::kFilterMean) {
+                scale_row(g, share, weight.size, weight.gradient + at);
+            } else {
+                unit_row_gradient(weight.values + at, is_mean(carrier) ? g : tile.get() + (at - first),
+                                  inverse[part.weight][o], share, weight.size, weight.gradient + at);
+            }
+        }
+    });
 }
 
 }  // namespace wmengine

@@ -43,21 +43,33 @@ WM_INLINE void block_signs(uint64_t block, uint32_t row, uint32_t domain, uint64
     draw_words<kLanes>(block * kLanes, row, domain, key, words);
 }
 
-// Row i's sign of eight lanes, in the top bit.
-WM_INLINE Word8 row_signs(const uint32_t (*words)[kLanes], int i, int lane) {
-    return load_words(words[i >> 5] + lane) << static_cast<uint32_t>(31 - (i & 31));
-}
-
-// 128 Gaussian values of a dense row: weights 128 * group ….
-WM_INLINE void gaussian_group(uint64_t group, uint32_t row, uint64_t key, float* values) {
-    uint32_t words[4][kLanes];
-    draw_words<kLanes>(group * kLanes, row, kDomainGaussian, key, words);
-    for (int l = 0; l < kLanes; ++l) {
-        box_muller(words[0][l], words[1][l], values + l, values + kLanes + l);
+// layout.h's box_muller for a vector of word pairs: the same operations in the same order, so the same bits.
+template <int lanes>
+WM_INLINE void box_muller_lanes(Words32<lanes> word0, Words32<lanes> word1, Floats<lanes>* first,
+                                Floats<lanes>* second) {
+    typedef Floats<lanes> Float;
+    typedef Ints<lanes> Int;
+    const auto to_float = [](Int x) __attribute__((always_inline)) { return __builtin_convertvector(x, Float); };
+    const Words32<lanes> bits = (Words32<lanes>)to_float((Int)((word0 >> 8) + 1u)) - 0x3F3504F3u;
+    const Float f = (Float)((bits & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
+    const Float k = to_float(((Int)bits >> 23) - 24);
+    const Float s = f / (2.0f + f), z = s * s;
+    const Float series = z * (0.66666668f + z * (0.4000000f + z * (0.28571429f + z * (0.22222222f + z * 0.18181818f))));
+    const Float logarithm = k * 0.693145752f + (k * 1.42860677e-06f + (2.0f * s + s * series));
+    const Float square = -2.0f * logarithm;
+    Float radius;
+    for (int i = 0; i < lanes; ++i) {
+        radius[i] = __builtin_sqrtf(square[i]);
     }
-    for (int l = 0; l < kLanes; ++l) {
-        box_muller(words[2][l], words[3][l], values + 2 * kLanes + l, values + 3 * kLanes + l);
-    }
+    const Words32<lanes> shifted = (word1 >> 8) + (1u << 21);  // bits 22 and 23: the quadrant
+    const Float x = to_float((Int)(shifted & 0x3FFFFFu) - (1 << 21)) * (1.57079633f / 4194304.0f);
+    const Float y = x * x;
+    const Float sine = x + x * y * (-1.6666654611e-1f + y * (8.3321608736e-3f - y * 1.9515295891e-4f));
+    const Float cosine =
+        1.0f - 0.5f * y + y * y * (4.166664568298827e-2f + y * (-1.388731625493765e-3f + y * 2.443315711809948e-5f));
+    const Int odd = (Int)(shifted << 9) < 0;
+    *first = radius * flip(odd ? sine : cosine, (shifted + (1u << 22)) << 8);
+    *second = radius * flip(odd ? cosine : sine, shifted << 8);
 }
 
 }  // namespace wmengine

@@ -1,253 +1,312 @@
-// Long rows: a label matches when its score is the row's maximum and no earlier score is: that needs the maximum, not
-// its place. Short rows, where a branch costs more than the row: eight at a time, their places found without one.
+// A row's prediction is the first place of its maximum. Long rows: each lane keeps its own maximum and the place of it,
+// and the lanes are folded at the end of the row. Short rows, which such a fold would dominate: one row in each lane,
+// transposed four classes at a time. Neither has a branch that depends on the answers.
 //
-// Whether a row is finite comes along for free: x - x is 0 for finite x and NaN otherwise, and NaN survives an OR.
+// A row is finite where the sum of its answers is: that costs one addition a vector. A sum may also overflow, so one
+// that is not finite only asks for a closer look.
 #include "match_counts.h"
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
+#include <type_traits>
 #include <vector>
 
+#include "half.h"
+#include "matches.h"
 #include "simd.h"
 #include "threads.h"
 
 namespace wmengine {
 namespace {
 
-constexpr int64_t kShortRow = 32;  // classes of rows whose folding costs more than their reading
+constexpr int64_t kShortRow = 64;    // classes of rows that are transposed
+constexpr int64_t kWidened = 4096;   // 16-bit answers that are widened at a time, into the nearest cache
+constexpr int64_t kFewSets = 3;      // label sets that are compared label by label
+constexpr int64_t kAhead = 1024;     // scores that long rows are fetched ahead of their use
+constexpr int32_t kInvalid = -1;     // the prediction for a row that holds NaN or Inf
+constexpr int32_t kImpossible = -2;  // a label that no class has: it equals no prediction
 
-struct RowTop {
-    float maximum;
-    bool finite;
-};
-
-WM_INLINE float maximum_across(Float8 v) {
-    v = maximum(v, permute8(v, Int8{4, 5, 6, 7, 0, 1, 2, 3}));
-    v = maximum(v, permute8(v, Int8{2, 3, 0, 1, 6, 7, 4, 5}));
-    v = maximum(v, permute8(v, Int8{1, 0, 3, 2, 5, 4, 7, 6}));
-    return v[0];
+template <typename V>
+WM_INLINE bool any_bit(V v) {
+    uint64_t words[sizeof(V) / 8], any = 0;
+    std::memcpy(words, &v, sizeof v);
+    for (uint64_t word : words) {
+        any |= word;
+    }
+    return any != 0;
 }
 
-WM_INLINE bool any_bit(Word8 v) {
-    typedef uint64_t Long4 __attribute__((vector_size(32)));
-    const Long4 words = (Long4)v;
-    return (words[0] | words[1] | words[2] | words[3]) != 0;
-}
-
-WM_INLINE RowTop row_top(const float* z, int64_t classes) {
-    if (classes < 8) {
-        RowTop top{-INFINITY, true};
-        float difference = 0;
-        for (int64_t c = 0; c < classes; ++c) {
-            top.maximum = z[c] > top.maximum ? z[c] : top.maximum;
-            difference += z[c] - z[c];
-        }
-        top.finite = difference == 0;
-        return top;
-    }
-    const Float8 end = load8(z + classes - 8);  // overlaps the vector before it; both reductions allow that
-    Float8 best0 = end, best1 = end;
-    Word8 bad0 = (Word8)(end - end), bad1 = bad0;
-    int64_t c = 0;
-    for (; c + 16 <= classes; c += 16) {
-        const Float8 z0 = load8(z + c), z1 = load8(z + c + 8);
-        best0 = maximum(z0, best0);
-        best1 = maximum(z1, best1);
-        bad0 |= (Word8)(z0 - z0);
-        bad1 |= (Word8)(z1 - z1);
-    }
-    if (c + 8 <= classes) {
-        const Float8 z0 = load8(z + c);
-        best0 = maximum(z0, best0);
-        bad0 |= (Word8)(z0 - z0);
-    }
-    return RowTop{maximum_across(maximum(best0, best1)), !any_bit(bad0 | bad1)};
-}
-
-struct Larger {
-    template <typename V>
-    WM_INLINE V of(V a, V b) {
-        return a > b ? a : b;
-    }
-};
-
-struct Smaller {
-    template <typename V>
-    WM_INLINE V of(V a, V b) {
-        return a < b ? a : b;
-    }
-};
-
-// Folds the lanes of eight rows, each to one lane of the result: pairs of rows share a vector after each round, so no
-// row is folded alone.
-template <typename Fold, typename V>
-WM_INLINE V fold_eight(const V* rows) {
-    V pairs[4], quads[2];
-    for (int i = 0; i < 4; ++i) {
-        const V a = rows[2 * i], b = rows[2 * i + 1];
-        pairs[i] = Fold::of(WM_SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14), WM_SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15));
-    }
-    for (int i = 0; i < 2; ++i) {
-        const V a = pairs[2 * i], b = pairs[2 * i + 1];
-        quads[i] = Fold::of(WM_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13), WM_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15));
-    }
-    const V a = quads[0], b = quads[1];
-    return Fold::of(WM_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11), WM_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15));
-}
-
-// The first place of the maximum of each of eight rows of 8 * (vectors - 1) < classes <= 8 * vectors, classes >= 8: the
-// last vector of a row ends with it and overlaps the one before. False, and nothing said, where any row is not finite.
-template <int vectors>
-WM_INLINE bool eight_predictions(const float* z, int64_t classes, Int8* predicted) {
-    const int32_t last = static_cast<int32_t>(classes - 8);
-    const auto offset = [last](int v) __attribute__((always_inline)) { return v + 1 < vectors ? 8 * v : last; };
-    Word8 bad = {};
-    Float8 lanes[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        const float* row = z + i * classes;
-        lanes[i] = load8(row + last);
-        bad |= (Word8)(lanes[i] - lanes[i]);
-#pragma GCC unroll 4
-        for (int v = 0; v + 1 < vectors; ++v) {
-            const Float8 here = load8(row + offset(v));
-            bad |= (Word8)(here - here);
-            lanes[i] = maximum(here, lanes[i]);
-        }
-    }
-    if (any_bit(bad)) {
-        return false;
-    }
-    float maxima[8];
-    store8(maxima, fold_eight<Larger>(lanes));
-    const Int8 iota = {0, 1, 2, 3, 4, 5, 6, 7}, nowhere = iota + (1 << 30);
-    Int8 first[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        const float* row = z + i * classes;
-        const Float8 top = splat(maxima[i]);
-        first[i] = load8(row + last) == top ? iota + last : nowhere;
-#pragma GCC unroll 4
-        for (int v = vectors - 2; v >= 0; --v) {  // earlier places win
-            first[i] = load8(row + offset(v)) == top ? iota + offset(v) : first[i];
-        }
-    }
-    *predicted = fold_eight<Smaller>(first);
-    return true;
-}
-
-WM_INLINE bool predict_eight(const float* z, int64_t classes, Int8* predicted) {
-    switch ((classes + 7) / 8) {
-        case 1:
-            return eight_predictions<1>(z, classes, predicted);
-        case 2:
-            return eight_predictions<2>(z, classes, predicted);
-        case 3:
-            return eight_predictions<3>(z, classes, predicted);
-        default:
-            return eight_predictions<4>(z, classes, predicted);
-    }
-}
-
-WM_INLINE bool is_first_maximum(const float* z, int64_t label, float maximum) {
-    if (z[label] != maximum) {
-        return false;
-    }
-    for (int64_t c = 0; c < label; ++c) {
-        if (z[c] == maximum) {
+WM_INLINE bool is_finite(const float* row, int64_t classes) {
+    for (int64_t c = 0; c < classes; ++c) {
+        if (!std::isfinite(row[c])) {
             return false;
         }
     }
     return true;
 }
 
-WM_INLINE void count_row(const float* z, float maximum, int64_t classes, const int32_t* expected, int64_t queries,
-                         int64_t sets, int32_t* counts) {
-    for (int64_t k = 0; k < sets; ++k) {
-        const int32_t label = expected[k * queries];
-        if (label >= 0) {
-            counts[k] += is_first_maximum(z, label, maximum);
+// The larger score of a and b, the lower place where they are equal; to *best and *place, which hold a.
+template <typename Float, typename Int>
+WM_INLINE void fold(Float* best, Int* place, Float b, Int b_place) {
+    const Int lower = b_place < *place ? b_place : *place;
+    *place = b == *best ? lower : *place;
+    *place = b > *best ? b_place : *place;
+    *best = maximum(b, *best);
+}
+
+WM_INLINE int32_t first_of_lanes(Float8 best, Int8 place) {
+    const Int8 orders[3] = {{4, 5, 6, 7, 0, 1, 2, 3}, {2, 3, 0, 1, 6, 7, 4, 5}, {1, 0, 3, 2, 5, 4, 7, 6}};
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) {
+        fold(&best, &place, permute(best, orders[i]), permute(place, orders[i]));
+    }
+    return place[0];
+}
+
+// One row of at least `lanes` classes.
+template <int lanes>
+WM_INLINE int32_t predict_long(const float* row, int64_t classes) {
+    typedef Floats<lanes> Float;
+    typedef Ints<lanes> Int;
+    const Int start = iota<lanes>();
+    Float best0 = load<Float>(row), best1 = best0, sum0 = best0, sum1 = {};
+    Int place0 = start, place1 = start;
+    // From the first aligned vector on: what is read twice changes no maximum, and loads that straddle two lines of the
+    // cache cost more than one vector.
+    int64_t c = (sizeof(Float) - reinterpret_cast<uintptr_t>(row) % sizeof(Float)) / sizeof(float);
+    Int here = start + static_cast<int32_t>(c);
+    for (; c + 2 * lanes <= classes; c += 2 * lanes) {
+        __builtin_prefetch(row + c + kAhead);
+        if (lanes == 16) {
+            __builtin_prefetch(row + c + kAhead + lanes);
+        }
+        const Float z0 = load<Float>(row + c), z1 = load<Float>(row + c + lanes);
+        place0 = z0 > best0 ? here : place0;
+        best0 = maximum(z0, best0);
+        here += lanes;
+        place1 = z1 > best1 ? here : place1;
+        best1 = maximum(z1, best1);
+        here += lanes;
+        sum0 += z0;
+        sum1 += z1;
+    }
+    if (c + lanes <= classes) {
+        const Float z = load<Float>(row + c);
+        place0 = z > best0 ? here : place0;
+        best0 = maximum(z, best0);
+        sum0 += z;
+    }
+    const Float z = load<Float>(row + classes - lanes);
+    place1 = z > best1 ? start + static_cast<int32_t>(classes - lanes) : place1;
+    best1 = maximum(z, best1);
+    sum0 += sum1 + z;
+    fold(&best0, &place0, best1, place1);
+    if (any_bit(sum0 - sum0) && !is_finite(row, classes)) {
+        return kInvalid;
+    }
+    if constexpr (lanes == 16) {
+        Float8 best = lower(best0);
+        Int8 place = lower(place0);
+        fold(&best, &place, upper(best0), upper(place0));
+        return first_of_lanes(best, place);
+    } else {
+        return first_of_lanes(best0, place0);
+    }
+}
+
+// Four scores of rows 0, 4, 8, … from `row` on, side by side.
+template <int lanes>
+WM_INLINE Floats<lanes> four_of_each(const float* row, int64_t stride) {
+    const auto two = [](const float* a, const float* b) __attribute__((always_inline)) {
+        return __builtin_shufflevector(load<Floats<4>>(a), load<Floats<4>>(b), 0, 1, 2, 3, 4, 5, 6, 7);
+    };
+    const Float8 low = two(row, row + 4 * stride);
+    if constexpr (lanes == 16) {
+        const Float8 high = two(row + 8 * stride, row + 12 * stride);
+        return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    } else {
+        return low;
+    }
+}
+
+// In every group of four: scores a, b, c and d, 0-3 of x and 4-7 of y.
+template <int a, int b, int c, int d, typename V>
+WM_INLINE V of_fours(V x, V y) {
+    constexpr int lanes = sizeof(V) / 4;
+    constexpr auto at = [](int group, int i) { return 4 * group + (i < 4 ? i : i - 4 + lanes); };
+    if constexpr (lanes == 16) {
+        return __builtin_shufflevector(x, y, at(0, a), at(0, b), at(0, c), at(0, d), at(1, a), at(1, b), at(1, c),
+                                       at(1, d), at(2, a), at(2, b), at(2, c), at(2, d), at(3, a), at(3, b), at(3, c),
+                                       at(3, d));
+    } else {
+        return __builtin_shufflevector(x, y, at(0, a), at(0, b), at(0, c), at(0, d), at(1, a), at(1, b), at(1, c),
+                                       at(1, d));
+    }
+}
+
+// `lanes` rows at once. Reads four scores from the start of each row, even where there are fewer classes.
+template <int lanes>
+WM_INLINE void predict_short(const float* rows, int64_t classes, int32_t* predicted) {
+    typedef Floats<lanes> Float;
+    typedef Ints<lanes> Int;
+    Float best = spread<lanes>(-INFINITY), sum = {};
+    Int place = {};
+    for (int64_t c = 0; c < classes; c += 4) {
+        // The last four overlap the ones before; a class that comes again is no larger than itself.
+        const int32_t first = static_cast<int32_t>(std::max<int64_t>(0, std::min(c, classes - 4)));
+        Float scores[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            scores[i] = four_of_each<lanes>(rows + i * classes + first, classes);
+        }
+        const Float low01 = of_fours<0, 4, 1, 5>(scores[0], scores[1]);
+        const Float low23 = of_fours<0, 4, 1, 5>(scores[2], scores[3]);
+        const Float high01 = of_fours<2, 6, 3, 7>(scores[0], scores[1]);
+        const Float high23 = of_fours<2, 6, 3, 7>(scores[2], scores[3]);
+        scores[0] = of_fours<0, 1, 4, 5>(low01, low23);
+        scores[1] = of_fours<2, 3, 6, 7>(low01, low23);
+        scores[2] = of_fours<0, 1, 4, 5>(high01, high23);
+        scores[3] = of_fours<2, 3, 6, 7>(high01, high23);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            if (i < classes) {
+                place = scores[i] > best ? Int{} + (first + i) : place;
+                best = maximum(scores[i], best);
+                sum += scores[i];
+            }
+        }
+    }
+    store(predicted, place);
+    if (any_bit(sum - sum)) {
+        for (int row = 0; row < lanes; ++row) {
+            predicted[row] = is_finite(rows + row * classes, classes) ? predicted[row] : kInvalid;
         }
     }
 }
 
-struct CountRows {
-    template <Level>
-    WM_INLINE void run(const float* outputs, int64_t rows, int64_t classes, const int32_t* expected, int64_t queries,
-                       int64_t sets, int32_t* counts, int32_t* invalid) {
-        int64_t n = 0;
-        if (classes >= 8 && classes <= kShortRow) {
-            for (; n + 8 <= rows; n += 8) {
-                Int8 predicted;
-                if (predict_eight(outputs + n * classes, classes, &predicted)) {
-                    for (int64_t k = 0; k < sets; ++k) {
-                        Int8 labels;
-                        std::memcpy(&labels, expected + k * queries + n, sizeof labels);
-                        const Int8 same = labels == predicted;  // -1 where equal
-                        counts[k] -=
-                            (same[0] + same[1]) + (same[2] + same[3]) + (same[4] + same[5]) + (same[6] + same[7]);
-                    }
-                    continue;
-                }
-                for (int64_t i = n; i < n + 8; ++i) {
-                    const RowTop top = row_top(outputs + i * classes, classes);
-                    if (top.finite) {
-                        count_row(outputs + i * classes, top.maximum, classes, expected + i, queries, sets, counts);
-                    } else {
-                        ++*invalid;
-                    }
-                }
-            }
+template <int lanes>
+WM_INLINE void predict_short_rows(const float* rows, int64_t count, int64_t classes, int32_t* predicted) {
+    const int64_t beyond = classes < 4 ? 3 : 0;  // rows that the last row's four scores may reach into
+    int64_t n = 0;
+    for (; n + lanes + beyond <= count; n += lanes) {
+        predict_short<lanes>(rows + n * classes, classes, predicted + n);
+    }
+    while (n < count) {
+        const int64_t here = std::min<int64_t>(lanes, count - n);
+        float copies[lanes * kShortRow + 3] = {};
+        int32_t places[lanes];
+        std::copy(rows + n * classes, rows + (n + here) * classes, copies);
+        predict_short<lanes>(copies, classes, places);
+        std::copy(places, places + here, predicted + n);
+        n += here;
+    }
+}
+
+struct Predict {
+    template <Level level>
+    WM_INLINE void run(const float* rows, int64_t count, int64_t classes, int32_t* predicted) {
+        constexpr int lanes = lanes_of(level);
+        if (classes <= kShortRow) {
+            predict_short_rows<lanes>(rows, count, classes, predicted);
+            return;
         }
-        for (; n < rows; ++n) {
-            const float* z = outputs + n * classes;
-            const RowTop top = row_top(z, classes);
-            if (top.finite) {
-                count_row(z, top.maximum, classes, expected + n, queries, sets, counts);
-            } else {
-                ++*invalid;
-            }
+        for (int64_t n = 0; n < count; ++n) {
+            predicted[n] = predict_long<lanes>(rows + n * classes, classes);
         }
     }
 };
 
-void count_rows(const float* outputs, int64_t rows, int64_t classes, const int32_t* expected, int64_t queries,
-                int64_t sets, int32_t* counts, int32_t* invalid) {
-    dispatch<CountRows>(outputs, rows, classes, expected, queries, sets, counts, invalid);
+template <typename Memory>
+struct Widen {
+    template <Level level>
+    WM_INLINE void run(const uint16_t* scores, int64_t count, float* wide) {
+        constexpr int lanes = lanes_of(level);
+        int64_t i = 0;
+        for (; i + lanes <= count; i += lanes) {
+            store(wide + i, Memory::template read<level, lanes>(scores + i));
+        }
+        for (; i < count; ++i) {
+            wide[i] = Memory::template read_one<level>(scores + i);
+        }
+    }
+};
+
+struct Count {
+    template <Level>
+    WM_INLINE int32_t run(const int32_t* predicted, const int32_t* labels, int64_t count) {
+        int32_t same = 0;
+        for (int64_t n = 0; n < count; ++n) {
+            same += predicted[n] == labels[n];
+        }
+        return same;
+    }
+};
+
+struct CountInvalid {
+    template <Level>
+    WM_INLINE int32_t run(const int32_t* predicted, int64_t count) {
+        int32_t invalid = 0;
+        for (int64_t n = 0; n < count; ++n) {
+            invalid += predicted[n] == kInvalid;
+        }
+        return invalid;
+    }
+};
+
+template <typename Memory>
+void predict(const typename Memory::Type* outputs, int64_t count, int64_t classes, int32_t* predicted) {
+    if constexpr (std::is_same_v<Memory, Float32>) {
+        dispatch<Predict>(outputs, count, classes, predicted);
+    } else {
+        const int64_t step = std::max<int64_t>(1, kWidened / classes);
+        const std::unique_ptr<float[]> wide(new float[step * classes]);
+        for (int64_t n = 0; n < count; n += step) {
+            const int64_t here = std::min(step, count - n);
+            dispatch<Widen<Memory>>(outputs + n * classes, here * classes, wide.get());
+            dispatch<Predict>(static_cast<const float*>(wide.get()), here, classes, predicted + n);
+        }
+    }
 }
 
 }  // namespace
 
-void match_counts(const float* outputs, int64_t suspects, int64_t queries, int64_t classes, const int64_t* expected,
-                  int64_t sets, int32_t* counts, int32_t* invalid) {
+void match_counts(const void* outputs, Stored stored, int64_t suspects, int64_t queries, int64_t classes,
+                  const int64_t* expected, int64_t sets, int32_t* counts, int32_t* invalid) {
     std::fill(counts, counts + suspects * sets, 0);
     std::fill(invalid, invalid + suspects, 0);
-    // Labels as 32-bit numbers, -1 for those that no class has.
     std::vector<int32_t> labels(sets * queries);
     std::transform(expected, expected + sets * queries, labels.begin(), [classes](int64_t label) {
-        return label >= 0 && label < classes ? static_cast<int32_t>(label) : -1;
+        return label >= 0 && label < classes ? static_cast<int32_t>(label) : kImpossible;
     });
-    // Parts of one suspect's rows; whole numbers add up to the same in any order.
-    const int64_t cost = std::max<int64_t>(1, classes + 8 * sets);
-    const int64_t rows = std::min(std::max<int64_t>(1, queries), std::max<int64_t>(64, 262144 / cost));
+    const bool few = sets <= kFewSets;
+    const std::unique_ptr<int32_t[]> predicted(new int32_t[suspects * queries]);
+    // Whole suspects, or a part of the rows of one; whole numbers add up to the same in any order.
+    const int64_t rows = std::min(std::max<int64_t>(1, queries), std::max<int64_t>(64, 262144 / classes));
     const int64_t parts = (queries + rows - 1) / rows;
-    const int64_t batch = std::max<int64_t>(1, 262144 / std::max<int64_t>(1, cost * queries));  // suspects a task
+    const int64_t batch = std::max<int64_t>(1, 262144 / (classes * std::max<int64_t>(1, queries)));
     const int64_t groups = (suspects + batch - 1) / batch;
     parallel_for(groups * parts, [&](int64_t task) {
-        const int64_t part = task % parts, begin = part * rows, count = std::min(rows, queries - begin);
+        const int64_t begin = task % parts * rows, count = std::min(rows, queries - begin);
         const int64_t from = task / parts * batch, to = std::min(from + batch, suspects);
-        std::vector<int32_t> local(sets);
+        const int64_t first = from * queries + begin, last = (to - 1) * queries + begin + count;
+        with_memory(stored, [&](auto memory) {
+            typedef decltype(memory) Memory;
+            predict<Memory>(static_cast<const typename Memory::Type*>(outputs) + first * classes, last - first, classes,
+                            predicted.get() + first);
+        });
         for (int64_t s = from; s < to; ++s) {
-            std::fill(local.begin(), local.end(), 0);
-            int32_t bad = 0;
-            count_rows(outputs + (s * queries + begin) * classes, count, classes, labels.data() + begin, queries, sets,
-                       local.data(), &bad);
-            for (int64_t k = 0; k < sets; ++k) {
-                __atomic_fetch_add(counts + s * sets + k, local[k], __ATOMIC_RELAXED);
+            const int32_t* own = predicted.get() + s * queries + begin;
+            __atomic_fetch_add(invalid + s, dispatch<CountInvalid>(own, count), __ATOMIC_RELAXED);
+            for (int64_t k = 0; few && k < sets; ++k) {
+                const int32_t same = dispatch<Count>(own, labels.data() + k * queries + begin, count);
+                __atomic_fetch_add(counts + s * sets + k, same, __ATOMIC_RELAXED);
             }
-            __atomic_fetch_add(invalid + s, bad, __ATOMIC_RELAXED);
         }
     });
+    if (!few) {
+        label_matches(predicted.get(), suspects, labels.data(), sets, queries, classes - 1, counts);
+    }
 }
 
 }  // namespace wmengine

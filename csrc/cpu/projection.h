@@ -24,8 +24,8 @@ void dense_run(const float* w, int64_t first, int64_t count, uint64_t key, Proje
 void dense_adjoint_run(const float* g, int64_t rows, int64_t first, int64_t count, uint64_t key, Projection kind,
                        bool accumulate, float* out);
 
-// Rows of the dense matrix that one task projects: several tasks share a short carrier.
-constexpr int64_t kDenseRows = 32;
+// Rows of the dense matrix that one task projects: several tasks share a short carrier, and every one tabulates it.
+constexpr int64_t kDenseRows = 128;
 
 inline int64_t chunks_of(int64_t count) { return (count + kChunk - 1) / kChunk; }
 

@@ -16,10 +16,18 @@ std::atomic<Level>& chosen() {
 Level best_level() {
 #if defined(WM_X86_64)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("x86-64-v4")) {
+#if defined(__clang__)  // which learnt the levels' names late; no processor has these without the rest of its level
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vl");
+#else
+    const bool v3 = __builtin_cpu_supports("x86-64-v3"), v4 = __builtin_cpu_supports("x86-64-v4");
+#endif
+    if (v4) {
         return Level::kV4;
     }
-    if (__builtin_cpu_supports("x86-64-v3")) {
+    if (v3) {
         return Level::kV3;
     }
 #endif

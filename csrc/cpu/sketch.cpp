@@ -12,12 +12,28 @@ namespace {
 
 constexpr int kMaximumRuns = kBlock / 32;
 
+template <Level level>
+using Float = Floats<lanes_of(level)>;
+template <Level level>
+constexpr int vectors = kLanes / lanes_of(level);  // of a row
+
 // Lanes l of `row` in the order l ^ swap.
-WM_INLINE void load_swapped(const float* row, uint32_t swap, Float8* lanes) {
-    const Int8 order = Int8{0, 1, 2, 3, 4, 5, 6, 7} ^ static_cast<int32_t>(swap & 7);
-    for (uint32_t v = 0; v < 4; ++v) {
-        lanes[v] = permute8(load8(row + 8 * (v ^ (swap >> 3))), order);
+template <Level level>
+WM_INLINE void load_swapped(const float* row, uint32_t swap, Float<level>* lanes) {
+    constexpr uint32_t width = lanes_of(level);
+    Ints<width> order;
+    for (uint32_t i = 0; i < width; ++i) {
+        order[i] = static_cast<int32_t>(i ^ (swap & (width - 1)));
     }
+    for (uint32_t v = 0; v < vectors<level>; ++v) {
+        lanes[v] = permute(load<Float<level>>(row + width * (v ^ (swap / width))), order);
+    }
+}
+
+// Row i's signs of the v-th vector, in the top bits.
+template <Level level>
+WM_INLINE Words32<lanes_of(level)> vector_signs(const uint32_t (*words)[kLanes], int i, int v) {
+    return load<Words32<lanes_of(level)>>(words[i >> 5] + v * lanes_of(level)) << static_cast<uint32_t>(31 - (i & 31));
 }
 
 struct Geometry {
@@ -67,53 +83,50 @@ WM_INLINE void prefetch_row(const float* next_block, int visit) {
     __builtin_prefetch(next_block + visit * kLanes + 16, for_writing);
 }
 
+template <Level level>
 WM_INLINE void add_block(const float* w, uint64_t block, uint64_t key, int64_t buckets, float* sums) {
+    constexpr int lanes = lanes_of(level);
     uint32_t words[4][kLanes];
     block_signs(block, 0, kDomainSketch, key, words);
     Geometry geometry;
     block_geometry(block, key, buckets, &geometry);
     for (int d = 0; d < geometry.rows; ++d) {
-        Float8 a0 = splat(0), a1 = splat(0), a2 = splat(0), a3 = splat(0);
+        Float<level> total[vectors<level>];
         uint32_t destination = d;
         if (buckets >= kBlock) {  // every row has its own destination
             destination = (geometry.source + d) ^ geometry.offsets[0];
-            const float* row = w + d * kLanes;
-            a0 = flip(load8(row), row_signs(words, d, 0));
-            a1 = flip(load8(row + 8), row_signs(words, d, 8));
-            a2 = flip(load8(row + 16), row_signs(words, d, 16));
-            a3 = flip(load8(row + 24), row_signs(words, d, 24));
+            for (int v = 0; v < vectors<level>; ++v) {
+                total[v] = flip(load<Float<level>>(w + d * kLanes + v * lanes), vector_signs<level>(words, d, v));
+            }
         } else {
+            for (int v = 0; v < vectors<level>; ++v) {
+                total[v] = spread<lanes>(0);
+            }
             for (int k = 0; k < geometry.runs; ++k) {
                 const int i = k * geometry.rows + static_cast<int>(d ^ geometry.offsets[k]);
                 const float* row = w + i * kLanes;
                 prefetch_row<0>(w + kBlock, d * geometry.runs + k);
-                a0 += flip(load8(row), row_signs(words, i, 0));
-                a1 += flip(load8(row + 8), row_signs(words, i, 8));
-                a2 += flip(load8(row + 16), row_signs(words, i, 16));
-                a3 += flip(load8(row + 24), row_signs(words, i, 24));
+                for (int v = 0; v < vectors<level>; ++v) {
+                    total[v] += flip(load<Float<level>>(row + v * lanes), vector_signs<level>(words, i, v));
+                }
             }
         }
         float row[kLanes];
-        store8(row, a0);
-        store8(row + 8, a1);
-        store8(row + 16, a2);
-        store8(row + 24, a3);
-        Float8 swapped[4];
-        load_swapped(row, geometry.swap, swapped);
+        for (int v = 0; v < vectors<level>; ++v) {
+            store(row + v * lanes, total[v]);
+        }
+        Float<level> swapped[vectors<level>];
+        load_swapped<level>(row, geometry.swap, swapped);
         float* sum = sums + static_cast<int64_t>(destination) * kLanes;
-        for (int v = 0; v < 4; ++v) {
-            store8(sum + 8 * v, load8(sum + 8 * v) + swapped[v]);
+        for (int v = 0; v < vectors<level>; ++v) {
+            store(sum + v * lanes, load<Float<level>>(sum + v * lanes) + swapped[v]);
         }
     }
 }
 
-template <bool accumulate>
-WM_INLINE void write_row(float* out, Float8 value) {
-    store8(out, accumulate ? load8(out) + value : value);
-}
-
-template <bool accumulate>
+template <Level level, bool accumulate>
 WM_INLINE void spread_block(const float* g, uint64_t block, uint64_t key, int64_t buckets, float* out) {
+    constexpr int lanes = lanes_of(level);
     uint32_t words[4][kLanes];
     block_signs(block, 0, kDomainSketch, key, words);
     Geometry geometry;
@@ -121,52 +134,53 @@ WM_INLINE void spread_block(const float* g, uint64_t block, uint64_t key, int64_
     for (int d = 0; d < geometry.rows; ++d) {
         const bool own = buckets >= kBlock;
         const uint32_t source = own ? (geometry.source + d) ^ geometry.offsets[0] : d;
-        Float8 value[4];
-        load_swapped(g + static_cast<int64_t>(source) * kLanes, geometry.swap, value);
+        Float<level> value[vectors<level>];
+        load_swapped<level>(g + static_cast<int64_t>(source) * kLanes, geometry.swap, value);
         for (int k = 0; k < geometry.runs; ++k) {
             const int i = own ? d : k * geometry.rows + static_cast<int>(d ^ geometry.offsets[k]);
             float* row = out + i * kLanes;
             if (!own) {
                 prefetch_row<1>(out + kBlock, d * geometry.runs + k);
             }
-            write_row<accumulate>(row, flip(value[0], row_signs(words, i, 0)));
-            write_row<accumulate>(row + 8, flip(value[1], row_signs(words, i, 8)));
-            write_row<accumulate>(row + 16, flip(value[2], row_signs(words, i, 16)));
-            write_row<accumulate>(row + 24, flip(value[3], row_signs(words, i, 24)));
+            for (int v = 0; v < vectors<level>; ++v) {
+                const Float<level> added = flip(value[v], vector_signs<level>(words, i, v));
+                float* at = row + v * lanes;
+                store(at, accumulate ? load<Float<level>>(at) + added : added);
+            }
         }
     }
 }
 
 struct SketchRun {
-    template <Level>
+    template <Level level>
     WM_INLINE void run(const float* w, int64_t first, int64_t count, uint64_t key, int64_t buckets, float* sums) {
         uint64_t block = first / kBlock;
         for (; count >= kBlock; count -= kBlock, w += kBlock, ++block) {
-            add_block(w, block, key, buckets, sums);
+            add_block<level>(w, block, key, buckets, sums);
         }
         if (count > 0) {
             float tail[kBlock] = {};
             std::copy(w, w + count, tail);
-            add_block(tail, block, key, buckets, sums);
+            add_block<level>(tail, block, key, buckets, sums);
         }
     }
 };
 
 struct SketchAdjointRun {
-    template <Level>
+    template <Level level>
     WM_INLINE void run(const float* g, int64_t first, int64_t count, uint64_t key, int64_t buckets, bool accumulate,
                        float* out) {
         uint64_t block = first / kBlock;
         for (; count >= kBlock; count -= kBlock, out += kBlock, ++block) {
             if (accumulate) {
-                spread_block<true>(g, block, key, buckets, out);
+                spread_block<level, true>(g, block, key, buckets, out);
             } else {
-                spread_block<false>(g, block, key, buckets, out);
+                spread_block<level, false>(g, block, key, buckets, out);
             }
         }
         if (count > 0) {
             float tail[kBlock];
-            spread_block<false>(g, block, key, buckets, tail);
+            spread_block<level, false>(g, block, key, buckets, tail);
             for (int64_t m = 0; m < count; ++m) {
                 out[m] = accumulate ? out[m] + tail[m] : tail[m];
             }

@@ -7,6 +7,7 @@ namespace py = pybind11;
 
 namespace {
 
+using wmengine::cuda::Integer;
 using wmengine::cuda::Kind;
 using wmengine::cuda::Place;
 using wmengine::cuda::Scalar;
@@ -29,6 +30,13 @@ Scalar scalar_of(int code) {
                               ": it must be 0 (float32), 1 (float16) or 2 (bfloat16)");
     }
     return static_cast<Scalar>(code);
+}
+
+Integer integer_of(int code) {
+    if (code != 0 && code != 1) {
+        throw py::value_error("dtype is " + std::to_string(code) + ": it must be 0 (int32) or 1 (int64)");
+    }
+    return static_cast<Integer>(code);
 }
 
 void sketch(int device, uintptr_t stream, uintptr_t w, int64_t count, uint64_t key, int64_t buckets, int64_t total,
@@ -67,6 +75,26 @@ void match_counts(int device, uintptr_t stream, uintptr_t outputs, int dtype, in
                                  pointer<int32_t>(counts), pointer<int32_t>(invalid));
 }
 
+void label_matches(int device, uintptr_t stream, uintptr_t predicted, int dtype, int64_t suspects, int64_t rows,
+                   uintptr_t expected, int64_t sets, uintptr_t counts) {
+    wmengine::cuda::label_matches(Place{device, stream}, pointer<const void>(predicted), integer_of(dtype), suspects,
+                                  rows, pointer<const int64_t>(expected), sets, pointer<int32_t>(counts));
+}
+
+void bit_matches(int device, uintptr_t stream, uintptr_t messages, int64_t suspects, uintptr_t registry,
+                 int64_t registered, int64_t total, uintptr_t counts) {
+    wmengine::cuda::bit_matches(Place{device, stream}, pointer<const uint8_t>(messages), suspects,
+                                pointer<const uint8_t>(registry), registered, total, pointer<int32_t>(counts));
+}
+
+void best_bit_matches(int device, uintptr_t stream, uintptr_t messages, int64_t suspects, uintptr_t registry,
+                      int64_t registered, int64_t total, int64_t best, uintptr_t workspace, uintptr_t counts,
+                      uintptr_t indices) {
+    wmengine::cuda::best_bit_matches(Place{device, stream}, pointer<const uint8_t>(messages), suspects,
+                                     pointer<const uint8_t>(registry), registered, total, best,
+                                     pointer<uint64_t>(workspace), pointer<int32_t>(counts), pointer<int64_t>(indices));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -96,4 +124,17 @@ PYBIND11_MODULE(_cuda, module) {
         Release(),
         "int32 counts[suspects, sets] and invalid[suspects]; dtype 0 is float32, 1 float16, 2 bfloat16; expected "
         "is int64[sets, rows], predicted int32 workspace of suspects * rows.");
+    module.def("label_matches", &label_matches, arg("device"), arg("stream"), arg("predicted"), arg("dtype"),
+               arg("suspects"), arg("rows"), arg("expected"), arg("sets"), arg("counts"), Release(),
+               "int32 counts[suspects, sets]; predicted is [suspects, rows], dtype 0 int32 or 1 int64, expected "
+               "int64[sets, rows].");
+    module.def("bit_matches", &bit_matches, arg("device"), arg("stream"), arg("messages"), arg("suspects"),
+               arg("registry"), arg("registered"), arg("total"), arg("counts"), Release(),
+               "int32 counts[suspects, registered] of equal bits; rows of (total + 7) // 8 bytes, lowest bit first.");
+    module.def("best_bit_matches_workspace", &wmengine::cuda::best_bit_matches_workspace, arg("suspects"),
+               arg("registered"), arg("best"), "Integers of 64 bits of workspace that best_bit_matches needs.");
+    module.def("best_bit_matches", &best_bit_matches, arg("device"), arg("stream"), arg("messages"), arg("suspects"),
+               arg("registry"), arg("registered"), arg("total"), arg("best"), arg("workspace"), arg("counts"),
+               arg("indices"), Release(),
+               "int32 counts[suspects, best] and int64 indices[suspects, best], most equal bits first.");
 }

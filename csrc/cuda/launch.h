@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../common/layout.h"
@@ -36,9 +37,19 @@ inline cudaStream_t stream_of(Place place) { return reinterpret_cast<cudaStream_
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Thread blocks for `items` that need no order: enough to fill any card, each taking every grid-th item.
+inline unsigned grid_for(int64_t items, int64_t items_per_block) {
+    return static_cast<unsigned>(std::min(ceil_div(items, items_per_block), kMultiprocessors * 32));
+}
+
 // y[t] = scale * Σ_group partials[group, t] for t < total, groups added in one fixed order.
 void reduce_partials(const float* partials, int64_t groups, int64_t width, int64_t total, float scale, float* y,
                      cudaStream_t stream);
+
+// counts[s, k] of label_matches, and where `invalid` is given invalid[s], the negative labels of predicted[s].
+template <typename Label>
+void count_labels(const Label* predicted, int64_t suspects, int64_t rows, const int64_t* expected, int64_t sets,
+                  int32_t* counts, int32_t* invalid, cudaStream_t stream, const char* operation);
 
 // The value with its sign flipped where bit `bit` of `word` is set.
 __device__ __forceinline__ float flip(float value, uint32_t word, uint32_t bit) {

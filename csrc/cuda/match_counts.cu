@@ -1,7 +1,7 @@
 // Argmax of every answer, then matches with each set of expected labels: answers are read once, in lines of 16 bytes.
 //
-// The first kernel writes one integer a row (-1 where the row holds NaN or infinity); the second owns one count a warp
-// or a thread block and adds in integers, so no order can change a result. The threads that share a row grow with C.
+// The first kernel writes one integer a row (-1 where the row holds NaN or infinity); label_matches.cu counts them. The
+// threads that share a row grow with C.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -129,60 +129,6 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// Item (s, k) for k < sets is counts[s, k]; item (s, sets) is invalid[s].
-template <int kMembers>
-__global__ void __launch_bounds__(kThreads)
-    count_kernel(const int32_t* __restrict__ predicted, int64_t suspects, int64_t rows,
-                 const int64_t* __restrict__ expected, int64_t sets, int32_t* __restrict__ counts,
-                 int32_t* __restrict__ invalid) {
-    static_assert(kMembers == kLanes || kMembers == kThreads, "a count belongs to a warp or to a whole block");
-    constexpr int kItems = kThreads / kMembers;
-    const int64_t items = suspects * (sets + 1);
-    const int member = threadIdx.x % kMembers;
-    for (int64_t first = int64_t{blockIdx.x} * kItems; first < items; first += int64_t{gridDim.x} * kItems) {
-        const int64_t item = first + threadIdx.x / kMembers;
-        const int64_t suspect = item / (sets + 1), set = item % (sets + 1);
-        int count = 0;
-        if (item < items) {
-            const int32_t* __restrict__ answers = predicted + suspect * rows;
-            const int64_t* __restrict__ labels = expected + set * rows;
-            for (int64_t n = member; n < rows; n += kMembers) {
-                const int32_t answer = answers[n];
-                count += set == sets ? answer == kInvalid : answer != kInvalid && answer == labels[n];
-            }
-        }
-#pragma unroll
-        for (int step = kLanes / 2; step > 0; step >>= 1) {
-            count += __shfl_xor_sync(kFullWarp, count, step);
-        }
-        if constexpr (kMembers > kLanes) {
-            constexpr int kWarps = kMembers / kLanes;
-            __shared__ int sums[kWarps];
-            if (threadIdx.x % kLanes == 0) {
-                sums[threadIdx.x / kLanes] = count;
-            }
-            __syncthreads();
-            count = 0;
-#pragma unroll
-            for (int i = 0; i < kWarps; ++i) {
-                count += sums[i];
-            }
-            __syncthreads();
-        }
-        if (member == 0 && item < items) {
-            if (set == sets) {
-                invalid[suspect] = count;
-            } else {
-                counts[suspect * sets + set] = count;
-            }
-        }
-    }
-}
-
-unsigned grid_for(int64_t items, int64_t items_per_block) {
-    return static_cast<unsigned>(std::min(ceil_div(items, items_per_block), kMultiprocessors * 32));
-}
-
 template <typename T>
 void launch_argmax(const void* outputs, int64_t rows, int classes, int32_t* predicted, cudaStream_t stream) {
     const T* values = static_cast<const T*>(outputs);
@@ -201,10 +147,10 @@ void launch_argmax(const void* outputs, int64_t rows, int classes, int32_t* pred
 
 void match_counts(Place place, const void* outputs, Scalar scalar, int64_t suspects, int64_t rows, int64_t classes,
                   const int64_t* expected, int64_t sets, int32_t* predicted, int32_t* counts, int32_t* invalid) {
-    if (suspects < 0 || rows < 0 || sets < 0 || classes < 1 || classes > INT_MAX - kThreads) {
+    if (suspects < 0 || rows < 0 || sets < 0 || rows > INT_MAX || classes < 1 || classes > INT_MAX - kThreads) {
         throw std::invalid_argument("outputs is [" + std::to_string(suspects) + ", " + std::to_string(rows) + ", " +
                                     std::to_string(classes) + "] and expected has " + std::to_string(sets) +
-                                    " rows: sizes must not be negative and there must be 1 to 2^31 classes");
+                                    " rows: sizes must not be negative, rows below 2^31, and classes from 1 to 2^31");
     }
     if (suspects == 0) {
         return;
@@ -225,15 +171,7 @@ void match_counts(Place place, const void* outputs, Scalar scalar, int64_t suspe
                 break;
         }
     }
-    const int64_t items = suspects * (sets + 1);
-    if (rows <= 4096) {
-        count_kernel<kLanes><<<grid_for(items, kThreads / kLanes), kThreads, 0, stream>>>(
-            predicted, suspects, rows, expected, sets, counts, invalid);
-    } else {
-        count_kernel<kThreads>
-            <<<grid_for(items, 1), kThreads, 0, stream>>>(predicted, suspects, rows, expected, sets, counts, invalid);
-    }
-    check(cudaGetLastError(), "match_counts");
+    count_labels(predicted, suspects, rows, expected, sets, counts, invalid, stream, "match_counts");
 }
 
 }  // namespace wmengine::cuda

@@ -19,6 +19,7 @@ struct Place {
 
 enum class Kind : int { kRademacher = 0, kGaussian = 1 };
 enum class Scalar : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
+enum class Integer : int { kInt32 = 0, kInt64 = 1 };
 
 // Floats of workspace that `sketch` needs for `count` weights and `buckets` buckets.
 int64_t sketch_workspace(int64_t count, int64_t buckets);
@@ -46,6 +47,24 @@ void project_adjoint(Place place, const float* g, int64_t total, uint64_t key, K
 // rows with NaN or infinity, which never match. `predicted` is workspace for suspects * rows integers.
 void match_counts(Place place, const void* outputs, Scalar scalar, int64_t suspects, int64_t rows, int64_t classes,
                   const int64_t* expected, int64_t sets, int32_t* predicted, int32_t* counts, int32_t* invalid);
+
+// counts[s, k] = places n of predicted[suspects, rows] that hold expected[k, n]; a negative label matches nothing.
+void label_matches(Place place, const void* predicted, Integer integer, int64_t suspects, int64_t rows,
+                   const int64_t* expected, int64_t sets, int32_t* counts);
+
+// counts[s, k] = equal bits among the first `total` of messages[s] and registry[k]. Rows are ceil(total / 8) bytes, bit
+// t in byte t / 8, the lowest first; what the last byte holds above `total` does not count.
+void bit_matches(Place place, const uint8_t* messages, int64_t suspects, const uint8_t* registry, int64_t registered,
+                 int64_t total, int32_t* counts);
+
+// Keys of 8 bytes of workspace that `best_bit_matches` needs.
+int64_t best_bit_matches_workspace(int64_t suspects, int64_t registered, int64_t best);
+
+// The `best` <= 1024 of registry's counts for each message, most matches first, equal ones by index:
+// counts[suspects, best] and indices[suspects, best].
+void best_bit_matches(Place place, const uint8_t* messages, int64_t suspects, const uint8_t* registry,
+                      int64_t registered, int64_t total, int64_t best, uint64_t* workspace, int32_t* counts,
+                      int64_t* indices);
 
 // Devices the driver shows; 0 where there is no driver.
 int device_count();

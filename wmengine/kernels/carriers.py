@@ -91,9 +91,10 @@ def direction(
     """d for a tile of filters: the loss's derivative by the value that each weight gives to the carrier."""
     if SOURCE == FROM_SKETCH:
         SPAN: tl.constexpr = BUCKETS if BUCKETS < BLOCK else BLOCK
+        # uint32 where that holds m: quotients and remainders are then shifts and masks. Blocks are few: int32 does.
         m = row.to(INDEX)[:, None] * columns.to(INDEX) + column.to(INDEX)[None, :]
-        word = tl.load(words + (m // 1024) * 32 + m % 32, mask=inside, other=0)
-        offset = tl.load(offsets + m // SPAN, mask=inside, other=0)
+        word = tl.load(words + ((m // 1024) * 32 + m % 32).to(tl.int32), mask=inside, other=0)
+        offset = tl.load(offsets + (m // SPAN).to(tl.int32), mask=inside, other=0)
         bucket = (m & (BUCKETS - 1)).to(tl.int32) ^ offset
         d = tl.load(residual + bucket, mask=inside & (bucket < total), other=0.0) * slope
         d = flip(d, word.to(tl.uint32, bitcast=True), (m // 32) % 32)

@@ -2,9 +2,10 @@
 
 Forward, a program takes a tile of rows and walks their classes with a running maximum and sum of exponentials; of each
 row it keeps only the log-sum-exp. A row is a hit where no logit beats its label's: none is greater, none before it is
-equal, and the log-sum-exp is a number. A second kernel, one program for each group and one for all, adds rows in a
-fixed order. Backward runs on a grid of (rows, classes): every logit is read once, every gradient
-factor · w · (softmax − target) written once.
+equal, and the log-sum-exp is a number. A second kernel, for each group and once for all, adds the rows of a chunk in a
+fixed order; a third adds the chunks where there are several, so that no program walks a million rows. Backward runs on
+a grid of (rows, classes): every logit is read once, every gradient factor · w · (softmax − target) written once, and
+that may be where the logit was.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
@@ -12,9 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
+from wmengine.kernels import launches
+
 Tensor = torch.Tensor
 
-ROWS_STEP = tl.constexpr(1024)  # rows that the finishing kernel adds at a time
+ROWS_STEP = tl.constexpr(1024)  # rows, or chunks of rows, that are added at a time
+CHUNK = tl.constexpr(8192)  # rows that one program adds
 
 
 @triton.jit
@@ -82,33 +86,74 @@ def finish_kernel(
     denominator,
     group_loss,
     group_hits,
+    sums,
+    counts,
     rows,
     groups,
     GROUPED: tl.constexpr,
     MEAN: tl.constexpr,
+    ALONE: tl.constexpr,
 ):
-    """Program g < groups sums its group's losses and hits; program ``groups`` the loss and what it is divided by."""
+    """Program (chunk, g < groups) adds its group's losses and hits, (chunk, groups) all losses and their weights.
+
+    They are the results where there is one chunk (ALONE), else sums[groups + 2, chunks] and counts[groups, chunks].
+    """
+    chunk, own = tl.program_id(0), tl.program_id(1)
+    chunks = tl.num_programs(0)
+    begin = chunk.to(tl.int64) * CHUNK
+    end = tl.minimum(begin + CHUNK, rows)
+    step = tl.arange(0, ROWS_STEP)
+    total = tl.zeros((ROWS_STEP,), tl.float32)
+    weights = tl.zeros((ROWS_STEP,), tl.float32)
+    count = tl.zeros((ROWS_STEP,), tl.int32)
+    for first in range(begin, end, ROWS_STEP):
+        row = first + step
+        member = row < end
+        if own < groups:
+            member = member & (tl.load(group + row, mask=member, other=-1) == own if GROUPED else own == 0)
+            count += tl.load(hits + row, mask=member, other=0).to(tl.int32)
+        else:
+            weights += tl.load(denominators + row, mask=member, other=0.0)
+        total += tl.load(losses + row, mask=member, other=0.0)
+    added = tl.sum(total, axis=0)
+    if ALONE:
+        if own < groups:
+            tl.store(group_loss + own, added)
+            tl.store(group_hits + own, tl.sum(count, axis=0).to(tl.int64))
+        else:
+            divisor = tl.sum(weights, axis=0) if MEAN else 1.0
+            tl.store(loss, added / divisor)
+            tl.store(denominator, divisor)
+    else:
+        tl.store(sums + own * chunks + chunk, added)
+        if own < groups:
+            tl.store(counts + own * chunks + chunk, tl.sum(count, axis=0))
+        else:
+            tl.store(sums + (groups + 1) * chunks + chunk, tl.sum(weights, axis=0))
+
+
+@triton.jit
+def chunks_kernel(sums, counts, loss, denominator, group_loss, group_hits, chunks, groups, MEAN: tl.constexpr):
+    """Program g < groups adds the chunks of its group, program ``groups`` those of the loss and of its weights."""
     own = tl.program_id(0)
     step = tl.arange(0, ROWS_STEP)
-    sums = tl.zeros((ROWS_STEP,), tl.float32)
-    others = tl.zeros((ROWS_STEP,), tl.float32)
-    counts = tl.zeros((ROWS_STEP,), tl.int32)
+    total = tl.zeros((ROWS_STEP,), tl.float32)
+    weights = tl.zeros((ROWS_STEP,), tl.float32)
+    count = tl.zeros((ROWS_STEP,), tl.int64)
+    for first in range(0, chunks, ROWS_STEP):
+        chunk = first + step
+        total += tl.load(sums + own * chunks + chunk, mask=chunk < chunks, other=0.0)
+        if own < groups:
+            count += tl.load(counts + own * chunks + chunk, mask=chunk < chunks, other=0).to(tl.int64)
+        else:
+            weights += tl.load(sums + (own + 1) * chunks + chunk, mask=chunk < chunks, other=0.0)
+    added = tl.sum(total, axis=0)
     if own < groups:
-        for first in range(0, rows, ROWS_STEP):
-            row = first + step
-            member = row < rows
-            member = member & (tl.load(group + row, mask=member, other=-1) == own if GROUPED else own == 0)
-            sums += tl.load(losses + row, mask=member, other=0.0)
-            counts += tl.load(hits + row, mask=member, other=0).to(tl.int32)
-        tl.store(group_loss + own, tl.sum(sums, axis=0))
-        tl.store(group_hits + own, tl.sum(counts.to(tl.int64), axis=0))
+        tl.store(group_loss + own, added)
+        tl.store(group_hits + own, tl.sum(count, axis=0))
     else:
-        for first in range(0, rows, ROWS_STEP):
-            row = first + step
-            sums += tl.load(losses + row, mask=row < rows, other=0.0)
-            others += tl.load(denominators + row, mask=row < rows, other=0.0)
-        divisor = tl.sum(others, axis=0) if MEAN else 1.0
-        tl.store(loss, tl.sum(sums, axis=0) / divisor)
+        divisor = tl.sum(weights, axis=0) if MEAN else 1.0
+        tl.store(loss, added / divisor)
         tl.store(denominator, divisor)
 
 
@@ -124,13 +169,17 @@ def gradient_kernel(
     rows,
     classes,
     stride,
+    gradient_stride,
     label_smoothing,
     ignore_index,
     WEIGHTED: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """gradient[rows, classes] = factor / denominator · w · (softmax − target), 0 where the row is ignored."""
+    """gradient[rows, classes] = factor / denominator · w · (softmax − target), 0 where the row is ignored.
+
+    It may stand where the logits stood: every logit is read by the program that writes its gradient.
+    """
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.program_id(1) * STEP + tl.arange(0, STEP)
     present = row < rows
@@ -144,13 +193,7 @@ def gradient_kernel(
     softmax = tl.exp(x.to(tl.float32) - total[:, None])
     target = tl.where(column[None, :] == label[:, None], 1.0 - label_smoothing, 0.0) + label_smoothing / classes
     value = tl.where(kept[:, None], w[:, None] * (softmax - target), 0.0)
-    tl.store(gradient + (row * classes)[:, None] + column[None, :], value, mask=inside)
-
-
-def _tile(classes: int) -> tuple[int, int, int]:
-    """(rows, classes at a time, warps) of one program: 4096 logits of one row, or 1024 of several short ones."""
-    step = min(max(16, triton.next_power_of_2(classes)), 4096)
-    return max(1, min(16, 1024 // step)), step, 8 if step > 1024 else 4
+    tl.store(gradient + (row * gradient_stride)[:, None] + column[None, :], value, mask=inside)
 
 
 def forward(
@@ -169,9 +212,9 @@ def forward(
     group_loss, group_hits = logits.new_empty(groups, dtype=torch.float32), logits.new_empty(groups, dtype=torch.int64)
     lse, losses, denominators = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
     hits = logits.new_empty(rows, dtype=torch.int8)
-    tile, step, warps = _tile(classes)
+    tiles, sums_options = launches.chosen("cross_entropy", classes), launches.chosen("cross_entropy_sums").options()
     if rows:
-        rows_kernel[(triton.cdiv(rows, tile),)](
+        rows_kernel[(triton.cdiv(rows, tiles.blocks["TILE"]),)](
             logits,
             labels,
             lse if weight is None else weight,
@@ -186,25 +229,30 @@ def forward(
             ignore_index,
             WEIGHTED=weight is not None,
             SMOOTH=label_smoothing > 0,
-            TILE=tile,
-            STEP=step,
-            num_warps=warps,
+            **tiles.options(),
         )
-    finish_kernel[(groups + 1,)](
+    chunks = max(1, triton.cdiv(rows, CHUNK.value))
+    alone = chunks == 1
+    sums = losses if alone else logits.new_empty((groups + 2, chunks), dtype=torch.float32)
+    counts = hits if alone else logits.new_empty((groups, chunks), dtype=torch.int32)
+    results = loss, denominator, group_loss, group_hits
+    finish_kernel[(chunks, groups + 1)](
         losses,
         denominators,
         hits,
         labels if group is None else group,
-        loss,
-        denominator,
-        group_loss,
-        group_hits,
+        *results,
+        sums,
+        counts,
         rows,
         groups,
         GROUPED=group is not None,
         MEAN=reduction == "mean",
-        num_warps=4,
+        ALONE=alone,
+        **sums_options,
     )
+    if not alone:
+        chunks_kernel[(groups + 1,)](sums, counts, *results, chunks, groups, MEAN=reduction == "mean", **sums_options)
     return loss, group_loss, group_hits, lse, denominator
 
 
@@ -217,13 +265,18 @@ def backward(
     denominator: Tensor,
     label_smoothing: float,
     ignore_index: int,
+    gradient: Tensor | None = None,
 ) -> Tensor:
-    """The gradient by the logits, in their dtype; ``factor`` is the outer gradient, a float32 scalar on the device."""
+    """The gradient by the logits, in their dtype; ``factor`` is the outer gradient, a float32 scalar on the device.
+
+    It is written to ``gradient`` where that is given; that may be the logits themselves.
+    """
     rows, classes = logits.shape
-    gradient = torch.empty((rows, classes), dtype=logits.dtype, device=logits.device)
-    tile, step, warps = _tile(classes)
+    if gradient is None:
+        gradient = torch.empty((rows, classes), dtype=logits.dtype, device=logits.device)
+    tiles = launches.chosen("cross_entropy", classes)
     if rows:
-        gradient_kernel[(triton.cdiv(rows, tile), triton.cdiv(classes, step))](
+        gradient_kernel[(triton.cdiv(rows, tiles.blocks["TILE"]), triton.cdiv(classes, tiles.blocks["STEP"]))](
             factor,
             logits,
             labels,
@@ -234,11 +287,10 @@ def backward(
             rows,
             classes,
             logits.stride(0),
+            gradient.stride(0),
             label_smoothing,
             ignore_index,
             WEIGHTED=weight is not None,
-            TILE=tile,
-            STEP=step,
-            num_warps=warps,
+            **tiles.options(),
         )
     return gradient

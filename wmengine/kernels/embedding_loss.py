@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from wmengine.kernels import carriers, layers
+from wmengine.kernels import carriers, launches, layers
 from wmengine.kernels import projection as projections
 
 Tensor = torch.Tensor
@@ -122,7 +122,12 @@ class _Call:
         offsets = torch.empty(blocks * runs, dtype=torch.int32, device=self.device)
         if blocks:
             projections.sketch_tables_kernel[(blocks,)](
-                batch.table, words, offsets, BUCKETS=self.plan.buckets, LAYERS=batch.layers, num_warps=1
+                batch.table,
+                words,
+                offsets,
+                BUCKETS=self.plan.buckets,
+                LAYERS=batch.layers,
+                **launches.chosen("sketch_tables").options(),
             )
         return words, offsets
 
@@ -131,7 +136,10 @@ class _Call:
     ) -> None:
         """factor · scale · Pᵀ residual for every value, written to `scratch` or, without it, to the `outputs`."""
         words, offsets = self.sketch_tables(batch)
-        if batch.blocks:
+        if not batch.blocks:
+            return
+
+        def call(launch: launches.Launch) -> None:
             projections.adjoint_kernel[(batch.blocks,)](
                 factor,
                 self.scale,
@@ -147,8 +155,11 @@ class _Call:
                 DTYPE=_TYPES[batch.dtype],
                 SCRATCH=scratch is not None,
                 PROJECTION=self.projection,
-                num_warps=4,
+                **launch.options(),
             )
+
+        kernel = "sketch_adjoint" if self.projection == layers.SKETCH.value else "dense_adjoint"
+        launches.run(kernel, batch.blocks * layers.BLOCK.value, batch.dtype, self.device, call)
 
 
 def forward(
@@ -175,10 +186,18 @@ def forward(
     for batch in plan.batches:
         pointers, shared = call.addresses(batch, call.weights), {"LAYERS": batch.layers, "DTYPE": _TYPES[batch.dtype]}
         if call.unit and batch.filter_tiles:
-            carriers.inverse_norms_kernel[(batch.filter_tiles,)](pointers, batch.table, norms, **shared, num_warps=4)
+            carriers.inverse_norms_kernel[(batch.filter_tiles,)](
+                pointers, batch.table, norms, **shared, **launches.chosen("inverse_norms").options()
+            )
         if call.mean and batch.column_tiles:
             carriers.column_means_kernel[(batch.column_tiles,)](
-                pointers, batch.table, norms, values, **shared, UNIT=call.unit, num_warps=4
+                pointers,
+                batch.table,
+                norms,
+                values,
+                **shared,
+                UNIT=call.unit,
+                **launches.chosen("column_means").options(),
             )
         shared |= {"SCRATCH": call.mean, "UNIT": call.unit and not call.mean}
         own = partials[first : first + batch.groups]
@@ -189,15 +208,34 @@ def forward(
             words, offsets = call.sketch_tables(batch)
             grid = (batch.groups, max(1, plan.buckets // layers.BLOCK.value))
             projections.sketch_sums_kernel[grid](
-                pointers, values, batch.table, norms, words, offsets, own, BUCKETS=plan.buckets, **shared, num_warps=8
+                pointers,
+                values,
+                batch.table,
+                norms,
+                words,
+                offsets,
+                own,
+                BUCKETS=plan.buckets,
+                **shared,
+                **launches.chosen("sketch_sums").options(),
             )
         else:
             grid = (batch.groups, triton.cdiv(total, projections.DENSE_TILE.value))
             projections.dense_sums_kernel[grid](
-                pointers, values, batch.table, norms, own, total, **shared, PROJECTION=call.projection, num_warps=2
+                pointers,
+                values,
+                batch.table,
+                norms,
+                own,
+                total,
+                **shared,
+                PROJECTION=call.projection,
+                **launches.chosen("dense_sums").options(),
             )
-    total_kernel[(triton.cdiv(total, 32),)](partials, y, groups, width, total, scale, num_warps=4)
-    link_kernel[(1,)](y, bits, residual, loss, total, margin, LINK=_LINKS[link], num_warps=4)
+    total_kernel[(triton.cdiv(total, 32),)](
+        partials, y, groups, width, total, scale, **launches.chosen("total").options()
+    )
+    link_kernel[(1,)](y, bits, residual, loss, total, margin, LINK=_LINKS[link], **launches.chosen("link").options())
     return loss, y, residual, norms
 
 
@@ -244,7 +282,7 @@ def backward(
                 DTYPE=_TYPES[batch.dtype],
                 UNIT=call.unit,
                 SOURCE=source.value,
-                INDEX=tl.int32 if batch.largest < 2**31 - 2**20 else tl.int64,
-                num_warps=4,
+                INDEX=tl.uint32 if batch.largest < 2**31 - 2**20 else tl.int64,
+                **launches.chosen("filter_gradients").options(),
             )
     return gradients

@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from wmengine.kernels import launches
+
 Tensor = torch.Tensor
 
 # Fields of the table.
@@ -87,12 +89,19 @@ def addresses_kernel(table, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a1
 
 
 def address_table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """int64 addresses of `tensors` on the device, written on the current stream."""
+    """int64 addresses of `tensors` on the device, written on the current stream.
+
+    Places that no tensor needs, and those of empty tensors, hold an address too: Triton takes 0 for an int32, and would
+    compile the kernel again for every number of tensors.
+    """
     groups = -(-len(tensors) // 16)
     table = torch.empty(16 * groups, dtype=torch.int64, device=device)
-    addresses = [tensor.data_ptr() for tensor in tensors] + [0] * (16 * groups - len(tensors))
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    spare = max(addresses)
+    addresses = [address or spare for address in addresses] + [spare] * (16 * groups - len(tensors))
+    options = launches.chosen("addresses").options()
     for first in range(0, len(tensors), 16):
-        addresses_kernel[(1,)](table[first:], *addresses[first : first + 16], num_warps=1)
+        addresses_kernel[(1,)](table[first:], *addresses[first : first + 16], **options)
     return table
 
 

@@ -44,7 +44,8 @@ def philox4x32(c0, c1, domain, key):
 @triton.jit
 def flip(value, word, bit):
     """``value`` (float32) with its sign turned where bit ``bit`` of ``word`` is set."""
-    return tl.where(((word >> bit.to(tl.uint32)) & 1) != 0, -value, value)
+    sign = (word >> bit.to(tl.uint32)) << 31
+    return (value.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -118,9 +118,11 @@ def sketch_sums_kernel(
         exists = block * BLOCK < count
         offset = tl.load(offsets + (first_block + block) * RUNS + run, mask=exists, other=0) & (TILE - 1)
         at = run[:, None] * TILE + (bucket[None, :] ^ offset[:, None])
-        word = tl.load(words + (first_block + block) * 128 + (at // 1024) * 32 + at % 32, mask=exists, other=0)
+        place = at.to(tl.uint32)  # for which quotients and remainders are shifts and masks
+        word_at = ((place // 1024) * 32 + place % 32).to(tl.int32)
+        word = tl.load(words + (first_block + block) * 128 + word_at, mask=exists, other=0)
         values = load_values(base, layer_norms, block * BLOCK, at, count, columns, UNIT)
-        sums += flip(values, word.to(tl.uint32, bitcast=True), (at // 32) % 32)
+        sums += flip(values, word.to(tl.uint32, bitcast=True), (place // 32) % 32)
     tl.store(partials + group * BUCKETS + tile * TILE + bucket, tl.sum(sums, axis=0))
 
 

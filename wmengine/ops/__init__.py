@@ -1,7 +1,7 @@
 """Numerical operators: a NumPy array runs on the compiled CPU kernels, a torch tensor through torch's dispatcher.
 
 Each has a reference in :mod:`wmengine.ops.reference`. A `key` is an int, 0 ≤ key < 2⁶⁴; `total` is a number of symbols.
-This module imports NumPy only; :func:`embedding_loss` and :func:`marked_cross_entropy` are for training and need torch.
+This module imports NumPy only; the losses are for training and need torch.
 """
 
 from __future__ import annotations
@@ -13,25 +13,41 @@ from wmengine import _cpu
 from wmengine._optional import missing
 from wmengine.ops import cpu
 from wmengine.ops.cpu import carrier_projection, check_count
+from wmengine.ops.matches import PackedBits
 
 if TYPE_CHECKING:
-    from wmengine.ops.torch_ops import MarkedCrossEntropy, embedding_loss, marked_cross_entropy
+    from wmengine.ops.torch_ops import (
+        MarkedCrossEntropy,
+        embedding_loss,
+        marked_cross_entropy,
+        marked_linear_cross_entropy,
+        soft_nearest_neighbor,
+    )
 
 __all__ = [
     "MarkedCrossEntropy",
+    "PackedBits",
+    "bit_matches",
     "carrier_projection",
     "embedding_loss",
     "get_num_threads",
+    "label_matches",
     "marked_cross_entropy",
+    "marked_linear_cross_entropy",
     "match_counts",
+    "pack_bits",
     "project",
     "project_adjoint",
     "set_num_threads",
     "sketch",
     "sketch_adjoint",
+    "soft_nearest_neighbor",
 ]
 
-_TRAINING = ("MarkedCrossEntropy", "embedding_loss", "marked_cross_entropy")
+_TRAINING = (
+    *("MarkedCrossEntropy", "embedding_loss", "marked_cross_entropy", "marked_linear_cross_entropy"),
+    "soft_nearest_neighbor",
+)
 
 
 def _is_tensor(value: Any) -> bool:
@@ -79,6 +95,42 @@ def match_counts(outputs: Any, expected: Any) -> Any:
     counted on their device.
     """
     return _front(outputs).match_counts(outputs, expected)
+
+
+def label_matches(predicted: Any, expected: Any) -> Any:
+    """Count the places where predicted[S, N] is expected[K, N] → int32[S, K], without the S × K × N comparisons.
+
+    Both hold integers. A negative label abstains: on either side it matches nothing, not even itself. Raises TypeError
+    or ValueError naming the argument. CUDA tensors are counted on their device.
+
+        agreement = label_matches(predicted, predicted)  # of every two networks
+    """
+    return _front(predicted).label_matches(predicted, expected)
+
+
+def pack_bits(bits: Any) -> PackedBits:
+    """Bits [rows, T], bool or uint8 of 0 and 1, packed eight a byte: for a registry that is compared again and again.
+
+    The bytes are those of ``numpy.packbits(bits, axis=-1, bitorder="little")``: bit t of a row is bit t % 8 of byte
+    t // 8. Rows that are packed so already go in as ``PackedBits(data, total)``. Raises TypeError or ValueError.
+    """
+    packed: PackedBits = _front(bits).pack_bits(bits)
+    return packed
+
+
+def bit_matches(messages: Any, registry: Any, best: int | None = None) -> Any:
+    """Count the equal bits of messages[S, T] and registry[K, T] → int32[S, K].
+
+    With `best`, 1 ≤ best ≤ K: (counts int32[S, best], indices int64[S, best]) of the registry rows that match each
+    message best, most matches first and ties to the lowest row; counts of all pairs are never held. Either argument is
+    an array of 0 and 1 (bool or uint8) or what :func:`pack_bits` made of one. Raises TypeError or ValueError naming the
+    argument. CUDA tensors are counted on their device.
+
+        registry = pack_bits(bits)
+        counts, rows = bit_matches(read, registry, best=10)
+    """
+    data = messages.data if isinstance(messages, PackedBits) else messages
+    return _front(data).bit_matches(messages, registry, best)
 
 
 def __getattr__(name: str) -> Any:

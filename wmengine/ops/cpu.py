@@ -1,6 +1,7 @@
 """NumPy in, NumPy out: the fronts of the compiled CPU operators, which check what they are given.
 
-float32 runs compiled, float16 is widened to it, float64 goes to :mod:`wmengine.ops.reference`.
+float32 runs compiled, float16 is widened to it (match_counts reads it as it is), float64 goes to
+:mod:`wmengine.ops.reference`. Comparisons of labels and of bits are in :mod:`wmengine.ops.matches`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from wmengine import _cpu
 from wmengine.ops import reference
+from wmengine.ops.matches import bit_matches as bit_matches
+from wmengine.ops.matches import label_matches as label_matches
+from wmengine.ops.matches import pack_bits as pack_bits
+from wmengine.ops.matches import plain
 from wmengine.ops.reference import CARRIERS, PROJECTIONS
 
 Floats = NDArray[np.floating[Any]]
@@ -51,10 +56,10 @@ def check_vector(name: str, values: ArrayLike) -> Floats:
     if array.ndim != 1:
         raise ValueError(f"{name} must have one dimension, not shape {array.shape}: flatten it first")
     if array.dtype in _NATIVE:
-        return np.ascontiguousarray(array, dtype=np.float32)
+        return plain(array, np.float32)
     if array.dtype != np.float64:
         raise TypeError(f"{name} must be float32, float16 or float64, not {array.dtype}")
-    return np.ascontiguousarray(array)
+    return plain(array)
 
 
 def _sums(weight: Floats, key: int, total: int, carrier: str, projection: str, scale: float) -> NDArray[np.float32]:
@@ -144,15 +149,22 @@ def carrier_projection(weight: ArrayLike, key: int, total: int, carrier: str, pr
         raise TypeError(f"weight must be floating, not {array.dtype}")
     check_choice("carrier", carrier, CARRIERS)
     check_choice("projection", projection, PROJECTIONS)
-    values = np.ascontiguousarray(array, dtype=np.float32)
+    values = plain(array, np.float32)
     return _sums(values, check_key(key), check_count("total", total), carrier, projection, 1.0)
 
 
-def match_counts(outputs: ArrayLike, expected: ArrayLike) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+# What match_counts reads as it is: 16-bit floats by their bits, so bfloat16, which NumPy lacks, may come as uint16.
+_SCORES = {"float32": 0, "float16": 1, "bfloat16": 2}
+
+
+def match_counts(
+    outputs: ArrayLike, expected: ArrayLike, *, bfloat16: bool = False
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Count, for S suspects and K label sets, the rows of outputs[S, N, C] whose argmax is expected[K, N].
 
     Returns (counts int32[S, K], invalid int32[S]): a row that holds NaN or Inf never matches and is counted as invalid;
-    ties go to the lowest class. Raises ValueError where the shapes do not fit together.
+    ties go to the lowest class. `bfloat16`: outputs are the bits of such numbers, as uint16. Raises ValueError where
+    the shapes do not fit together, TypeError for other types.
     """
     answers, labels = np.asarray(outputs), np.asarray(expected)
     if answers.ndim != 3 or labels.ndim != 2 or answers.shape[1] != labels.shape[1]:
@@ -163,15 +175,19 @@ def match_counts(outputs: ArrayLike, expected: ArrayLike) -> tuple[NDArray[np.in
         raise TypeError(f"expected must hold integer labels, not {labels.dtype}")
     if answers.dtype == np.float64:
         return reference.match_counts(answers, labels)
-    if answers.dtype not in _NATIVE:
+    scores = _SCORES.get("bfloat16" if bfloat16 and answers.dtype == np.uint16 else answers.dtype.name)
+    if scores is None:
         raise TypeError(f"outputs must be float32, float16 or float64, not {answers.dtype}")
-    answers = np.ascontiguousarray(answers, dtype=np.float32)
-    labels = np.ascontiguousarray(labels, dtype=np.int64)
+    if labels.dtype == np.uint64:
+        labels = np.minimum(labels, np.uint64(2**63 - 1))  # a class that no network has stays one
+    answers = plain(answers)
+    labels = plain(labels, np.int64)
     suspects, queries, classes = answers.shape
     counts = np.empty((suspects, labels.shape[0]), dtype=np.int32)
     invalid = np.empty(suspects, dtype=np.int32)
     _cpu.match_counts(
         answers.ctypes.data,
+        scores,
         suspects,
         queries,
         classes,

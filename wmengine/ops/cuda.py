@@ -18,6 +18,9 @@ Tensor = torch.Tensor
 
 _KINDS = {"rademacher": 0, "gaussian": 1}
 _SCALARS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_INTEGERS = {torch.int32: 0, torch.int64: 1}
+_NARROW = (torch.uint8, torch.int8, torch.int16)
+_MOST_BEST = 1024  # of best_bit_matches: what a thread block's shared memory holds
 
 
 def _compiled() -> ModuleType:
@@ -90,14 +93,9 @@ def match_counts(outputs: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
     if outputs.dtype not in _SCALARS:
         raise TypeError(f"outputs must be float32, float16 or bfloat16, not {outputs.dtype}")
     suspects, rows, classes = outputs.shape
-    if expected.ndim != 2 or expected.shape[1] != rows:
-        raise ValueError(
-            f"expected must have shape [K, {rows}] for outputs {tuple(outputs.shape)}, not {tuple(expected.shape)}"
-        )
-    if expected.is_floating_point() or expected.is_complex():
-        raise TypeError(f"expected must be integer labels, not {expected.dtype}")
+    labels = _labels(expected, rows, "outputs", outputs)
     module, place = _compiled(), _place(outputs)
-    outputs, labels = outputs.detach().contiguous(), expected.to(outputs.device, torch.int64).contiguous()
+    outputs = outputs.detach().contiguous()
     sets = labels.shape[0]
     predicted, counts, invalid = (
         torch.empty(shape, dtype=torch.int32, device=outputs.device)
@@ -119,6 +117,106 @@ def match_counts(outputs: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
     return counts, invalid
 
 
+def label_matches(predicted: Tensor, expected: Tensor) -> Tensor:
+    """int32[S, K]: places at which labels predicted[S, N] and expected[K, N] agree; a negative label never does."""
+    if predicted.dtype in _NARROW:
+        predicted = predicted.int()
+    if predicted.dtype not in _INTEGERS:
+        raise TypeError(f"predicted must be integer labels, not {predicted.dtype}")
+    if predicted.ndim != 2:
+        raise ValueError(f"predicted must have shape [S, N], not {tuple(predicted.shape)}")
+    suspects, rows = predicted.shape
+    labels = _labels(expected, rows, "predicted", predicted)
+    module, place = _compiled(), _place(predicted)
+    predicted = predicted.contiguous()
+    counts = torch.empty((suspects, labels.shape[0]), dtype=torch.int32, device=predicted.device)
+    module.label_matches(
+        *place,
+        predicted.data_ptr(),
+        _INTEGERS[predicted.dtype],
+        suspects,
+        rows,
+        labels.data_ptr(),
+        labels.shape[0],
+        counts.data_ptr(),
+    )
+    return counts
+
+
+def _labels(expected: Tensor, rows: int, name: str, beside: Tensor) -> Tensor:
+    """`expected` as contiguous int64[K, rows] on the device of `beside`, which errors call `name`."""
+    if expected.ndim != 2 or expected.shape[1] != rows:
+        raise ValueError(
+            f"expected must have shape [K, {rows}] for {name} {tuple(beside.shape)}, not {tuple(expected.shape)}"
+        )
+    if expected.is_floating_point() or expected.is_complex():
+        raise TypeError(f"expected must be integer labels, not {expected.dtype}")
+    return expected.to(beside.device, torch.int64).contiguous()
+
+
+def bit_matches(messages: Tensor, registry: Tensor, total: int) -> Tensor:
+    """int32[S, K]: equal bits among the first `total` of packed messages[S, B] and registry[K, B].
+
+    Both are uint8 with B = ⌈total / 8⌉, bit t in byte t // 8, the lowest first; bits past `total` do not count.
+    """
+    messages, registry, place = _packed(messages, registry, total)
+    counts = torch.empty((messages.shape[0], registry.shape[0]), dtype=torch.int32, device=messages.device)
+    _compiled().bit_matches(
+        *place,
+        messages.data_ptr(),
+        messages.shape[0],
+        registry.data_ptr(),
+        registry.shape[0],
+        total,
+        counts.data_ptr(),
+    )
+    return counts
+
+
+def best_bit_matches(messages: Tensor, registry: Tensor, total: int, best: int) -> tuple[Tensor, Tensor]:
+    """(counts int32[S, best], indices int64[S, best]): of `bit_matches`, each message's greatest, most matches first.
+
+    Equal counts go to the lower index; the S × K counts are never stored. `best` is at most 1024.
+    """
+    messages, registry, place = _packed(messages, registry, total)
+    suspects, registered = messages.shape[0], registry.shape[0]
+    if not 1 <= best <= min(registered, _MOST_BEST):
+        raise ValueError(
+            f"best must lie between 1 and {min(registered, _MOST_BEST)}, the lesser of registry's {registered} rows "
+            f"and {_MOST_BEST}, not {best}"
+        )
+    module = _compiled()
+    size = module.best_bit_matches_workspace(suspects, registered, best)
+    workspace = torch.empty(size, dtype=torch.int64, device=messages.device)
+    counts = torch.empty((suspects, best), dtype=torch.int32, device=messages.device)
+    indices = torch.empty((suspects, best), dtype=torch.int64, device=messages.device)
+    module.best_bit_matches(
+        *place,
+        messages.data_ptr(),
+        suspects,
+        registry.data_ptr(),
+        registered,
+        total,
+        best,
+        workspace.data_ptr(),
+        counts.data_ptr(),
+        indices.data_ptr(),
+    )
+    return counts, indices
+
+
+def _packed(messages: Tensor, registry: Tensor, total: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Both as contiguous rows of bytes on the messages' device, and the place to run; errors name the argument."""
+    size = (total + 7) // 8
+    for name, value in (("messages", messages), ("registry", registry)):
+        if value.dtype != torch.uint8:
+            raise TypeError(f"{name} must be packed uint8 bits, not {value.dtype}")
+        if value.ndim != 2 or value.shape[1] != size:
+            raise ValueError(f"{name} must have {size} bytes a row for {total} bits, not shape {tuple(value.shape)}")
+    place = _place(messages)
+    return messages.contiguous(), registry.to(messages.device).contiguous(), place
+
+
 def embedding_loss_forward(
     weights: Sequence[Tensor],
     keys: Sequence[int],
@@ -135,7 +233,7 @@ def embedding_loss_forward(
     Weights are float32, float16 or bfloat16, mixed as they come; bits[total] hold 0 and 1.
     """
     kernels = require("wmengine.kernels.embedding_loss", extra="train")
-    bits = bits.to(torch.uint8).contiguous()
+    bits = (bits != 0).to(torch.uint8).contiguous()  # looking for other values would wait for the device
     with _current(weights[0].device):
         result: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.forward(
             weights, keys, bits, carrier, projection, link, float(margin), float(scale), total
@@ -216,6 +314,54 @@ def marked_cross_entropy_backward(
             ignore_index,
         )
     return result
+
+
+def cross_entropy_in_place(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    groups: int,
+    label_smoothing: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(Σ wℓ, group_loss float32[G], group_hits int64[G]); logits[N, C] with contiguous rows become the gradient."""
+    kernels = require("wmengine.kernels.cross_entropy", extra="train")
+    labels = labels.long().contiguous()
+    weight = None if weight is None else weight.float().contiguous()
+    group = None if group is None else group.long().contiguous()
+    settings = float(label_smoothing), ignore_index
+    with _current(logits.device):
+        loss, group_loss, group_hits, lse, denominator = kernels.forward(
+            logits, labels, weight, group, groups, *settings, "sum"
+        )
+        kernels.backward(denominator, logits, labels, weight, lse, denominator, *settings, gradient=logits)
+    return loss, group_loss, group_hits
+
+
+def cross_entropy_into(
+    gradient: Tensor,
+    factor: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    groups: int,
+    label_smoothing: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(Σ wℓ, group_loss float32[G], group_hits int64[G]); gradient[N, C], of any type, becomes factor · that of Σ wℓ.
+
+    Labels and group are contiguous int64[N], weight is contiguous float32[N].
+    """
+    kernels = require("wmengine.kernels.cross_entropy", extra="train")
+    settings = float(label_smoothing), ignore_index
+    with _current(logits.device):
+        loss, group_loss, group_hits, lse, denominator = kernels.forward(
+            logits, labels, weight, group, groups, *settings, "sum"
+        )
+        kernels.backward(factor, logits, labels, weight, lse, denominator, *settings, gradient=gradient)
+    return loss, group_loss, group_hits
 
 
 def _rows(logits: Tensor) -> Tensor:

@@ -287,6 +287,48 @@ def marked_cross_entropy(
     )
 
 
+@dataclass(frozen=True)
+class LinearCrossEntropyReference:
+    """What :func:`marked_linear_cross_entropy` returns: loss, sums and hits per group, and the three gradients."""
+
+    loss: float
+    group_loss: Float64
+    group_hits: NDArray[np.int64]
+    by_hidden: Float64
+    by_head: Float64
+    by_bias: Float64
+
+
+def marked_linear_cross_entropy(
+    hidden: ArrayLike,
+    head: ArrayLike,
+    labels: ArrayLike,
+    weight: ArrayLike | None = None,
+    group: ArrayLike | None = None,
+    *,
+    bias: ArrayLike | None = None,
+    groups: int = 1,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> LinearCrossEntropyReference:
+    """:func:`marked_cross_entropy` of the logits H·Wᵀ + b; with G its gradient by them: G·W, Gᵀ·H and Gᵀ·1."""
+    h, w = np.asarray(hidden, dtype=np.float64), np.asarray(head, dtype=np.float64)
+    logits = h @ w.T + (0.0 if bias is None else np.asarray(bias, dtype=np.float64))
+    plain = marked_cross_entropy(
+        logits,
+        labels,
+        weight,
+        group,
+        groups=groups,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    g = plain.gradient
+    return LinearCrossEntropyReference(plain.loss, plain.group_loss, plain.group_hits, g @ w, g.T @ h, g.sum(axis=0))
+
+
 def match_counts(outputs: ArrayLike, expected: ArrayLike) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """(counts[S, K] of rows whose argmax is the expected label, rows[S] that hold NaN or Inf and never match)."""
     answers = np.asarray(outputs)
@@ -294,3 +336,63 @@ def match_counts(outputs: ArrayLike, expected: ArrayLike) -> tuple[NDArray[np.in
     predicted = np.where(finite, answers.argmax(axis=-1), -1)
     matches = (predicted[:, None, :] == np.asarray(expected)[None, :, :]) & finite[:, None, :]
     return matches.sum(axis=-1).astype(np.int32), (~finite).sum(axis=-1).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class SoftNeighborReference:
+    """What :func:`soft_nearest_neighbor` returns: the loss, its gradient by the features and by the temperature."""
+
+    loss: float
+    gradient: Float64
+    temperature_gradient: float
+
+
+def soft_nearest_neighbor(features: ArrayLike, labels: ArrayLike, temperature: float) -> SoftNeighborReference:
+    """Mean over i of −log(Σ_{j≠i, y_j=y_i} e^{−d_ij/T} / Σ_{j≠i} e^{−d_ij/T}), d_ij = ‖x_i − x_j‖².
+
+    Rows without another of their label are left out of the mean; without any other row the loss is 0. A feature that
+    is not finite makes everything NaN.
+    """
+    x, y = np.asarray(features, dtype=np.float64), np.asarray(labels)
+    n = len(x)
+    same = (y[:, None] == y[None, :]) & ~np.eye(n, dtype=bool)
+    other = y[:, None] != y[None, :]
+    counted = same.any(axis=1)
+    if not np.isfinite(x).all():
+        return SoftNeighborReference(np.nan, np.full_like(x, np.nan), np.nan)
+    if not counted.any():
+        return SoftNeighborReference(0.0, np.zeros_like(x), 0.0)
+    d = np.stack([((row - x) ** 2).sum(axis=1) for row in x])
+    both = counted & other.any(axis=1)
+    losses, weight = np.zeros(n), np.zeros((n, n))  # weight: dloss_i / d(d_ij / T)
+    for i in np.flatnonzero(both):
+        log_same, log_other = (np.logaddexp.reduce(-d[i, mask[i]] / temperature) for mask in (same, other))
+        losses[i] = np.logaddexp(0.0, log_other - log_same)
+        share = -np.expm1(-losses[i])
+        weight[i, same[i]] = share * np.exp(-d[i, same[i]] / temperature - log_same)
+        weight[i, other[i]] = -share * np.exp(-d[i, other[i]] / temperature - log_other)
+    weight /= counted.sum()
+    pairs = weight + weight.T
+    gradient = np.stack([2.0 / temperature * (w @ (row - x)) for w, row in zip(pairs, x, strict=True)])
+    by_temperature = -float((weight * d).sum()) / temperature**2
+    return SoftNeighborReference(float(losses.sum() / counted.sum()), gradient, by_temperature)
+
+
+def label_matches(predicted: ArrayLike, expected: ArrayLike) -> NDArray[np.int32]:
+    """counts[S, K] of places where predicted[S, N] is expected[K, N] and not negative."""
+    p, e = np.asarray(predicted)[:, None, :], np.asarray(expected)[None, :, :]
+    return np.asarray(((p == e) & (p >= 0) & (e >= 0)).sum(axis=-1), dtype=np.int32)
+
+
+def bit_matches(messages: ArrayLike, registry: ArrayLike) -> NDArray[np.int32]:
+    """counts[S, K] of equal bits of messages[S, T] and registry[K, T], which hold 0 and 1."""
+    return np.asarray((np.asarray(messages)[:, None, :] == np.asarray(registry)[None, :, :]).sum(axis=-1), np.int32)
+
+
+def best_bit_matches(
+    messages: ArrayLike, registry: ArrayLike, best: int
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """(counts[S, best], rows[S, best]) of the registry rows with most equal bits; ties to the lowest row."""
+    counts = bit_matches(messages, registry)
+    rows = np.argsort(-counts, axis=1, kind="stable")[:, :best]
+    return np.take_along_axis(counts, rows, axis=1), rows.astype(np.int64)

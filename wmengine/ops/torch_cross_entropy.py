@@ -1,7 +1,8 @@
 """marked_cross_entropy for torch tensors: task rows and trigger rows in one pass.
 
-On a CPU the forward pass writes the gradient while each row of logits is in the cache (`gradient`); on a GPU it keeps
-the log-sum-exp of each row and the denominator (`lse`, `denominator`), and the backward pass reads the logits again.
+On a CPU the forward pass writes the gradient while each row of logits is in the cache, and keeps that. On a GPU it
+keeps the log-sum-exp of each row, and the backward pass reads the logits again; so it does for float16 on a CPU, where
+a gradient that has not met the loss's scale yet would be rounded to zero.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from wmengine import _cpu
 from wmengine.ops import torch_reference
 from wmengine.ops.cpu import check_choice, check_count
-from wmengine.ops.torch_library import LIBRARY, Tensor, check_tensor, cuda, define
+from wmengine.ops.torch_library import Tensor, check_tensor, cuda, define
 
 
 class MarkedCrossEntropy(NamedTuple):
@@ -23,6 +24,70 @@ class MarkedCrossEntropy(NamedTuple):
     loss: Tensor
     group_loss: Tensor
     group_hits: Tensor
+
+
+_STORED = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/cpu/half.h
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """Logits whose classes lie side by side; rows may be any distance apart."""
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _keeps_gradient(logits: Tensor) -> bool:
+    """Whether the forward pass writes the gradient; else it keeps the log-sum-exp of each row."""
+    return logits.device.type == "cpu" and logits.dtype != torch.float16
+
+
+def _run(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    groups: int,
+    label_smoothing: float,
+    ignore_index: int,
+    mean: bool,
+    gradient: Tensor | None,
+    lse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, group_loss, group_hits, denominator) of logits from `_rows`; gradient and lse are written where given."""
+    labels, weight, group = labels.contiguous(), _contiguous(weight), _contiguous(group)
+    loss = torch.empty((), dtype=torch.float32)
+    group_loss = torch.empty(groups, dtype=torch.float32)
+    group_hits = torch.empty(groups, dtype=torch.int64)
+    denominator = torch.empty((), dtype=torch.float32)
+    rows, classes = logits.shape
+    _cpu.marked_cross_entropy(
+        logits.data_ptr(),
+        _STORED[logits.dtype],
+        rows,
+        classes,
+        logits.stride(0),
+        labels.data_ptr(),
+        _address(weight),
+        _address(group),
+        groups,
+        label_smoothing,
+        ignore_index,
+        mean,
+        loss.data_ptr(),
+        group_loss.data_ptr(),
+        group_hits.data_ptr(),
+        _address(lse),
+        denominator.data_ptr(),
+        _address(gradient),
+        0 if gradient is None else gradient.stride(0),
+    )
+    return loss, group_loss, group_hits, denominator
 
 
 def _cross_entropy_cpu(
@@ -35,34 +100,19 @@ def _cross_entropy_cpu(
     ignore_index: int,
     mean: bool,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, classes = logits.shape
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    labels = labels.contiguous()
-    weight = None if weight is None else weight.contiguous()
-    group = None if group is None else group.contiguous()
-    gradient = torch.empty((rows, classes) if with_gradient else 0, dtype=torch.float32)
-    group_loss = torch.empty(groups, dtype=torch.float32)
-    group_hits = torch.empty(groups, dtype=torch.int64)
-    loss = _cpu.marked_cross_entropy(
-        logits.data_ptr(),
-        rows,
-        classes,
-        logits.stride(0),
-        labels.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        0 if group is None else group.data_ptr(),
-        groups,
-        label_smoothing,
-        ignore_index,
-        mean,
-        group_loss.data_ptr(),
-        group_hits.data_ptr(),
-        gradient.data_ptr() if with_gradient else 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logits = _rows(logits)
+    gradient = lse = None
+    if not _keeps_gradient(logits):
+        kept = lse = torch.empty(logits.shape[0], dtype=torch.float32)
+    elif with_gradient:
+        kept = gradient = torch.empty(logits.shape, dtype=logits.dtype)
+    else:
+        kept = torch.empty(0, dtype=logits.dtype)
+    loss, group_loss, group_hits, denominator = _run(
+        logits, labels, weight, group, groups, label_smoothing, ignore_index, mean, gradient, lse
     )
-    none = torch.empty(0, dtype=torch.float32)
-    return torch.tensor(loss, dtype=torch.float32), group_loss, group_hits, gradient, none, none.clone()
+    return loss, group_loss, group_hits, kept, denominator
 
 
 def _cross_entropy_cuda(
@@ -75,12 +125,12 @@ def _cross_entropy_cuda(
     ignore_index: int,
     mean: bool,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     reduction = "mean" if mean else "sum"
     loss, group_loss, group_hits, lse, denominator = cuda().marked_cross_entropy_forward(
         logits, labels, weight, group, groups, label_smoothing, ignore_index, reduction
     )
-    return loss, group_loss, group_hits, logits.new_empty(0, dtype=torch.float32), lse, denominator
+    return loss, group_loss, group_hits, lse, denominator
 
 
 def _cross_entropy_fake(
@@ -93,26 +143,58 @@ def _cross_entropy_fake(
     ignore_index: int,
     mean: bool,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    on_gpu = logits.device.type == "cuda"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if not _keeps_gradient(logits):
+        kept = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    else:
+        kept = logits.new_empty(logits.shape if with_gradient else 0)
     return (
         logits.new_empty((), dtype=torch.float32),
         logits.new_empty(groups, dtype=torch.float32),
         logits.new_empty(groups, dtype=torch.int64),
-        logits.new_empty(0 if on_gpu or not with_gradient else logits.shape, dtype=torch.float32),
-        logits.new_empty(logits.shape[0] if on_gpu else 0, dtype=torch.float32),
-        logits.new_empty(() if on_gpu else 0, dtype=torch.float32),
+        kept,
+        logits.new_empty((), dtype=torch.float32),
     )
 
 
 define(
     "marked_cross_entropy(Tensor logits, Tensor labels, Tensor? weight, Tensor? group, int groups, "
     "float label_smoothing, int ignore_index, bool mean, bool with_gradient) -> (Tensor loss, Tensor group_loss, "
-    "Tensor group_hits, Tensor gradient, Tensor lse, Tensor denominator)",
+    "Tensor group_hits, Tensor kept, Tensor denominator)",
     _cross_entropy_cpu,
     _cross_entropy_cuda,
     _cross_entropy_fake,
 )
+
+
+def _cross_entropy_backward_cpu(
+    gradient: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    denominator: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+) -> Tensor:
+    logits, labels, weight = _rows(logits), labels.contiguous(), _contiguous(weight)
+    rows, classes = logits.shape
+    result = torch.empty((rows, classes), dtype=logits.dtype)
+    _cpu.marked_cross_entropy_backward(
+        logits.data_ptr(),
+        _STORED[logits.dtype],
+        rows,
+        classes,
+        logits.stride(0),
+        labels.data_ptr(),
+        _address(weight),
+        label_smoothing,
+        ignore_index,
+        float(gradient / denominator),
+        lse.data_ptr(),
+        result.data_ptr(),
+    )
+    return result
 
 
 def _cross_entropy_backward_cuda(
@@ -131,17 +213,57 @@ def _cross_entropy_backward_cuda(
     return result
 
 
-LIBRARY.define(
+define(
     "marked_cross_entropy_backward(Tensor gradient, Tensor logits, Tensor labels, Tensor? weight, Tensor lse, "
-    "Tensor denominator, float label_smoothing, int ignore_index) -> Tensor"
-)
-LIBRARY.impl("marked_cross_entropy_backward", _cross_entropy_backward_cuda, "CUDA")
-torch.library.register_fake(
-    "wmengine::marked_cross_entropy_backward",
+    "Tensor denominator, float label_smoothing, int ignore_index) -> Tensor",
+    _cross_entropy_backward_cpu,
+    _cross_entropy_backward_cuda,
     lambda gradient, logits, labels, weight, lse, denominator, label_smoothing, ignore_index: logits.new_empty(
         logits.shape
     ),
-    lib=LIBRARY,
+)
+
+
+def _in_place_cpu(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    groups: int,
+    label_smoothing: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, group_loss, group_hits, _ = _run(
+        logits, labels, weight, group, groups, label_smoothing, ignore_index, False, logits, None
+    )
+    return loss, group_loss, group_hits
+
+
+def _in_place_cuda(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    groups: int,
+    label_smoothing: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = cuda().cross_entropy_in_place(
+        logits, labels, weight, group, groups, label_smoothing, ignore_index
+    )
+    return result
+
+
+define(
+    "marked_cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor? weight, Tensor? group, int groups, "
+    "float label_smoothing, int ignore_index) -> (Tensor loss, Tensor group_loss, Tensor group_hits)",
+    _in_place_cpu,
+    _in_place_cuda,
+    lambda logits, labels, weight, group, groups, label_smoothing, ignore_index: (
+        logits.new_empty((), dtype=torch.float32),
+        logits.new_empty(groups, dtype=torch.float32),
+        logits.new_empty(groups, dtype=torch.int64),
+    ),
 )
 
 
@@ -159,32 +281,112 @@ class _MarkedCrossEntropy(torch.autograd.Function):
         mean: bool,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, group_loss, group_hits, gradient, lse, denominator = torch.ops.wmengine.marked_cross_entropy(
+        loss, group_loss, group_hits, kept, denominator = torch.ops.wmengine.marked_cross_entropy(
             logits, labels, weight, group, groups, label_smoothing, ignore_index, mean, with_gradient
         )
         ctx.mark_non_differentiable(group_loss, group_hits)
+        ctx.set_materialize_grads(False)
         ctx.settings = (label_smoothing, ignore_index)
-        if logits.device.type == "cuda":
-            ctx.save_for_backward(logits, labels, weight, lse, denominator)
+        if _keeps_gradient(logits):
+            ctx.save_for_backward(kept)
         else:
-            ctx.save_for_backward(gradient)
+            ctx.save_for_backward(kept, denominator, logits, labels, weight)
         return loss, group_loss, group_hits
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        outer = gradients[0]
-        if len(ctx.saved_tensors) > 1:
-            logits, labels, weight, lse, denominator = ctx.saved_tensors
-            by_logits = torch.ops.wmengine.marked_cross_entropy_backward(
-                outer, logits, labels, weight, lse, denominator, *ctx.settings
-            )
-        else:
-            (by_logits,) = ctx.saved_tensors
-            # The usual outer gradient is 1: then a whole pass over the array is saved (not while a graph is traced).
-            if torch.compiler.is_compiling() or float(outer) != 1.0:
-                by_logits = by_logits * outer
+    def backward(ctx: Any, outer: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        # What it costs to forbid a second differentiation is worth saving where none can follow.
+        by_logits = _gradient_once(ctx, outer) if torch.is_grad_enabled() else _gradient(ctx, outer)
         return (by_logits, None, None, None, None, None, None, None, None)
+
+
+def _gradient(ctx: Any, outer: Tensor) -> Tensor:
+    kept, *others = ctx.saved_tensors
+    if others:
+        denominator, logits, labels, weight = others
+        result: Tensor = torch.ops.wmengine.marked_cross_entropy_backward(
+            outer, logits, labels, weight, kept, denominator, *ctx.settings
+        )
+        return result
+    # The usual outer gradient is 1: then a whole pass over the array is saved (not while a graph is traced).
+    gradient: Tensor = kept
+    return gradient * outer if torch.compiler.is_compiling() or outer.item() != 1.0 else gradient
+
+
+_gradient_once = once_differentiable(_gradient)
+
+
+def check_length(name: str, value: Tensor | None, length: int, device: torch.device) -> None:
+    """ValueError unless `value` is None or has the shape [length] and lies on `device`."""
+    if value is not None and (value.shape != (length,) or value.device != device):
+        raise ValueError(f"{name} must have shape ({length},) on {device}, not {tuple(value.shape)} on {value.device}")
+
+
+def check_rows(
+    rows: int,
+    device: torch.device,
+    labels: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    groups: int,
+    label_smoothing: float,
+) -> None:
+    """TypeError or ValueError, naming the argument, unless they are what a cross entropy of so many rows takes."""
+    check_count("groups", groups)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
+    for name, value in (("labels", labels), ("weight", weight), ("group", group)):
+        check_length(name, value, rows, device)
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integer classes, not {labels.dtype}: soft labels cannot carry triggers")
+
+
+def _check(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    groups: int,
+    label_smoothing: float,
+) -> None:
+    check_tensor("logits", logits, 2)
+    if logits.shape[1] < 1:
+        raise ValueError("logits must have at least one class")
+    check_rows(logits.shape[0], logits.device, labels, weight, group, groups, label_smoothing)
+
+
+def cross_entropy_in_place(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    groups: int,
+    label_smoothing: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(Σ wℓ as a float32 scalar, group_loss float32[G], group_hits int64[G]); logits become the gradient of Σ wℓ.
+
+    For buffers of the caller's own, as in a fused head: logits[N, C], float32, float16 or bfloat16, must not require a
+    gradient, and the classes of a row must lie side by side. Arguments are those of :func:`marked_cross_entropy`.
+    Nothing is overwritten where ValueError or TypeError is raised.
+    """
+    _check(logits, labels, weight, group, groups, label_smoothing)
+    if logits.dtype == torch.float64:
+        raise TypeError("logits must be float32, float16 or bfloat16 to be overwritten, not torch.float64")
+    if logits.requires_grad:
+        raise ValueError("logits must not require a gradient: they are overwritten")
+    if logits.stride(1) != 1 and logits.shape[1] > 1:
+        raise ValueError(f"logits must have rows whose classes lie side by side, not strides {logits.stride()}")
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.wmengine.marked_cross_entropy_(
+        logits,
+        labels.long(),
+        None if weight is None else weight.detach().float(),
+        None if group is None else group.long(),
+        groups,
+        label_smoothing,
+        ignore_index,
+    )
+    return result
 
 
 def marked_cross_entropy(
@@ -205,21 +407,8 @@ def marked_cross_entropy(
     label, by group; only `loss` is differentiable. A NaN row makes the loss NaN and is never a hit. A label outside
     0..C-1 raises ValueError on a CPU; on a GPU, which cannot raise without waiting, it makes the loss NaN.
     """
-    check_tensor("logits", logits, 2)
-    check_count("groups", groups)
     check_choice("reduction", reduction, ("mean", "sum"))
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
-    rows, classes = logits.shape
-    if classes < 1:
-        raise ValueError("logits must have at least one class")
-    for name, value in (("labels", labels), ("weight", weight), ("group", group)):
-        if value is not None and (value.shape != (rows,) or value.device != logits.device):
-            raise ValueError(
-                f"{name} must have shape ({rows},) on {logits.device}, not {tuple(value.shape)} on {value.device}"
-            )
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integer classes, not {labels.dtype}: soft labels cannot carry triggers")
+    _check(logits, labels, weight, group, groups, label_smoothing)
     labels = labels.long()
     group = None if group is None else group.long()
     if logits.dtype == torch.float64:
@@ -229,8 +418,6 @@ def marked_cross_entropy(
             )
         )
     weight = None if weight is None else weight.detach().float()
-    if logits.device.type == "cpu":
-        logits = logits.float()
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
     return MarkedCrossEntropy(
         *_MarkedCrossEntropy.apply(  # type: ignore[no-untyped-call]

@@ -116,3 +116,35 @@ def marked_cross_entropy(
     group_loss = torch.zeros(groups, dtype=logits.dtype, device=logits.device).index_add(0, g, weighted.detach())
     group_hits = torch.zeros(groups, dtype=torch.int64, device=logits.device).index_add(0, g, hits.long())
     return loss, group_loss.float(), group_hits
+
+
+def marked_linear_cross_entropy(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, group_loss, group_hits) of the operator of the same name, in float64, its logits held."""
+    logits = hidden.double() @ head.double().t()
+    if bias is not None:
+        logits = logits + bias.double()
+    return marked_cross_entropy(logits, labels, weight, group, groups, label_smoothing, ignore_index, reduction)
+
+
+def soft_nearest_neighbor(features: Tensor, labels: Tensor, temperature: Tensor) -> Tensor:
+    """The operator of the same name, in the features' own precision and with N × N × D numbers in memory."""
+    distances = (features[:, None, :] - features[None, :, :]).square().sum(dim=2)
+    scores = -distances / temperature
+    itself = torch.eye(len(features), dtype=torch.bool, device=features.device)
+    same = (labels[:, None] == labels[None, :]) & ~itself
+    counted = same.any(dim=1)
+    if not bool(counted.any()):
+        return 0.0 * (features.sum() + temperature)
+    log_all = torch.logsumexp(scores.masked_fill(itself, -torch.inf)[counted], dim=1)
+    return (log_all - torch.logsumexp(scores.masked_fill(~same, -torch.inf)[counted], dim=1)).mean()

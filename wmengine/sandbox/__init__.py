@@ -5,6 +5,6 @@ client at a time, loses files, network and processes before it sees the first by
 """
 
 from wmengine.sandbox.lockdown import MECHANISMS, supported
-from wmengine.sandbox.supervisor import Limits, Supervisor, Worker, WorkerFailure
+from wmengine.sandbox.supervisor import Limits, Supervisor, TemplateGone, Worker, WorkerFailure
 
-__all__ = ["MECHANISMS", "Limits", "Supervisor", "Worker", "WorkerFailure", "supported"]
+__all__ = ["MECHANISMS", "Limits", "Supervisor", "TemplateGone", "Worker", "WorkerFailure", "supported"]

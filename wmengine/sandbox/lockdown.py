@@ -7,6 +7,7 @@ imported before. Where the kernel lacks a mechanism the others still hold, and `
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -40,11 +41,10 @@ _ARCHITECTURES = {
             "read": 0, "write": 1, "close": 3, "fstat": 5, "poll": 7, "lseek": 8, "mmap": 9, "mprotect": 10,
             "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15, "readv": 19,
             "writev": 20, "sched_yield": 24, "mremap": 25, "madvise": 28, "nanosleep": 35, "getpid": 39, "sendto": 44,
-            "recvfrom": 45, "sendmsg": 46, "recvmsg": 47, "clone": 56, "exit": 60, "fcntl": 72, "gettimeofday": 96,
+            "recvfrom": 45, "exit": 60, "fcntl": 72, "gettimeofday": 96,
             "getrusage": 98, "sigaltstack": 131, "gettid": 186, "futex": 202, "sched_getaffinity": 204,
             "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230, "exit_group": 231, "tgkill": 234,
             "ppoll": 271, "set_robust_list": 273, "getcpu": 309, "getrandom": 318, "membarrier": 324, "rseq": 334,
-            "clone3": 435,
         },
     ),
     "aarch64": _Architecture(
@@ -55,16 +55,16 @@ _ARCHITECTURES = {
             "clock_gettime": 113, "clock_getres": 114, "clock_nanosleep": 115, "sched_getaffinity": 123,
             "sched_yield": 124, "tgkill": 131, "sigaltstack": 132, "rt_sigaction": 134, "rt_sigprocmask": 135,
             "rt_sigreturn": 139, "getrusage": 165, "gettimeofday": 169, "getcpu": 168, "getpid": 172, "gettid": 178,
-            "sendto": 206, "recvfrom": 207, "sendmsg": 211, "recvmsg": 212, "brk": 214, "munmap": 215, "mremap": 216,
-            "clone": 220, "mmap": 222, "mprotect": 226, "madvise": 233, "getrandom": 278, "membarrier": 283,
-            "rseq": 293, "clone3": 435,
+            "sendto": 206, "recvfrom": 207, "brk": 214, "munmap": 215, "mremap": 216,
+            "mmap": 222, "mprotect": 226, "madvise": 233, "getrandom": 278, "membarrier": 283,
+            "rseq": 293,
         },
     ),
 }  # fmt: skip
 
-# A new thread shares the memory of this process; without this flag clone makes a process.
-_CLONE_THREAD = 0x00010000
 _PROT_EXEC = 0x4
+# F_GETFD, F_SETFD, F_GETFL, F_SETFL. F_SETOWN and F_SETSIG would send any signal to any process of the same user.
+_FCNTL = (1, 2, 3, 4)
 
 
 class LockdownError(Exception):
@@ -108,6 +108,12 @@ def die_with_parent() -> None:
     """Have the kernel kill this process when the thread that forked it ends."""
     if platform.system() == "Linux":
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def die_first() -> None:
+    """Where memory runs out for the whole machine, the kernel's choice is this process and not the one it serves."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write("1000")
 
 
 def _limit(memory_bytes: int) -> None:
@@ -192,24 +198,29 @@ def seccomp_program(machine: str, process: int) -> bytes:
     lower half (both architectures are little-endian).
     """
     load, jump_equal, jump_any_bit, give = 0x20, 0x15, 0x45, 0x06
-    allow, refuse, absent, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS, 0x80000000
+    allow, refuse, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
     architecture = _ARCHITECTURES[machine]
 
     def argument(index: int) -> tuple[int, int, int, int]:
         return load, 0, 0, 16 + 8 * index
 
-    def allow_if(index: int, code: int, constant: int, otherwise: bool = False) -> list[tuple[int, int, int, int]]:
-        """Allow the call where the test on an argument holds (or where it does not), refuse it otherwise."""
-        then, other = (refuse, allow) if otherwise else (allow, refuse)
-        return [argument(index), (code, 0, 1, constant), (give, 0, 0, then), (give, 0, 0, other)]
+    def refuse_bits(index: int, bits: int) -> list[tuple[int, int, int, int]]:
+        """Refuse the call where an argument has one of these bits, allow it otherwise."""
+        return [argument(index), (jump_any_bit, 0, 1, bits), (give, 0, 0, refuse), (give, 0, 0, allow)]
 
-    # Threads but no processes; memory but no new code; a signal only to this very process (abort() sends one).
+    def allow_values(index: int, constants: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
+        """Allow the call where an argument is one of these, refuse it otherwise."""
+        tests = [(jump_equal, len(constants) - at, 0, constant) for at, constant in enumerate(constants)]
+        return [argument(index), *tests, (give, 0, 0, refuse), (give, 0, 0, allow)]
+
+    # Memory but no new code; a signal only to this very process (abort() sends one). What counts against every process
+    # of the same user is not on the list: processes and threads (sessions run in one), and sendmsg, as descriptors in
+    # flight do too.
     special = {
-        "clone": allow_if(0, jump_any_bit, _CLONE_THREAD),
-        "clone3": [(give, 0, 0, absent)],  # its flags lie in memory, which no filter can read: libc turns to clone
-        "mmap": allow_if(2, jump_any_bit, _PROT_EXEC, otherwise=True),
-        "mprotect": allow_if(2, jump_any_bit, _PROT_EXEC, otherwise=True),
-        "tgkill": allow_if(0, jump_equal, process),
+        "fcntl": allow_values(1, _FCNTL),
+        "mmap": refuse_bits(2, _PROT_EXEC),
+        "mprotect": refuse_bits(2, _PROT_EXEC),
+        "tgkill": allow_values(0, (process,)),
     }
     program = [
         (load, 0, 0, 4),

@@ -19,6 +19,7 @@ from wmengine.sandbox import wire
 from wmengine.sandbox.wire import Array
 
 TEMPLATE_SECONDS = 60.0
+PACKAGES = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # where wmengine lies
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class WorkerFailure(Exception):
     """A worker that died, hung or lied; the message says what it was doing, how it ended, and its peak of memory."""
 
 
+class TemplateGone(WorkerFailure):
+    """Somebody killed the template, and all workers with it: nothing that this worker did."""
+
+
 class Supervisor:
     """One template process and the workers forked from it; safe to use from several threads. Use as a context.
 
@@ -46,6 +51,7 @@ class Supervisor:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._generation = 0  # of templates: each knows its own workers alone
 
     def __enter__(self) -> Supervisor:
         return self
@@ -59,28 +65,45 @@ class Supervisor:
             self._close()
 
     def worker(self, limits: Limits) -> Worker:
-        """A fresh worker, forked and locked down."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            answer = self._order({"fork": limits.memory_bytes}, theirs)
+        """A fresh worker, forked and locked down. Raises WorkerFailure where there can be none."""
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise WorkerFailure(f"there is no socket for a worker: {error}") from None
+        try:
+            with theirs:
+                answer, generation = self._order({"fork": limits.memory_bytes}, theirs)
+        except BaseException:
+            ours.close()
+            raise
         ours.setblocking(False)
-        return Worker(self, ours, int(answer["process"]), limits)
+        return Worker(self, ours, int(answer["process"]), generation, limits)
 
-    def reap(self, process: int) -> dict[str, Any]:
-        """How a worker ended: status as of wait(2), peak_kb, seconds of processor time."""
-        return self._order({"reap": process})
+    def end(self, process: int, generation: int) -> dict[str, Any]:
+        """Kill a worker, if it still lives, and say how it ended: status as of wait(2), peak_kb, seconds of processor
+        time. The template does it, as the parent: no other process can have that number by now."""
+        return self._order({"end": process}, generation=generation)[0]
 
-    def _order(self, order: dict[str, Any], passed: socket.socket | None = None) -> dict[str, Any]:
+    def _order(
+        self, order: dict[str, Any], passed: socket.socket | None = None, generation: int | None = None
+    ) -> tuple[dict[str, Any], int]:
+        """The template's answer, and which template gave it; `generation` is the only one that may."""
         with self._lock:
             for attempt in range(2):
-                control = self._start()
+                if generation is not None and (self._control is None or generation != self._generation):
+                    raise TemplateGone("the template of the sandbox is gone, and its workers with it")
                 try:
+                    control = self._start()
                     socket.send_fds(control, [json.dumps(order).encode()], [passed.fileno()] if passed else [])
-                    return self._answer(control)
-                except OSError:
-                    self._close()  # somebody killed the template; its workers went with it
-                    if attempt or "reap" in order:
-                        raise WorkerFailure("the template of the sandbox was killed") from None
+                    answer = self._answer(control)
+                except OSError as error:
+                    self._close()  # somebody killed the template, and its workers went with it; or it cannot start
+                    if attempt or generation is not None:
+                        raise TemplateGone(f"the template of the sandbox is gone: {error}") from None
+                    continue
+                if "error" in answer:
+                    raise WorkerFailure(f"the template of the sandbox cannot {next(iter(order))}: {answer['error']}")
+                return answer, self._generation
         raise AssertionError("unreachable")
 
     def _answer(self, control: socket.socket) -> dict[str, Any]:
@@ -101,12 +124,14 @@ class Supervisor:
             name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG", "TZ") if name in os.environ
         }
         environment |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "ORT_DISABLE_TELEMETRY"), "1")
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        # Never from the working directory: it may be the folder of a stranger's files, with an `onnx.py` among them.
+        paths = [os.path.abspath(path) for path in [*sys.path, PACKAGES] if path]
+        environment |= {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "PYTHONSAFEPATH": "1"}
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "wmengine.sandbox.template", str(theirs.fileno()), self._service],
                 pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                stderr=subprocess.PIPE, cwd="/",
             )  # fmt: skip
         ours.settimeout(TEMPLATE_SECONDS)
         try:
@@ -118,6 +143,7 @@ class Supervisor:
             self._process = None
             raise WorkerFailure(f"the sandbox does not start: {said[-1]}") from None
         self._control = ours
+        self._generation += 1
         return ours
 
     def _close(self) -> None:
@@ -136,8 +162,11 @@ class Supervisor:
 class Worker:
     """One sandboxed process. `ask` sends a question and waits for its answer, within the time that `begin` set."""
 
-    def __init__(self, supervisor: Supervisor, connection: socket.socket, process: int, limits: Limits) -> None:
+    def __init__(
+        self, supervisor: Supervisor, connection: socket.socket, process: int, generation: int, limits: Limits
+    ) -> None:
         self.process = process
+        self._generation = generation
         self.limits = limits
         self.alive = True
         self.mechanisms: tuple[str, ...] = ()
@@ -164,6 +193,7 @@ class Worker:
         if not self.alive:
             raise WorkerFailure(f"the worker was already gone when asked to {doing}")
         try:
+            wire.check_silent(self._connection)
             wire.send(self._connection, {"ask": doing} | question, arrays, self._deadline)
             return wire.receive(self._connection, self.limits.answer_bytes, self._deadline)
         except wire.WireError as error:
@@ -172,18 +202,17 @@ class Worker:
     def close(self) -> None:
         """Kill the process."""
         if self.alive:
-            self._kill()
+            with contextlib.suppress(WorkerFailure):  # the template died first, and took it along
+                self._kill()
 
     def _kill(self) -> dict[str, Any]:
         self.alive = False
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process, signal.SIGKILL)
         self._connection.close()
-        return self._supervisor.reap(self.process)
+        return self._supervisor.end(self.process, self._generation)
 
     def _ended(self, doing: str, error: wire.WireError) -> str:
         seconds = time.monotonic() - self._started
-        # What a worker died of is decided before its socket closes: this signal only ends one that closed it by itself.
+        # What a worker died of is decided before its socket closes: it is killed only if it closed that by itself.
         ended = self._kill()
         status = int(ended["status"])
         if error.late:

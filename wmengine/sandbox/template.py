@@ -1,9 +1,9 @@
 """The template process, `python -m wmengine.sandbox.template FD MODULE`: imports once, then forks workers.
 
 It takes orders on the inherited socket FD, one JSON line each, and answers one line each: {"fork": memory_bytes} comes
-with a socket for the new worker and is answered by its process number; {"reap": process} waits for a worker that is
-gone, or about to be, and is answered by how it ended. It never sees a model's bytes. When its socket closes, it ends,
-and the kernel kills its workers.
+with a socket for the new worker and is answered by its process number; {"end": process} kills a worker, if it still
+lives, and is answered by how it ended; an order that cannot be followed is answered by {"error": reason}. It never sees
+a model's bytes. When its socket closes, it ends, and the kernel kills its workers.
 """
 
 from __future__ import annotations
@@ -28,21 +28,54 @@ def main() -> None:
     service.preload()
     gc.freeze()  # a worker's collections must not touch, and so copy, the pages that it shares with us
     control.sendall(b'{"ready": true}\n')
+    ended: dict[int, dict[str, Any]] = {}
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 4096, 1)
         if not message:
             return
         order = json.loads(message)
-        if "fork" in order:
-            process = os.fork()
-            if process == 0:
-                _become_worker(service, control, descriptors[0], int(order["fork"]))
-            os.close(descriptors[0])
-            control.sendall(b'{"process": %d}\n' % process)
-        else:
-            _, status, usage = os.wait4(int(order["reap"]), 0)
-            ended = {"status": status, "peak_kb": usage.ru_maxrss, "seconds": usage.ru_utime + usage.ru_stime}
-            control.sendall(json.dumps(ended).encode() + b"\n")
+        _collect(ended)
+        answer: dict[str, Any]
+        try:
+            if "fork" in order:
+                process = os.fork()
+                if process == 0:
+                    _become_worker(service, control, descriptors[0], int(order["fork"]))
+                ended.pop(process, None)  # a number used before
+                answer = {"process": process}
+            else:
+                process = int(order["end"])
+                answer = ended.pop(process) if process in ended else _end(process)
+        except OSError as error:  # no more processes, or a worker of the template before this one
+            answer = {"error": str(error)}
+        for descriptor in descriptors:
+            os.close(descriptor)
+        control.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def _collect(ended: dict[int, dict[str, Any]]) -> None:
+    """Note how workers ended that died by themselves: of a fault, or because their client was forgotten."""
+    while True:
+        try:
+            process, status, usage = os.wait4(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not process:
+            return
+        ended[process] = _account(status, usage)
+
+
+def _end(process: int) -> dict[str, Any]:
+    """Kill one of our own children and say how it ended: what died before by itself keeps its own cause."""
+    gone, status, usage = os.wait4(process, os.WNOHANG)  # raises where it is no child
+    if not gone:
+        os.kill(process, signal.SIGKILL)
+        _, status, usage = os.wait4(process, 0)
+    return _account(status, usage)
+
+
+def _account(status: int, usage: resource.struct_rusage) -> dict[str, Any]:
+    return {"status": status, "peak_kb": usage.ru_maxrss, "seconds": usage.ru_utime + usage.ru_stime}
 
 
 def _become_worker(service: Any, control: socket.socket, descriptor: int, memory_bytes: int) -> NoReturn:
@@ -56,6 +89,7 @@ def _become_worker(service: Any, control: socket.socket, descriptor: int, memory
         os.dup2(descriptor, 3)
         os.closerange(4, 1 << 16)
         connection = socket.socket(fileno=3)
+        lockdown.die_first()
         in_force = lockdown.apply(memory_bytes)
         service.serve(connection, in_force)
         os._exit(0)

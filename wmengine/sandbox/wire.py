@@ -25,11 +25,13 @@ MAXIMUM_HEADER = 1 << 20
 DTYPES = frozenset(
     ["bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32", "float64"]
 )
+_PART = 1 << 16
 _LENGTHS = struct.Struct("<IQ")
 
 
 class WireError(Exception):
-    """The other side closed the connection (`closed`), did not answer in time, or sent what is no frame."""
+    """The other side closed the connection (`closed`), did not answer in time (`late`), or sent what is no frame or one
+    too large."""
 
     def __init__(self, reason: str, closed: bool = False, late: bool = False) -> None:
         super().__init__(reason)
@@ -50,17 +52,32 @@ def send(
             _send_all(connection, array.reshape(-1).view(np.uint8).data, deadline)
 
 
+def check_silent(connection: socket.socket) -> None:
+    """WireError where the other side has said something that nobody has asked for, or is gone."""
+    try:
+        said = connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return
+    except OSError:
+        said = b""
+    if not said:
+        raise WireError("the other side is gone", closed=True)
+    raise WireError("an answer without a question")
+
+
 def receive(
     connection: socket.socket, maximum_bytes: int, deadline: float = math.inf
 ) -> tuple[dict[str, Any], list[Array]]:
     """The next frame, its arrays read-only no more than maximum_bytes in all; WireError where there is none."""
     header_bytes, array_bytes = _LENGTHS.unpack(_receive_all(connection, _LENGTHS.size, deadline))
-    if header_bytes > MAXIMUM_HEADER or array_bytes > maximum_bytes:
-        raise WireError(f"an answer of {header_bytes + array_bytes} bytes, and at most {maximum_bytes} are taken")
+    if header_bytes > MAXIMUM_HEADER:
+        raise WireError(f"an answer of {header_bytes} bytes of names, and at most {MAXIMUM_HEADER} are taken")
+    if array_bytes > maximum_bytes:
+        raise WireError(f"an answer of {array_bytes} bytes, and at most {maximum_bytes} are taken")
     try:
         header = json.loads(_receive_all(connection, header_bytes, deadline))
         described = [(str(dtype), [int(size) for size in shape]) for dtype, shape in header["arrays"]]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):  # int(1e999)
         raise WireError("an answer that cannot be read") from None
     data = _receive_all(connection, array_bytes, deadline)
     arrays, at = [], 0
@@ -71,7 +88,10 @@ def receive(
         size = count * np.dtype(dtype).itemsize
         if at + size > array_bytes:
             raise WireError("an answer whose arrays are longer than itself")
-        arrays.append(np.frombuffer(data, dtype, count, at).reshape(shape) if count else np.empty(shape, dtype))
+        try:
+            arrays.append(np.frombuffer(data, dtype, count, at).reshape(shape) if count else np.empty(shape, dtype))
+        except (ValueError, OverflowError):  # a shape like [0, 2^40, 2^40]
+            raise WireError("an answer that cannot be read") from None
         at += size
     if at != array_bytes:
         raise WireError("an answer whose arrays are shorter than itself")
@@ -90,7 +110,14 @@ def _send_all(connection: socket.socket, data: bytes | memoryview, deadline: flo
 
 
 def _receive_all(connection: socket.socket, count: int, deadline: float) -> bytearray:
-    buffer = bytearray(count)
+    try:
+        buffer = bytearray(count)
+    except MemoryError:
+        if count <= _PART:
+            raise
+        for start in range(0, count, _PART):  # the next frame begins after it
+            _receive_all(connection, min(_PART, count - start), deadline)
+        raise WireError(f"{count} bytes, more than there is memory for") from None
     view = memoryview(buffer)
     while view:
         try:

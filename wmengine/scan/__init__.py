@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 from wmengine import __version__
@@ -11,7 +12,7 @@ from wmengine.sandbox import Limits
 from wmengine.scan.journal import Journal, Plan
 from wmengine.scan.listing import list_suspects, load_watermarks
 from wmengine.scan.pool import Hashes, Judged, judge_locally
-from wmengine.scan.results import table_of, write_parquet
+from wmengine.scan.results import shown, table_of, write_parquet
 from wmengine.suspects.onnx_file import ISOLATION
 from wmengine.trial import MODES
 
@@ -35,6 +36,7 @@ def scan(
     limits: Limits | None = None,
     passphrase: str | None = None,
     progress: Progress | None = None,
+    ray: str | None = None,
 ) -> Any:
     """Judge every suspect with every watermark → pyarrow.Table, a row for each pair.
 
@@ -44,10 +46,12 @@ def scan(
     "owned" where its p-value times the number of all pairs is at most alpha; that number is fixed before the first
     query. queries: "sequential" stops asking a suspect when the answer is clear, "all" asks every trigger. adapters:
     "likely" puts triggers on another scale than the recorded one only to graphs that begin by rescaling their input,
-    "all" to every suspect, as `verify` does. isolation and limits: see OnnxSuspect.
+    "all" to every suspect, as `verify` does. isolation and limits: see OnnxSuspect. ray: the address of a Ray cluster
+    to judge on ("auto" on one of its nodes), or "local" for one started here; jobs are then those of each node.
 
     A suspect that cannot be judged has the decision "error", and the scan goes on. Files with equal bytes are judged
-    once. Raises FileNotFoundError, WatermarkError or ValueError for what is wrong with the arguments.
+    once. Raises FileNotFoundError, WatermarkError or ValueError for what is wrong with the arguments, ScanError where
+    the Ray cluster cannot go on.
     """
     if queries not in MODES:
         raise ValueError(f"queries must be one of {', '.join(MODES)}, and it is {queries!r}")
@@ -57,8 +61,7 @@ def scan(
         raise ValueError(f"isolation must be one of {', '.join(ISOLATION)}, and it is {isolation!r}")
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"alpha must be between 0 and 1, and it is {alpha}")
-    jobs = jobs if jobs is not None else len(os.sched_getaffinity(0))
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, and it is {jobs}")
     marks = load_watermarks(_several(watermarks), passphrase)
     plan = Plan(
@@ -75,7 +78,15 @@ def scan(
         finished = journal.finished()
         left = [place for place in range(len(plan.suspects)) if place not in finished]
         hashes = Hashes(journal.hashes())
-        _run(journal, plan, judge_locally(plan, marks, left, hashes, jobs, limits or Limits()), progress)
+        if ray is None:
+            jobs = jobs or len(os.sched_getaffinity(0))
+            judged = judge_locally(plan, marks, left, hashes, jobs, limits or Limits())
+        else:
+            from wmengine.scan.ray_pool import judge_on_ray
+
+            judged = judge_on_ray(plan, marks, left, hashes, jobs, limits or Limits(), ray)
+        with closing(judged):
+            _run(journal, plan, judged, progress)
         table = table_of(journal, plan)
         if out is not None:
             write_parquet(journal, plan, out)
@@ -110,8 +121,8 @@ def _run(journal: Journal, plan: Plan, judged: Any, progress: Progress | None) -
 def _copied(journal: Journal, plan: Plan, copy: Judged) -> list[dict[str, Any]]:
     """The rows of a file with the same bytes, under this one's name."""
     assert copy.same_as is not None
-    note = f"the same bytes as {plan.suspects[copy.same_as]}, judged once"
-    suspect = plan.suspects[copy.place]
+    note = f"the same bytes as {shown(plan.suspects[copy.same_as])}, judged once"
+    suspect = shown(plan.suspects[copy.place])
     return [
         row | {"suspect": suspect, "seconds": 0.0, "notes": [note, *row["notes"]]} for row in journal.rows(copy.same_as)
     ]

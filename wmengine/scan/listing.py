@@ -23,7 +23,7 @@ def list_suspects(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     FileNotFoundError for a path that names nothing, ValueError where there is no suspect in all.
     """
     found: set[str] = set()
-    for path in map(os.fsdecode, paths):
+    for path in map(_without_protocol, map(os.fsdecode, paths)):
         found.update(_remote(path) if "://" in path else _local(path))
     if not found:
         raise ValueError(f"there is no {SUFFIX} file to scan: give files, folders, patterns or URLs that hold some")
@@ -32,6 +32,7 @@ def list_suspects(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
 
 def open_source(suspect: str) -> Source:
     """Where a listed suspect is read from."""
+    suspect = _without_protocol(suspect)
     return RemoteSource(suspect) if "://" in suspect else LocalSource(suspect)
 
 
@@ -50,6 +51,13 @@ def load_watermarks(paths: Sequence[str | os.PathLike[str]], passphrase: str | N
     if not marks:
         raise WatermarkError(f"there is no watermark in {', '.join(map(str, paths))}: give .wm files or their folder")
     return list(marks.values())
+
+
+def _without_protocol(path: str) -> str:
+    """`file://` and `local://` are this machine: read with its own care for links and pipes."""
+    for protocol in ("file://", "local://"):
+        path = path.removeprefix(protocol)
+    return path
 
 
 def _local(path: str) -> Iterator[str]:

@@ -11,17 +11,17 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from wmengine.errors import SuspectError
+from wmengine.errors import SuspectError, printable
 from wmengine.judge import Score, score_suspect
 from wmengine.sandbox import Limits
 from wmengine.scan.journal import Plan
 from wmengine.scan.listing import open_source
 from wmengine.scan.results import decision, rows_of
-from wmengine.suspects.model_file import ModelFile, read_model
+from wmengine.suspects.model_file import MAXIMUM_BYTES, ModelFile, read_model
 from wmengine.suspects.onnx_file import Engine, OnnxSuspect, open_engine
 from wmengine.watermark import Watermark
 
@@ -50,28 +50,38 @@ class Judge:
     def judge(self, place: int) -> Judged:
         """The rows of the suspect at this place of the plan; never raises for what is the suspect's fault."""
         name, started = self._plan.suspects[place], time.monotonic()
-        sha256: str | None = None
-        try:
-            engine = self._ready_engine()
-            file = read_model(open_source(name), engine.locations)
-            sha256 = file.sha256
-            first = self._hashes.claim(sha256, place)
-            if first != place:
-                return Judged(place, sha256, [], first)
-            scores = self._scores(file, engine)
-            if self._plan.isolation == "persistent" and any(decision(score, self._plan) == "owned" for score in scores):
-                self._discard()
-                scores = self._scores(file, self._ready_engine())
-        except (SuspectError, FileNotFoundError) as error:
-            scores = [Score(0, mark.total, 0, 0.0, error=str(error)) for mark in self._marks]
+        for again in (True, False):
+            sha256: str | None = None
+            try:
+                file = self._read(name)
+                sha256 = file.sha256
+                first = self._hashes.claim(sha256, place)
+                if first != place:
+                    return Judged(place, sha256, [], first)
+                scores = self._scores(file)
+                owned = any(decision(score, self._plan) == "owned" for score in scores)
+                if owned and self._plan.isolation == "persistent":
+                    self._discard()
+                    self._ready_engine()
+                    scores = self._scores(file)
+            except (SuspectError, OSError, MemoryError) as error:
+                message = str(error) or f"{name} needs more memory than there is"
+                scores = [Score(0, mark.total, 0, 0.0, error=printable(message)) for mark in self._marks]
+            if not again or self._engine is None or not self._engine.abandoned:
+                break
         rows = rows_of(name, sha256, self._marks, scores, time.monotonic() - started, self._plan)
         return Judged(place, sha256, rows)
 
     def close(self) -> None:
         self._discard()
 
-    def _scores(self, file: ModelFile, engine: Engine) -> list[Score]:
-        suspect = OnnxSuspect(file, engine=engine)
+    def _read(self, name: str) -> ModelFile:
+        # A model that its worker has no room for need not come into this process either.
+        most = min(MAXIMUM_BYTES, self._limits.memory_bytes)
+        return read_model(open_source(name), self._ready_engine().locations, most)
+
+    def _scores(self, file: ModelFile) -> list[Score]:
+        suspect = OnnxSuspect(file, engine=self._engine)
         return score_suspect(suspect, self._marks, self._plan.queries, self._bar, self._plan.adapters == "all")
 
     def _ready_engine(self) -> Engine:
@@ -101,10 +111,20 @@ class Hashes:
         with self._lock:
             return self._places.setdefault(sha256, place)
 
+    def forget(self, sha256: str) -> None:
+        """Whoever claims this hash next is the first."""
+        with self._lock:
+            self._places.pop(sha256, None)
+
+    def known(self) -> dict[str, int]:
+        """Every hash with its place."""
+        with self._lock:
+            return dict(self._places)
+
 
 def judge_locally(
     plan: Plan, marks: Sequence[Watermark], places: Sequence[int], hashes: Hashes, jobs: int, limits: Limits
-) -> Iterator[Judged]:
+) -> Generator[Judged, None, None]:
     """Every suspect of `places`, in the order in which they are done. Closing the iterator stops the workers."""
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for place in places:

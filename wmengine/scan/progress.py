@@ -9,6 +9,8 @@ import time
 from collections import Counter
 from typing import Any
 
+from wmengine.errors import printable
+
 
 class Report:
     """Counts rows as they are done. Use as a context around the scan, and `summarise` afterwards."""
@@ -57,7 +59,7 @@ class Report:
             return
         for row in self._owned:
             mark, log10_p = f"{row['watermark']} ({row['scheme']})", row["log10_p_corrected"]
-            print(f"{row['suspect']}: owned, {mark}, log10 p {log10_p:.2f}")
+            print(f"{printable(row['suspect'])}: owned, {mark}, log10 p {log10_p:.2f}")
         said = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
         print(f"{self._suspects} suspects in {seconds:.1f} s: {said}; {len(self._errors)} could not be judged")
         print(f"{out}: every pair with its p-value, paid for all pairs of the scan")

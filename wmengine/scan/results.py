@@ -22,7 +22,7 @@ def rows_of(
     """One row for each mark; `seconds` of the suspect are shared out among them."""
     return [
         {
-            "suspect": suspect,
+            "suspect": shown(suspect),
             "sha256": sha256,
             "watermark": mark.name,
             "scheme": mark.scheme,
@@ -39,6 +39,11 @@ def rows_of(
         }
         for mark, score in zip(marks, scores, strict=True)
     ]
+
+
+def shown(suspect: str) -> str:
+    """A path as a table can hold it: bytes of a file name that are no UTF-8 become escapes."""
+    return suspect.encode("utf-8", "backslashreplace").decode() if not suspect.isascii() else suspect
 
 
 def corrected(log10_p: float, plan: Plan) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,21 @@ class Adapter:
     def inputs(self, triggers: Images, value_range: Range) -> NDArray[np.generic]:
         """Triggers uint8 [N, C, ...] as this suspect takes them."""
         values = triggers if self.scaling == "bytes" else to_input(triggers, _SCALINGS[self.scaling](value_range))
+        return self._laid_out(values)
+
+    def recorded_inputs(self, values: NDArray[np.float32], value_range: Range) -> NDArray[np.generic]:
+        """Values [N, C, ...] on the mark's own scale, such as task data, as this suspect takes them."""
+        if self.scaling == "as recorded":
+            return self._laid_out(values)
+        one = [1] * (values.ndim - 2)
+        low, high = (ends.reshape(1, -1, *one) for ends in _ends(value_range))
+        fraction = (values.astype(np.float64) - low) / np.where(high == low, 1.0, high - low)
+        if self.scaling == "bytes":
+            return self._laid_out(np.rint(fraction * 255.0).clip(0.0, 255.0))
+        low, high = (ends.reshape(1, -1, *one) for ends in _ends(_SCALINGS[self.scaling](value_range)))
+        return self._laid_out((low + fraction * (high - low)).astype(np.float32))
+
+    def _laid_out(self, values: NDArray[Any]) -> NDArray[np.generic]:
         return np.ascontiguousarray(_LAYOUTS[self.layout](values).astype(self.dtype, copy=False))
 
 
@@ -105,6 +121,12 @@ def adapters(
     ways = [(layout, scaling) for scaling in ranges for layout in layouts]
     shares = [1.0] if len(ways) == 1 else [0.5, *[0.5 / (len(ways) - 1)] * (len(ways) - 1)]
     return [Adapter(layout, scaling, dtype, share) for (layout, scaling), share in zip(ways, shares, strict=True)]
+
+
+def _ends(value_range: Range) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The low and the high end of each channel; a mark's parameters write them with float.hex."""
+    ends = [[float.fromhex(end) if isinstance(end, str) else float(end) for end in pair] for pair in value_range]
+    return np.array([low for low, _ in ends]), np.array([high for _, high in ends])
 
 
 def _shape_of(layout: str, shape: Sequence[int]) -> tuple[int, ...]:

@@ -1,11 +1,12 @@
-"""What a suspect is: anything that answers inputs or shows its tensors, and how its answers are read.
+"""What a suspect is: anything that answers inputs or shows its tensors, and how it is asked.
 
 Black-box verification knows only `query`, white-box verification only `tensors`. Nothing here ever sees the expected
-symbols: which output, batch size or dtype a suspect works with is chosen from shapes alone, so the choice is free.
+symbols: which batch size or dtype a suspect works with is chosen without them, so the choice is free.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,13 +16,14 @@ from numpy.typing import NDArray
 from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError
 from wmengine.suspects.adapters import Adapter, Range
+from wmengine.suspects.answers import Outputs, choose_reading, describe, of_two_classes
 
 # As fast per input as larger batches, in a tenth of their memory (measured with ONNX Runtime on CPUs).
 CHUNK = 32
 
 URL_SCHEMES = ("https", "http", "grpcs", "grpc")
-
-Outputs = list[tuple[str, Any]]
+# A place in ONNX Runtime's source, which stands before what went wrong there: file, line, the function's signature.
+_SOURCE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\) (?:\[with .*?\] )?")
 
 
 @runtime_checkable
@@ -29,11 +31,10 @@ class Suspect(Protocol):
     """A suspect: its name, its hash (None where it is no file), and notes on what its last call assumed.
 
     adapters: the ways to put triggers of this shape to it that its declared input leaves open, all of them or (not
-    every) the likely ones. query: inputs as an
-    adapter made them [N, ...] → scores float32 or float64 [N, C], or labels int64 [N]; num_classes says which output
-    answers, where there are several. tensors: its weights in order of execution; input_shape is one input's, for
-    suspects that must run to tell that order. All raise SuspectError, one sentence, when the suspect cannot answer.
-    close gives back what it holds.
+    every) the likely ones. query: inputs as an adapter made them [N, ...] → scores float32 or float64 [N, C], or labels
+    int64 [N]; num_classes says which output answers, where there are several. tensors: its weights in order of
+    execution; input_shape is one input's, for suspects that must run to tell that order. All raise SuspectError, one
+    sentence, when the suspect cannot answer. close gives back what it holds.
     """
 
     name: str
@@ -59,67 +60,8 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if text.startswith("[ONNXRuntimeError]"):  # "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model failed"
         text = text.split(" : ", 3)[-1]
+    text = _SOURCE.sub("", text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def to_array(output: Any) -> NDArray[Any] | None:
-    """A NumPy array of what a suspect returned (array, torch tensor, nested list); None if it is none of these."""
-    try:
-        if hasattr(output, "detach"):
-            tensor = output.detach().cpu()
-            narrow = tensor.is_floating_point() and tensor.element_size() < 4  # NumPy has no bfloat16
-            return np.asarray((tensor.float() if narrow else tensor).numpy())
-        return np.asarray(output)
-    except Exception:  # a sparse, quantised or meta tensor, or whatever the suspect's own classes raise
-        return None
-
-
-def read_answers(output: Any, rows: int) -> NDArray[Any] | None:
-    """Scores [rows, C] or labels int64 [rows] in one output, or None if it holds neither.
-
-    Scores are float32, or float64 where they came in more than float32 holds: rounding must not move an argmax. Axes of
-    length 1 at the end are dropped ([N, C, 1, 1] is [N, C]); integers [N] and [N, 1] are labels.
-    """
-    array = to_array(output)
-    if array is None or array.ndim == 0 or array.shape[0] != rows or array.dtype.kind not in "fiu":
-        return None
-    while array.ndim > 2 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.dtype.kind in "iu" and (array.ndim == 1 or array.shape[1:] == (1,)):
-        return array.reshape(rows).astype(np.int64)
-    if array.ndim != 2:
-        return None
-    with np.errstate(over="ignore"):
-        return array.astype(np.float32 if array.dtype in (np.float16, np.float32) else np.float64)
-
-
-def choose_output(outputs: Outputs, rows: int, num_classes: int | None, name: str) -> int:
-    """Which output answers: the first with scores of num_classes (any number if None), else the first with labels.
-
-    Raises SuspectError naming both numbers of classes, or the outputs' shapes where none can be read.
-    """
-    answers = [read_answers(output, rows) for _, output in outputs]
-    scores = [index for index, answer in enumerate(answers) if answer is not None and answer.ndim == 2]
-    for index in scores:
-        answer = answers[index]
-        if answer is not None and num_classes in (None, answer.shape[1]):
-            return index
-    for index, answer in enumerate(answers):
-        if answer is not None and answer.ndim == 1:
-            return index
-    if scores:
-        classes = sorted({answer.shape[1] for answer in answers if answer is not None})
-        raise SuspectError(
-            f"{name} answers with {' or '.join(map(str, classes))} classes and the watermark has {num_classes}; "
-            "verify a suspect of the same task"
-        )
-    shapes = ", ".join(f"{label} {_shape_of(output)}" for label, output in outputs) or "none"
-    raise SuspectError(f"{name} answers {rows} inputs with no scores [{rows}, C] and no labels [{rows}], but {shapes}")
-
-
-def _shape_of(output: Any) -> str:
-    array = None if isinstance(output, list) else to_array(output)
-    return type(output).__name__ if array is None else str(list(array.shape))
 
 
 def ask_in_chunks(
@@ -144,18 +86,21 @@ def ask_in_chunks(
         fixed_batch = chunk = 1
         first = run(inputs[:1])
         notes.append("the suspect answers only one input at a time")
-    chosen = choose_output(first, min(chunk, len(inputs)) if fixed_batch is None else chunk, num_classes, name)
-    if len(first) > 1:
-        notes.append(f"answers were read from output {first[chosen][0]!r}, one of {len(first)}")
+    reading = choose_reading(first, min(chunk, len(inputs)) if fixed_batch is None else chunk, num_classes, name)
+    notes.extend(describe(reading, first))
     parts: list[NDArray[Any]] = []
     for start in range(0, len(inputs), chunk):
         rows = inputs[start : start + chunk]
         outputs = first if start == 0 else run(_padded(rows, fixed_batch))
-        answer = read_answers(outputs[chosen][1], fixed_batch or len(rows)) if chosen < len(outputs) else None
+        answer = reading.read(outputs, fixed_batch or len(rows))
         if answer is None or (parts and answer.shape[1:] != parts[0].shape[1:]):
             raise SuspectError(f"{name} changes the shape of its answers from one batch to the next")
         parts.append(answer[: len(rows)])
-    return np.concatenate(parts)
+    answers = np.concatenate(parts)
+    if reading.kind == "single":
+        answers, note = of_two_classes(answers)
+        notes.append(note)
+    return answers
 
 
 def _padded(rows: NDArray[Any], batch: int | None) -> NDArray[Any]:

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError
 from wmengine.suspects.adapters import LAYOUT_NAMES, SCALING_NAMES, Adapter, Range, adapters
-from wmengine.suspects.base import CHUNK, URL_SCHEMES, Outputs, choose_output, is_url, read_answers
+from wmengine.suspects.answers import ABSTAINED, Outputs, Reading, choose_reading, describe, of_two_classes
+from wmengine.suspects.base import CHUNK, URL_SCHEMES, is_url
 from wmengine.suspects.decoys import Decoys
 from wmengine.suspects.inference_protocol import DTYPES, Declared, RestModel, choose_input
 from wmengine.suspects.patience import Patience, Refused, Spent, Unavailable
@@ -213,7 +214,11 @@ class EndpointSuspect:
         unasked = len(inputs) - len(answers) - len(refused)
         if unasked:
             self.notes.append(f"{unasked} triggers were not asked: {found.stopped}")
-        return _joined(answers, len(inputs))
+        joined = _joined(answers, len(inputs))
+        if found.reading is not None and found.reading.kind == "single":
+            joined, note = of_two_classes(joined)
+            self.notes.append(note)
+        return joined
 
     def tensors(self, input_shape: Sequence[int] | None = None) -> list[Tensor]:
         raise SuspectError(f"{self.name} shows no weights; verify a white-box watermark on a file or a module")
@@ -284,14 +289,14 @@ class EndpointSuspect:
         outputs = self._patience.call(lambda seconds: self._model.ask(to, padded, seconds), len(padded))
         if self._output is not None:  # some servers send the others too
             outputs = [each for each in outputs if each[0] == self._output]
-        chosen = choose_output(outputs, len(padded), num_classes, self.name)
-        answers = read_answers(outputs[chosen][1], len(padded))
-        kind = (outputs[chosen][0], () if answers is None else answers.shape[1:])
-        if answers is None or (found.kind is not None and kind != found.kind):
+        reading = found.reading or choose_reading(outputs, len(padded), num_classes, self.name)
+        answers = reading.read(outputs, len(padded))
+        kind = ("", ()) if answers is None else (outputs[reading.output][0], answers.shape[1:])
+        if answers is None or (found.reading is not None and kind != found.kind):
             raise Refused(f"{self.name} changes the shape of its answers from one batch to the next")
-        if found.kind is None and len(outputs) > 1:
-            self.notes.append(f"answers were read from output {outputs[chosen][0]!r}, one of {len(outputs)}")
-        found.kind = kind
+        if found.reading is None:
+            found.reading, found.kind = reading, kind
+            self.notes.extend(describe(reading, outputs))
         return answers[: len(rows)]
 
     def _size(self, to: Declared) -> int:
@@ -312,14 +317,15 @@ class _Found:
     answers: dict[int, NDArray[Any]] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     stopped: str | None = None
-    kind: tuple[str, tuple[int, ...]] | None = None
+    reading: Reading | None = None
+    kind: tuple[str, tuple[int, ...]] = ("", ())
 
 
 def _joined(answers: Mapping[int, NDArray[Any]], rows: int) -> NDArray[Any]:
     """One array for all rows; NaN or −1 where there is no answer."""
     some = next(iter(answers.values()), None)
-    if some is None or some.ndim == 0:
-        joined: NDArray[Any] = np.full(rows, -1, np.int64)
+    if some is None or some.dtype.kind == "i":
+        joined: NDArray[Any] = np.full(rows, ABSTAINED, np.int64)
     else:
         dtype = np.result_type(*{answer.dtype for answer in answers.values()})
         joined = np.full((rows, *some.shape), np.nan, dtype)

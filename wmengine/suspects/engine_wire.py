@@ -5,27 +5,33 @@ Inputs and a model's bytes go out, arrays of numbers and text come back. Expecte
 
 from __future__ import annotations
 
+import gc
+import secrets
 import socket
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.carriers import Tensor
-from wmengine.errors import SuspectError
+from wmengine.errors import SuspectError, printable
 from wmengine.sandbox import wire
-from wmengine.sandbox.supervisor import Worker, WorkerFailure
-from wmengine.suspects.base import Outputs, one_line
+from wmengine.sandbox.supervisor import TemplateGone, Worker, WorkerFailure
+from wmengine.suspects.answers import Outputs
+from wmengine.suspects.base import one_line
 from wmengine.suspects.onnx_engine import Input, OnnxEngine, preload
 
 __all__ = ["RemoteEngine", "preload", "serve"]
 
 Arrays = list[NDArray[Any]]
+Result = TypeVar("Result")
 Answer = tuple[dict[str, Any], Sequence[NDArray[Any]]]
 
 MAXIMUM_QUESTION = 1 << 40  # the client is trusted: its own limits hold
 LIST, LOAD, OPEN, RUN, READ = "list external files", "load the model", "create the session", "run", "read the weights"
+FORGET = "forget the model"
+MAXIMUM_NAME, MAXIMUM_NOTES = 200, 20  # characters of a tensor's name, or of a note
 
 
 def serve(connection: socket.socket, mechanisms: Sequence[str]) -> None:
@@ -34,8 +40,11 @@ def serve(connection: socket.socket, mechanisms: Sequence[str]) -> None:
     while True:
         try:
             question, arrays = wire.receive(connection, MAXIMUM_QUESTION)
-        except wire.WireError:
-            return
+        except wire.WireError as error:
+            if error.closed:
+                return
+            wire.send(connection, {"error": f"the model needs more memory than it may have ({error})"})
+            continue
         try:
             header, answers = _answer(engine, question, arrays, mechanisms)
         except SuspectError as error:
@@ -64,68 +73,124 @@ def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechan
         return {"outputs": [name for name, _ in outputs]}, [array for _, array in outputs]
     if asked == READ:
         tensors, notes = engine.tensors()
-        return {"sources": [each.source for each in tensors], "notes": notes}, [each.values for each in tensors]
+        sources = [each.source[:MAXIMUM_NAME] for each in tensors]
+        return {"sources": sources, "notes": notes}, [each.values for each in tensors]
+    if asked == FORGET:
+        engine.close()
+        gc.collect()  # a graph is full of cycles, and they hold its weights
+        return {"word": question["word"]}, ()
     return {"mechanisms": list(mechanisms)}, ()
 
 
 class RemoteEngine:
-    """OnnxEngine's methods, answered by a sandboxed worker; a worker that fails is a SuspectError like any other."""
+    """OnnxEngine's methods, answered by a sandboxed worker; a worker that fails is a SuspectError like any other.
+
+    An answer that is not what was asked for costs the worker: whatever wrote it is no engine of ours any more.
+    """
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self._name = ""
         self._failure: str | None = None
+        self._spent = False
+        self.abandoned = False
 
     def locations(self, name: str, data: bytes) -> list[str]:
         self._name = name
         if b"location" not in data:
             return []
-        header, _ = self._ask(LIST, {"name": name}, [_bytes(data)])
-        return sorted({str(location) for location in header["locations"]})
+        return self._ask(LIST, _read_locations, {"name": name}, [_bytes(data)])
 
     def load(self, name: str, data: bytes, external: Mapping[str, bytes]) -> None:
         self._name = name
         contents = [_bytes(data), *map(_bytes, external.values())]
-        self._ask(LOAD, {"name": name, "locations": list(external)}, contents)
+        self._ask(LOAD, _read_nothing, {"name": name, "locations": list(external)}, contents)
 
     def open(self) -> list[Input]:
-        header, _ = self._ask(OPEN)
-        return [
-            Input(str(name), str(type_), tuple(None if size is None else int(size) for size in shape), bool(rescaled))
-            for name, type_, shape, rescaled in header["inputs"]
-        ]
+        return self._ask(OPEN, _read_inputs)
 
     def run(self, name: str, rows: NDArray[Any]) -> Outputs:
-        header, arrays = self._ask(RUN, {"name": self._name, "input": name}, [rows])
-        return [(str(output), array) for output, array in zip(header["outputs"], arrays, strict=True)]
+        return self._ask(RUN, _read_outputs, {"name": self._name, "input": name}, [rows])
 
     def tensors(self) -> tuple[list[Tensor], list[str]]:
-        header, arrays = self._ask(READ, {"name": self._name})
-        found = [
-            Tensor(np.asarray(array, np.float32), str(source))
-            for source, array in zip(header["sources"], arrays, strict=True)
-        ]
-        return found, [str(note) for note in header["notes"]]
+        return self._ask(READ, _read_tensors, {"name": self._name})
 
     def begin(self) -> bool:
-        """The time of the next suspect starts now; False where the worker is gone."""
+        """The time of the next suspect starts now; False where the worker is gone, or fit for no other suspect.
+
+        It is asked to let go of the model before, so that what a model does as it goes is not put down to the next one,
+        and to say a word that it cannot know: what else it has said is not taken for an answer to the next question. A
+        model that failed may have left its memory behind: its worker serves no other.
+        """
+        if self._spent or self._failure is not None:
+            return False
         self.worker.begin()
-        return self.worker.alive
+        word = secrets.token_hex(16)
+        try:
+            header, _ = self.worker.ask(FORGET, {"word": word})
+        except WorkerFailure:
+            return False
+        self.worker.begin()
+        return header.get("word") == word
 
     def close(self) -> None:
         self.worker.close()
 
-    def _ask(self, asked: str, question: Mapping[str, Any] | None = None, arrays: Sequence[Any] = ()) -> Any:
+    def _ask(
+        self,
+        asked: str,
+        read: Callable[[dict[str, Any], Arrays], Result],
+        question: Mapping[str, Any] | None = None,
+        arrays: Sequence[Any] = (),
+    ) -> Result:
         if self._failure is not None:
             raise SuspectError(self._failure)
         try:
             header, answers = self.worker.ask(asked, dict(question or {}), arrays)
         except WorkerFailure as error:
+            self.abandoned = isinstance(error, TemplateGone)
             self._failure = f"{self._name} cannot be judged: {error}"
             raise SuspectError(self._failure) from None
         if "error" in header:
-            raise SuspectError(str(header["error"])[:500])
-        return header, answers
+            self._spent |= asked not in (LIST, LOAD)
+            raise SuspectError(printable(str(header["error"]), 500))
+        try:
+            return read(header, answers)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+            self.worker.close()
+            self._failure = f"{self._name} cannot be judged: it gave no answer that can be read while asked to {asked}"
+            raise SuspectError(self._failure) from None
+
+
+def _read_nothing(header: dict[str, Any], arrays: Arrays) -> None:
+    """The answer to what only has to be done."""
+
+
+def _read_locations(header: dict[str, Any], arrays: Arrays) -> list[str]:
+    found = sorted({str(location) for location in header["locations"]})
+    "".join(found).encode()  # a ValueError for what is no Unicode, and no path
+    return found
+
+
+def _read_inputs(header: dict[str, Any], arrays: Arrays) -> list[Input]:
+    found = [
+        Input(str(name), str(type_), tuple(None if size is None else int(size) for size in shape), bool(rescaled))
+        for name, type_, shape, rescaled in header["inputs"]
+    ]
+    if any(size is not None and size < 1 for each in found for size in each.shape):
+        raise ValueError("not what an engine says of a size")
+    return found
+
+
+def _read_outputs(header: dict[str, Any], arrays: Arrays) -> Outputs:
+    return [(str(output), array) for output, array in zip(header["outputs"], arrays, strict=True)]
+
+
+def _read_tensors(header: dict[str, Any], arrays: Arrays) -> tuple[list[Tensor], list[str]]:
+    if any(array.dtype != np.float32 or array.ndim < 2 for array in arrays):
+        raise ValueError("not what weights are read as")
+    found = [Tensor(array, printable(str(name))) for name, array in zip(header["sources"], arrays, strict=True)]
+    return found, [printable(str(note), MAXIMUM_NAME) for note in header["notes"][:MAXIMUM_NOTES]]
 
 
 def _bytes(data: bytes) -> NDArray[np.uint8]:

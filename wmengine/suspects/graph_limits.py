@@ -15,6 +15,8 @@ MAXIMUM_NODES = 200_000
 MAXIMUM_DEPTH = 8  # of graphs inside If, Loop and Scan
 MAXIMUM_CALLS = 32  # of functions that call functions
 
+Called = tuple[str, str, str]  # a function's domain, name and overload
+
 STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft.nchwc")
 # Of ONNX Runtime's own domain, what its optimiser and quantizer and exporters of trained networks write.
 _MICROSOFT = """
@@ -32,13 +34,16 @@ MICROSOFT = frozenset(_MICROSOFT.split())
 
 def check_graph(name: str, model: Any) -> None:
     """Raises SuspectError, naming the limit, for an onnx.ModelProto that is over one."""
-    functions: dict[tuple[str, str], Any] = {(each.domain, each.name): each for each in model.functions}
-    counted: dict[tuple[str, str], int] = {}
+    functions: dict[Called, Any] = {}
+    for each in model.functions:
+        if functions.setdefault(_called(each.domain, each.name, each.overload), each) is not each:
+            raise SuspectError(f"{name} defines the function {each.name!r} twice; export it again")
+    counted: dict[Called, int] = {}
 
-    def count(nodes: Any, depth: int, calls: tuple[tuple[str, str], ...]) -> int:
+    def count(nodes: Any, depth: int, calls: tuple[Called, ...]) -> int:
         total = 0
         for node in nodes:
-            called = (node.domain, node.op_type)
+            called = _called(node.domain, node.op_type, node.overload)
             if called in functions:
                 total += count_function(called, calls)
             else:
@@ -52,7 +57,7 @@ def check_graph(name: str, model: Any) -> None:
                 raise SuspectError(f"{name} has more than {MAXIMUM_NODES} nodes once its functions are inlined")
         return total
 
-    def count_function(called: tuple[str, str], calls: tuple[tuple[str, str], ...]) -> int:
+    def count_function(called: Called, calls: tuple[Called, ...]) -> int:
         if called in calls:
             raise SuspectError(f"{name} has a function {called[1]!r} that calls itself")
         if len(calls) == MAXIMUM_CALLS:
@@ -62,6 +67,11 @@ def check_graph(name: str, model: Any) -> None:
         return counted[called]
 
     count(model.graph.node, 0, ())
+
+
+def _called(domain: str, name: str, overload: str) -> Called:
+    """Which function a node means; "ai.onnx" is another name of the standard domain."""
+    return "" if domain == "ai.onnx" else domain, name, overload
 
 
 def _check_operator(name: str, node: Any) -> None:

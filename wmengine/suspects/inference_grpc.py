@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine._optional import require
-from wmengine.suspects.base import Outputs, one_line
+from wmengine.suspects.answers import Outputs
+from wmengine.suspects.base import one_line
 from wmengine.suspects.http_client import MAXIMUM_ANSWER, display_name, expand_headers, hide, parse_url
 from wmengine.suspects.inference_protocol import DTYPES, Declared, declared, raw_tensor
 from wmengine.suspects.patience import Refused, Unavailable

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.errors import SuspectError
-from wmengine.suspects.base import Outputs, one_line
+from wmengine.suspects.answers import Outputs
+from wmengine.suspects.base import one_line
 from wmengine.suspects.http_client import HttpClient, read_json
 from wmengine.suspects.patience import Refused
 

@@ -18,6 +18,7 @@ from typing import Protocol
 from wmengine.errors import SuspectError
 
 MAXIMUM_BYTES = 4 << 30
+MAXIMUM_FILES, MAXIMUM_LOCATION = 10_000, 4096  # a path's length on Linux
 
 
 class Source(Protocol):
@@ -61,7 +62,12 @@ def read_model(
     external: dict[str, bytes] = {}
     left = maximum_bytes - len(data)
     digest = hashlib.sha256(data)
-    for location in locations(source.name, data):
+    named = list(locations(source.name, data))
+    if len(named) > MAXIMUM_FILES:
+        raise SuspectError(f"{source.name} names {len(named)} external files, and at most {MAXIMUM_FILES} are read")
+    for location in named:
+        if len(location) > MAXIMUM_LOCATION:
+            raise SuspectError(f"{source.name} names an external file in {len(location)} characters; export it again")
         parts = PurePosixPath(location).parts
         if not parts or location.startswith("/") or ".." in parts or "\0" in location:
             raise SuspectError(
@@ -130,10 +136,12 @@ def _read(descriptor: int, name: str, maximum_bytes: int, links_allowed: bool) -
         kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise SuspectError(f"{name} is {kind}; give an ONNX file, its weights beside it")
     with os.fdopen(descriptor, "rb") as file:
+        if status.st_size > maximum_bytes:  # a hole of a terabyte costs its sender nothing
+            raise SuspectError(f"{name} is larger than the {maximum_bytes} bytes that a model and its weights may have")
         try:
-            data = file.read(maximum_bytes + 1)
+            data = file.read(status.st_size + 1)
         except OSError as error:
             raise SuspectError(f"{name} cannot be read to its end ({error.strerror}); copy it again") from None
-    if len(data) > maximum_bytes:
-        raise SuspectError(f"{name} is larger than the {maximum_bytes} bytes that a model and its weights may have")
+    if data is None or len(data) != status.st_size:  # None: nothing yet, from a file that waits for its writer
+        raise SuspectError(f"{name} changes while it is read; copy it first")
     return data

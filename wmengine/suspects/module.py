@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from wmengine.carriers import ModuleTensor, Tensor, evaluating, module_tensors, unwrap
 from wmengine.errors import SuspectError
 from wmengine.suspects.adapters import AS_RECORDED, Adapter, Range
-from wmengine.suspects.base import Outputs, ask_in_chunks, one_line
+from wmengine.suspects.answers import Outputs
+from wmengine.suspects.base import ask_in_chunks, one_line
 
 if TYPE_CHECKING:
     import torch

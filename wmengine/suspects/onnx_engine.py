@@ -7,7 +7,8 @@ This is the part that runs in a sandboxed worker, or with isolation "none" in th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 from wmengine._optional import require
 from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError
-from wmengine.suspects.base import Outputs, one_line
+from wmengine.suspects.answers import Outputs
+from wmengine.suspects.base import one_line
 from wmengine.suspects.graph_limits import check_graph
 
 # A directory that cannot exist, on any machine: whatever ONNX Runtime still looks for on disk, it does not find.
@@ -43,6 +45,8 @@ class OnnxEngine:
     `name` is only for messages. Everything raises SuspectError, one sentence, where the model does not let it happen.
     """
 
+    abandoned = False  # as RemoteEngine's: nobody else can end this process's engine
+
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads
         self._name = ""
@@ -50,6 +54,7 @@ class OnnxEngine:
         self._external: Mapping[str, bytes] = {}
         self._rescaled: frozenset[str] = frozenset()
         self._session: Any = None
+        self._left_out: dict[str, None] = {}  # optional inputs
 
     def locations(self, name: str, data: bytes) -> list[str]:
         """The external files that a model names, sorted; without the word `location` in it, it is not even parsed."""
@@ -73,6 +78,8 @@ class OnnxEngine:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Bytes can be an ONNX model for us and one of ONNX Runtime's own format, which nobody has looked at, for it.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", NO_DIRECTORY)
         if self._external:
             locations, contents = zip(*self._external.items(), strict=True)
@@ -86,15 +93,16 @@ class OnnxEngine:
             raise SuspectError(
                 f"{self._name} is not a model that ONNX Runtime can load ({one_line(error)}); export it to ONNX again"
             ) from None
+        needed = [each for each in self._session.get_inputs() if not each.type.startswith("optional(")]
+        self._left_out = {each.name: None for each in self._session.get_inputs() if each not in needed}
         return [
-            Input(each.name, each.type, tuple(map(_size, each.shape)), each.name in self._rescaled)
-            for each in self._session.get_inputs()
+            Input(each.name, each.type, tuple(map(_size, each.shape)), each.name in self._rescaled) for each in needed
         ]
 
     def run(self, name: str, rows: NDArray[Any]) -> Outputs:
         """The outputs for a batch of the input called `name`, as arrays; what holds no numbers is left out."""
         try:
-            values = self._session.run(None, {name: rows})
+            values = self._session.run(None, {name: rows} | self._left_out)
         except Exception as error:  # as above
             raise SuspectError(f"{self._name} fails when it runs ({one_line(error)})") from None
         found = []
@@ -167,15 +175,15 @@ def rescaled_inputs(model: Any) -> frozenset[str]:
 def numbers(value: Any) -> NDArray[Any] | None:
     """An output as an array of numbers, or None.
 
-    Text that reads as integers becomes integers. A sequence of maps, scikit-learn's ZipMap, becomes [N, C]: integer
-    keys 0 … C−1 say which column is which; other keys keep the order in which the model lists them.
+    Text that reads as integers, or ends in them behind the same word ("class_7"), becomes integers. A sequence of maps,
+    scikit-learn's ZipMap, becomes [N, C], its columns in the order of such numbers, or else as the model lists them.
     """
     if isinstance(value, list):
         return _zip_map(value)
     array = np.asarray(value)
     if array.dtype.kind in "OUS":
-        integers = [_integer(text) for text in array.reshape(-1).tolist()]
-        if any(each is None for each in integers):
+        integers = _integers(array.reshape(-1).tolist())
+        if integers is None:
             return None
         array = np.array(integers, dtype=np.int64).reshape(array.shape)
     return array if array.dtype.kind in "fiub" else None
@@ -184,26 +192,31 @@ def numbers(value: Any) -> NDArray[Any] | None:
 def _zip_map(rows: list[Any]) -> NDArray[np.float32] | None:
     if not rows or not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
         return None
-    keys = [_integer(key) for key in rows[0]]
     columns = list(rows[0])
-    if sorted(key for key in keys if key is not None) == list(range(len(keys))):
-        columns = [column for _, column in sorted(zip(keys, columns, strict=True), key=lambda pair: pair[0] or 0)]
+    keys = _integers(columns)
+    if keys is not None:
+        columns = [column for _, column in sorted(zip(keys, columns, strict=True), key=lambda pair: pair[0])]
     try:
         return np.array([[row[column] for column in columns] for row in rows], dtype=np.float32)
     except (TypeError, ValueError):
         return None
 
 
+# At most 18 digits, so that it fits 64 bits.
+_NUMBERED = re.compile(r"(|.{0,100}[^\d.+-])([+-]?\d{1,18})", re.DOTALL | re.ASCII)
+
+
 def _size(declared: Any) -> int | None:
     return declared if isinstance(declared, int) and declared > 0 else None
 
 
-def _integer(text: Any) -> int | None:
-    try:
-        number = int(text)
-    except (TypeError, ValueError):
+def _integers(names: Sequence[Any]) -> list[int] | None:
+    """The numbers in names of classes: 7, "7", or "class_7" among others that begin so; None where one has none."""
+    found = [_NUMBERED.fullmatch(name if isinstance(name, str) else str(name)) for name in names]
+    words = {match and match[1] for match in found}
+    if len(words) > 1 or None in words:
         return None
-    return number if -(2**63) <= number < 2**63 else None
+    return [int(match[2]) for match in found if match is not None]
 
 
 def parse(name: str, data: bytes) -> Any:
@@ -257,4 +270,6 @@ def entries(name: str, tensor: Any) -> dict[str, str]:
     said = {entry.key: entry.value for entry in tensor.external_data}
     if not all(isinstance(text, str) for entry in said.items() for text in entry):
         raise SuspectError(f"{name} names external weights in what is not UTF-8; export it again")
+    if len(said) != len(tensor.external_data):
+        raise SuspectError(f"{name} says twice where external weights are; export it again")
     return said

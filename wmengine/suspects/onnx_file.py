@@ -12,20 +12,23 @@ from numpy.typing import NDArray
 
 from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError
-from wmengine.sandbox import Limits, Supervisor, Worker, WorkerFailure
+from wmengine.sandbox import Limits, Supervisor, TemplateGone, Worker, WorkerFailure
 from wmengine.suspects.adapters import FLOATS, Adapter, Range, adapters
-from wmengine.suspects.base import Outputs, ask_in_chunks, check_input_shape
+from wmengine.suspects.answers import Outputs
+from wmengine.suspects.base import ask_in_chunks, check_input_shape
 from wmengine.suspects.engine_wire import RemoteEngine
 from wmengine.suspects.model_file import MAXIMUM_BYTES, LocalSource, ModelFile, Source, read_model
 from wmengine.suspects.onnx_engine import Input, OnnxEngine
 
-MAXIMUM_BATCH = 4096
+MAXIMUM_BATCH, MAXIMUM_BATCH_BYTES = 4096, 256 << 20
 ISOLATION = ("persistent", "per-model", "none")
 SERVICE = "wmengine.suspects.engine_wire"
 
 
 class Engine(Protocol):
     """What OnnxEngine does here and RemoteEngine does in a sandbox."""
+
+    abandoned: bool
 
     def locations(self, name: str, data: bytes) -> list[str]: ...
 
@@ -93,10 +96,9 @@ class OnnxSuspect:
         batch = declared.shape[0] if declared.shape else None
         if declared.shape:  # an input without any declared shape takes everything
             check_input_shape(self.name, declared.shape, inputs)
-        if batch is not None and batch > MAXIMUM_BATCH:
-            raise SuspectError(
-                f"{self.name} has a fixed batch of {batch}, and at most {MAXIMUM_BATCH} can be asked at once"
-            )
+        most = min(MAXIMUM_BATCH, MAXIMUM_BATCH_BYTES // max(1, inputs[:1].nbytes))
+        if batch is not None and batch > most:
+            raise SuspectError(f"{self.name} has a fixed batch of {batch}, and at most {most} can be asked at once")
         if batch is not None:
             self.notes.append(f"the suspect has a fixed batch of {batch}")
         return ask_in_chunks(
@@ -143,7 +145,10 @@ def open_engine(isolation: str, limits: Limits) -> Engine:
 
         return OnnxEngine(get_num_threads())
     try:
-        worker: Worker = shared_supervisor().worker(limits)
+        try:
+            worker: Worker = shared_supervisor().worker(limits)
+        except TemplateGone:  # somebody killed it just now; the next call starts another
+            worker = shared_supervisor().worker(limits)
     except WorkerFailure as error:
         raise SuspectError(f"no sandboxed worker can be started: {error}") from None
     return RemoteEngine(worker)

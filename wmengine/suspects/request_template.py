@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.suspects.base import Outputs
+from wmengine.suspects.answers import Outputs
 from wmengine.suspects.http_client import HttpClient, read_json
 from wmengine.suspects.inference_protocol import Declared
 from wmengine.suspects.patience import Refused

@@ -1,0 +1,87 @@
+"""`python -m benchmarks.every_operator`: every GPU operator once, small, on fresh data; what compute-sanitizer watches.
+
+Inputs are made on the CPU, so that nearly every kernel it sees is ours. Exit status 1 without a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from wmengine import ops
+from wmengine.ops import cuda, reference
+
+DEVICE = "cuda"
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape).to(DEVICE)
+
+
+def labels(*shape: int, classes: int = 10) -> Tensor:
+    return torch.randint(-1, classes, shape).to(DEVICE)
+
+
+def projections() -> Iterator[object]:
+    """Runs of weights shorter than a block of signs, as long, and longer; every kind of dense rows."""
+    for total in (32, 256, 4096, 8192):
+        yield ops.sketch(random(9001), 3, total)
+        yield ops.sketch_adjoint(random(total), 3, 9001)
+        yield cuda.project_adjoint(random(total), 3, 9001, "sketch", 0.5, out=random(9001))
+    for kind in reference.PROJECTIONS[1:]:
+        yield ops.project(random(9001), 3, 40, kind)
+        yield ops.project_adjoint(random(40), 3, 9001, kind)
+
+
+def counts() -> Iterator[object]:
+    """Each way in which rows are shared out, each width of load."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for classes in (10, 1001, 20_001):
+            yield cuda.match_counts(random(9, 5, classes).to(dtype), labels(8, 5))
+    for suspects, rows, sets in ((3, 50, 2), (2, 5000, 3), (65, 1100, 9)):
+        for integer in (torch.int32, torch.int64):
+            yield cuda.label_matches(labels(suspects, rows).to(integer), labels(sets, rows))
+    for total in (100, 160, 256):
+        messages, registry = (
+            torch.randint(0, 256, (rows, -(-total // 8)), dtype=torch.uint8).to(DEVICE) for rows in (9, 9000)
+        )
+        yield cuda.bit_matches(messages, registry, total)
+        for best in (5, 300):
+            yield cuda.best_bit_matches(messages, registry, total, best)
+
+
+def losses() -> Iterator[object]:
+    """Forward and backward of what networks are trained with."""
+    bits = torch.ones(256, dtype=torch.uint8).to(DEVICE)
+    for carrier in reference.CARRIERS:
+        for projection in reference.PROJECTIONS:
+            weights = [random(33, 41).requires_grad_(), random(64, 3, 3, 3).bfloat16().requires_grad_()]
+            loss, _ = ops.embedding_loss(
+                weights, [3, 2**64 - 1], bits, carrier=carrier, projection=projection, link="bce"
+            )
+            yield torch.autograd.grad(loss, weights)
+    for rows, classes in ((65, 10), (9, 5000)):
+        logits, known = random(rows, classes).requires_grad_(), labels(rows).clamp(min=0)
+        marked = ops.marked_cross_entropy(logits, known, random(rows).abs(), known % 3, groups=3, label_smoothing=0.1)
+        yield torch.autograd.grad(marked.loss, logits)
+        hidden, head = random(rows, 32).requires_grad_(), random(classes, 32).requires_grad_()
+        yield torch.autograd.grad(ops.marked_linear_cross_entropy(hidden, head, known).loss, [hidden, head])
+        features = random(rows, 70).requires_grad_()
+        yield torch.autograd.grad(ops.soft_nearest_neighbor(features, known % 3, 70.0), features)
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("no GPU: torch sees none")
+        return 1
+    calls = sum(1 for family in (projections, counts, losses) for _ in family())
+    torch.cuda.synchronize()
+    print(f"{calls} calls on {torch.cuda.get_device_name()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""A worker that a hostile model has taken over: the service of the sandbox, but for what `LIES` names.
+
+The lie is part of the suspect's file name, `<lie>.lie.onnx`: the worker behaves until it is asked what it lies about.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import time
+import types
+
+import numpy as np
+
+from wmengine.sandbox import wire
+from wmengine.suspects import engine_wire
+from wmengine.suspects.engine_wire import FORGET, LIST, LOAD, OPEN, READ, RUN, preload
+
+__all__ = ["LIES", "preload", "serve"]
+
+WEIGHT = np.ones((400, 16), np.float32)
+
+
+def _header(**fields):
+    return lambda connection: wire.send(connection, fields)
+
+
+def _arrays(*arrays, **fields):
+    return lambda connection: wire.send(connection, fields, arrays)
+
+
+def _text(text, body=b""):
+    return lambda connection: connection.sendall(wire._LENGTHS.pack(len(text), len(body)) + text + body)
+
+
+def _answer_then(then, header, *arrays):
+    def lie(connection):
+        wire.send(connection, header, arrays)
+        then(connection)
+
+    return lie
+
+
+def _drip(connection):
+    while True:
+        connection.send(b"\0")
+        time.sleep(0.01)
+
+
+def _stop(connection):
+    signal.raise_signal(signal.SIGSTOP)
+
+
+def _sleep(connection):
+    time.sleep(1e6)
+
+
+def _die(connection):
+    os._exit(7)
+
+
+def _flood(connection):
+    while True:
+        connection.sendall(wire._LENGTHS.pack(2, 0) + b"{}")
+
+
+SCORES = np.zeros((16, 10), np.float32)
+INPUTS = {"inputs": [["x", "tensor(float)", [None, 1, 4, 4], False]]}
+# lie → what it is an answer to, what is done instead, what the rows' errors say (None: there is none; "": whatever).
+LIES = {
+    "no locations": (LIST, _header(), "no answer that can be read"),
+    "locations are a number": (LIST, _header(locations=7), "no answer that can be read"),
+    "location that is no path": (LIST, _header(locations=["\ud800"]), "no answer that can be read"),
+    "location of another": (LIST, _header(locations=["../../outside/secret.bin"]), "not inside the model's directory"),
+    "location that is a list": (LIST, _header(locations=[["w.bin"]]), "missing"),
+    "no inputs": (OPEN, _header(), "no answer that can be read"),
+    "inputs are a number": (OPEN, _header(inputs=[3]), "no answer that can be read"),
+    "input without a shape": (
+        OPEN,
+        _header(inputs=[["x", "tensor(float)", None, False]]),
+        "no answer that can be read",
+    ),
+    "sizes without end": (
+        OPEN,
+        _header(inputs=[["x", "tensor(float)", [float("inf")], 0]]),
+        "no answer that can be read",
+    ),
+    "sizes below zero": (
+        OPEN,
+        _header(inputs=[["x", "tensor(float)", [-5, -1, -4, -4], 0]]),
+        "no answer that can be read",
+    ),
+    "a batch of nothing": (
+        OPEN,
+        _header(inputs=[["x", "tensor(float)", [0, 1, 4, 4], 0]]),
+        "no answer that can be read",
+    ),
+    "sizes of a thousand digits": (OPEN, _header(inputs=[["x", "tensor(float)", [10**1000] * 4, 0]]), "takes inputs"),
+    "ten thousand axes": (OPEN, _header(inputs=[["x", "tensor(float)", [1] * 10**4, 0]]), "takes inputs"),
+    "type that is no type": (OPEN, _header(inputs=[["x", {"a": 1}, [None, 1, 4, 4], 0]]), "takes {'a': 1}"),
+    "no outputs": (RUN, _header(), "no answer that can be read"),
+    "outputs without arrays": (RUN, _header(outputs=["y"]), "no answer that can be read"),
+    "arrays without outputs": (RUN, _arrays(SCORES, outputs=[]), "no answer that can be read"),
+    "answers of text": (RUN, _header(outputs="scores"), "no answer that can be read"),
+    "one answer too many": (RUN, _arrays(np.zeros((17, 10), np.float32), outputs=["y"]), "answers"),
+    "an answer without axes": (RUN, _arrays(np.float32(3), outputs=["y"]), "answers"),
+    "an answer of yes and no": (RUN, _arrays(SCORES > 0, outputs=["y"]), "answers"),
+    "error that steers a terminal": (RUN, _header(error="\x1b[2J\r\n\ud800 owned"), r"\\x1b\[2J"),
+    "error that is no text": (RUN, _header(error=[1, {"a": None}]), r"\[1, {'a': None}\]"),
+    "error without end": (RUN, _header(error="e" * 10**6), "^e+…$"),
+    "no numbers": (RUN, _arrays(SCORES * np.nan, outputs=["y"]), None),
+    "no weights": (READ, _header(), "no answer that can be read"),
+    "weights in double": (READ, _arrays(WEIGHT.astype(float), sources=["w"], notes=[]), "no answer that can be read"),
+    "weights without axes": (READ, _arrays(WEIGHT[0], sources=["w"], notes=[]), "no answer that can be read"),
+    "weights without names": (READ, _arrays(WEIGHT, sources=[], notes=[]), "no answer that can be read"),
+    "weights of nothing": (READ, _arrays(WEIGHT[:0], sources=["w"], notes=[]), None),
+    "weights that are no numbers": (READ, _arrays(WEIGHT * np.nan, sources=["\x1b"], notes=["\x1b]0;x\x07"]), None),
+    "notes are a number": (READ, _arrays(WEIGHT, sources=["w"], notes=5), "no answer that can be read"),
+    "an empty answer": (LOAD, _text(b""), "an answer that cannot be read"),
+    "an answer that is a list": (LOAD, _text(b"[]"), "an answer that cannot be read"),
+    "an answer nested without end": (LOAD, _text(b"[" * 10**5), "an answer that cannot be read"),
+    "an axis without end": (LOAD, _text(b'{"arrays": [["float32", [1e999]]]}'), "an answer that cannot be read"),
+    "nothing by too much": (
+        LOAD,
+        _text(json.dumps({"arrays": [["float32", [0, 1 << 62, 1 << 62]]]}).encode()),
+        "an answer that cannot be read",
+    ),
+    "garbage": (LOAD, lambda connection: connection.sendall(b"\xff" * 4096), "at most"),
+    "half an answer": (LOAD, _answer_then(_sleep, {"arrays": []}), "took longer"),
+    "one byte after the other": (LOAD, _drip, "took longer|at most|cannot be read"),
+    "stop": (LOAD, _stop, "took longer"),
+    "crash": (LOAD, lambda connection: ctypes.string_at(0), "was killed by SIGSEGV"),
+    "abort": (LOAD, lambda connection: os.abort(), "was killed by SIGABRT"),
+    "exit": (LOAD, lambda connection: os._exit(0), "ended with status 0"),
+    "close": (
+        LOAD,
+        lambda connection: connection.shutdown(socket.SHUT_RDWR),
+        "ended with status|was killed by SIGKILL",
+    ),
+    # Done to whoever comes next; what is said of the liar itself depends on who is faster.
+    "answer twice": (RUN, _answer_then(_header(outputs=[]), {"outputs": ["y"]}, SCORES), ""),
+    "answer for ever": (RUN, _answer_then(_flood, {"outputs": ["y"]}, SCORES), ""),
+    "die after the answer": (RUN, _answer_then(_die, {"outputs": ["y"]}, SCORES), ""),
+    "forget without the word": (FORGET, _header(), None),
+    "never forget": (FORGET, _sleep, None),
+    "crash when forgetting": (FORGET, lambda connection: ctypes.string_at(0), None),
+}
+
+
+def serve(connection, mechanisms):
+    lie, lying = None, False
+
+    def receive(*arguments):
+        nonlocal lie, lying
+        question, arrays = wire.receive(*arguments)
+        if "name" in question:
+            lie = LIES.get(os.path.basename(question["name"]).removesuffix(".lie.onnx"))
+        lying = lie is not None and question["ask"] == lie[0]
+        return question, arrays
+
+    def send(*arguments):
+        if lying:
+            lie[1](connection)
+        else:
+            wire.send(*arguments)
+
+    engine_wire.wire = types.SimpleNamespace(receive=receive, send=send, WireError=wire.WireError)
+    engine_wire.serve(connection, mechanisms)

@@ -1,0 +1,440 @@
+"""Hostile files from outside: whatever a file does, its own rows say so, and nobody else's verdict knows of it.
+
+WMENGINE_FUZZ=20000 makes the run of mutants that long; its seed is WMENGINE_FUZZ_SEED.
+"""
+
+import math
+import os
+import re
+import time
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+from hostile_models import CORPUS, SECRET, classifier, constant, model, node, value
+from lying_service import LIES
+from mutations import mutants
+from onnx import TensorProto
+from test_scan import CLASSES, KEY, SHAPE, copy_of, mark, stranger
+
+from wmengine import ops
+from wmengine.errors import SuspectError
+from wmengine.judge import score_suspect
+from wmengine.sandbox import Limits, Supervisor
+from wmengine.scan import scan
+from wmengine.schemes import scheme, white_box_parameters
+from wmengine.suspects import onnx_file
+from wmengine.suspects.answers import choose_reading
+from wmengine.suspects.model_file import read_model
+from wmengine.suspects.onnx_file import OnnxSuspect, open_engine
+from wmengine.verify import verify
+from wmengine.watermark import Watermark
+
+LIMITS = Limits(seconds=3.0, memory_bytes=512 << 20, answer_bytes=32 << 20)
+CARRIER = (400, 16)
+MARK = mark()
+BITS = Watermark.create(KEY, "sketch", white_box_parameters(scheme("sketch", bits=64), [CARRIER], SHAPE, "weights"))
+OWNED, FREE, STAMPED = "owned, not_proven", "not_proven, not_proven", "not_proven, owned"
+
+
+def stamped(path):
+    """A network whose weights hold the bits."""
+    signs = (2.0 * BITS.arrays["bits"] - 1.0).astype(np.float32)
+    direction = ops.sketch_adjoint(signs, int(BITS.arrays["carrier_keys"][0]), math.prod(CARRIER))
+    noise = np.random.default_rng(0).normal(size=CARRIER).astype(np.float32)
+    weight = noise + 3 * (direction / direction.std()).reshape(CARRIER)
+    last = np.random.default_rng(1).normal(size=(CARRIER[0], CLASSES)).astype(np.float32)
+    nodes = [
+        node("Flatten", "x", "f"),
+        node("Gemm", "f w", "h", transB=1),
+        node("Relu", "h", "r"),
+        node("MatMul", "r o", "y"),
+    ]
+    onnx.save(model(nodes, [constant("w", weight), constant("o", last)]), path)
+
+
+def renamed(path, number):
+    """Other bytes, the same network: a file is judged only once."""
+    path.write_bytes(path.read_bytes() + onnx.ModelProto(producer_name=f"honest {number}").SerializeToString())
+
+
+def honest(path, number):
+    """One of three honest files → what is to be said of it."""
+    make, verdict = [
+        (lambda path: copy_of(MARK, path), OWNED),
+        (lambda path: stranger(path, 3), FREE),
+        (stamped, STAMPED),
+    ][number % 3]
+    make(path)
+    renamed(path, number)
+    return verdict
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("registry")
+    MARK.save(folder / "1.wm")
+    BITS.save(folder / "2.wm")
+    return folder
+
+
+def by_suspect(table):
+    rows = {}
+    for row in table.to_pylist():
+        rows.setdefault(row["suspect"], {})[row["scheme"]] = row
+    return rows
+
+
+def verdicts(rows):
+    return f"{rows['adi']['decision']}, {rows['sketch']['decision']}"
+
+
+def check_text(row):
+    for text in filter(None, [row["error"], *row["notes"]]):
+        assert text.isprintable(), row
+        assert len(text) <= 1000, row
+
+
+def everything_below(folder):
+    return {path: path.lstat().st_size for path in sorted(folder.rglob("*"))}
+
+
+def children(parent):
+    """Processes below one, with their states."""
+    found = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat") as stat:
+                state, above = stat.read().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if int(above) == parent:
+            found[int(name)] = state
+    return found
+
+
+def memory(name):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith(name))
+
+
+def descriptors():
+    return {
+        name: os.readlink(f"/proc/self/fd/{name}")
+        for name in os.listdir("/proc/self/fd")
+        if os.path.lexists(f"/proc/self/fd/{name}")
+    }
+
+
+# --- the corpus -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, registry):
+    """Every hostile file and honest ones between them, in one scan; what was there before and after it."""
+    home = tmp_path_factory.mktemp("corpus")
+    models, working = home / "models", home / "working"
+    models.mkdir()
+    working.mkdir()
+    expected = {}
+    for number, (name, each) in enumerate(CORPUS.items()):
+        folder = models / name
+        folder.mkdir()
+        each.write(folder, folder / f"{name}.onnx")
+        if number % 8 == 0:
+            path = folder / "honest.onnx"
+            expected[str(path)] = honest(path, number // 8)
+    scan(models / "truncated", registry, limits=LIMITS)  # what the first scan of a process opens for good
+    before = everything_below(home)
+    open_before, memory_before = descriptors(), memory("VmRSS")
+    with open("/proc/self/clear_refs", "w") as peak:
+        peak.write("5")  # begins the peak anew
+    here = os.getcwd()
+    os.chdir(working)
+    started = time.monotonic()
+    try:
+        table = scan(models, registry, jobs=2, limits=LIMITS)
+    finally:
+        os.chdir(here)
+    return {
+        "rows": by_suspect(table), "honest": expected, "seconds": time.monotonic() - started, "home": home,
+        "files": (before, everything_below(home)), "descriptors": (open_before, descriptors()),
+        "memory": memory("VmHWM") - memory_before,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_a_hostile_file_costs_its_own_rows_and_says_why(corpus, name):
+    rows = corpus["rows"][str(corpus["home"] / "models" / name / f"{name}.onnx")]
+    each = CORPUS[name]
+    for row in rows.values():
+        check_text(row)
+        assert row["decision"] != "owned"
+        assert row["seconds"] < LIMITS.seconds + 2.0
+    if each.error is None:
+        assert rows["adi"]["decision"] == "not_proven"
+        assert rows["adi"]["error"] is None
+        assert any(re.search(each.note, note) for note in [*rows["adi"]["notes"], ""]), rows["adi"]["notes"]
+    else:
+        assert rows["adi"]["decision"] == "error"
+        assert re.search(each.error, rows["adi"]["error"]), rows["adi"]["error"]
+    if each.weights is not None:
+        assert re.search(each.weights, rows["sketch"]["error"] or "no error"), rows["sketch"]["error"]
+
+
+def test_honest_files_between_them_keep_their_verdicts(corpus):
+    assert len(corpus["honest"]) >= 12
+    for path, verdict in corpus["honest"].items():
+        assert verdicts(corpus["rows"][path]) == verdict
+        assert corpus["rows"][path]["adi"]["seconds"] < 1.0
+    assert len(corpus["rows"]) == len(CORPUS) + len(corpus["honest"])
+    hanging = sum("took longer" in str(rows["adi"]["error"]) for rows in corpus["rows"].values())
+    assert corpus["seconds"] < hanging * LIMITS.seconds / 2 + 30.0
+
+
+def test_nothing_outside_was_read_or_written(corpus):
+    before, after = corpus["files"]
+    assert before == after
+    said = repr(corpus["rows"]).encode()
+    assert SECRET not in said
+    assert SECRET.hex().encode() not in said
+
+
+def test_the_scan_leaves_no_process_descriptor_or_memory_behind(corpus):
+    before, after = corpus["descriptors"]
+    assert len(after) <= len(before), set(after.values()) - set(before.values())
+    onnx_file.shared_supervisor().worker(LIMITS).close()  # the template looks for ended workers when it is asked
+    template = onnx_file.shared_supervisor()._process.pid
+    assert "Z" not in children(os.getpid()).values()
+    assert children(template) == {}
+    assert corpus["memory"] < 300 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("answers_that_depend_on_their_batch", "answers change when the batch does"),
+        ("random_answers", "answers change when the batch does, or from one time to the next"),
+        ("not_a_number", "60 of 60 answers hold NaN or Inf or name no class, and count as misses"),
+        ("labels_below_zero", "60 of 60 answers"),
+    ],
+)
+def test_answers_that_are_no_votes_are_said_in_the_verdict(tmp_path, name, note):
+    CORPUS[name].write(tmp_path, tmp_path / "m.onnx")
+    verdict = verify(tmp_path / "m.onnx", MARK, isolation="per-model", limits=LIMITS)
+    assert verdict.decision == "not_proven"
+    assert any(note in said for said in verdict.notes), verdict.notes
+
+
+@pytest.mark.parametrize(
+    "name", ["attention_without_a_bias", "loop_without_end", "doubling_concatenations", "hard_link"]
+)
+def test_verify_gives_a_cause_and_the_next_call_a_verdict(tmp_path, name):
+    folder = tmp_path / "models" / name
+    folder.mkdir(parents=True)
+    CORPUS[name].write(folder, folder / "m.onnx")
+    verdict = verify(folder / "m.onnx", MARK, isolation="per-model", limits=Limits(1.5, 512 << 20))
+    assert verdict.decision == "error"
+    assert re.search(CORPUS[name].error.replace("3 s", "1.5 s"), verdict.error)
+    copy_of(MARK, folder / "copy.onnx")
+    assert verify(folder / "copy.onnx", MARK, isolation="per-model", limits=LIMITS).owned
+
+
+def test_what_a_model_leaves_in_its_worker_is_not_charged_to_the_next(tmp_path, registry):
+    """Files of which each takes most of the memory, good and bad in turn, through one worker."""
+    for number in range(6):
+        size = 30 << 20
+        weight = np.zeros((size // 4 // 400, 400), np.float32)
+        weight[number] = 1
+        fit = node("Slice", "f none none", "e") if number % 2 else node("Identity", "f", "e")
+        nodes = [node("Flatten", "x", "f"), fit, node("MatMul", "e w", "y")]
+        big = [constant("w", weight), constant("none", np.array([0]))]
+        onnx.save(model(nodes, big), tmp_path / f"{number}a.onnx")
+        copy_of(MARK, tmp_path / f"{number}b.onnx")
+        renamed(tmp_path / f"{number}b.onnx", number)
+    rows = by_suspect(scan(tmp_path, registry, jobs=1, limits=Limits(20.0, 300 << 20)))
+    for number in range(6):
+        assert verdicts(rows[str(tmp_path / f"{number}b.onnx")]) == OWNED
+
+
+def test_a_model_larger_than_its_workers_memory_is_told_so(tmp_path):
+    weight = constant("w", np.ones((80 << 18, 1), np.float32))
+    onnx.save(model([node("Flatten", "x", "f"), node("MatMul", "f w", "y")], [weight]), tmp_path / "m.onnx")
+    verdict = verify(tmp_path / "m.onnx", MARK, limits=Limits(20.0, 64 << 20))
+    assert "needs more memory than it may have" in verdict.error
+
+
+def test_a_batch_is_as_large_as_memory_has_room_for(tmp_path):
+    inputs = [value("x", shape=[4000, 3, 224, 224])]
+    onnx.save(model([node("Flatten", "x", "y")], inputs=inputs), tmp_path / "m.onnx")
+    suspect = OnnxSuspect(tmp_path / "m.onnx")
+    with pytest.raises(SuspectError, match="a fixed batch of 4000, and at most 445 can be asked at once"):
+        suspect.query(np.zeros((1, 3, 224, 224), np.float32))
+
+
+def test_outputs_are_chosen_without_a_look_at_their_values():
+    """Each of these would be terabytes of float64."""
+    big = [np.broadcast_to(np.int8(0), (32, 1 << 36)), np.broadcast_to(np.int64(0), (32, 1 << 36, 2))]
+    outputs = [(str(index), array) for index, array in enumerate([*big, np.zeros((32, CLASSES), np.float32)])]
+    assert choose_reading(outputs, 32, CLASSES, "m.onnx").output == 2
+    with pytest.raises(SuspectError, match=f"answers with {1 << 36} classes"):
+        choose_reading(outputs[:2], 32, CLASSES, "m.onnx")
+
+
+def test_a_file_that_is_longer_than_it_says_is_refused():
+    with pytest.raises(SuspectError, match="changes while it is read"):
+        OnnxSuspect("/proc/self/status")
+
+
+# --- a worker that was taken over -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lies(tmp_path_factory, registry):
+    """Every lie, and an honest file behind it, through one worker."""
+    folder = tmp_path_factory.mktemp("lies")
+    expected = {}
+    for number, lie in enumerate(LIES):
+        (folder / f"{number:03}").mkdir()
+        onnx.save(classifier(doc_string=f"location {number}"), folder / f"{number:03}" / f"{lie}.lie.onnx")
+        path = folder / f"{number:03}" / "~honest.onnx"
+        expected[lie] = str(path), honest(path, number)
+    patch = pytest.MonkeyPatch()
+    with Supervisor("lying_service") as supervisor:
+        patch.setattr(onnx_file, "_supervisor", supervisor)
+        try:
+            limits = Limits(seconds=2.0, memory_bytes=512 << 20, answer_bytes=16 << 20)
+            rows = by_suspect(scan(folder, registry, jobs=1, limits=limits))
+            left = children(supervisor._process.pid)
+        finally:
+            patch.undo()
+    return folder, rows, expected, left
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_worker_that_lies_is_no_more_than_an_error_and_the_next_file_is_judged(lies, lie):
+    folder, rows, expected, left = lies
+    number = list(LIES).index(lie)
+    liar = rows[str(folder / f"{number:03}" / f"{lie}.lie.onnx")]
+    path, verdict = expected[lie]
+    assert verdicts(rows[path]) == verdict, rows[path]
+    for row in liar.values():
+        check_text(row)
+        assert row["decision"] != "owned"
+    said = [row["error"] for row in liar.values() if row["error"] is not None]
+    if LIES[lie][2] is None:
+        assert not said
+    elif LIES[lie][2]:
+        assert any(re.search(LIES[lie][2], error.removeprefix(str(folder))) for error in said), said
+    assert left == {}
+
+
+# --- mutants ----------------------------------------------------------------------------------------------------------
+
+
+def seeds():
+    """Honest models of several kinds: convolutions, quantised weights, branches, functions, recurrences."""
+    generator = np.random.default_rng(0)
+
+    def normal(name, *shape):
+        return constant(name, generator.normal(size=shape).astype(np.float32))
+
+    convolutions = [
+        node("Conv", "x w1 b1", "c", pads=[1, 1, 1, 1]), node("BatchNormalization", "c b1 b1 b1 v", "n"),
+        node("Relu", "n", "r"), node("MaxPool", "r", "p", kernel_shape=[2, 2]), node("Conv", "p w2", "g", group=2),
+        node("GlobalAveragePool", "g", "a"), node("Flatten", "a", "f"), node("Gemm", "f w3", "y", transB=1),
+    ]  # fmt: skip
+    weights = [
+        normal("w1", 4, 1, 3, 3),
+        normal("b1", 4),
+        constant("v", np.ones(4, np.float32)),
+        normal("w2", 6, 2, 1, 1),
+    ]
+    quantised = [
+        node("Flatten", "x", "f"), node("QuantizeLinear", "f s z", "q"), node("DequantizeLinear", "q s z", "d"),
+        node("DequantizeLinear", "wq ws", "w", axis=0), node("Transpose", "w", "t", perm=[1, 0]),
+        node("MatMul", "d t", "h"), node("Reshape", "h shape", "y"),
+    ]  # fmt: skip
+    integers = [constant("s", np.float32(0.1)), constant("z", np.uint8(128)), constant("shape", np.array([0, -1]))]
+    integers += [
+        constant("wq", generator.integers(-99, 99, (10, 16)).astype(np.int8)),
+        constant("ws", np.full(10, 0.1, np.float32)),
+    ]
+    branch = onnx.helper.make_graph([node("Relu", "s", "o")], "inner", [], [value("o")])
+    recurrent = [
+        node("Squeeze", "x one", "q"), node("Transpose", "q", "t", perm=[1, 0, 2]),
+        node("GRU", "t w r", "- h", hidden_size=10), node("Squeeze", "h zero", "y"),
+    ]  # fmt: skip
+    states = [normal("w", 1, 30, 4), normal("r", 1, 30, 10)]
+    states += [constant("one", np.array([1])), constant("zero", np.array([0]))]
+    attention = [
+        node("Reshape", "x shape", "t"), node("Attention", "t w b", "a", domain="com.microsoft", num_heads=2),
+        node("ReduceMean", "a", "m", axes=[1], keepdims=0), node("Gemm", "m o", "y"),
+    ]  # fmt: skip
+    heads = [normal("w", 4, 12), normal("b", 12), normal("o", 4, 10), constant("shape", np.array([-1, 4, 4]))]
+    return [
+        each.SerializeToString()
+        for each in (
+            classifier(),
+            model(convolutions, [*weights, normal("w3", 10, 6)]),
+            model(quantised, integers),
+            classifier(
+                node("If", "c", "y", then_branch=branch, else_branch=branch), initializers=[constant("c", True)]
+            ),
+            model(recurrent, states),
+            model(attention, heads),
+            classifier(node("ArgMax", "s", "y", axis=1), outputs=[value("y", TensorProto.INT64)]),
+        )
+    ]
+
+
+class Bytes:
+    """A source in memory; beside it lie 64 bytes of weights."""
+
+    name = "mutant.onnx"
+
+    def __init__(self, data):
+        self.data = data
+
+    def read(self, maximum_bytes):
+        return self.data
+
+    def read_beside(self, location, maximum_bytes):
+        if location != "w.bin":
+            raise SuspectError(f"{location} is missing")
+        return bytes(64)
+
+
+def test_mutants_are_judged_or_refused_in_one_sentence():
+    """Through the same engine, adapters and scores as a scan's files; only ONNX Runtime, in its worker, may crash."""
+    count = int(os.environ.get("WMENGINE_FUZZ", "700"))
+    seed = int(os.environ.get("WMENGINE_FUZZ_SEED", "1"))
+    outcomes, causes = Counter(), Counter()
+    engine, limits = None, Limits(seconds=5.0, memory_bytes=512 << 20, answer_bytes=16 << 20)
+    for data in mutants(seeds(), seed, count):
+        if engine is None or not engine.begin():
+            if engine is not None:
+                engine.close()
+            engine = open_engine("persistent", limits)
+        try:
+            suspect = OnnxSuspect(read_model(Bytes(data), engine.locations), engine=engine)
+            scores = score_suspect(suspect, [MARK, BITS], "sequential", 10.0)
+        except SuspectError as error:
+            outcomes["refused"] += 1
+            said = [str(error)]
+        else:
+            outcomes["judged" if scores[0].error is None else "failed"] += 1
+            assert max(score.log10_p for score in scores) <= 0.0
+            assert min(score.log10_p for score in scores) > -9
+            said = [text for score in scores for text in (score.error, *score.notes) if text is not None]
+        for text in said:
+            assert text.isprintable()
+            assert len(text) <= 1000
+            causes.update(
+                re.findall(r"was killed by \w+ while asked to [a-z ]+|took longer|no answer|without a question", text)
+            )
+    engine.close()
+    print(dict(outcomes), dict(causes))
+    assert min(outcomes[kind] for kind in ("refused", "judged", "failed")) > count / 20
+    assert not {cause for cause in causes if "no answer" in cause or "without a question" in cause}

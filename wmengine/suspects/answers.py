@@ -1,0 +1,227 @@
+"""How a suspect's outputs are read as classes: scores, a label, the best few classes, or one score for two classes.
+
+Nothing here ever sees the expected symbols: which output answers, and how, is told from shapes, types and the answers
+alone, so the choice is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmengine.errors import SuspectError
+
+Outputs = list[tuple[str, Any]]
+Array = NDArray[Any]
+
+ABSTAINED = -1
+MAXIMUM_RANKS = 1 << 16  # where the number of classes is not known
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Scores [N, C] that stayed on their device: each row's class came back, ABSTAINED where it holds NaN or Inf."""
+
+    labels: NDArray[np.int32]
+    classes: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which output answers, and what it holds.
+
+    kind: "scores" [N, C]; "labels" [N]; "ranks" [N, k], the numbers of the best k classes, with their scores in output
+    `beside` where there are any; "single" [N], one score for two classes.
+    """
+
+    output: int
+    kind: str = "scores"
+    beside: int | None = None
+
+    def read(self, outputs: Outputs, rows: int) -> Array | None:
+        """Scores [rows, C], labels int64 [rows], or of kind "single" scores [rows]; None where the output has changed.
+
+        Scores are float32, or float64 where they came in more than float32 holds: rounding must not move an argmax.
+        """
+        if max(self.output, self.beside or 0) >= len(outputs):
+            return None
+        value = outputs[self.output][1]
+        if isinstance(value, Predicted):
+            return value.labels.astype(np.int64) if len(value.labels) == rows and self.kind == "scores" else None
+        array = to_array(value)
+        shape = answer_shape(array, rows)
+        if array is None or shape is None:
+            return None
+        if self.kind == "labels":
+            return _labels(array.reshape(rows)) if shape[1:] in ((), (1,)) else None
+        if self.kind == "single":
+            return array.reshape(rows).astype(np.float64) if shape[1:] in ((), (1,)) else None
+        if len(shape) != 2:
+            return None
+        array = array.reshape(shape)
+        if self.kind == "ranks":
+            best = np.zeros(rows, np.int64) if self.beside is None else _best(outputs[self.beside][1], shape)
+            if best is None or array.dtype.kind not in "iu":
+                return None
+            named = array[np.arange(rows), np.maximum(best, 0)].astype(np.int64)
+            return np.where(best == ABSTAINED, ABSTAINED, named)
+        with np.errstate(over="ignore"):
+            return array.astype(np.float32 if array.dtype in (np.float16, np.float32) else np.float64)
+
+
+def to_array(output: Any) -> Array | None:
+    """A NumPy array of what a suspect returned (array, torch tensor, nested list); None if it is none of these."""
+    try:
+        if hasattr(output, "detach"):
+            tensor = output.detach().cpu()
+            narrow = tensor.is_floating_point() and tensor.element_size() < 4  # NumPy has no bfloat16
+            return np.asarray((tensor.float() if narrow else tensor).numpy())
+        return np.asarray(output)
+    except Exception:  # a sparse, quantised or meta tensor, or whatever the suspect's own classes raise
+        return None
+
+
+def answer_shape(array: Array | None, rows: int) -> tuple[int, ...] | None:
+    """(rows,) or (rows, C) of an output that may answer, None for any other; no value is looked at.
+
+    Axes of length 1 are dropped while there are more than two: [N, C, 1, 1] is [N, C].
+    """
+    if array is None or array.ndim == 0 or array.shape[0] != rows or array.dtype.kind not in "fiu":
+        return None
+    shape = array.shape
+    if len(shape) > 2:
+        shape = (rows, *([size for size in shape[1:] if size != 1] or [1]))
+    return shape if len(shape) <= 2 else None
+
+
+def choose_reading(outputs: Outputs, rows: int, num_classes: int | None, name: str) -> Reading:
+    """How the outputs are read: the first of scores of num_classes (any number if None), labels, ranks, one score.
+
+    Labels that name the same classes as the scores beside them in another order count more than those: scikit-learn
+    sorts classes that are text, "10" before "2". Raises SuspectError naming both numbers of classes, or the outputs'
+    shapes where none can be read.
+    """
+    arrays = [None if isinstance(output, Predicted) else to_array(output) for _, output in outputs]
+    shapes = [
+        (len(output.labels), output.classes) if isinstance(output, Predicted) else answer_shape(array, rows)
+        for (_, output), array in zip(outputs, arrays, strict=True)
+    ]
+    ranks = _ranks(arrays, shapes, num_classes)
+    within = {index for reading in ranks for index in (reading.output, reading.beside)}
+    labels = [
+        Reading(index, "labels")
+        for index, (array, shape) in enumerate(zip(arrays, shapes, strict=True))
+        if array is not None and shape is not None and shape[1:] in ((), (1,)) and array.dtype.kind in "iu"
+    ]
+    integers = {reading.output for reading in labels}
+    for index, shape in enumerate(shapes):
+        if shape is None or len(shape) != 2 or index in within | integers or num_classes not in (None, shape[1]):
+            continue
+        scores = Reading(index)
+        return next((each for each in labels if _renamed(each, scores, outputs, rows, shape[1])), scores)
+    for reading in (*labels, *ranks, *_last_resorts(arrays, shapes, num_classes)):
+        return reading
+    classes = sorted({shape[1] for shape in shapes if shape is not None and len(shape) == 2})
+    if classes:
+        raise SuspectError(
+            f"{name} answers with {' or '.join(map(str, classes))} classes and the watermark has {num_classes}; "
+            "verify a suspect of the same task"
+        )
+    said = ", ".join(f"{label[:100]} {_shape_of(output)}" for label, output in outputs) or "none"
+    raise SuspectError(f"{name} answers {rows} inputs with no scores [{rows}, C] and no labels [{rows}], but {said}")
+
+
+def describe(reading: Reading, outputs: Outputs) -> list[str]:
+    """What a reading assumes, for the verdict's notes."""
+    name, notes = outputs[reading.output][0][:100], []
+    if len(outputs) > 1:
+        notes.append(f"answers were read from output {name!r}, one of {len(outputs)}")
+    if reading.kind == "ranks":
+        notes.append(f"output {name!r} lists the best classes, and the first of them counts")
+    return notes
+
+
+def of_two_classes(scores: Array) -> tuple[NDArray[np.int64], str]:
+    """Labels from one score for each input, and a note: class 1 above 0.5 for probabilities, above 0 for logits."""
+    finite = scores[np.isfinite(scores)]
+    threshold = 0.5 if ((finite >= 0.0) & (finite <= 1.0)).all() else 0.0
+    labels = np.where(np.isfinite(scores), scores > threshold, ABSTAINED).astype(np.int64)
+    return labels, f"the suspect gives one score, read as class 1 where it is above {threshold:g}"
+
+
+def _ranks(
+    arrays: Sequence[Array | None], shapes: Sequence[tuple[int, ...] | None], num_classes: int | None
+) -> list[Reading]:
+    """The integer outputs [N, k] whose rows name k different classes each, as TopK's do."""
+    found = []
+    for index, (array, shape) in enumerate(zip(arrays, shapes, strict=True)):
+        if array is None or shape is None or len(shape) != 2 or shape[1] < 2 or array.dtype.kind not in "iu":
+            continue
+        if shape[1] > (MAXIMUM_RANKS if num_classes is None else num_classes):
+            continue
+        near = sorted((each for each in range(len(shapes)) if each != index), key=lambda each: abs(each - index))
+        beside = next((each for each in near if shapes[each] == shape and _is_score(arrays[each])), None)
+        if beside is None and num_classes is not None and shape[1] == num_classes == 2:
+            continue  # ones and zeros may as well be scores
+        ordered = np.sort(array.reshape(shape), axis=1)
+        highest = np.iinfo(np.int64).max if num_classes is None else num_classes - 1
+        if (ordered[:, 1:] > ordered[:, :-1]).all() and (ordered >= 0).all() and (ordered <= highest).all():
+            found.append(Reading(index, "ranks", beside))
+    return found
+
+
+def _last_resorts(
+    arrays: Sequence[Array | None], shapes: Sequence[tuple[int, ...] | None], num_classes: int | None
+) -> list[Reading]:
+    """Floats [N]: class numbers where all are whole, or for two classes one score, a probability or a logit."""
+    for index, (array, shape) in enumerate(zip(arrays, shapes, strict=True)):
+        if array is None or shape is None or shape[1:] not in ((), (1,)) or num_classes is None:
+            continue
+        finite = array[np.isfinite(array)]
+        if num_classes == 2:
+            return [Reading(index, "single")]
+        if finite.size and bool(((finite == np.floor(finite)) & (finite >= 0) & (finite < num_classes)).all()):
+            return [Reading(index, "labels")]
+    return []
+
+
+def _renamed(labels: Reading, scores: Reading, outputs: Outputs, rows: int, classes: int) -> bool:
+    """Whether labels name the columns of scores as text sorts their numbers, "0", "1", "10", "11", "2"."""
+    named, answered = labels.read(outputs, rows), scores.read(outputs, rows)
+    if named is None or answered is None:
+        return False
+    column = answered if answered.ndim == 1 else answered.argmax(axis=1)
+    order = np.array(sorted(range(classes), key=str))
+    return bool((named == order[column]).all() and (named != column).any())
+
+
+def _is_score(array: Array | None) -> bool:
+    """Floats here, or on another device (None)."""
+    return array is None or array.dtype.kind == "f"
+
+
+def _best(output: Any, shape: tuple[int, ...]) -> NDArray[np.int64] | None:
+    """Where each row of scores of this shape is highest, ABSTAINED for a row with NaN or Inf."""
+    if isinstance(output, Predicted):
+        return output.labels.astype(np.int64) if (len(output.labels), output.classes) == shape else None
+    array = to_array(output)
+    if array is None or answer_shape(array, shape[0]) != shape:
+        return None
+    array = array.reshape(shape)
+    return np.where(np.isfinite(array).all(axis=1), array.argmax(axis=1), ABSTAINED)
+
+
+def _labels(values: Array) -> NDArray[np.int64]:
+    if values.dtype.kind in "iu":
+        return values.astype(np.int64)
+    whole = np.isfinite(values) & (np.abs(values) < 2**53) & (values == np.floor(values))
+    return np.where(whole, np.where(whole, values, 0), ABSTAINED).astype(np.int64)
+
+
+def _shape_of(output: Any) -> str:
+    array = None if isinstance(output, list) else to_array(output)
+    return type(output).__name__ if array is None else str(list(array.shape))
