@@ -3,6 +3,7 @@
 import datetime
 import ipaddress
 import json
+import random
 import ssl
 import time
 from collections import Counter
@@ -454,6 +455,36 @@ def test_garbage_is_one_line_of_error(name):
     assert stub.url in verdict.error
     assert "\n" not in verdict.error
     assert len(verdict.error) < 400
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_mutated_answers_only_ever_give_one_sentence(seed):
+    chance = random.Random(seed)
+    body = one_output(b"FP32", b"[1, 2, 3, 4, 5, 6]", b"[2, 3]")
+    whole = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    parts = [b"NaN", b"-1", b"[", b"{}", b"null", b"1e400", b"INT64", b"\r\n", b"Transfer-Encoding: chunked\r\n"]
+
+    def behave(request):
+        changed = bytearray(whole)
+        for _ in range(chance.randrange(6)):
+            place = chance.randrange(len(changed))
+            changed[place : place + chance.randrange(8)] = chance.choice([*parts, b"", chance.randbytes(3)])
+        request.handler.wfile.write(changed)
+        request.handler.close_connection = True
+
+    answered = 0
+    with serving(behave) as stub:
+        for _ in range(100):
+            options = {"input": "x", "datatype": "FP32", "layout": "as recorded"}
+            suspect = wm.endpoint(stub.url, **options, tries=1, timeout=0.3, deadline=0.6)
+            said = "one sentence"
+            try:
+                answered += len(suspect.query(INPUTS[:2])) == 2
+            except SuspectError as error:
+                said = str(error)
+            assert "\n" not in said
+            assert len(said) < 500
+    assert 10 < answered < 90
 
 
 def test_nan_and_infinity_are_abstentions():
