@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 SOURCES := $(shell find csrc -type f) setup.py CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test lint format bench bench-avx2 clean
+.PHONY: demo test lint format bench bench-avx2 mlserver clean
 
 demo: $(STAMP)
 	$(BIN)/python -m wmengine demo
@@ -33,8 +33,16 @@ bench-avx2: $(PEERS)
 	WMENGINE_INSTRUCTION_SET=x86-64-v3 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	FAISS_OPT_LEVEL=avx2 $(BIN)/python -m benchmarks
 
+# A served model for tests/test_mlserver.py, in an environment of its own: its pins and ours exclude each other.
+mlserver: .mlserver/.installed
+
+.mlserver/.installed: tests/mlserver.txt
+	test -x .mlserver/bin/python || $(PYTHON) -m venv .mlserver
+	.mlserver/bin/python -m pip install -q -r tests/mlserver.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info wmengine/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) .mlserver build dist *.egg-info wmengine/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Setting up: the build's own tools first, because without build isolation nothing else brings them.

@@ -32,7 +32,7 @@ def pins() -> dict[str, str]:
 def declared() -> list[Requirement]:
     extras = PROJECT["project"]["optional-dependencies"]
     wanted = [*PROJECT["project"]["dependencies"]]
-    for name in ("cpu", "train", "demo", "dev", "bench", "ray"):
+    for name in ("cpu", "train", "endpoint", "demo", "dev", "bench", "ray"):
         wanted += extras[name]
     return [one for one in map(Requirement, wanted) if one.name != "wmengine"]
 
@@ -168,3 +168,9 @@ def test_the_compiled_modules_link_only_the_system_c_and_cpp_libraries():
     system |= {"ld-linux-x86-64", "ld-linux-aarch64"}  # the loader itself, by its name on each machine
     for module in modules:
         assert linked_libraries(module) <= system, module.name
+
+
+def test_mlservers_environment_is_pinned_and_has_our_engine():
+    pinned = [Requirement(line) for line in (ROOT / "tests" / "mlserver.txt").read_text().splitlines()[1:]]
+    assert all(re.fullmatch(r"==[0-9][0-9a-z.]*", str(one.specifier)) for one in pinned)
+    assert {one.name: str(one.specifier) for one in pinned}["onnxruntime"] == pins()["onnxruntime"]

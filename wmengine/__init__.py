@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from wmengine.sandbox import Limits
     from wmengine.scan import scan
     from wmengine.schemes import SCHEMES, scheme
+    from wmengine.suspects.endpoint import endpoint
     from wmengine.verify import Verdict, verify
     from wmengine.watermark import Watermark
 
@@ -32,6 +33,7 @@ __all__ = [
     "Verdict",
     "Watermark",
     "__version__",
+    "endpoint",
     "errors",
     "export_onnx",
     "get_num_threads",
@@ -49,6 +51,7 @@ _HOMES = {
     "SCHEMES": "schemes",
     "Verdict": "verify",
     "Watermark": "watermark",
+    "endpoint": "suspects.endpoint",
     "export_onnx": "export",
     "get_num_threads": "ops",
     "scan": "scan",

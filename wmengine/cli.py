@@ -172,7 +172,9 @@ def keygen(
 
 @app.command()
 def verify(
-    suspect: Annotated[str, typer.Argument(metavar="SUSPECT", help="The ONNX file to judge.")],
+    suspect: Annotated[
+        str, typer.Argument(metavar="SUSPECT", help="The ONNX file to judge, or the URL of an endpoint.")
+    ],
     watermark: Annotated[Path, typer.Option("--watermark", metavar="FILE", help="The watermark to look for (.wm).")],
     key: Annotated[
         Path | None,
@@ -183,6 +185,10 @@ def verify(
         bool, typer.Option("--adversarial", help="For evidence against others: needs --key, and the bar is 2^-128.")
     ] = False,
     queries: QueriesOption = "all",
+    endpoint_options: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help="How to ask the endpoint: names, budget, rate, a template for others."),
+    ] = None,
     classes: Annotated[
         str,
         typer.Option(metavar="ORDER", help='"same" order as the mark\'s, or "any": every order is tried and paid for.'),
@@ -205,8 +211,13 @@ def verify(
 
     if adversarial and key is None:
         raise ValueError("--adversarial needs --key: evidence against others rests on the derivation")
+    asked: Any = suspect
+    if endpoint_options is not None:
+        from wmengine.suspects.endpoint import endpoint, read_options
+
+        asked = endpoint(suspect, **read_options(endpoint_options))
     verdict = judge(
-        suspect,
+        asked,
         _load_watermark(watermark, passphrase_file),
         key=None if key is None else _load_key(key, passphrase_file),
         alpha=alpha,

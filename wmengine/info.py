@@ -23,6 +23,7 @@ EXTRAS = {
     "cpu or gpu": ("onnxruntime",),
     "train": ("torch", "onnxscript"),
     "demo": ("onnxruntime", "torch", "onnxscript", "sklearn"),
+    "endpoint": ("grpc",),
     "ray": ("ray",),
 }
 

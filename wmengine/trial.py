@@ -195,7 +195,9 @@ class Trial:
         again = np.repeat(np.arange(len(attempt.first))[::-1], 2)
         inputs = _inputs(self.mark, attempt.adapter)[again]
         predicted = predictions(suspect, suspect.query(inputs, self.num_classes), len(inputs), self.num_classes)
-        changed = len(set(again[predicted != attempt.first[again]].tolist()))
+        # What is not answered this time, as a budget was used up, shows nothing.
+        differs = (predicted != attempt.first[again]) & (predicted != ABSTAINED)
+        changed = len(set(again[differs].tolist()))
         if not changed:
             return None
         return f"{changed} of {len(attempt.first)} answers change when the batch does, or from one time to the next"

@@ -1,4 +1,4 @@
-"""Suspects: anything that might be a copy. `open_suspect` takes an ONNX file, a torch module or a function."""
+"""Suspects: anything that might be a copy. `open_suspect` takes an ONNX file, a URL, a torch module or a function."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ import sys
 from typing import Any
 
 from wmengine.sandbox import Limits
-from wmengine.suspects.base import Suspect
+from wmengine.suspects.base import Suspect, is_url
 from wmengine.suspects.onnx_file import OnnxSuspect
 
 __all__ = ["OnnxSuspect", "Suspect", "open_suspect"]
 
 
 def open_suspect(suspect: Any, isolation: str = "persistent", limits: Limits | None = None) -> Suspect:
-    """A suspect from a path, a torch module, a function, or a suspect that is open already.
+    """A suspect from a path, a URL, a torch module, a function, or a suspect that is open already.
 
-    isolation and limits are for files: see OnnxSuspect.
+    isolation and limits are for files: see OnnxSuspect. A URL is asked as `endpoint` does without options.
 
-    Raises FileNotFoundError for a path that does not exist, TypeError for what is none of these, and SuspectError for a
-    file that cannot be judged.
+    Raises FileNotFoundError for a path that does not exist, ValueError for a URL that is no endpoint's, TypeError for
+    what is none of these, and SuspectError for a file that cannot be judged.
     """
+    if is_url(suspect):
+        from wmengine.suspects.endpoint import endpoint
+
+        return endpoint(suspect)
     if isinstance(suspect, str | os.PathLike):
         return OnnxSuspect(suspect, isolation=isolation, limits=limits)
     if isinstance(suspect, Suspect):

@@ -86,6 +86,7 @@ _LAYOUTS: dict[str, Callable[[NDArray[np.generic]], NDArray[np.generic]]] = {
     "flat": lambda values: values.reshape(len(values), -1),
     "flat, channels last": lambda values: np.moveaxis(values, 1, -1).reshape(len(values), -1),
 }
+SCALING_NAMES, LAYOUT_NAMES = tuple(_SCALINGS), tuple(_LAYOUTS)
 
 
 def adapters(

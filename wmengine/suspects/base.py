@@ -21,6 +21,7 @@ from wmengine.suspects.answers import Outputs, choose_reading, describe, of_two_
 # As fast per input as larger batches, in a tenth of their memory (measured with ONNX Runtime on CPUs).
 CHUNK = 32
 
+URL_SCHEMES = ("https", "http", "grpcs", "grpc")
 # A place in ONNX Runtime's source, which stands before what went wrong there: file, line, the function's signature.
 _SOURCE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\) (?:\[with .*?\] )?")
 
@@ -47,6 +48,11 @@ class Suspect(Protocol):
     def tensors(self, input_shape: Sequence[int] | None = None) -> list[Tensor]: ...
 
     def close(self) -> None: ...
+
+
+def is_url(suspect: Any) -> bool:
+    """Whether this is the address of an endpoint."""
+    return isinstance(suspect, str) and suspect.startswith(tuple(f"{scheme}://" for scheme in URL_SCHEMES))
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:

@@ -1,0 +1,349 @@
+"""A suspect behind a network address: asked a budgeted number of inputs, politely, among decoys if asked to.
+
+What goes out is inputs, never labels. What an endpoint refuses or answers unreadably is a miss and noted; so is what
+the budget or the time did not allow, and a miss can never convict anybody. Only where nothing at all is answered, the
+suspect cannot be judged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmengine.carriers import Tensor
+from wmengine.errors import SuspectError
+from wmengine.suspects.adapters import LAYOUT_NAMES, SCALING_NAMES, Adapter, Range, adapters
+from wmengine.suspects.answers import ABSTAINED, Outputs, Reading, choose_reading, describe, of_two_classes
+from wmengine.suspects.base import CHUNK, URL_SCHEMES, is_url
+from wmengine.suspects.decoys import Decoys
+from wmengine.suspects.inference_protocol import DTYPES, Declared, RestModel, choose_input
+from wmengine.suspects.patience import Patience, Refused, Spent, Unavailable
+from wmengine.suspects.request_template import TemplateModel
+
+MAXIMUM_BATCH = 4096
+# So many requests in a row that failed in all their tries end the asking.
+FAILURES = 3
+# What a triggers' datatype is called where ONNX Runtime names it.
+_TYPES = {"FP32": "tensor(float)", "FP16": "tensor(float16)", "FP64": "tensor(double)", "UINT8": "tensor(uint8)"}
+
+
+class Model(Protocol):
+    """One way to talk to a served model: Open Inference Protocol over REST or gRPC, or a template."""
+
+    name: str
+
+    def inputs(self, seconds: float) -> list[Declared]: ...
+
+    def ask(self, to: Declared, rows: NDArray[Any], seconds: float) -> Outputs: ...
+
+    def close(self) -> None: ...
+
+
+def endpoint(
+    url: str,
+    *,
+    request: Mapping[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
+    input: str | None = None,
+    output: str | None = None,
+    datatype: str | None = None,
+    layout: str | None = None,
+    scaling: str = "as recorded",
+    batch: int | None = None,
+    budget: int | None = None,
+    rate: float | None = None,
+    decoys: float = 0.0,
+    tries: int = 5,
+    timeout: float = 30.0,
+    deadline: float = 600.0,
+) -> EndpointSuspect:
+    """A suspect that answers over the network, to hand to `verify`.
+
+        suspect = endpoint("https://host/v2/models/detector", layout="channels last", budget=200, rate=5)
+        verdict = verify(suspect, "acme-adi.wm")
+
+    url: a model of the Open Inference Protocol, https://HOST/…/v2/models/NAME[/versions/V] or grpcs://HOST:PORT/NAME[/V]
+    (http and grpc without TLS), or any service that `request`, a template (docs/endpoints.md), says how to ask.
+    headers: sent with every request; ${NAME} stands for an environment variable. input, output: their names; datatype:
+    "FP32", "FP16", "FP64" or "UINT8"; layout: "as recorded", "channels last", "flat" or "flat, channels last"; scaling:
+    "as recorded", "0 to 1", "0 to 255", "-1 to 1", "ImageNet", or "any" to try and pay for all. What is not given is
+    taken from what the server says of its model, and as the mark recorded it where it says nothing. batch: inputs in
+    one request, 32 or what the server fixes; budget: inputs sent in all, decoys and tries included; rate: inputs per
+    second; decoys: so many other inputs of the same kind for each trigger, shuffled with them, answers not looked at;
+    tries: for one request, with pauses between them that double; timeout: seconds for one; deadline: seconds in all.
+
+    Raises ValueError for a URL, a template or an option that is none. Nothing is sent before the suspect is asked.
+    """
+    _positive(batch=batch, budget=budget, rate=rate, tries=tries, timeout=timeout, deadline=deadline)
+    for name, value in {"input": input, "output": output}.items():
+        if value is not None and not (isinstance(value, str) and value):
+            raise ValueError(f"{name} must be a name, and it is {value!r}")
+    if isinstance(decoys, bool) or not (isinstance(decoys, int | float) and 0.0 <= decoys <= 100.0):
+        raise ValueError(f"decoys must be from 0 to 100 for each trigger, and it is {decoys!r}")
+    _one_of("datatype", datatype, (None, *_TYPES))
+    _one_of("layout", layout, (None, *LAYOUT_NAMES))
+    _one_of("scaling", scaling, ("any", *SCALING_NAMES))
+    if not is_url(url):
+        raise ValueError(f"an endpoint is a URL that begins with {', '.join(URL_SCHEMES)}, and this is {url!r}")
+    model: Model
+    outputs = [] if output is None else [output]
+    if request is not None:
+        template = TemplateModel(url, headers, request)
+        if template.encoding == "png" and (datatype not in (None, "UINT8") or layout not in (None, "as recorded")):
+            raise ValueError("a PNG holds bytes, channels last: leave datatype and layout out")
+        if template.single and batch not in (None, 1):
+            raise ValueError("the request holds ${input}, a single one: leave batch out")
+        if input is not None or output is not None:
+            raise ValueError("input and output are names of the Open Inference Protocol: a request says where to look")
+        batch = 1 if template.single else batch
+        datatype = "UINT8" if template.encoding == "png" else datatype
+        model = template
+    elif url.startswith("grpc"):
+        from wmengine.suspects.inference_grpc import GrpcModel
+
+        model = GrpcModel(url, headers, outputs)
+    else:
+        model = RestModel(url, headers, outputs)
+    patience = Patience(rate, budget, tries, timeout, deadline)
+    return EndpointSuspect(model, patience, input, output, datatype, layout, scaling, batch, decoys)
+
+
+def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The options of `endpoint` from a JSON file. Raises ValueError for what is none."""
+    try:
+        options = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error})") from None
+    known = list(endpoint.__kwdefaults__ or ())
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} must hold one JSON object, with the options {', '.join(known)}")
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{path} holds {name!r}, which is no option; these are: {', '.join(known)}")
+    for name in ("request", "headers"):
+        if not isinstance(options.get(name, {}), dict):
+            raise ValueError(f"{path}: {name} must be a JSON object")
+    return options
+
+
+class EndpointSuspect:
+    """What `endpoint` makes: a suspect of the usual kind. Budget and deadline are for its whole life."""
+
+    def __init__(
+        self,
+        model: Model,
+        patience: Patience,
+        input: str | None,
+        output: str | None,
+        datatype: str | None,
+        layout: str | None,
+        scaling: str,
+        batch: int | None,
+        decoys: float,
+    ) -> None:
+        self.name = model.name
+        self.sha256: str | None = None
+        self.notes: list[str] = []
+        self._model = model
+        self._patience = patience
+        self._wanted = (input, datatype)
+        self._output = output
+        self._layout = layout
+        self._scaling = scaling
+        self._batch = batch
+        self._batches_work = False  # whether more than one input at once was ever answered
+        self._answered = False  # whether anything ever was
+        self._given_up: str | None = None  # why nothing more is asked
+        self._declared: Declared | None = None
+        self._decoys = Decoys(decoys)
+
+    def adapters(self, trigger_shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:
+        """The ways that the options and the server's description leave open; unlike a file's, every one costs queries.
+
+        So other scalings are tried only where the options say "any", and other layouts where the description fits them.
+        """
+        to = self._input()
+        shape = () if self._layout else to.shape
+        kind = _TYPES.get(to.datatype, to.datatype)
+        try:
+            ways = adapters(self.name, kind, shape, trigger_shape, value_range, every and self._scaling == "any")
+        except SuspectError as error:
+            hint = ", or give a layout where the server describes its model wrongly" if shape else ""
+            raise SuspectError(f"{error}{hint}") from None
+        if not shape:
+            ways = [replace(way, layout=self._layout or way.layout) for way in ways if way.layout == "as recorded"]
+        if self._scaling != "any" and ways[0].scaling != "bytes":
+            ways = [replace(way, scaling=self._scaling) for way in ways]
+        others = 0.5 / max(1, len(ways) - 1)
+        shares = [1.0] if len(ways) == 1 else [0.5, *[others] * (len(ways) - 1)]
+        ways = [replace(way, share=share) for way, share in zip(ways, shares, strict=True)]
+        self._decoys.prepare(ways, trigger_shape, value_range)
+        return ways
+
+    def query(self, inputs: NDArray[Any], num_classes: int | None = None) -> NDArray[Any]:
+        """Scores [N, C], rows of NaN where there was no answer, or labels [N], −1 where there was none.
+
+        Raises SuspectError where nothing has been answered, now or before.
+        """
+        self.notes = []
+        to = self._input()
+        inputs = inputs.astype(DTYPES.get(to.datatype, inputs.dtype), copy=False)
+        allowed, asked = self._patience.allows(), len(inputs)
+        if allowed is not None:
+            asked = int((self._decoys.costs(inputs) <= allowed).sum())
+        rows = np.concatenate([inputs[:asked], self._decoys.beside(inputs[:asked])])
+        found = self._ask_all(to, rows, num_classes)
+        if asked < len(inputs) and found.stopped is None:
+            found.stopped = f"the budget of {self._patience.budget} queries is used up"
+        self._answered |= bool(found.answers)
+        if not self._answered:
+            raise SuspectError(next(iter(found.refused.values()), found.stopped) or f"{self.name} was asked nothing")
+        refused = [reason for row, reason in found.refused.items() if row < asked]
+        if refused:
+            self.notes.append(f"{len(refused)} triggers were refused or not answered in a readable way: {refused[0]}")
+        answers = {row: answer for row, answer in found.answers.items() if row < asked}
+        unasked = len(inputs) - len(answers) - len(refused)
+        if unasked:
+            self.notes.append(f"{unasked} triggers were not asked: {found.stopped}")
+        joined = _joined(answers, len(inputs))
+        if found.reading is not None and found.reading.kind == "single":
+            joined, note = of_two_classes(joined)
+            self.notes.append(note)
+        return joined
+
+    def tensors(self, input_shape: Sequence[int] | None = None) -> list[Tensor]:
+        raise SuspectError(f"{self.name} shows no weights; verify a white-box watermark on a file or a module")
+
+    def close(self) -> None:
+        self._model.close()
+
+    def _input(self) -> Declared:
+        """Where triggers go: as the options say, else as the server does, else by default."""
+        if self._declared is None:
+            name, datatype = self._wanted
+            described: list[Declared] = []
+            if None in (name, datatype, self._layout):
+                try:
+                    described = self._patience.call(self._model.inputs, 0)
+                except Refused:
+                    pass  # it may answer all the same
+                except Unavailable as error:
+                    if not error.reached:
+                        raise
+            to = choose_input(self.name, described, name)
+            self._declared = replace(to, datatype=datatype or to.datatype)
+        return self._declared
+
+    def _ask_all(self, to: Declared, rows: NDArray[Any], num_classes: int | None) -> _Found:
+        """Ask for all rows in an order of chance. A batch that brings no answers is asked again one at a time."""
+        order = list(range(len(rows)))
+        random.SystemRandom().shuffle(order)
+        size = self._size(to)
+        waiting = [order[start : start + size] for start in range(0, len(order), size)]
+        found = _Found(stopped=self._given_up)
+        failures = 0
+        while waiting and found.stopped is None:
+            batch = waiting.pop(0)
+            try:
+                answers = self._ask(to, rows[batch], num_classes, found)
+            except Spent as error:
+                found.stopped = str(error)
+                waiting.insert(0, batch)
+            except SuspectError as error:
+                failures = failures + 1 if isinstance(error, Unavailable) else 0
+                found.refused |= dict.fromkeys(batch, str(error))
+                gone = isinstance(error, Unavailable) and not error.reached
+                hopeless = isinstance(error, Refused) and error.hopeless and not (self._answered or found.answers)
+                if gone or hopeless or failures == FAILURES:
+                    found.stopped = self._given_up = str(error)
+                elif len(batch) > 1:
+                    if not self._batches_work:
+                        self._batch = 1
+                        batch, waiting = [row for each in (batch, *waiting) for row in each], []
+                    waiting[:0] = [[row] for row in batch]
+            else:
+                failures = 0
+                self._batches_work |= len(batch) > 1
+                for row, answer in zip(batch, answers, strict=True):
+                    found.answers[row] = answer
+                    found.refused.pop(row, None)
+        for row in (row for batch in waiting for row in batch):
+            found.refused.pop(row, None)  # those would have been asked again
+        if found.answers and self._batch == 1 and not self._batches_work and size > 1:
+            self.notes.append("the suspect answers only one input at a time")
+        return found
+
+    def _ask(self, to: Declared, rows: NDArray[Any], num_classes: int | None, found: _Found) -> NDArray[Any]:
+        """One request: scores [N, C] or labels [N] of one kind from batch to batch. Raises SuspectError."""
+        fixed = self._fixed(to)
+        padded = rows if fixed is None else np.resize(rows, (fixed, *rows.shape[1:]))
+        outputs = self._patience.call(lambda seconds: self._model.ask(to, padded, seconds), len(padded))
+        if self._output is not None:  # some servers send the others too
+            outputs = [each for each in outputs if each[0] == self._output]
+        reading = found.reading or choose_reading(outputs, len(padded), num_classes, self.name)
+        answers = reading.read(outputs, len(padded))
+        kind = ("", ()) if answers is None else (outputs[reading.output][0], answers.shape[1:])
+        if answers is None or (found.reading is not None and kind != found.kind):
+            raise Refused(f"{self.name} changes the shape of its answers from one batch to the next")
+        if found.reading is None:
+            found.reading, found.kind = reading, kind
+            self.notes.extend(describe(reading, outputs))
+        return answers[: len(rows)]
+
+    def _size(self, to: Declared) -> int:
+        return self._batch or self._fixed(to) or CHUNK
+
+    def _fixed(self, to: Declared) -> int | None:
+        """The batch that the server says it takes and no other."""
+        fixed = to.shape[0] if to.shape else None
+        if fixed is not None and fixed > MAXIMUM_BATCH:
+            raise SuspectError(f"{self.name} has a fixed batch of {fixed}, and at most {MAXIMUM_BATCH} can be asked")
+        return fixed
+
+
+@dataclass
+class _Found:
+    """What came back: an answer or a refusal for each row that was asked, and why the asking ended early."""
+
+    answers: dict[int, NDArray[Any]] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
+    stopped: str | None = None
+    reading: Reading | None = None
+    kind: tuple[str, tuple[int, ...]] = ("", ())
+
+
+def _joined(answers: Mapping[int, NDArray[Any]], rows: int) -> NDArray[Any]:
+    """One array for all rows; NaN or −1 where there is no answer."""
+    some = next(iter(answers.values()), None)
+    if some is None or some.dtype.kind == "i":
+        joined: NDArray[Any] = np.full(rows, ABSTAINED, np.int64)
+    else:
+        dtype = np.result_type(*{answer.dtype for answer in answers.values()})
+        joined = np.full((rows, *some.shape), np.nan, dtype)
+    for row, answer in answers.items():
+        joined[row] = answer
+    return joined
+
+
+def _positive(**options: Any) -> None:
+    for name, value in options.items():
+        whole = name in ("batch", "budget", "tries")
+        right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if value is not None and not (right and 0 < value < math.inf):
+            raise ValueError(f"{name} must be a {'whole ' if whole else ''}number above 0, and it is {value!r}")
+        if value is None and name in ("tries", "timeout", "deadline"):
+            raise ValueError(f"{name} must be a number above 0, and it is missing")
+
+
+def _one_of(name: str, value: str | None, known: Sequence[str | None]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(filter(None, known))}, and it is {value!r}")
