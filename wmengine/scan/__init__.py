@@ -12,6 +12,7 @@ from wmengine.scan.journal import Journal, Plan
 from wmengine.scan.listing import list_suspects, load_watermarks
 from wmengine.scan.pool import Hashes, Judged, judge_locally
 from wmengine.scan.results import shown, table_of, write_parquet
+from wmengine.suspects.devices import check_provider
 from wmengine.suspects.onnx_file import ISOLATION
 from wmengine.trial import MODES
 
@@ -35,6 +36,7 @@ def scan(
     limits: Limits | None = None,
     passphrase: str | None = None,
     progress: Progress | None = None,
+    provider: str = "cpu",
 ) -> Any:
     """Judge every suspect with every watermark → pyarrow.Table, a row for each pair.
 
@@ -44,7 +46,7 @@ def scan(
     "owned" where its p-value times the number of all pairs is at most alpha; that number is fixed before the first
     query. queries: "sequential" stops asking a suspect when the answer is clear, "all" asks every trigger. adapters:
     "likely" puts triggers on another scale than the recorded one only to graphs that begin by rescaling their input,
-    "all" to every suspect, as `verify` does. isolation and limits: see OnnxSuspect.
+    "all" to every suspect, as `verify` does. isolation, limits and provider: see OnnxSuspect.
 
     A suspect that cannot be judged has the decision "error", and the scan goes on. Files with equal bytes are judged
     once. Raises FileNotFoundError, WatermarkError or ValueError for what is wrong with the arguments.
@@ -55,6 +57,7 @@ def scan(
         raise ValueError(f"adapters must be likely or all, and it is {adapters!r}")
     if isolation not in ISOLATION:
         raise ValueError(f"isolation must be one of {', '.join(ISOLATION)}, and it is {isolation!r}")
+    check_provider(provider)
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"alpha must be between 0 and 1, and it is {alpha}")
     jobs = jobs if jobs is not None else len(os.sched_getaffinity(0))
@@ -69,6 +72,7 @@ def scan(
         adapters=adapters,
         isolation=isolation,
         engine=__version__,
+        provider=provider,
     )
     journal = Journal(":memory:" if out is None else f"{os.fspath(out)}.journal", plan)
     try:

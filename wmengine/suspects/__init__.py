@@ -13,16 +13,18 @@ from wmengine.suspects.onnx_file import OnnxSuspect
 __all__ = ["OnnxSuspect", "Suspect", "open_suspect"]
 
 
-def open_suspect(suspect: Any, isolation: str = "persistent", limits: Limits | None = None) -> Suspect:
+def open_suspect(
+    suspect: Any, isolation: str = "persistent", limits: Limits | None = None, provider: str = "cpu"
+) -> Suspect:
     """A suspect from a path, a torch module, a function, or a suspect that is open already.
 
-    isolation and limits are for files: see OnnxSuspect.
+    isolation, limits and provider are for files: see OnnxSuspect.
 
     Raises FileNotFoundError for a path that does not exist, TypeError for what is none of these, and SuspectError for a
     file that cannot be judged.
     """
     if isinstance(suspect, str | os.PathLike):
-        return OnnxSuspect(suspect, isolation=isolation, limits=limits)
+        return OnnxSuspect(suspect, isolation=isolation, limits=limits, provider=provider)
     if isinstance(suspect, Suspect):
         return suspect
     torch = sys.modules.get("torch")  # whoever holds a module has imported torch: no need to import it here
