@@ -71,9 +71,10 @@ def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechan
         return {"inputs": inputs}, ()
     if asked == RUN:
         outputs = engine.run(question["input"], arrays[0])
-        classes = [value.classes if isinstance(value, Predicted) else None for _, value in outputs]
-        arrays = [value.labels if isinstance(value, Predicted) else value for _, value in outputs]
-        return {"outputs": [name for name, _ in outputs], "classes": classes}, arrays
+        header: dict[str, Any] = {"outputs": [name for name, _ in outputs]}
+        if any(isinstance(value, Predicted) for _, value in outputs):
+            header["classes"] = [value.classes if isinstance(value, Predicted) else None for _, value in outputs]
+        return header, [value.labels if isinstance(value, Predicted) else value for _, value in outputs]
     if asked == READ:
         tensors, notes = engine.tensors()
         sources = [each.source[:MAXIMUM_NAME] for each in tensors]
@@ -200,9 +201,10 @@ def _read_inputs(header: dict[str, Any], arrays: Arrays) -> list[Input]:
 
 
 def _read_outputs(header: dict[str, Any], arrays: Arrays) -> Outputs:
+    stayed = header.get("classes", [None] * len(arrays))
     return [
         (str(output), array if classes is None else _read_predicted(array, classes))
-        for output, classes, array in zip(header["outputs"], header["classes"], arrays, strict=True)
+        for output, classes, array in zip(header["outputs"], stayed, arrays, strict=True)
     ]
 
 
