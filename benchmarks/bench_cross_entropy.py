@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks import harness
 from benchmarks.harness import QUICK_REASON, Aim, Case, Contender, compiled
 from wmengine import _cpu, ops
 from wmengine.ops.torch_cross_entropy import cross_entropy_in_place
@@ -92,10 +94,7 @@ def test_marked_cross_entropy(size: Size, compare: Callable[[Case], None], devic
     task = size.rows - size.rows // 8
     group = (torch.arange(size.rows, device=device) >= task).long()
 
-    def differentiate(loss: Tensor) -> Tensor:
-        logits.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+    differentiate: Callable[[Tensor], Tensor] = partial(harness.differentiate, [logits])
 
     def ours() -> Tensor:
         return differentiate(ops.marked_cross_entropy(logits, labels, None, group, groups=2).loss)

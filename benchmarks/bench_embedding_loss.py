@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks import harness
 from benchmarks.harness import QUICK_REASON, Case, Contender, compiled, quantity
 from benchmarks.projections import stored_signs
 from wmengine import ops
@@ -56,11 +58,7 @@ def test_embedding_loss(size: Size, compare: Callable[[Case], None], device: str
         for key, weight in zip(keys, weights, strict=True)
     ]
 
-    def differentiate(loss: Tensor) -> Tensor:
-        for weight in weights:
-            weight.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+    differentiate: Callable[[Tensor], Tensor] = partial(harness.differentiate, weights)
 
     def ours() -> Tensor:
         loss, _ = ops.embedding_loss(

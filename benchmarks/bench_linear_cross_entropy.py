@@ -6,6 +6,7 @@ The floor is those three products alone, each in one piece and into memory that 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks import harness
 from benchmarks.harness import QUICK_REASON, Aim, Case, Contender, compiled
 from wmengine import ops
 from wmengine.ops import torch_linear_cross_entropy
@@ -58,10 +60,7 @@ def test_marked_linear_cross_entropy(size: Size, compare: Callable[[Case], None]
     logits = torch.empty(rows, classes, device=device, dtype=dtype)
     by_hidden, by_head = torch.empty_like(h), torch.empty_like(w)
 
-    def differentiate(loss: Tensor) -> Tensor:
-        hidden.grad = head.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+    differentiate: Callable[[Tensor], Tensor] = partial(harness.differentiate, [hidden, head])
 
     def ours() -> Tensor:
         return differentiate(ops.marked_linear_cross_entropy(hidden, head, labels, None, group, groups=2).loss)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks import harness
 from benchmarks.harness import QUICK_REASON, Aim, Case, Contender, compiled
 from wmengine import ops
 
@@ -62,10 +64,7 @@ def test_soft_nearest_neighbor(size: Size, compare: Callable[[Case], None], devi
     labels = torch.arange(rows, device=device) % min(10, rows // 2)  # the published formula fails on single rows
     temperature = torch.tensor(float(features), device=device, requires_grad=True)
 
-    def differentiate(loss: Tensor) -> Tensor:
-        x.grad = temperature.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+    differentiate: Callable[[Tensor], Tensor] = partial(harness.differentiate, [x, temperature])
 
     def ours() -> Tensor:
         return differentiate(ops.soft_nearest_neighbor(x, labels, temperature))

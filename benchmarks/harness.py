@@ -121,6 +121,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
+def differentiate(leaves: Sequence[Any], loss: Any) -> Any:
+    """The loss, after a backward pass that leaves its gradients in `leaves`, and nothing from before."""
+    for leaf in leaves:
+        leaf.grad = None
+    loss.backward()
+    return loss
+
+
 def byte_size(count: int) -> str:
     """'4.29 GB', '268 MB', '12.0 kB': decimal units, three digits."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -1,7 +1,11 @@
-"""Where there is no GPU, Triton kernels run in Triton's interpreter on CPU tensors; it is asked for before import."""
+"""Fixtures of several files; and without a GPU, Triton's interpreter on CPU tensors, asked for before its import."""
 
 import ctypes
 import os
+
+import pytest
+
+from wmengine import _cpu
 
 
 def gpu_is_there() -> bool:
@@ -18,3 +22,33 @@ def gpu_is_there() -> bool:
 
 if not gpu_is_there():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(params=_cpu.instruction_sets())
+def instruction_set(request):
+    """Each instruction set of this processor in turn."""
+    before = _cpu.instruction_set()
+    _cpu.set_instruction_set(request.param)
+    yield request.param
+    _cpu.set_instruction_set(before)
+
+
+@pytest.fixture
+def threads():
+    """`ops.set_num_threads`, for the length of a test."""
+    from wmengine import ops
+
+    before = ops.get_num_threads()
+    yield ops.set_num_threads
+    ops.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch on one thread: steps and batches that are small would spend their time waiting for the others."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -750,12 +750,12 @@ def shape_that_changes_by_chance():
     return classifier(*nodes, initializers=[constant("zero", np.float32(0))])
 
 
-@hostile(note="answers hold NaN or Inf, or name no class, and count as misses")
+@hostile(note="answers hold NaN or Inf or name no class, and count as misses")
 def not_a_number():
     return classifier(node("Mul", "s nan", "y"), initializers=[constant("nan", np.float32(np.nan))])
 
 
-@hostile(note="answers hold NaN or Inf, or name no class, and count as misses")
+@hostile(note="answers hold NaN or Inf or name no class, and count as misses")
 def infinite():
     return classifier(node("Mul", "s inf", "y"), initializers=[constant("inf", np.float32(np.inf))])
 
@@ -770,7 +770,7 @@ def answers_that_depend_on_their_batch():
     return classifier(node("CumSum", "s zero", "y"), initializers=[constant("zero", np.int64(0))])
 
 
-@hostile(note="answers hold NaN or Inf, or name no class, and count as misses|given up")
+@hostile(note="answers hold NaN or Inf or name no class, and count as misses|given up")
 def labels_below_zero():
     nodes = [node("ArgMax", "s", "a", axis=1, keepdims=0), node("Add", "a far", "y")]
     return classifier(*nodes, initializers=[constant("far", np.int64(-(1 << 62)))], outputs=[value("y", INT64)])

@@ -229,7 +229,7 @@ def test_abstentions_are_misses_and_said(tmp_path):
     answers[:5] = -1
     trial = play("all", [answers, WRONG, WRONG])
     assert trial.matched == COUNT - 5
-    assert "5 of 60 answers hold NaN or Inf, or name no class, and count as misses" in trial.notes()
+    assert "5 of 60 answers hold NaN or Inf or name no class, and count as misses" in trial.notes()
 
 
 def test_answers_that_depend_on_their_batch_are_reported():

@@ -18,21 +18,6 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 2**-11 + 3e-6, torch.bfloat16: 
 SHAPES = [(1, 1), (3, 2), (5, 7), (9, 10), (7, 15), (6, 16), (6, 17), (33, 100), (9, 1000), (4, 4096), (3, 4097)]
 
 
-@pytest.fixture(params=_cpu.instruction_sets())
-def instruction_set(request):
-    before = _cpu.instruction_set()
-    _cpu.set_instruction_set(request.param)
-    yield request.param
-    _cpu.set_instruction_set(before)
-
-
-@pytest.fixture
-def threads():
-    before = ops.get_num_threads()
-    yield ops.set_num_threads
-    ops.set_num_threads(before)
-
-
 def batch(rows, classes, dtype=torch.float32, groups=3):
     """(logits, labels, weight, group), with hits, an ignored row and a label drawn from all classes."""
     generator = torch.Generator().manual_seed(rows * classes)

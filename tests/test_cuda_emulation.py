@@ -16,6 +16,7 @@ pytest.importorskip("pybind11", reason="pybind11 is not installed")
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)
 
+from tests.closeness import assert_close  # noqa: E402
 from tests.cuda_emulation.build import build, rewrite  # noqa: E402
 from wmengine.ops import cuda, reference  # noqa: E402
 
@@ -43,11 +44,6 @@ def fronts(request, module, monkeypatch):
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_close(actual, expected, tolerance):
-    difference = np.abs(actual.double().numpy() - expected).max(initial=0.0)
-    assert difference <= tolerance * np.abs(expected).max(initial=1e-30)
 
 
 def test_launches_are_rewritten():

@@ -208,6 +208,8 @@ def test_without_a_gpu_it_is_said(tmp_path, capsys):
     MARK.save(tmp_path / "m.wm")
     with pytest.raises(ValueError, match="provider='cuda' needs"):
         scan(path, tmp_path / "m.wm", provider="cuda")
+    with pytest.raises(ValueError, match="provider must be one of"):
+        scan(path, tmp_path / "m.wm", provider="gpu")
     command = [str(path), "--device", "cuda"]
     assert main(["verify", *command, "--watermark", str(tmp_path / "m.wm")]) == 2
     assert "provider='cuda' needs" in capsys.readouterr().err
@@ -215,6 +217,11 @@ def test_without_a_gpu_it_is_said(tmp_path, capsys):
     assert main(["scan", *command, *out]) == 2
     assert "provider='cuda' needs" in capsys.readouterr().err
     assert not (tmp_path / "out.parquet.journal").exists()
+
+
+def test_a_cluster_judges_on_cpus(tmp_path):
+    with pytest.raises(ValueError, match="leave ray= out, or the provider"):
+        scan(tmp_path, tmp_path, ray="local", provider="cuda")
 
 
 @without_gpu

@@ -16,6 +16,8 @@ from wmengine.embed import Embedder, _count_bits
 from wmengine.judge import bit_matches
 from wmengine.triggers import to_input
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES = 4
 KEY = wmengine.Key("ACME Vision", bytes(range(32)))
 
@@ -64,15 +66,6 @@ def train(model, emb, steps, seed=1):
         optimizer.step()
         optimizer.zero_grad()
     return model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small are quickest on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

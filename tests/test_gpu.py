@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
+from tests.closeness import assert_close  # noqa: E402
 from wmengine import ops  # noqa: E402
 from wmengine.kernels import launches  # noqa: E402
 from wmengine.ops import cuda, reference, torch_ops  # noqa: E402, F401 (importing torch_ops registers torch.ops.wmengine)
@@ -19,16 +20,6 @@ DEVICE = torch.device("cuda")
 KEYS = [3, 2**63 + 5, 2**64 - 1]
 COUNTS = [0, 1, 31, 33, 129, 4095, 4097, 131_073, 600_001]
 GIB = 2**30
-
-
-def assert_close(actual, expected, tolerance=1e-5, at_least=1e-30):
-    """Within `tolerance` of the largest expected value, NaN where NaN is expected."""
-    expected = np.asarray(expected, dtype=np.float64)
-    actual = actual.detach().double().cpu().numpy()
-    assert actual.shape == expected.shape
-    assert np.array_equal(np.isnan(actual), np.isnan(expected))
-    actual, expected = np.nan_to_num(actual), np.nan_to_num(expected)
-    assert np.abs(actual - expected).max(initial=0.0) <= tolerance * np.abs(expected).max(initial=at_least)
 
 
 def random(*shape, seed=0, dtype=torch.float32):

@@ -216,7 +216,7 @@ def test_the_scan_leaves_no_process_descriptor_or_memory_behind(corpus):
     [
         ("answers_that_depend_on_their_batch", "answers change when the batch does"),
         ("random_answers", "answers change when the batch does, or from one time to the next"),
-        ("not_a_number", "60 of 60 answers hold NaN or Inf, or name no class, and count as misses"),
+        ("not_a_number", "60 of 60 answers hold NaN or Inf or name no class, and count as misses"),
         ("labels_below_zero", "60 of 60 answers"),
     ],
 )

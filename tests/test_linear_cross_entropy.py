@@ -8,28 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wmengine import _cpu, ops
+from wmengine import ops
 from wmengine.ops import reference, torch_linear_cross_entropy
 from wmengine.ops.torch_linear_cross_entropy import rows_of_a_chunk
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 LOW = [torch.float16, torch.bfloat16]
 SIZES = [(1, 1, 1), (5, 3, 2), (33, 16, 10), (20, 7, 1000), (6, 40, 4099)]
-
-
-@pytest.fixture(params=_cpu.instruction_sets())
-def instruction_set(request):
-    before = _cpu.instruction_set()
-    _cpu.set_instruction_set(request.param)
-    yield request.param
-    _cpu.set_instruction_set(before)
-
-
-@pytest.fixture
-def threads():
-    before = ops.get_num_threads()
-    yield ops.set_num_threads
-    ops.set_num_threads(before)
 
 
 def batch(rows, features, classes, dtype=torch.float32, device="cpu", groups=3):

@@ -9,21 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from wmengine import _cpu, ops
+from wmengine import ops
 from wmengine.ops import reference
 
 # (suspects, sets, places): one of each, tiles of 16 rows and words of 32 places with and without a rest, groups of 4
 # suspects and none, more than 31 words, parts of the registry.
 SHAPES = [(1, 1, 1), (5, 7, 100), (16, 16, 32), (33, 70, 31), (4, 1, 64), (1, 300, 3), (17, 1500, 250), (6, 5, 2000)]
 EMPTY = [(0, 3, 4), (3, 0, 4), (3, 3, 0), (0, 0, 0)]
-
-
-@pytest.fixture(params=_cpu.instruction_sets())
-def instruction_set(request):
-    before = _cpu.instruction_set()
-    _cpu.set_instruction_set(request.param)
-    yield request.param
-    _cpu.set_instruction_set(before)
 
 
 def random_bits(rng, *shape):
@@ -135,7 +127,30 @@ def test_non_contiguous_arrays_give_what_their_copies_give():
     )
     packed = ops.pack_bits(bits)
     every_second = ops.PackedBits(packed.data[::2], 64)
-    np.testing.assert_array_equal(ops.bit_matches(every_second, bits.T.T), reference.bit_matches(bits[::2], bits))
+    np.testing.assert_array_equal(ops.bit_matches(every_second, bits), reference.bit_matches(bits[::2], bits))
+    for columns in (np.asfortranarray(bits), random_bits(rng, 64, 40).T, bits[:, ::-1]):
+        np.testing.assert_array_equal(ops.bit_matches(bits, columns), reference.bit_matches(bits, columns))
+        np.testing.assert_array_equal(ops.pack_bits(columns).data, ops.pack_bits(columns.copy("C")).data)
+
+
+def test_arrays_at_odd_addresses_are_read():
+    labels = np.arange(60, dtype=np.int64).reshape(4, 15) % 7
+    raw = np.zeros(labels.nbytes + 1, np.uint8)
+    odd = raw[1:].view(np.int64).reshape(labels.shape)
+    odd[:] = labels
+    assert not odd.flags.aligned
+    np.testing.assert_array_equal(ops.label_matches(odd, odd), reference.label_matches(labels, labels))
+
+
+def test_labels_beyond_two_to_the_53_are_told_apart():
+    near = [2**53, 2**53 + 1, 2**60, 2**60 + 1, 5, -1, -(2**60)]
+    signed = np.array([near], dtype=np.int64)
+    unsigned = np.array([[max(0, value) for value in near]], dtype=np.uint64)
+    assert ops.label_matches(signed, signed).tolist() == [[5]]
+    assert ops.label_matches(signed, unsigned).tolist() == [[5]]
+    assert ops.label_matches(unsigned, unsigned).tolist() == [[7]]
+    assert ops.label_matches(signed + 1, unsigned).tolist() == [[1]]  # −1 became 0
+    assert ops.label_matches(-abs(signed), -abs(signed)).tolist() == [[0]]
 
 
 def test_a_registry_of_more_than_two_to_the_31_bytes_is_read_to_its_end():
@@ -220,7 +235,7 @@ BITS = np.zeros((2, 12), dtype=np.uint8)
         (lambda: ops.bit_matches(BITS, BITS, best=1.0), TypeError, "best must be an int"),
         (lambda: ops.bit_matches(torch.from_numpy(BITS), BITS, best=3), ValueError, "best must be between 1"),
         (lambda: ops.PackedBits(BITS, 12), ValueError, r"data must be \[rows, 2\] for 12 bits"),
-        (lambda: ops.PackedBits(BITS.astype(int), 96), TypeError, "data must be uint8"),
+        (lambda: ops.PackedBits(BITS.astype(int), 96), TypeError, "data must be a uint8 array"),
         (lambda: ops.PackedBits(BITS, -1), ValueError, "total must be"),
         (
             lambda: ops.bit_matches(BITS, ops.PackedBits(np.full((2, 2), 255, dtype=np.uint8), 12)),

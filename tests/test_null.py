@@ -25,6 +25,8 @@ from wmengine.triggers import to_input
 from wmengine.verify import verify
 from wmengine.watermark import Watermark
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KEYS, SHAPE, CLASSES = 2000, (1, 8, 8), 10
 BITS, TRIGGERS = 64, 20
 
@@ -46,15 +48,6 @@ class Network(nn.Module):
 
     def forward(self, x):
         return self.layers(x)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Steps and batches this small would spend their time waiting for the other threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

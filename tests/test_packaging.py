@@ -30,9 +30,10 @@ def pins() -> dict[str, str]:
 
 
 def declared() -> list[Requirement]:
+    extras = PROJECT["project"]["optional-dependencies"]
     wanted = [*PROJECT["project"]["dependencies"]]
-    for extra in ("cpu", "train", "demo", "dev", "bench"):
-        wanted += PROJECT["project"]["optional-dependencies"][extra]
+    for name in ("cpu", "train", "demo", "dev", "bench", "ray"):
+        wanted += extras[name]
     return [one for one in map(Requirement, wanted) if one.name != "wmengine"]
 
 
@@ -55,7 +56,8 @@ def test_every_declared_dependency_is_pinned_within_its_range():
 
 def test_everything_that_the_dependencies_bring_is_pinned():
     missing, seen, waiting = set(), set(), [canonicalize_name(one.name) for one in declared()]
-    peers = {Requirement(one).name for one in PROJECT["project"]["optional-dependencies"]["bench"]}
+    extras = PROJECT["project"]["optional-dependencies"]
+    optional = {Requirement(one).name for extra in ("bench", "ray") for one in extras[extra]}
     while waiting:
         name = waiting.pop()
         if name in seen:
@@ -66,7 +68,7 @@ def test_everything_that_the_dependencies_bring_is_pinned():
         try:
             brought = metadata.requires(name) or []
         except metadata.PackageNotFoundError:
-            assert name in peers, f"{name} is not installed"  # only benchmarks need those
+            assert name in optional, f"{name} is not installed"  # only benchmarks and clusters need those
             continue
         for requirement in map(Requirement, brought):
             applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})

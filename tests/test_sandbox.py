@@ -153,7 +153,7 @@ def test_a_worker_of_a_template_that_is_gone_is_no_reason_to_harm_the_next_one()
         new = supervisor.worker(LIMITS)
         for worker in (old, supervisor.worker(LIMITS)):
             worker.process = old.process if worker is old else os.getpid()  # no child of the new template
-            with pytest.raises(WorkerFailure, match="is gone, and its workers with it|cannot end"):
+            with pytest.raises(WorkerFailure, match=r"is gone, and its workers with it|cannot end"):
                 worker._kill()
         assert new.ask("echo", {}, [np.ones(2)])[1][0].sum() == 2
     new.close()  # after the supervisor

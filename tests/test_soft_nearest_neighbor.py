@@ -13,21 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wmengine import _cpu, ops
+from wmengine import ops
 from wmengine.ops import reference
 
 # The interpreter computes on NumPy arrays, masked lanes too.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 SHAPES = [(1, 3), (2, 1), (3, 0), (5, 3), (96, 32), (97, 10), (200, 64), (129, 300)]
-
-
-@pytest.fixture(params=_cpu.instruction_sets())
-def instruction_set(request):
-    before = _cpu.instruction_set()
-    _cpu.set_instruction_set(request.param)
-    yield request.param
-    _cpu.set_instruction_set(before)
 
 
 @pytest.fixture(params=["cpu", "triton"])

@@ -18,6 +18,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed (it comes
 
 import triton.language as tl  # noqa: E402
 
+from tests.closeness import assert_close  # noqa: E402
 from wmengine.kernels import philox  # noqa: E402
 from wmengine.kernels.layers import address_table  # noqa: E402
 from wmengine.ops import cuda, reference  # noqa: E402
@@ -27,16 +28,6 @@ KEYS = [0xFEDCBA9876543210, 5, 2**63, 2**64 - 1, 11]
 
 # The interpreter computes on NumPy arrays, masked lanes too.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-
-
-def assert_close(actual, expected, tolerance, at_least=1e-30):
-    """Within `tolerance` of the largest expected value (or of `at_least`), NaN where NaN is expected."""
-    expected = np.asarray(expected, dtype=np.float64)
-    actual = actual.detach().cpu().double().numpy()
-    assert actual.shape == expected.shape
-    assert np.array_equal(np.isnan(actual), np.isnan(expected))
-    actual, expected = np.nan_to_num(actual), np.nan_to_num(expected)
-    assert np.abs(actual - expected).max(initial=0.0) <= tolerance * np.abs(expected).max(initial=at_least)
 
 
 def random(*shape, seed=0, dtype=torch.float32):

@@ -145,7 +145,7 @@ def test_answers_that_are_no_numbers_are_misses_and_noted():
     verdict = verify(abstains, MARK)
     lost = sum(len(x) // 2 + 1 for x in (range(32), range(COUNT - 32)))
     assert verdict.matched == COUNT - lost
-    assert f"{lost} of {COUNT} answers hold NaN or Inf, or name no class, and count as misses" in verdict.notes
+    assert f"{lost} of {COUNT} answers hold NaN or Inf or name no class, and count as misses" in verdict.notes
 
 
 def test_the_suspects_faults_are_errors_with_one_sentence(tmp_path, save):

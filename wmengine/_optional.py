@@ -18,6 +18,7 @@ EXTRAS = {
     "triton": "train",
     "onnxscript": "train",
     "sklearn": "demo",
+    "ray": "ray",
 }
 
 

@@ -70,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = app(given, prog_name="wmengine", standalone_mode=False)
         sys.stdout.flush()
+        if status == 130:  # typer makes a status of Ctrl-C
+            raise KeyboardInterrupt
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "wmengine"
@@ -255,6 +257,10 @@ def scan(
     device: DeviceOption = "cpu",
     seconds: SecondsOption = 120.0,
     memory: MemoryOption = 4.0,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS|local", help="Judge on this Ray cluster; --jobs are then those of each node."),
+    ] = None,
     passphrase_file: PassphraseOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a line: every row when it is done, then the summary.")
@@ -280,6 +286,7 @@ def scan(
             limits=_limits(seconds, memory),
             passphrase=_read_passphrase(passphrase_file) if passphrase_file else None,
             progress=report.add,
+            ray=ray,
         )
     report.summarise(out)
     return 0

@@ -20,6 +20,10 @@ class SuspectError(WmengineError):
         super().__init__(printable(message))
 
 
+class ScanError(WmengineError):
+    """A scan that cannot go on, through no suspect's fault; what it has finished is kept."""
+
+
 def printable(text: str, limit: int = 1000) -> str:
     """A stranger's text on one line of at most `limit` characters, none of which steers a terminal or is no Unicode."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])

@@ -15,14 +15,15 @@ from wmengine import __version__
 from wmengine.sandbox import supported
 
 LIBRARIES = (
-    *("numpy", "safetensors", "cryptography", "onnx", "onnx-ir"),
-    *("onnxruntime", "onnxruntime-gpu", "torch", "triton"),
+    *("numpy", "scipy", "safetensors", "cryptography", "onnx", "onnx-ir"),
+    *("onnxruntime", "onnxruntime-gpu", "torch", "triton", "ray"),
 )
 # What each extra must bring before its part of the engine works.
 EXTRAS = {
     "cpu or gpu": ("onnxruntime",),
     "train": ("torch", "onnxscript"),
     "demo": ("onnxruntime", "torch", "onnxscript", "sklearn"),
+    "ray": ("ray",),
 }
 
 

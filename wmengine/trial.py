@@ -176,7 +176,7 @@ class Trial:
             if best.abstained:
                 asked = best.test.asked
                 found.append(
-                    f"{best.abstained} of {asked} answers hold NaN or Inf, or name no class, and count as misses"
+                    f"{best.abstained} of {asked} answers hold NaN or Inf or name no class, and count as misses"
                 )
             found.extend(self._order_notes(best))
             if self.mode == "sequential" and best.test.decision == "futile" and not self.proven:

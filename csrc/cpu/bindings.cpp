@@ -201,7 +201,7 @@ PYBIND11_MODULE(_cpu, m) {
         [](uintptr_t outputs, int scores, int64_t suspects, int64_t queries, int64_t classes, uintptr_t expected,
            int64_t sets, uintptr_t counts, uintptr_t invalid) {
             py::gil_scoped_release release;
-            match_counts(pointer<const void>(outputs), static_cast<Scores>(scores), suspects, queries, classes,
+            match_counts(pointer<const void>(outputs), static_cast<Stored>(scores), suspects, queries, classes,
                          pointer<const int64_t>(expected), sets, pointer<int32_t>(counts), pointer<int32_t>(invalid));
         },
         py::arg("outputs"), py::arg("scores"), py::arg("suspects"), py::arg("queries"), py::arg("classes"),

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace wmengine {
+#include "half.h"
 
-enum class Stored : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
+namespace wmengine {
 
 struct CrossEntropyProblem {
     const void* logits;  // [rows, classes], row stride in elements below

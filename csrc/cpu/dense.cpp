@@ -29,12 +29,9 @@ template <Level level>
 WM_INLINE void tabulate(float v0, float v1, float v2, float v3, float* entries) {
     constexpr int lanes = lanes_of(level);
     for (int begin = 0; begin < 16; begin += lanes) {
-        Word<level> index;
-        for (uint32_t i = 0; i < lanes; ++i) {
-            index[i] = begin + i;
-        }
+        const Word<level> index = (Word<level>)iota<lanes>() + static_cast<uint32_t>(begin);
         const auto signed_value = [index](float value, uint32_t bit) __attribute__((always_inline)) {
-            return (Float<level>)((Word<level>)spread<lanes>(value) ^ ((index << (31 - bit)) & 0x80000000u));
+            return flip(spread<lanes>(value), index << (31 - bit));
         };
         store(entries + begin,
               (signed_value(v0, 0) + signed_value(v1, 1)) + (signed_value(v2, 2) + signed_value(v3, 3)));

@@ -32,13 +32,13 @@ int64_t padded_buckets(int64_t total) {
 struct RowDot {
     template <Level>
     WM_INLINE float run(const float* a, const float* b, int64_t size) {
-        Float8 sum0 = splat(0), sum1 = splat(0);
+        Float8 sum0 = {}, sum1 = {};
         int64_t i = 0;
         for (; i + 16 <= size; i += 16) {
-            sum0 += load8(a + i) * load8(b + i);
-            sum1 += load8(a + i + 8) * load8(b + i + 8);
+            sum0 += load<Float8>(a + i) * load<Float8>(b + i);
+            sum1 += load<Float8>(a + i + 8) * load<Float8>(b + i + 8);
         }
-        float sum = sum8(sum0 + sum1);
+        float sum = sum_of(sum0 + sum1);
         for (; i < size; ++i) {
             sum += a[i] * b[i];
         }

@@ -5,24 +5,42 @@
 
 namespace wmengine {
 
-// exp(x) for x <= 88, 0 below -87.3 (where floats would turn subnormal); within 2 ulp; x must be a number.
-// x = n ln 2 + r, |r| <= ln 2 / 2; exp(r) by a degree-6 polynomial; 2^n by adding n to the exponent bits.
-template <int lanes>
-WM_INLINE Floats<lanes> exponential_of_number(Floats<lanes> x) {
-    using V = Floats<lanes>;
-    const V shifter = spread<lanes>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-    const V least = spread<lanes>(-87.3f);
-    const V rounded = maximum(x, least) * 1.44269504f + shifter;
-    const V n = rounded - shifter;
-    const V r = (maximum(x, least) - n * 0.693145752f) - n * 1.42860677e-06f;
-    V p = r * 1.3888889e-3f + 8.3333333e-3f;
-    p = p * r + 4.1666667e-2f;
-    p = p * r + 1.6666667e-1f;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    const V scaled = (V)((Words32<lanes>)p + ((Words32<lanes>)rounded << 23));
-    return x < least ? V{} : scaled;
-}
+// exp(x) for x <= 0, 0 where it is below 2^-127, NaN for NaN; within 3 units in the last place down to -32, 5 below.
+// What comes of x > 0 has no meaning. x = n ln 2 + r, |r| <= ln 2 / 2; exp(r) by a minimax polynomial, relative error
+// 9.2e-8; 2^n from its exponent bits.
+template <Level level, int lanes>
+struct Exponential {
+    typedef Floats<lanes> V;
+    V least;
+
+    WM_INLINE Exponential make() {
+        // GCC takes a maximum with a number that it knows for a comparison and a choice, so it is kept from knowing.
+        float number = -88.02f;
+        asm("" : "+m"(number));
+        return {spread<lanes>(number)};
+    }
+
+    __attribute__((always_inline)) V operator()(V x) const {
+        // Adding 1.5 · 2^23 rounds to an integer in the low bits, adding 127 makes that the biased exponent of 2^n: for
+        // the least x it is 0, and so is 2^n. The order of the arguments of `maximum` lets a NaN through.
+        const V shifter = spread<lanes>(12582912.0f + 127.0f);
+        const V clamped = maximum(least, x);
+        const V rounded = clamped * spread<lanes>(1.44269504f) + shifter;
+        const V n = rounded - shifter;
+        V r;
+        if constexpr (level == Level::kBaseline) {  // perhaps no fused multiply: ln 2 in two parts, one product exact
+            r = (clamped - n * spread<lanes>(0.693145752f)) - n * spread<lanes>(1.42860677e-06f);
+        } else {  // the constant's own error costs two units at -87, where a second step would cost a tenth of the time
+            r = clamped - n * spread<lanes>(0.693147181f);
+        }
+        V p = spread<lanes>(0.00829027227f);
+        p = p * r + spread<lanes>(0.0418981596f);
+        p = p * r + spread<lanes>(0.166676381f);
+        p = p * r + spread<lanes>(0.499991478f);
+        p = p * r + spread<lanes>(0.999999706f);
+        p = p * r + spread<lanes>(1.0f);
+        return p * (V)((Words32<lanes>)rounded << 23);
+    }
+};
 
 }  // namespace wmengine

@@ -9,8 +9,10 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
+#include "half.h"
 #include "matches.h"
 #include "simd.h"
 #include "threads.h"
@@ -24,8 +26,6 @@ constexpr int64_t kFewSets = 3;      // label sets that are compared label by la
 constexpr int64_t kAhead = 1024;     // scores that long rows are fetched ahead of their use
 constexpr int32_t kInvalid = -1;     // the prediction for a row that holds NaN or Inf
 constexpr int32_t kImpossible = -2;  // a label that no class has: it equals no prediction
-
-typedef float Float4 __attribute__((vector_size(16)));
 
 template <typename V>
 WM_INLINE bool any_bit(V v) {
@@ -46,15 +46,6 @@ WM_INLINE bool is_finite(const float* row, int64_t classes) {
     return true;
 }
 
-template <int lanes>
-WM_INLINE Ints<lanes> iota() {
-    Ints<lanes> result;
-    for (int i = 0; i < lanes; ++i) {
-        result[i] = i;
-    }
-    return result;
-}
-
 // The larger score of a and b, the lower place where they are equal; to *best and *place, which hold a.
 template <typename Float, typename Int>
 WM_INLINE void fold(Float* best, Int* place, Float b, Int b_place) {
@@ -64,18 +55,11 @@ WM_INLINE void fold(Float* best, Int* place, Float b, Int b_place) {
     *best = maximum(b, *best);
 }
 
-template <typename Half, typename V>
-WM_INLINE Half upper_half(V v) {
-    Half halves[2];
-    std::memcpy(halves, &v, sizeof v);
-    return halves[1];
-}
-
 WM_INLINE int32_t first_of_lanes(Float8 best, Int8 place) {
     const Int8 orders[3] = {{4, 5, 6, 7, 0, 1, 2, 3}, {2, 3, 0, 1, 6, 7, 4, 5}, {1, 0, 3, 2, 5, 4, 7, 6}};
 #pragma GCC unroll 3
     for (int i = 0; i < 3; ++i) {
-        fold(&best, &place, permute8(best, orders[i]), (Int8)permute8((Float8)place, orders[i]));
+        fold(&best, &place, permute(best, orders[i]), permute(place, orders[i]));
     }
     return place[0];
 }
@@ -118,23 +102,24 @@ WM_INLINE int32_t predict_long(const float* row, int64_t classes) {
     best1 = maximum(z, best1);
     sum0 += sum1 + z;
     fold(&best0, &place0, best1, place1);
-    Float8 best, sum;
-    Int8 place;
-    std::memcpy(&best, &best0, sizeof best);
-    std::memcpy(&place, &place0, sizeof place);
-    std::memcpy(&sum, &sum0, sizeof sum);
-    if constexpr (lanes == 16) {
-        fold(&best, &place, upper_half<Float8>(best0), upper_half<Int8>(place0));
-        sum += upper_half<Float8>(sum0);
+    if (any_bit(sum0 - sum0) && !is_finite(row, classes)) {
+        return kInvalid;
     }
-    return any_bit(sum - sum) && !is_finite(row, classes) ? kInvalid : first_of_lanes(best, place);
+    if constexpr (lanes == 16) {
+        Float8 best = lower(best0);
+        Int8 place = lower(place0);
+        fold(&best, &place, upper(best0), upper(place0));
+        return first_of_lanes(best, place);
+    } else {
+        return first_of_lanes(best0, place0);
+    }
 }
 
 // Four scores of rows 0, 4, 8, … from `row` on, side by side.
 template <int lanes>
 WM_INLINE Floats<lanes> four_of_each(const float* row, int64_t stride) {
     const auto two = [](const float* a, const float* b) __attribute__((always_inline)) {
-        return __builtin_shufflevector(load<Float4>(a), load<Float4>(b), 0, 1, 2, 3, 4, 5, 6, 7);
+        return __builtin_shufflevector(load<Floats<4>>(a), load<Floats<4>>(b), 0, 1, 2, 3, 4, 5, 6, 7);
     };
     const Float8 low = two(row, row + 4 * stride);
     if constexpr (lanes == 16) {
@@ -232,15 +217,17 @@ struct Predict {
     }
 };
 
-// 16-bit floats as float32 numbers in the same order, NaN where they are not finite: their magnitudes read as integers,
-// of which the first beyond the finite ones is `infinity`.
+template <typename Memory>
 struct Widen {
-    template <Level>
-    WM_INLINE void run(const uint16_t* scores, int64_t count, int32_t infinity, float* wide) {
-        for (int64_t i = 0; i < count; ++i) {
-            const int32_t magnitude = scores[i] & 0x7fff;
-            const int32_t number = scores[i] > 0x7fff ? -magnitude : magnitude;
-            wide[i] = magnitude < infinity ? static_cast<float>(number) : NAN;
+    template <Level level>
+    WM_INLINE void run(const uint16_t* scores, int64_t count, float* wide) {
+        constexpr int lanes = lanes_of(level);
+        int64_t i = 0;
+        for (; i + lanes <= count; i += lanes) {
+            store(wide + i, Memory::template read<level, lanes>(scores + i));
+        }
+        for (; i < count; ++i) {
+            wide[i] = Memory::template read_one<level>(scores + i);
         }
     }
 };
@@ -267,25 +254,24 @@ struct CountInvalid {
     }
 };
 
-void predict(const void* outputs, Scores scores, int64_t first, int64_t count, int64_t classes, int32_t* predicted) {
-    if (scores == Scores::kFloat32) {
-        dispatch<Predict>(static_cast<const float*>(outputs) + first * classes, count, classes, predicted);
-        return;
-    }
-    const uint16_t* narrow = static_cast<const uint16_t*>(outputs) + first * classes;
-    const int32_t infinity = scores == Scores::kFloat16 ? 0x7c00 : 0x7f80;
-    const int64_t step = std::max<int64_t>(1, kWidened / classes);
-    const std::unique_ptr<float[]> wide(new float[step * classes]);
-    for (int64_t n = 0; n < count; n += step) {
-        const int64_t here = std::min(step, count - n);
-        dispatch<Widen>(narrow + n * classes, here * classes, infinity, wide.get());
-        dispatch<Predict>(static_cast<const float*>(wide.get()), here, classes, predicted + n);
+template <typename Memory>
+void predict(const typename Memory::Type* outputs, int64_t count, int64_t classes, int32_t* predicted) {
+    if constexpr (std::is_same_v<Memory, Float32>) {
+        dispatch<Predict>(outputs, count, classes, predicted);
+    } else {
+        const int64_t step = std::max<int64_t>(1, kWidened / classes);
+        const std::unique_ptr<float[]> wide(new float[step * classes]);
+        for (int64_t n = 0; n < count; n += step) {
+            const int64_t here = std::min(step, count - n);
+            dispatch<Widen<Memory>>(outputs + n * classes, here * classes, wide.get());
+            dispatch<Predict>(static_cast<const float*>(wide.get()), here, classes, predicted + n);
+        }
     }
 }
 
 }  // namespace
 
-void match_counts(const void* outputs, Scores scores, int64_t suspects, int64_t queries, int64_t classes,
+void match_counts(const void* outputs, Stored stored, int64_t suspects, int64_t queries, int64_t classes,
                   const int64_t* expected, int64_t sets, int32_t* counts, int32_t* invalid) {
     std::fill(counts, counts + suspects * sets, 0);
     std::fill(invalid, invalid + suspects, 0);
@@ -304,7 +290,11 @@ void match_counts(const void* outputs, Scores scores, int64_t suspects, int64_t 
         const int64_t begin = task % parts * rows, count = std::min(rows, queries - begin);
         const int64_t from = task / parts * batch, to = std::min(from + batch, suspects);
         const int64_t first = from * queries + begin, last = (to - 1) * queries + begin + count;
-        predict(outputs, scores, first, last - first, classes, predicted.get() + first);
+        with_memory(stored, [&](auto memory) {
+            typedef decltype(memory) Memory;
+            predict<Memory>(static_cast<const typename Memory::Type*>(outputs) + first * classes, last - first, classes,
+                            predicted.get() + first);
+        });
         for (int64_t s = from; s < to; ++s) {
             const int32_t* own = predicted.get() + s * queries + begin;
             __atomic_fetch_add(invalid + s, dispatch<CountInvalid>(own, count), __ATOMIC_RELAXED);

@@ -92,11 +92,31 @@ WM_INLINE Floats<lanes> spread(float x) {
     return load<Floats<lanes>>(copies);
 }
 
-WM_INLINE Float8 load8(const float* p) { return load<Float8>(p); }
+// The number at x in every lane. GCC lowers a vector made of a scalar lane by lane before it knows the instruction set
+// (helpers are compiled for the baseline until they are inlined). `spread` undoes that for a number in a register; for
+// one in memory that is read again and again, this costs one instruction.
+template <typename Vector, Level level, typename T>
+WM_INLINE Vector spread_from(const T* x) {
+    static_assert(sizeof(T) == 4 && sizeof(Vector) == 4 * lanes_of(level));
+#if defined(WM_X86_64) && !defined(__clang__)
+    if constexpr (level != Level::kBaseline) {
+        Vector v;
+        __asm__("vbroadcastss %1, %0" : "=v"(v) : "m"(*x));
+        return v;
+    }
+#endif
+    return *x - Vector{};
+}
 
-WM_INLINE void store8(float* p, Float8 v) { store(p, v); }
-
-WM_INLINE Float8 splat(float x) { return Float8{x, x, x, x, x, x, x, x}; }
+// 0, 1, 2, …
+template <int lanes>
+WM_INLINE Ints<lanes> iota() {
+    Ints<lanes> result;
+    for (int i = 0; i < lanes; ++i) {
+        result[i] = i;
+    }
+    return result;
+}
 
 // x with its sign flipped where the top bit of `sign` is set.
 template <typename Float, typename Word>
@@ -109,12 +129,10 @@ WM_INLINE Vector maximum(Vector a, Vector b) {
     return a > b ? a : b;
 }
 
-// Eight lanes picked from a (0-7) and b (8-15).
-#if defined(__clang__)
-#define WM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define WM_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ::wmengine::Int8{__VA_ARGS__})
-#endif
+template <typename Vector>
+WM_INLINE Vector minimum(Vector a, Vector b) {
+    return a < b ? a : b;
+}
 
 // v[order], of which only the low bits count.
 template <typename Vector, typename Order>
@@ -131,17 +149,46 @@ WM_INLINE Vector permute(Vector v, Order order) {
 #endif
 }
 
-WM_INLINE Float8 permute8(Float8 v, Int8 order) { return permute(v, order); }
-
-// One fixed order, whatever the instruction set.
-WM_INLINE float sum8(Float8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
-
-WM_INLINE float maximum8(Float8 v) {
-    float best = v[0];
-    for (int i = 1; i < 8; ++i) {
-        best = v[i] > best ? v[i] : best;
+// The two halves of eight or sixteen lanes.
+template <typename Vector>
+WM_INLINE auto lower(Vector v) {
+    if constexpr (sizeof v == 64) {
+        return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+    } else {
+        return __builtin_shufflevector(v, v, 0, 1, 2, 3);
     }
-    return best;
+}
+template <typename Vector>
+WM_INLINE auto upper(Vector v) {
+    if constexpr (sizeof v == 64) {
+        return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    } else {
+        return __builtin_shufflevector(v, v, 4, 5, 6, 7);
+    }
+}
+
+// One number from all lanes, folded in halves: one fixed order, whatever the instruction set.
+template <typename Fold>
+WM_INLINE float folded(Floats<4> v, Fold fold) {
+    v = fold(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
+    return fold(v, __builtin_shufflevector(v, v, 1, 0, 3, 2))[0];
+}
+template <typename Vector, typename Fold>
+WM_INLINE float folded(Vector v, Fold fold) {
+    return folded(fold(lower(v), upper(v)), fold);
+}
+
+template <typename Vector>
+WM_INLINE float sum_of(Vector v) {
+    return folded(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+}
+template <typename Vector>
+WM_INLINE float maximum_of(Vector v) {
+    return folded(v, [](auto a, auto b) __attribute__((always_inline)) { return maximum(a, b); });
+}
+template <typename Vector>
+WM_INLINE float minimum_of(Vector v) {
+    return folded(v, [](auto a, auto b) __attribute__((always_inline)) { return minimum(a, b); });
 }
 
 }  // namespace wmengine

@@ -67,7 +67,7 @@ int main() {
             expected[i] = static_cast<int64_t>(i * 7919 % classes);
         }
         std::vector<int32_t> counts(suspects * sets), invalid(suspects);
-        match_counts(outputs.data(), Scores::kFloat32, suspects, queries, classes, expected.data(), sets, counts.data(),
+        match_counts(outputs.data(), Stored::kFloat32, suspects, queries, classes, expected.data(), sets, counts.data(),
                      invalid.data());
         print("match_counts", counts);
         print("  invalid", invalid);

@@ -196,12 +196,6 @@ def gradient_kernel(
     tl.store(gradient + (row * gradient_stride)[:, None] + column[None, :], value, mask=inside)
 
 
-def _tile(classes: int) -> tuple[int, int, int]:
-    """(rows, classes at a time, warps) of one program."""
-    launch = launches.chosen("cross_entropy", classes)
-    return launch.blocks["TILE"], launch.blocks["STEP"], launch.warps
-
-
 def forward(
     logits: Tensor,
     labels: Tensor,
@@ -218,9 +212,9 @@ def forward(
     group_loss, group_hits = logits.new_empty(groups, dtype=torch.float32), logits.new_empty(groups, dtype=torch.int64)
     lse, losses, denominators = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
     hits = logits.new_empty(rows, dtype=torch.int8)
-    tile, step, warps = _tile(classes)
+    tiles, sums_options = launches.chosen("cross_entropy", classes), launches.chosen("cross_entropy_sums").options()
     if rows:
-        rows_kernel[(triton.cdiv(rows, tile),)](
+        rows_kernel[(triton.cdiv(rows, tiles.blocks["TILE"]),)](
             logits,
             labels,
             lse if weight is None else weight,
@@ -235,9 +229,7 @@ def forward(
             ignore_index,
             WEIGHTED=weight is not None,
             SMOOTH=label_smoothing > 0,
-            TILE=tile,
-            STEP=step,
-            num_warps=warps,
+            **tiles.options(),
         )
     chunks = max(1, triton.cdiv(rows, CHUNK.value))
     alone = chunks == 1
@@ -257,10 +249,10 @@ def forward(
         GROUPED=group is not None,
         MEAN=reduction == "mean",
         ALONE=alone,
-        num_warps=4,
+        **sums_options,
     )
     if not alone:
-        chunks_kernel[(groups + 1,)](sums, counts, *results, chunks, groups, MEAN=reduction == "mean", num_warps=4)
+        chunks_kernel[(groups + 1,)](sums, counts, *results, chunks, groups, MEAN=reduction == "mean", **sums_options)
     return loss, group_loss, group_hits, lse, denominator
 
 
@@ -282,9 +274,9 @@ def backward(
     rows, classes = logits.shape
     if gradient is None:
         gradient = torch.empty((rows, classes), dtype=logits.dtype, device=logits.device)
-    tile, step, warps = _tile(classes)
+    tiles = launches.chosen("cross_entropy", classes)
     if rows:
-        gradient_kernel[(triton.cdiv(rows, tile), triton.cdiv(classes, step))](
+        gradient_kernel[(triton.cdiv(rows, tiles.blocks["TILE"]), triton.cdiv(classes, tiles.blocks["STEP"]))](
             factor,
             logits,
             labels,
@@ -299,8 +291,6 @@ def backward(
             label_smoothing,
             ignore_index,
             WEIGHTED=weight is not None,
-            TILE=tile,
-            STEP=step,
-            num_warps=warps,
+            **tiles.options(),
         )
     return gradient

@@ -55,9 +55,9 @@ def _always(launch: Launch, *others: Launch) -> tuple[SizeClass, ...]:
     return (SizeClass(math.inf, launch, others),)
 
 
-def _tile(rows: int, step: int, warps: int) -> Launch:
-    """A program's share of the logits: so many rows, so many classes at a time."""
-    return Launch(warps, blocks={"TILE": rows, "STEP": step})
+def _tile(tile: int, step: int, warps: int) -> Launch:
+    """A program's share: so many rows, and so many of what it adds up at a time."""
+    return Launch(warps, blocks={"TILE": tile, "STEP": step})
 
 
 # Kernel → its size classes, smallest first. The size is what the class's comment says.
@@ -89,6 +89,14 @@ TABLE: dict[str, tuple[SizeClass, ...]] = {
         SizeClass(1024, _tile(1, 1024, 4)),
         SizeClass(2048, _tile(1, 2048, 8)),
         SizeClass(math.inf, _tile(1, 4096, 8)),
+    ),
+    "cross_entropy_sums": _always(Launch(4)),
+    # Tiles of the matrix of distances, and of its product with the features. Size: rows.
+    "soft_neighbor_tiles": (SizeClass(32, _tile(16, 32, 2)), SizeClass(math.inf, _tile(64, 32, 8))),
+    # One row of that matrix, so many of its columns at a time. Size: rows.
+    "soft_neighbor_rows": (
+        *(SizeClass(step, Launch(4, blocks={"STEP": step})) for step in (32, 64, 128, 256, 512)),
+        SizeClass(math.inf, Launch(4, blocks={"STEP": 1024})),
     ),
 }
 

@@ -13,6 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from wmengine.kernels import launches
+from wmengine.kernels.launches import Launch
+
 Tensor = torch.Tensor
 
 SLAB = 1 << 22  # distances held at a time
@@ -238,21 +241,13 @@ def _slabs(rows: int, tile: int) -> list[tuple[int, int]]:
     return [(first, min(first + height, rows)) for first in range(0, rows, height)]
 
 
-def _tile(rows: int) -> int:
-    return 64 if rows > 32 else 16
-
-
 def _distances(
-    x: Tensor, centered: Tensor, norms: Tensor, inverse: Tensor, slab: Tensor, first: int, last: int, tile: int
+    x: Tensor, centered: Tensor, norms: Tensor, inverse: Tensor, slab: Tensor, first: int, last: int, tiles: Launch
 ) -> None:
-    rows, size = x.shape
+    (rows, size), tile = x.shape, tiles.blocks["TILE"]
     distances_kernel[(triton.cdiv(last - first, tile), triton.cdiv(rows, tile))](
-        x, centered, norms, inverse, slab, first, last, rows, size, TILE=tile, STEP=32, num_warps=tile // 8
+        x, centered, norms, inverse, slab, first, last, rows, size, **tiles.options()
     )
-
-
-def _step(rows: int) -> int:
-    return 1024 if rows > 512 else 32 << max(0, (rows - 1).bit_length() - 5)
 
 
 def forward(features: Tensor, labels: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,14 +256,13 @@ def forward(features: Tensor, labels: Tensor, temperature: Tensor) -> tuple[Tens
     rows, labels = x.shape[0], labels.contiguous()
     nearest = x.new_empty((4, rows))
     losses, counted = x.new_empty(rows), x.new_empty(rows)
-    tile = _tile(rows)
+    tiles, lines = launches.chosen("soft_neighbor_tiles", rows), launches.chosen("soft_neighbor_rows", rows)
+    tile = tiles.blocks["TILE"]
     slabs = _slabs(rows, tile)
     slab = x.new_empty(slabs[0][1] * rows if slabs else 0)
     for first, last in slabs:
-        _distances(x, centered, norms, inverse, slab, first, last, tile)
-        rows_kernel[(last - first,)](
-            slab, labels, inverse, nearest, losses, counted, first, rows, STEP=_step(rows), num_warps=4
-        )
+        _distances(x, centered, norms, inverse, slab, first, last, tiles)
+        rows_kernel[(last - first,)](slab, labels, inverse, nearest, losses, counted, first, rows, **lines.options())
     return losses.sum() / counted.sum().clamp(min=1.0) + poison, nearest
 
 
@@ -286,11 +280,12 @@ def backward(
     counted = repeated[1:] | repeated[:-1]
     mean = gradient / counted.sum().clamp(min=1) + poison
     factor = (2.0 * mean * inverse).float()
-    tile = _tile(rows)
+    tiles, lines = launches.chosen("soft_neighbor_tiles", rows), launches.chosen("soft_neighbor_rows", rows)
+    tile = tiles.blocks["TILE"]
     slabs = _slabs(rows, tile)
     slab = x.new_empty(slabs[0][1] * rows if slabs else 0)
     for first, last in slabs:
-        _distances(x, centered, norms, inverse, slab, first, last, tile)
+        _distances(x, centered, norms, inverse, slab, first, last, tiles)
         weights_kernel[(last - first,)](
             slab,
             x,
@@ -305,8 +300,7 @@ def backward(
             rows,
             size,
             GRADIENT=by_features,
-            STEP=_step(rows),
-            num_warps=4,
+            **lines.options(),
         )
         if by_features and size:
             gradient_kernel[(triton.cdiv(last - first, tile), triton.cdiv(size, tile))](
@@ -319,9 +313,7 @@ def backward(
                 last,
                 rows,
                 size,
-                TILE=tile,
-                STEP=32,
-                num_warps=tile // 8,
+                **tiles.options(),
             )
     pairs = 0.5 * distance_sums.sum(dtype=torch.float64)
     return result, (-mean * inverse.double() * inverse.double() * pairs).float()

@@ -16,6 +16,7 @@ from wmengine.ops import reference
 from wmengine.ops.matches import bit_matches as bit_matches
 from wmengine.ops.matches import label_matches as label_matches
 from wmengine.ops.matches import pack_bits as pack_bits
+from wmengine.ops.matches import plain
 from wmengine.ops.reference import CARRIERS, PROJECTIONS
 
 Floats = NDArray[np.floating[Any]]
@@ -55,10 +56,10 @@ def check_vector(name: str, values: ArrayLike) -> Floats:
     if array.ndim != 1:
         raise ValueError(f"{name} must have one dimension, not shape {array.shape}: flatten it first")
     if array.dtype in _NATIVE:
-        return np.ascontiguousarray(array, dtype=np.float32)
+        return plain(array, np.float32)
     if array.dtype != np.float64:
         raise TypeError(f"{name} must be float32, float16 or float64, not {array.dtype}")
-    return np.ascontiguousarray(array)
+    return plain(array)
 
 
 def _sums(weight: Floats, key: int, total: int, carrier: str, projection: str, scale: float) -> NDArray[np.float32]:
@@ -148,7 +149,7 @@ def carrier_projection(weight: ArrayLike, key: int, total: int, carrier: str, pr
         raise TypeError(f"weight must be floating, not {array.dtype}")
     check_choice("carrier", carrier, CARRIERS)
     check_choice("projection", projection, PROJECTIONS)
-    values = np.ascontiguousarray(array, dtype=np.float32)
+    values = plain(array, np.float32)
     return _sums(values, check_key(key), check_count("total", total), carrier, projection, 1.0)
 
 
@@ -179,8 +180,8 @@ def match_counts(
         raise TypeError(f"outputs must be float32, float16 or float64, not {answers.dtype}")
     if labels.dtype == np.uint64:
         labels = np.minimum(labels, np.uint64(2**63 - 1))  # a class that no network has stays one
-    answers = np.ascontiguousarray(answers)
-    labels = np.ascontiguousarray(labels, dtype=np.int64)
+    answers = plain(answers)
+    labels = plain(labels, np.int64)
     suspects, queries, classes = answers.shape
     counts = np.empty((suspects, labels.shape[0]), dtype=np.int32)
     invalid = np.empty(suspects, dtype=np.int32)

@@ -233,7 +233,7 @@ def embedding_loss_forward(
     Weights are float32, float16 or bfloat16, mixed as they come; bits[total] hold 0 and 1.
     """
     kernels = require("wmengine.kernels.embedding_loss", extra="train")
-    bits = bits.to(torch.uint8).contiguous()
+    bits = (bits != 0).to(torch.uint8).contiguous()  # looking for other values would wait for the device
     with _current(weights[0].device):
         result: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.forward(
             weights, keys, bits, carrier, projection, link, float(margin), float(scale), total

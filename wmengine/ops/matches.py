@@ -21,6 +21,11 @@ Bytes = NDArray[np.uint8]
 _LARGEST_LABEL = 2**31 - 4
 
 
+def plain(array: NDArray[Any], dtype: Any = None) -> NDArray[Any]:
+    """The array as compiled code reads it: contiguous and aligned, a copy only where it is neither."""
+    return np.require(array, dtype, ["C", "A"])
+
+
 @dataclass(frozen=True, eq=False)
 class PackedBits:
     """Rows of `total` bits, eight a byte: what :func:`wmengine.ops.pack_bits` returns.
@@ -33,8 +38,9 @@ class PackedBits:
     total: int
 
     def __post_init__(self) -> None:
-        if not str(self.data.dtype).endswith("uint8"):
-            raise TypeError(f"data must be uint8, not {self.data.dtype}")
+        if not str(getattr(self.data, "dtype", "")).endswith("uint8"):
+            kind = getattr(self.data, "dtype", type(self.data).__name__)
+            raise TypeError(f"data must be a uint8 array or tensor, not {kind}; pack_bits makes one of bits")
         if isinstance(self.total, bool) or not isinstance(self.total, (int, np.integer)) or self.total < 0:
             raise ValueError(f"total must be an int of at least 0, not {self.total!r}")
         width = (int(self.total) + 7) // 8
@@ -81,7 +87,9 @@ def pack_bits(bits: ArrayLike, name: str = "bits") -> PackedBits:
     array = check_bits(name, np.asarray(bits))
     if array.dtype == np.uint8 and array.size and array.max() > 1:
         raise ValueError(f"{name} must hold 0 and 1 only; packed bytes go in as PackedBits(data, total)")
-    return PackedBits(np.packbits(array, axis=-1, bitorder="little"), int(array.shape[1]))
+    # Packing keeps the order of the array in memory, which may be by columns.
+    packed = np.ascontiguousarray(np.packbits(array, axis=-1, bitorder="little"))
+    return PackedBits(packed, int(array.shape[1]))
 
 
 def label_matches(predicted: ArrayLike, expected: ArrayLike) -> Counts:
@@ -94,7 +102,7 @@ def label_matches(predicted: ArrayLike, expected: ArrayLike) -> Counts:
     narrow = all(labels.dtype.itemsize <= 4 and labels.dtype != np.uint32 for labels in (left, right))
     if np.uint64 in (left.dtype, right.dtype):
         left, right, narrow = *_renamed(left, right), False
-    left, right = (np.ascontiguousarray(labels, dtype=np.int32 if narrow else np.int64) for labels in (left, right))
+    left, right = (plain(labels, np.int32 if narrow else np.int64) for labels in (left, right))
     largest = _largest(left, right, not narrow)
     if largest > _LARGEST_LABEL:
         left, right = _renamed(left, right)
@@ -120,13 +128,18 @@ def _largest(left: NDArray[Any], right: NDArray[Any], wide: bool) -> int:
 
 def _renamed(left: NDArray[Any], right: NDArray[Any]) -> tuple[Indices, Indices]:
     """Labels of 32 bits and more as ranks among those that occur, negative ones as −1."""
-    known = np.unique(right[right >= 0])
-    places = []
-    for labels in (left, right):
-        rank = np.minimum(np.searchsorted(known, labels), max(0, known.size - 1))
-        same = known[rank] == labels if known.size else np.zeros(labels.shape, dtype=bool)
-        places.append(np.where(same & (labels >= 0), rank, -1).astype(np.int64))
-    return places[0], places[1]
+    # Compared as uint64, which holds every label that is not negative: NumPy would compare mixed signs as float64.
+    present = [labels >= 0 for labels in (left, right)]
+    labels = [np.where(here, given, 0).astype(np.uint64) for given, here in zip((left, right), present, strict=True)]
+    known = np.unique(labels[1][present[1]])
+    if not known.size:
+        return np.full(left.shape, -1, dtype=np.int64), np.full(right.shape, -1, dtype=np.int64)
+    ranks = [np.minimum(np.searchsorted(known, each), known.size - 1) for each in labels]
+    left_rank, right_rank = (
+        np.where(here & (known[rank] == each), rank, -1).astype(np.int64)
+        for each, here, rank in zip(labels, present, ranks, strict=True)
+    )
+    return left_rank, right_rank
 
 
 def bit_matches(
@@ -150,7 +163,7 @@ def _as_packed(name: str, bits: Any) -> PackedBits:
     """Contiguous packed rows on the CPU, whose last byte holds nothing beyond `total`."""
     if not isinstance(bits, PackedBits):
         return pack_bits(bits, name)
-    data = np.ascontiguousarray(bits.data)
+    data = np.ascontiguousarray(bits.data)  # bytes are always aligned
     if bits.total % 8 and data.size and (data[:, -1] >> (bits.total % 8)).any():
         raise ValueError(f"{name} holds bits beyond the {bits.total} of a row")
     return PackedBits(data, int(bits.total))

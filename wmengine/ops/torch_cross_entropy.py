@@ -26,7 +26,7 @@ class MarkedCrossEntropy(NamedTuple):
     group_hits: Tensor
 
 
-_STORED = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/cpu/cross_entropy.h
+_STORED = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/cpu/half.h
 
 
 def _rows(logits: Tensor) -> Tensor:
@@ -316,6 +316,31 @@ def _gradient(ctx: Any, outer: Tensor) -> Tensor:
 _gradient_once = once_differentiable(_gradient)
 
 
+def check_length(name: str, value: Tensor | None, length: int, device: torch.device) -> None:
+    """ValueError unless `value` is None or has the shape [length] and lies on `device`."""
+    if value is not None and (value.shape != (length,) or value.device != device):
+        raise ValueError(f"{name} must have shape ({length},) on {device}, not {tuple(value.shape)} on {value.device}")
+
+
+def check_rows(
+    rows: int,
+    device: torch.device,
+    labels: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    groups: int,
+    label_smoothing: float,
+) -> None:
+    """TypeError or ValueError, naming the argument, unless they are what a cross entropy of so many rows takes."""
+    check_count("groups", groups)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
+    for name, value in (("labels", labels), ("weight", weight), ("group", group)):
+        check_length(name, value, rows, device)
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integer classes, not {labels.dtype}: soft labels cannot carry triggers")
+
+
 def _check(
     logits: Tensor,
     labels: Tensor,
@@ -325,19 +350,9 @@ def _check(
     label_smoothing: float,
 ) -> None:
     check_tensor("logits", logits, 2)
-    check_count("groups", groups)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
-    rows, classes = logits.shape
-    if classes < 1:
+    if logits.shape[1] < 1:
         raise ValueError("logits must have at least one class")
-    for name, value in (("labels", labels), ("weight", weight), ("group", group)):
-        if value is not None and (value.shape != (rows,) or value.device != logits.device):
-            raise ValueError(
-                f"{name} must have shape ({rows},) on {logits.device}, not {tuple(value.shape)} on {value.device}"
-            )
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integer classes, not {labels.dtype}: soft labels cannot carry triggers")
+    check_rows(logits.shape[0], logits.device, labels, weight, group, groups, label_smoothing)
 
 
 def cross_entropy_in_place(

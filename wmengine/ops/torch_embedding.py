@@ -52,6 +52,8 @@ def _embedding_loss_cpu(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights = [w.contiguous() for w in weights]
+    if bits.dtype not in (torch.bool, torch.uint8) and bool(((bits != 0) & (bits != 1)).any()):
+        raise ValueError("bits must hold 0 and 1 only")
     bits = bits.to(torch.uint8).contiguous()
     total = bits.numel()
     norms = torch.empty(_norm_count(weights, carrier), dtype=torch.float32)

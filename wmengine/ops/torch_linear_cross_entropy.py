@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from wmengine.ops import torch_reference
 from wmengine.ops.cpu import check_choice, check_count
-from wmengine.ops.torch_cross_entropy import MarkedCrossEntropy, cross_entropy_in_place
+from wmengine.ops.torch_cross_entropy import MarkedCrossEntropy, check_length, check_rows, cross_entropy_in_place
 from wmengine.ops.torch_library import Tensor, check_tensor, cuda, define
 
 _LEAST_ROWS = 64
@@ -295,12 +295,9 @@ def marked_linear_cross_entropy(
     """
     check_tensor("hidden", hidden, 2)
     check_tensor("head", head, 2)
-    check_count("groups", groups)
     check_choice("reduction", reduction, ("mean", "sum"))
     if chunk is not None:
         check_count("chunk", chunk)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
     (rows, features), classes = hidden.shape, head.shape[0]
     if classes < 1 or head.shape[1] != features or head.device != hidden.device:
         raise ValueError(
@@ -309,18 +306,8 @@ def marked_linear_cross_entropy(
         )
     if bias is not None:
         check_tensor("bias", bias, 1)
-    for name, value, length in (
-        ("labels", labels, rows),
-        ("weight", weight, rows),
-        ("group", group, rows),
-        ("bias", bias, classes),
-    ):
-        if value is not None and (value.shape != (length,) or value.device != hidden.device):
-            raise ValueError(
-                f"{name} must have shape ({length},) on {hidden.device}, not {tuple(value.shape)} on {value.device}"
-            )
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integer classes, not {labels.dtype}: soft labels cannot carry triggers")
+        check_length("bias", bias, classes, hidden.device)
+    check_rows(rows, hidden.device, labels, weight, group, groups, label_smoothing)
     labels = labels.long()
     group = None if group is None else group.long()
     dtype = torch.promote_types(hidden.dtype, head.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 from wmengine import __version__
@@ -36,6 +37,7 @@ def scan(
     limits: Limits | None = None,
     passphrase: str | None = None,
     progress: Progress | None = None,
+    ray: str | None = None,
     provider: str = "cpu",
 ) -> Any:
     """Judge every suspect with every watermark → pyarrow.Table, a row for each pair.
@@ -46,10 +48,13 @@ def scan(
     "owned" where its p-value times the number of all pairs is at most alpha; that number is fixed before the first
     query. queries: "sequential" stops asking a suspect when the answer is clear, "all" asks every trigger. adapters:
     "likely" puts triggers on another scale than the recorded one only to graphs that begin by rescaling their input,
-    "all" to every suspect, as `verify` does. isolation, limits and provider: see OnnxSuspect.
+    "all" to every suspect, as `verify` does. isolation, limits and provider: see OnnxSuspect. ray: the address of a Ray
+    cluster to judge on ("auto" on one of its nodes), or "local" for one started here; jobs are then those of each node,
+    and models run on their CPUs.
 
     A suspect that cannot be judged has the decision "error", and the scan goes on. Files with equal bytes are judged
-    once. Raises FileNotFoundError, WatermarkError or ValueError for what is wrong with the arguments.
+    once. Raises FileNotFoundError, WatermarkError or ValueError for what is wrong with the arguments, ScanError where
+    the Ray cluster cannot go on.
     """
     if queries not in MODES:
         raise ValueError(f"queries must be one of {', '.join(MODES)}, and it is {queries!r}")
@@ -57,11 +62,12 @@ def scan(
         raise ValueError(f"adapters must be likely or all, and it is {adapters!r}")
     if isolation not in ISOLATION:
         raise ValueError(f"isolation must be one of {', '.join(ISOLATION)}, and it is {isolation!r}")
+    if ray is not None and provider != "cpu":
+        raise ValueError(f"provider={provider!r} is for this machine's own GPU: leave ray= out, or the provider")
     check_provider(provider)
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"alpha must be between 0 and 1, and it is {alpha}")
-    jobs = jobs if jobs is not None else len(os.sched_getaffinity(0))
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, and it is {jobs}")
     marks = load_watermarks(_several(watermarks), passphrase)
     plan = Plan(
@@ -79,7 +85,15 @@ def scan(
         finished = journal.finished()
         left = [place for place in range(len(plan.suspects)) if place not in finished]
         hashes = Hashes(journal.hashes())
-        _run(journal, plan, judge_locally(plan, marks, left, hashes, jobs, limits or Limits()), progress)
+        if ray is None:
+            jobs = jobs or len(os.sched_getaffinity(0))
+            judged = judge_locally(plan, marks, left, hashes, jobs, limits or Limits())
+        else:
+            from wmengine.scan.ray_pool import judge_on_ray
+
+            judged = judge_on_ray(plan, marks, left, hashes, jobs, limits or Limits(), ray)
+        with closing(judged):
+            _run(journal, plan, judged, progress)
         table = table_of(journal, plan)
         if out is not None:
             write_parquet(journal, plan, out)

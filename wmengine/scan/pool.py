@@ -11,7 +11,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,10 +111,20 @@ class Hashes:
         with self._lock:
             return self._places.setdefault(sha256, place)
 
+    def forget(self, sha256: str) -> None:
+        """Whoever claims this hash next is the first."""
+        with self._lock:
+            self._places.pop(sha256, None)
+
+    def known(self) -> dict[str, int]:
+        """Every hash with its place."""
+        with self._lock:
+            return dict(self._places)
+
 
 def judge_locally(
     plan: Plan, marks: Sequence[Watermark], places: Sequence[int], hashes: Hashes, jobs: int, limits: Limits
-) -> Iterator[Judged]:
+) -> Generator[Judged, None, None]:
     """Every suspect of `places`, in the order in which they are done. Closing the iterator stops the workers."""
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for place in places:
