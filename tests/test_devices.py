@@ -243,6 +243,13 @@ def test_a_session_that_turned_to_the_cpu_is_refused(tmp_path):
     assert engine._session is None
 
 
+def test_what_a_session_is_asked_for():
+    assert devices.session_providers("cpu", 1 << 30) == ["CPUExecutionProvider"]
+    ((name, options),) = devices.session_providers("cuda", 1 << 30)
+    assert (name, options["use_tf32"], options["gpu_mem_limit"]) == ("CUDAExecutionProvider", "0", str(1 << 30))
+    assert "gpu_mem_limit" not in devices.session_providers("cuda", None)[0][1]
+
+
 # --- what is said of the sandbox --------------------------------------------------------------------------------------
 
 

@@ -45,6 +45,21 @@ def check_provider(provider: str) -> None:
         raise ValueError(f"provider={provider!r} needs an NVIDIA GPU and its driver, and none is found")
 
 
+def session_providers(provider: str, memory_bytes: int | None) -> list[Any]:
+    """What to ask ONNX Runtime for. memory_bytes: of the GPU's own, that a model may take.
+
+    On a GPU without TF32, which keeps 10 bits of a product's factors: answers are to differ from the CPU's by rounding
+    only; and with the convolutions that cuDNN guesses to be quick, as a trial of all takes longer than our few batches.
+    """
+    name = PROVIDERS[provider]
+    if provider == "cpu":
+        return [name]
+    options = {"device_id": str(DEVICE), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+    if memory_bytes is not None:
+        options |= {"gpu_mem_limit": str(memory_bytes), "arena_extend_strategy": "kSameAsRequested"}
+    return [(name, options)]
+
+
 def compiled() -> ModuleType | None:
     """wmengine._cuda, or None where it was not built or does not load."""
     try:

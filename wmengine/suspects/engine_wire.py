@@ -66,7 +66,7 @@ def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechan
         engine.load(question["name"], contents[0], dict(zip(question["locations"], contents[1:], strict=True)))
         return {}, ()
     if asked == OPEN:
-        engine.provider = question["provider"]
+        engine.provider, engine.device_bytes = question["provider"], question["device_bytes"]
         inputs = [[each.name, each.type, each.shape, each.rescaled] for each in engine.open()]
         return {"inputs": inputs}, ()
     if asked == RUN:
@@ -113,7 +113,9 @@ class RemoteEngine:
         self._ask(LOAD, _read_nothing, {"name": name, "locations": list(external)}, contents)
 
     def open(self) -> list[Input]:
-        return self._ask(OPEN, _read_inputs, {"provider": self.provider})
+        return self._ask(
+            OPEN, _read_inputs, {"provider": self.provider, "device_bytes": self.worker.limits.memory_bytes}
+        )
 
     def run(self, name: str, rows: NDArray[Any]) -> Outputs:
         return self._ask(RUN, _read_outputs, {"name": self._name, "input": name}, [rows])

@@ -20,7 +20,7 @@ from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError
 from wmengine.suspects.answers import Outputs
 from wmengine.suspects.base import one_line
-from wmengine.suspects.devices import PROVIDERS, can_stay, compiled, run_bound
+from wmengine.suspects.devices import PROVIDERS, can_stay, compiled, run_bound, session_providers
 from wmengine.suspects.graph_limits import check_graph
 
 # A directory that cannot exist, on any machine: whatever ONNX Runtime still looks for on disk, it does not find.
@@ -54,6 +54,7 @@ class OnnxEngine:
         """provider: see `devices.PROVIDERS`; bound: whether outputs stay on their device, by default on a GPU."""
         self.threads = threads
         self.provider = provider
+        self.device_bytes: int | None = None  # of a GPU's memory that a model may take; None for all
         self._bound = bound
         self._name = ""
         self._data = b""
@@ -78,7 +79,7 @@ class OnnxEngine:
     def open(self) -> list[Input]:
         """Create the session; the inputs that it needs."""
         ort = require("onnxruntime", extra="cpu")
-        wanted = PROVIDERS[self.provider]
+        wanted, providers = PROVIDERS[self.provider], session_providers(self.provider, self.device_bytes)
         if self.provider == "cuda":
             ort.preload_dlls()  # CUDA and cuDNN as pip installs them; they are looked up when the session is made
         options = ort.SessionOptions()
@@ -95,7 +96,7 @@ class OnnxEngine:
             sizes = [len(content) for content in contents]
             options.add_external_initializers_from_files_in_memory(list(locations), list(contents), sizes)
         try:
-            self._session = ort.InferenceSession(self._data, options, providers=[wanted], enable_fallback=0)
+            self._session = ort.InferenceSession(self._data, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions share no base of their own
             raise SuspectError(
                 f"{self._name} is not a model that ONNX Runtime can load ({one_line(error)}); export it to ONNX again"
