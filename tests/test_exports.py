@@ -24,7 +24,7 @@ RANGE = [[-1.0, 1.0], [-2.1, 2.6], [-1.8, 2.4]]
 MARK = Watermark.create(KEY, "adi", black_box_parameters(scheme("adi", count=COUNT), SHAPE, CLASSES, RANGE, "digits"))
 TRIGGERS, LABELS = MARK.arrays["triggers"], MARK.arrays["labels"]
 INPUTS = to_input(TRIGGERS, RANGE)
-FLOAT, FLOAT16, UINT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -172,7 +172,8 @@ def test_a_keras_model_with_its_channels_last(plain, tmp_path):
     assert "triggers were put channels last" in notes
 
 
-def test_bytes_with_the_scaling_inside(plain, tmp_path):
+@pytest.mark.parametrize("kind", ["UINT8", "INT32", "INT64"])
+def test_bytes_with_the_scaling_inside(plain, tmp_path, kind):
     def change(model, _):
         graph, old = model.graph, model.graph.input[0].name
         low = np.array(RANGE, np.float32)[:, :1, None]
@@ -187,11 +188,12 @@ def test_bytes_with_the_scaling_inside(plain, tmp_path):
             helper.make_node("Cast", ["image"], ["cast"], to=FLOAT),
         ):
             graph.node.insert(0, node)
-        graph.input[0].CopyFrom(helper.make_tensor_value_info("image", UINT8, ["N", *SHAPE]))
+        graph.input[0].CopyFrom(helper.make_tensor_value_info("image", getattr(TensorProto, kind), ["N", *SHAPE]))
         return model
 
     verdict = judge(change, plain, tmp_path)
-    assert "triggers were put as bytes" in verdict.notes
+    put = "triggers were put as bytes" if kind == "UINT8" else f"triggers were put as bytes, cast to {kind.lower()}"
+    assert put in verdict.notes
 
 
 # --- precision --------------------------------------------------------------------------------------------------------
@@ -257,7 +259,6 @@ def ending(nodes, outputs, kinds=(), constants=()):
     return change
 
 
-INT64 = TensorProto.INT64
 TOP = [helper.make_node("TopK", ["{y}", "k"], ["values", "indices"])]
 UNSORTED = [
     *(

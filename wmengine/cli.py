@@ -47,6 +47,7 @@ IsolationOption = Annotated[
         help='"persistent" sandboxed processes, one "per-model" (for evidence), or "none" (for your own files).',
     ),
 ]
+DeviceOption = Annotated[str, typer.Option(metavar="WHERE", help='Where models run: "cpu" or "cuda".')]
 SecondsOption = Annotated[float, typer.Option(metavar="S", help="Wall-clock seconds that one suspect may take.")]
 MemoryOption = Annotated[float, typer.Option(metavar="GIB", help="Memory that one suspect may use.")]
 
@@ -201,6 +202,7 @@ def verify(
         ),
     ] = None,
     isolation: IsolationOption = "persistent",
+    device: DeviceOption = "cpu",
     seconds: SecondsOption = 120.0,
     memory: MemoryOption = 4.0,
     passphrase_file: PassphraseOption = None,
@@ -227,6 +229,7 @@ def verify(
         limits=_limits(seconds, memory),
         classes=classes,
         clean=None if clean is None else _load_clean(clean),
+        provider=device,
     )
     if as_json:
         print(verdict.to_json())
@@ -262,6 +265,7 @@ def scan(
         bool, typer.Option("--all-adapters", help="Put triggers on every known scale, even where nothing suggests it.")
     ] = False,
     isolation: IsolationOption = "persistent",
+    device: DeviceOption = "cpu",
     seconds: SecondsOption = 120.0,
     memory: MemoryOption = 4.0,
     ray: Annotated[
@@ -289,6 +293,7 @@ def scan(
             queries="all" if all_queries else "sequential",
             adapters="all" if all_adapters else "likely",
             isolation=isolation,
+            provider=device,
             limits=_limits(seconds, memory),
             passphrase=_read_passphrase(passphrase_file) if passphrase_file else None,
             progress=report.add,

@@ -15,7 +15,7 @@ from wmengine import __version__
 from wmengine.sandbox import supported
 
 LIBRARIES = (
-    *("numpy", "safetensors", "cryptography", "onnx", "onnx-ir"),
+    *("numpy", "scipy", "safetensors", "cryptography", "onnx", "onnx-ir"),
     *("onnxruntime", "onnxruntime-gpu", "torch", "triton", "ray"),
 )
 # What each extra must bring before its part of the engine works.

@@ -75,6 +75,7 @@ def verify(
     limits: Limits | None = None,
     classes: str = "same",
     clean: tuple[Any, Any] | None = None,
+    provider: str = "cpu",
 ) -> Verdict:
     """Judge whether a suspect depends on material made with a watermark's key.
 
@@ -88,7 +89,8 @@ def verify(
     classes: "same" order as the mark's, or "any", for a black-box mark and a suspect that may have renumbered them: the
     order is estimated on clean=(inputs, labels), task data without triggers (inputs uint8 or floats of the mark's
     range), for free; or without them, where all triggers are asked, every order is tried and the p-value is multiplied
-    by their number, C! at most.
+    by their number, C! at most. provider: where
+    a file runs, "cpu" or "cuda"; a GPU leaves little of the sandbox, and the notes say so.
 
         verdict = verify("suspect.onnx", "acme-adi.wm", key="acme.key")
 
@@ -124,7 +126,7 @@ def verify(
     opened: Suspect | None = None
     score = Score(0, watermark.total, 0, 0.0)
     try:
-        opened = open_suspect(suspect, isolation, limits)
+        opened = open_suspect(suspect, isolation, limits, provider)
         (score,) = score_suspect(
             opened, [watermark], queries, -math.log10(alpha), ask_again=True, any_order=classes == "any", clean=known
         )

@@ -64,15 +64,18 @@ class Supervisor:
         with self._lock:
             self._close()
 
-    def worker(self, limits: Limits) -> Worker:
-        """A fresh worker, forked and locked down. Raises WorkerFailure where there can be none."""
+    def worker(self, limits: Limits, confined: bool = True) -> Worker:
+        """A fresh worker, forked and locked down. Raises WorkerFailure where there can be none.
+
+        Not confined, for what must reach a GPU's driver: it keeps its files and its memory, and has a deadline only.
+        """
         try:
             ours, theirs = socket.socketpair()
         except OSError as error:
             raise WorkerFailure(f"there is no socket for a worker: {error}") from None
         try:
             with theirs:
-                answer, generation = self._order({"fork": limits.memory_bytes}, theirs)
+                answer, generation = self._order({"fork": limits.memory_bytes if confined else None}, theirs)
         except BaseException:
             ours.close()
             raise
@@ -121,7 +124,9 @@ class Supervisor:
             return self._control
         ours, theirs = socket.socketpair()
         environment = {
-            name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG", "TZ") if name in os.environ
+            name: os.environ[name]
+            for name in ("PATH", "LD_LIBRARY_PATH", "LANG", "TZ", "CUDA_VISIBLE_DEVICES")
+            if name in os.environ
         }
         environment |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "ORT_DISABLE_TELEMETRY"), "1")
         # Never from the working directory: it may be the folder of a stranger's files, with an `onnx.py` among them.

@@ -1,9 +1,10 @@
 """The template process, `python -m wmengine.sandbox.template FD MODULE`: imports once, then forks workers.
 
 It takes orders on the inherited socket FD, one JSON line each, and answers one line each: {"fork": memory_bytes} comes
-with a socket for the new worker and is answered by its process number; {"end": process} kills a worker, if it still
-lives, and is answered by how it ended; an order that cannot be followed is answered by {"error": reason}. It never sees
-a model's bytes. When its socket closes, it ends, and the kernel kills its workers.
+with a socket for the new worker, which is not locked down for null, and is answered by its process number; {"end":
+process} kills a worker, if it still lives, and is answered by how it ended; an order that cannot be followed is
+answered by {"error": reason}. It never sees a model's bytes. When its socket closes, it ends, and the kernel kills its
+workers.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main() -> None:
             if "fork" in order:
                 process = os.fork()
                 if process == 0:
-                    _become_worker(service, control, descriptors[0], int(order["fork"]))
+                    _become_worker(service, control, descriptors[0], order["fork"])
                 ended.pop(process, None)  # a number used before
                 answer = {"process": process}
             else:
@@ -78,7 +79,7 @@ def _account(status: int, usage: resource.struct_rusage) -> dict[str, Any]:
     return {"status": status, "peak_kb": usage.ru_maxrss, "seconds": usage.ru_utime + usage.ru_stime}
 
 
-def _become_worker(service: Any, control: socket.socket, descriptor: int, memory_bytes: int) -> NoReturn:
+def _become_worker(service: Any, control: socket.socket, descriptor: int, memory_bytes: int | None) -> NoReturn:
     """Keep one socket and nothing else, lock down, and serve until the socket closes. Never returns."""
     try:
         lockdown.die_with_parent()
@@ -90,7 +91,7 @@ def _become_worker(service: Any, control: socket.socket, descriptor: int, memory
         os.closerange(4, 1 << 16)
         connection = socket.socket(fileno=3)
         lockdown.die_first()
-        in_force = lockdown.apply(memory_bytes)
+        in_force = () if memory_bytes is None else lockdown.apply(memory_bytes)
         service.serve(connection, in_force)
         os._exit(0)
     finally:

@@ -13,6 +13,7 @@ from wmengine.scan.journal import Journal, Plan
 from wmengine.scan.listing import list_suspects, load_watermarks
 from wmengine.scan.pool import Hashes, Judged, judge_locally
 from wmengine.scan.results import shown, table_of, write_parquet
+from wmengine.suspects.devices import check_provider
 from wmengine.suspects.onnx_file import ISOLATION
 from wmengine.trial import MODES
 
@@ -37,6 +38,7 @@ def scan(
     passphrase: str | None = None,
     progress: Progress | None = None,
     ray: str | None = None,
+    provider: str = "cpu",
 ) -> Any:
     """Judge every suspect with every watermark → pyarrow.Table, a row for each pair.
 
@@ -46,8 +48,9 @@ def scan(
     "owned" where its p-value times the number of all pairs is at most alpha; that number is fixed before the first
     query. queries: "sequential" stops asking a suspect when the answer is clear, "all" asks every trigger. adapters:
     "likely" puts triggers on another scale than the recorded one only to graphs that begin by rescaling their input,
-    "all" to every suspect, as `verify` does. isolation and limits: see OnnxSuspect. ray: the address of a Ray cluster
-    to judge on ("auto" on one of its nodes), or "local" for one started here; jobs are then those of each node.
+    "all" to every suspect, as `verify` does. isolation, limits and provider: see OnnxSuspect. ray: the address of a Ray
+    cluster to judge on ("auto" on one of its nodes), or "local" for one started here; jobs are then those of each node,
+    and models run on their CPUs.
 
     A suspect that cannot be judged has the decision "error", and the scan goes on. Files with equal bytes are judged
     once. Raises FileNotFoundError, WatermarkError or ValueError for what is wrong with the arguments, ScanError where
@@ -59,6 +62,9 @@ def scan(
         raise ValueError(f"adapters must be likely or all, and it is {adapters!r}")
     if isolation not in ISOLATION:
         raise ValueError(f"isolation must be one of {', '.join(ISOLATION)}, and it is {isolation!r}")
+    if ray is not None and provider != "cpu":
+        raise ValueError(f"provider={provider!r} is for this machine's own GPU: leave ray= out, or the provider")
+    check_provider(provider)
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"alpha must be between 0 and 1, and it is {alpha}")
     if jobs is not None and jobs < 1:
@@ -72,6 +78,7 @@ def scan(
         adapters=adapters,
         isolation=isolation,
         engine=__version__,
+        provider=provider,
     )
     journal = Journal(":memory:" if out is None else f"{os.fspath(out)}.journal", plan)
     try:

@@ -25,6 +25,7 @@ class Plan:
     adapters: str
     isolation: str
     engine: str
+    provider: str = "cpu"
 
     @property
     def tests(self) -> int:

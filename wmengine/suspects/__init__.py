@@ -13,10 +13,12 @@ from wmengine.suspects.onnx_file import OnnxSuspect
 __all__ = ["OnnxSuspect", "Suspect", "open_suspect"]
 
 
-def open_suspect(suspect: Any, isolation: str = "persistent", limits: Limits | None = None) -> Suspect:
+def open_suspect(
+    suspect: Any, isolation: str = "persistent", limits: Limits | None = None, provider: str = "cpu"
+) -> Suspect:
     """A suspect from a path, a URL, a torch module, a function, or a suspect that is open already.
 
-    isolation and limits are for files: see OnnxSuspect. A URL is asked as `endpoint` does without options.
+    isolation, limits and provider are for files: see OnnxSuspect. A URL is asked as `endpoint` does without options.
 
     Raises FileNotFoundError for a path that does not exist, ValueError for a URL that is no endpoint's, TypeError for
     what is none of these, and SuspectError for a file that cannot be judged.
@@ -26,7 +28,7 @@ def open_suspect(suspect: Any, isolation: str = "persistent", limits: Limits | N
 
         return endpoint(suspect)
     if isinstance(suspect, str | os.PathLike):
-        return OnnxSuspect(suspect, isolation=isolation, limits=limits)
+        return OnnxSuspect(suspect, isolation=isolation, limits=limits, provider=provider)
     if isinstance(suspect, Suspect):
         return suspect
     torch = sys.modules.get("torch")  # whoever holds a module has imported torch: no need to import it here

@@ -90,9 +90,13 @@ def answer_shape(array: Array | None, rows: int) -> tuple[int, ...] | None:
 
     Axes of length 1 are dropped while there are more than two: [N, C, 1, 1] is [N, C].
     """
-    if array is None or array.ndim == 0 or array.shape[0] != rows or array.dtype.kind not in "fiu":
+    return None if array is None or array.dtype.kind not in "fiu" else shape_of_answers(array.shape, rows)
+
+
+def shape_of_answers(shape: tuple[int, ...], rows: int) -> tuple[int, ...] | None:
+    """As answer_shape, of a shape alone."""
+    if not shape or shape[0] != rows:
         return None
-    shape = array.shape
     if len(shape) > 2:
         shape = (rows, *([size for size in shape[1:] if size != 1] or [1]))
     return shape if len(shape) <= 2 else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import secrets
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError, printable
-from wmengine.sandbox import wire
+from wmengine.sandbox import MECHANISMS, wire
 from wmengine.sandbox.supervisor import TemplateGone, Worker, WorkerFailure
-from wmengine.suspects.answers import Outputs
+from wmengine.suspects.answers import Outputs, Predicted
 from wmengine.suspects.base import one_line
 from wmengine.suspects.onnx_engine import Input, OnnxEngine, preload
 
@@ -66,11 +66,15 @@ def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechan
         engine.load(question["name"], contents[0], dict(zip(question["locations"], contents[1:], strict=True)))
         return {}, ()
     if asked == OPEN:
+        engine.provider, engine.device_bytes = question["provider"], question["device_bytes"]
         inputs = [[each.name, each.type, each.shape, each.rescaled] for each in engine.open()]
         return {"inputs": inputs}, ()
     if asked == RUN:
         outputs = engine.run(question["input"], arrays[0])
-        return {"outputs": [name for name, _ in outputs]}, [array for _, array in outputs]
+        header: dict[str, Any] = {"outputs": [name for name, _ in outputs]}
+        if any(isinstance(value, Predicted) for _, value in outputs):
+            header["classes"] = [value.classes if isinstance(value, Predicted) else None for _, value in outputs]
+        return header, [value.labels if isinstance(value, Predicted) else value for _, value in outputs]
     if asked == READ:
         tensors, notes = engine.tensors()
         sources = [each.source[:MAXIMUM_NAME] for each in tensors]
@@ -88,8 +92,10 @@ class RemoteEngine:
     An answer that is not what was asked for costs the worker: whatever wrote it is no engine of ours any more.
     """
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, provider: str = "cpu") -> None:
         self.worker = worker
+        self.provider = provider
+        self.conditions = tuple(_conditions(worker, provider))
         self._name = ""
         self._failure: str | None = None
         self._spent = False
@@ -107,7 +113,9 @@ class RemoteEngine:
         self._ask(LOAD, _read_nothing, {"name": name, "locations": list(external)}, contents)
 
     def open(self) -> list[Input]:
-        return self._ask(OPEN, _read_inputs)
+        return self._ask(
+            OPEN, _read_inputs, {"provider": self.provider, "device_bytes": self.worker.limits.memory_bytes}
+        )
 
     def run(self, name: str, rows: NDArray[Any]) -> Outputs:
         return self._ask(RUN, _read_outputs, {"name": self._name, "input": name}, [rows])
@@ -162,6 +170,18 @@ class RemoteEngine:
             raise SuspectError(self._failure) from None
 
 
+def _conditions(worker: Worker, provider: str) -> Iterator[str]:
+    """What a verdict must say of the sandbox where it is less than it could be."""
+    missing = [name for name in MECHANISMS if name not in worker.mechanisms]
+    if provider != "cpu":
+        yield (
+            "the model ran on the GPU, where its sandbox is a process of its own with a time limit: "
+            f"{' and '.join(missing)} were left out, as CUDA does not work under them"
+        )
+    elif missing:
+        yield f"this kernel has no {' and no '.join(missing)}: the sandbox was without"
+
+
 def _read_nothing(header: dict[str, Any], arrays: Arrays) -> None:
     """The answer to what only has to be done."""
 
@@ -183,7 +203,17 @@ def _read_inputs(header: dict[str, Any], arrays: Arrays) -> list[Input]:
 
 
 def _read_outputs(header: dict[str, Any], arrays: Arrays) -> Outputs:
-    return [(str(output), array) for output, array in zip(header["outputs"], arrays, strict=True)]
+    stayed = header.get("classes", [None] * len(arrays))
+    return [
+        (str(output), array if classes is None else _read_predicted(array, classes))
+        for output, classes, array in zip(header["outputs"], stayed, arrays, strict=True)
+    ]
+
+
+def _read_predicted(labels: NDArray[Any], classes: Any) -> Predicted:
+    if labels.dtype != np.int32 or labels.ndim != 1 or type(classes) is not int or classes < 1:
+        raise ValueError("not what an engine says of scores that stayed on their device")
+    return Predicted(labels, classes)
 
 
 def _read_tensors(header: dict[str, Any], arrays: Arrays) -> tuple[list[Tensor], list[str]]:

@@ -20,6 +20,7 @@ from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError
 from wmengine.suspects.answers import Outputs
 from wmengine.suspects.base import one_line
+from wmengine.suspects.devices import PROVIDERS, can_stay, compiled, run_bound, session_providers
 from wmengine.suspects.graph_limits import check_graph
 
 # A directory that cannot exist, on any machine: whatever ONNX Runtime still looks for on disk, it does not find.
@@ -47,8 +48,14 @@ class OnnxEngine:
 
     abandoned = False  # as RemoteEngine's: nobody else can end this process's engine
 
-    def __init__(self, threads: int = 1) -> None:
+    conditions: tuple[str, ...] = ()
+
+    def __init__(self, threads: int = 1, provider: str = "cpu", bound: bool | None = None) -> None:
+        """provider: see `devices.PROVIDERS`; bound: whether outputs stay on their device, by default on a GPU."""
         self.threads = threads
+        self.provider = provider
+        self.device_bytes: int | None = None  # of a GPU's memory that a model may take; None for all
+        self._bound = bound
         self._name = ""
         self._data = b""
         self._external: Mapping[str, bytes] = {}
@@ -72,6 +79,9 @@ class OnnxEngine:
     def open(self) -> list[Input]:
         """Create the session; the inputs that it needs."""
         ort = require("onnxruntime", extra="cpu")
+        wanted, providers = PROVIDERS[self.provider], session_providers(self.provider, self.device_bytes)
+        if self.provider == "cuda":
+            ort.preload_dlls()  # CUDA and cuDNN as pip installs them; they are looked up when the session is made
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
@@ -86,13 +96,14 @@ class OnnxEngine:
             sizes = [len(content) for content in contents]
             options.add_external_initializers_from_files_in_memory(list(locations), list(contents), sizes)
         try:
-            self._session = ort.InferenceSession(
-                self._data, options, providers=["CPUExecutionProvider"], enable_fallback=0
-            )
+            self._session = ort.InferenceSession(self._data, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions share no base of their own
             raise SuspectError(
                 f"{self._name} is not a model that ONNX Runtime can load ({one_line(error)}); export it to ONNX again"
             ) from None
+        if wanted not in self._session.get_providers():  # it turns to the CPU and says so to nobody
+            self._session = None
+            raise SuspectError(f"{self._name} cannot run on the GPU: ONNX Runtime could not start {wanted}")
         needed = [each for each in self._session.get_inputs() if not each.type.startswith("optional(")]
         self._left_out = {each.name: None for each in self._session.get_inputs() if each not in needed}
         return [
@@ -101,7 +112,10 @@ class OnnxEngine:
 
     def run(self, name: str, rows: NDArray[Any]) -> Outputs:
         """The outputs for a batch of the input called `name`, as arrays; what holds no numbers is left out."""
+        bound = self.provider == "cuda" if self._bound is None else self._bound
         try:
+            if bound and can_stay(self._session):
+                return run_bound(self._session, {name: rows}, self.provider, self._module())
             values = self._session.run(None, {name: rows} | self._left_out)
         except Exception as error:  # as above
             raise SuspectError(f"{self._name} fails when it runs ({one_line(error)})") from None
@@ -111,6 +125,9 @@ class OnnxEngine:
             if array is not None:
                 found.append((output.name, array))
         return found
+
+    def _module(self) -> Any:
+        return compiled() if self.provider == "cuda" else None
 
     def begin(self) -> bool:
         """Always ready for the next model."""

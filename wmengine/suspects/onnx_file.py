@@ -15,7 +15,8 @@ from wmengine.errors import SuspectError
 from wmengine.sandbox import Limits, Supervisor, TemplateGone, Worker, WorkerFailure
 from wmengine.suspects.adapters import FLOATS, Adapter, Range, adapters
 from wmengine.suspects.answers import Outputs
-from wmengine.suspects.base import ask_in_chunks, check_input_shape
+from wmengine.suspects.base import CHUNK, DEVICE_CHUNK, ask_in_chunks, check_input_shape
+from wmengine.suspects.devices import check_provider
 from wmengine.suspects.engine_wire import RemoteEngine
 from wmengine.suspects.model_file import MAXIMUM_BYTES, LocalSource, ModelFile, Source, read_model
 from wmengine.suspects.onnx_engine import Input, OnnxEngine
@@ -29,6 +30,8 @@ class Engine(Protocol):
     """What OnnxEngine does here and RemoteEngine does in a sandbox."""
 
     abandoned: bool
+    provider: str
+    conditions: tuple[str, ...]  # what a verdict must say of where the model ran
 
     def locations(self, name: str, data: bytes) -> list[str]: ...
 
@@ -46,11 +49,13 @@ class Engine(Protocol):
 
 
 class OnnxSuspect:
-    """An ONNX file: answers through ONNX Runtime on the CPU, shows its weights without it.
+    """An ONNX file: answers through ONNX Runtime, shows its weights without it.
 
     isolation: "persistent" (a sandboxed worker that serves one suspect after the other), "per-model" (a fresh worker,
-    so that no earlier suspect can have touched it: for evidence), "none" (this process: for your own files). Raises
-    FileNotFoundError for a path that does not exist, SuspectError for what is not an ONNX file or over a limit.
+    so that no earlier suspect can have touched it: for evidence), "none" (this process: for your own files). provider:
+    "cpu", or "cuda" for the first GPU, whose driver needs most of what a sandbox takes away: the notes say so. Raises
+    FileNotFoundError for a path that does not exist, ValueError for a provider that is not there, SuspectError for what
+    is not an ONNX file or over a limit.
     """
 
     def __init__(
@@ -61,10 +66,11 @@ class OnnxSuspect:
         limits: Limits | None = None,
         maximum_bytes: int = MAXIMUM_BYTES,
         engine: Engine | None = None,
+        provider: str = "cpu",
     ) -> None:
         if isinstance(source, str | os.PathLike):
             source = LocalSource(source)
-        self._engine = engine or open_engine(isolation, limits or Limits())
+        self._engine = engine or open_engine(isolation, limits or Limits(), provider)
         try:
             if not isinstance(source, ModelFile):
                 source = read_model(source, self._engine.locations, maximum_bytes)
@@ -88,7 +94,7 @@ class OnnxSuspect:
         return adapters(self.name, declared.type, declared.shape, trigger_shape, value_range, scalings)
 
     def query(self, inputs: NDArray[Any], num_classes: int | None = None) -> NDArray[Any]:
-        self.notes = []
+        self.notes = list(self._engine.conditions)
         declared = self._input()
         if inputs.dtype.kind == "f" and declared.type in FLOATS and inputs.dtype != FLOATS[declared.type]:
             inputs = inputs.astype(FLOATS[declared.type])
@@ -102,12 +108,19 @@ class OnnxSuspect:
         if batch is not None:
             self.notes.append(f"the suspect has a fixed batch of {batch}")
         return ask_in_chunks(
-            lambda rows: self._engine.run(declared.name, rows), inputs, num_classes, self.name, self.notes, batch
+            lambda rows: self._engine.run(declared.name, rows),
+            inputs,
+            num_classes,
+            self.name,
+            self.notes,
+            batch,
+            CHUNK if self._engine.provider == "cpu" else DEVICE_CHUNK,
         )
 
     def tensors(self, input_shape: Sequence[int] | None = None) -> list[Tensor]:
         """The weights in the graph's own order; input_shape is not needed."""
-        found, self.notes = self._engine.tensors()
+        found, notes = self._engine.tensors()
+        self.notes = [*self._engine.conditions, *notes]
         return found
 
     def close(self) -> None:
@@ -136,19 +149,24 @@ def shared_supervisor() -> Supervisor:
         return _supervisor
 
 
-def open_engine(isolation: str, limits: Limits) -> Engine:
-    """An engine in this process, or one in a fresh sandboxed worker. Raises ValueError for an isolation unknown."""
+def open_engine(isolation: str, limits: Limits, provider: str = "cpu") -> Engine:
+    """An engine in this process, or one in a fresh sandboxed worker.
+
+    Raises ValueError for an isolation unknown, or a provider that is not there.
+    """
     if isolation not in ISOLATION:
         raise ValueError(f"isolation must be one of {', '.join(ISOLATION)}, and it is {isolation!r}")
+    check_provider(provider)
     if isolation == "none":
         from wmengine.ops import get_num_threads
 
-        return OnnxEngine(get_num_threads())
+        return OnnxEngine(get_num_threads(), provider)
+    confined = provider == "cpu"
     try:
         try:
-            worker: Worker = shared_supervisor().worker(limits)
+            worker: Worker = shared_supervisor().worker(limits, confined)
         except TemplateGone:  # somebody killed it just now; the next call starts another
-            worker = shared_supervisor().worker(limits)
+            worker = shared_supervisor().worker(limits, confined)
     except WorkerFailure as error:
         raise SuspectError(f"no sandboxed worker can be started: {error}") from None
-    return RemoteEngine(worker)
+    return RemoteEngine(worker, provider)

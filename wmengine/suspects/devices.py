@@ -1,0 +1,135 @@
+"""Where ONNX models run: the processors that ONNX Runtime is asked for, and answers that stay on their device.
+
+On a GPU a batch goes up once, the outputs stay there, and `wmengine._cuda` reads the class of each row where the scores
+lie: four bytes a row come back. Addresses are ONNX Runtime's own, so no torch is needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmengine._optional import require
+from wmengine.suspects.answers import Outputs, Predicted, shape_of_answers
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+DEVICE = 0  # the first that CUDA_VISIBLE_DEVICES leaves
+
+# Types of scores that _cuda reads, by its own numbers; all integers and doubles are copied back and read here.
+_SCORES = {"tensor(float)": 0, "tensor(float16)": 1, "tensor(bfloat16)": 2}
+_COPIED = {f"tensor({kind})" for kind in ("float", "float16", "double", "bool", "int8", "int16", "int32", "int64")}
+_COPIED |= {f"tensor({kind})" for kind in ("uint8", "uint16", "uint32", "uint64")}
+
+
+def check_provider(provider: str) -> None:
+    """Raises ValueError unless models can run there: never does the CPU take a GPU's place in silence."""
+    if provider not in PROVIDERS:
+        raise ValueError(f"provider must be one of {', '.join(PROVIDERS)}, and it is {provider!r}")
+    if provider == "cpu":
+        return
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at import
+    runtime = require("onnxruntime", extra="gpu")
+    if PROVIDERS[provider] not in runtime.get_available_providers():
+        raise ValueError(
+            f"provider={provider!r} needs ONNX Runtime with {PROVIDERS[provider]}, which the one installed has not: "
+            "pip uninstall onnxruntime, then pip install 'wmengine[gpu]'"
+        )
+    if not _driver_shows_a_device():
+        raise ValueError(f"provider={provider!r} needs an NVIDIA GPU and its driver, and none is found")
+
+
+def session_providers(provider: str, memory_bytes: int | None) -> list[Any]:
+    """What to ask ONNX Runtime for. memory_bytes: of the GPU's own, that a model may take.
+
+    On a GPU without TF32, which keeps 10 bits of a product's factors: answers are to differ from the CPU's by rounding
+    only; and with the convolutions that cuDNN guesses to be quick, as a trial of all takes longer than our few batches.
+    """
+    name = PROVIDERS[provider]
+    if provider == "cpu":
+        return [name]
+    options = {"device_id": str(DEVICE), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+    if memory_bytes is not None:
+        options |= {"gpu_mem_limit": str(memory_bytes), "arena_extend_strategy": "kSameAsRequested"}
+    return [(name, options)]
+
+
+def compiled() -> ModuleType | None:
+    """wmengine._cuda, or None where it was not built or does not load."""
+    try:
+        return importlib.import_module("wmengine._cuda")
+    except ImportError:
+        return None
+
+
+def can_stay(session: Any) -> bool:
+    """Whether every output can be bound: maps, sequences and text cannot, and are few bytes."""
+    return all(output.type in _COPIED | _SCORES.keys() for output in session.get_outputs())
+
+
+def run_bound(session: Any, feeds: Mapping[str, NDArray[Any]], device: str, module: ModuleType | None) -> Outputs:
+    """The outputs for a batch, run with inputs and outputs on a device ("cpu" or "cuda").
+
+    Scores [N, C] of float32, float16 or bfloat16 become `Predicted` by `module`, wmengine._cuda; without one, and of
+    any other type, they are copied back. What has more axes than answers have stays where it is and is left out.
+    """
+    binding, values = session.io_binding(), require("onnxruntime", extra="cpu").OrtValue
+    for name, rows in feeds.items():
+        binding.bind_ortvalue_input(name, values.ortvalue_from_numpy(np.ascontiguousarray(rows), device, DEVICE))
+    declared = session.get_outputs()
+    for output in declared:
+        binding.bind_output(output.name, device, DEVICE)
+    session.run_with_iobinding(binding)
+    binding.synchronize_outputs()
+    rows_asked = len(next(iter(feeds.values())))
+    found: Outputs = []
+    for output, value in zip(declared, binding.get_outputs(), strict=True):
+        shape = shape_of_answers(tuple(value.shape()), rows_asked)
+        if shape is None:
+            continue
+        if module is not None and len(shape) == 2 and shape[1] > 1 and value.data_type() in _SCORES:
+            found.append((output.name, predict(module, value, shape, device)))
+        else:
+            found.append((output.name, value.numpy()))
+    return found
+
+
+def predict(module: ModuleType, scores: Any, shape: tuple[int, ...], device: str) -> Predicted:
+    """The class of each row of an OrtValue of scores [N, C], found where they lie.
+
+    match_counts writes it for every row before it counts; there are no labels to count here. Its stream is CUDA's
+    default one, which the copy of the classes waits for.
+    """
+    make = require("onnxruntime", extra="cpu").OrtValue.ortvalue_from_shape_and_type
+    rows, classes = shape
+    labels, invalid = (make([count], np.int32, device, DEVICE) for count in (rows, 1))
+    module.match_counts(
+        device=DEVICE,
+        stream=0,
+        outputs=scores.data_ptr(),
+        dtype=_SCORES[scores.data_type()],
+        suspects=1,
+        rows=rows,
+        classes=classes,
+        expected=0,
+        sets=0,
+        predicted=labels.data_ptr(),
+        counts=0,
+        invalid=invalid.data_ptr(),
+    )
+    return Predicted(labels.numpy(), classes)
+
+
+def _driver_shows_a_device() -> bool:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
