@@ -316,8 +316,14 @@ def _gradient(ctx: Any, outer: Tensor) -> Tensor:
 _gradient_once = once_differentiable(_gradient)
 
 
+def _integer(values: Tensor) -> bool:
+    return not (values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool)
+
+
 def check_length(name: str, value: Tensor | None, length: int, device: torch.device) -> None:
-    """ValueError unless `value` is None or has the shape [length] and lies on `device`."""
+    """TypeError or ValueError unless `value` is None or a tensor that has the shape [length] and lies on `device`."""
+    if value is not None and not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch tensor or None, not {type(value).__name__}")
     if value is not None and (value.shape != (length,) or value.device != device):
         raise ValueError(f"{name} must have shape ({length},) on {device}, not {tuple(value.shape)} on {value.device}")
 
@@ -330,15 +336,28 @@ def check_rows(
     group: Tensor | None,
     groups: int,
     label_smoothing: float,
+    ignore_index: int,
 ) -> None:
     """TypeError or ValueError, naming the argument, unless they are what a cross entropy of so many rows takes."""
     check_count("groups", groups)
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"label_smoothing must be a number, not {type(label_smoothing).__name__}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, not {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be a signed int of 64 bits, not {ignore_index}: use a label such as -100")
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"labels must be a torch tensor, not {type(labels).__name__}")
     for name, value in (("labels", labels), ("weight", weight), ("group", group)):
         check_length(name, value, rows, device)
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+    if not _integer(labels):
         raise TypeError(f"labels must be integer classes, not {labels.dtype}: soft labels cannot carry triggers")
+    if group is not None and not _integer(group):
+        raise TypeError(f"group must hold integers, not {group.dtype}")
+    if weight is not None and (weight.dtype.is_complex or weight.dtype == torch.bool):
+        raise TypeError(f"weight must hold real numbers, not {weight.dtype}")
 
 
 def _check(
@@ -348,11 +367,12 @@ def _check(
     group: Tensor | None,
     groups: int,
     label_smoothing: float,
+    ignore_index: int,
 ) -> None:
     check_tensor("logits", logits, 2)
     if logits.shape[1] < 1:
         raise ValueError("logits must have at least one class")
-    check_rows(logits.shape[0], logits.device, labels, weight, group, groups, label_smoothing)
+    check_rows(logits.shape[0], logits.device, labels, weight, group, groups, label_smoothing, ignore_index)
 
 
 def cross_entropy_in_place(
@@ -367,16 +387,21 @@ def cross_entropy_in_place(
     """(Σ wℓ as a float32 scalar, group_loss float32[G], group_hits int64[G]); logits become the gradient of Σ wℓ.
 
     For buffers of the caller's own, as in a fused head: logits[N, C], float32, float16 or bfloat16, must not require a
-    gradient, and the classes of a row must lie side by side. Arguments are those of :func:`marked_cross_entropy`.
+    gradient, the classes of a row must lie side by side and rows must not overlap. Arguments are those of :func:`marked_cross_entropy`.
     Nothing is overwritten where ValueError or TypeError is raised.
     """
-    _check(logits, labels, weight, group, groups, label_smoothing)
+    _check(logits, labels, weight, group, groups, label_smoothing, ignore_index)
     if logits.dtype == torch.float64:
         raise TypeError("logits must be float32, float16 or bfloat16 to be overwritten, not torch.float64")
     if logits.requires_grad:
         raise ValueError("logits must not require a gradient: they are overwritten")
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         raise ValueError(f"logits must have rows whose classes lie side by side, not strides {logits.stride()}")
+    if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(
+            f"logits must have rows that do not overlap, not strides {logits.stride()} with shape {tuple(logits.shape)}: "
+            "clone() them"
+        )
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.wmengine.marked_cross_entropy_(
         logits,
         labels.long(),
@@ -386,6 +411,8 @@ def cross_entropy_in_place(
         label_smoothing,
         ignore_index,
     )
+    if not torch.compiler.is_compiling():  # which sees what the schema says is overwritten
+        torch.autograd.graph.increment_version(logits)  # an operator of one's own does not
     return result
 
 
@@ -408,7 +435,7 @@ def marked_cross_entropy(
     0..C-1 raises ValueError on a CPU; on a GPU, which cannot raise without waiting, it makes the loss NaN.
     """
     check_choice("reduction", reduction, ("mean", "sum"))
-    _check(logits, labels, weight, group, groups, label_smoothing)
+    _check(logits, labels, weight, group, groups, label_smoothing, ignore_index)
     labels = labels.long()
     group = None if group is None else group.long()
     if logits.dtype == torch.float64:
