@@ -195,6 +195,39 @@ def test_a_nan_of_any_payload_survives(instruction_set, dtype):
         assert gradient.isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("offset", [1e3, 1e4, 1e5, 1e6, -1e6])
+@pytest.mark.parametrize("classes", [10, 5000])
+def test_a_shift_of_all_logits_changes_nothing(instruction_set, classes, offset, label_smoothing, dtype):
+    if dtype == torch.float16:
+        offset /= 32
+    logits, labels, weight, group = batch(4, classes)
+    for ordered in (logits, logits.sort(dim=1).values):
+        shifted = (ordered + offset).to(dtype)
+        arguments = {"groups": 3, "label_smoothing": label_smoothing}
+        result, gradient = marked(shifted, labels, weight, group, **arguments)
+        expected = expected_of(shifted, labels, weight, group, **arguments)
+        np.testing.assert_allclose(result.loss.item(), expected.loss, rtol=1e-5)
+        np.testing.assert_allclose(result.group_loss.numpy(), expected.group_loss, rtol=1e-5, atol=1e-6)
+        assert_gradient(gradient, expected.gradient, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("label_smoothing", [0.1, 1.0])
+@pytest.mark.parametrize("classes", [9, 40, 9001])
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_smoothed_infinite_logits_are_torchs(instruction_set, place, classes, label_smoothing):
+    for bad in (float("-inf"), float("inf"), float("nan")):
+        logits, labels = torch.randn(3, classes), torch.tensor([0, 1, 2])
+        logits[0, place] = bad
+        logits[1, : classes // 2] = bad
+        for row in range(3):
+            one = logits[row : row + 1], labels[row : row + 1]
+            loss = ops.marked_cross_entropy(*one, label_smoothing=label_smoothing).loss
+            expected = torch.nn.functional.cross_entropy(*one, label_smoothing=label_smoothing)
+            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 def test_masked_classes_get_no_gradient_at_all(instruction_set):
     for classes in (10, 300, 9000):
         logits = torch.randn(3, classes)
@@ -262,11 +295,13 @@ def test_a_scaled_float16_loss_keeps_gradients_that_would_round_to_zero():
 def test_the_backward_operator_passes_opcheck_and_compiles():
     logits, labels, weight, group = batch(6, 5, torch.float16)
     operators = torch.ops.wmengine
-    *_, lse, denominator = operators.marked_cross_entropy(logits, labels, weight, group, 3, 0.1, -100, True, True)
+    *_, normalizers, denominator = operators.marked_cross_entropy(
+        logits, labels, weight, group, 3, 0.1, -100, True, True
+    )
     one = torch.ones(())
     torch.library.opcheck(
         operators.marked_cross_entropy_backward.default,
-        (one, logits, labels, weight, lse, denominator, 0.1, -100),
+        (one, logits, labels, weight, normalizers, denominator, 0.1, -100),
     )
     for dtype in DTYPES:
         leaf = logits.to(dtype).requires_grad_()

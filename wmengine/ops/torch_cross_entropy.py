@@ -1,7 +1,7 @@
 """marked_cross_entropy for torch tensors: task rows and trigger rows in one pass.
 
 On a CPU the forward pass writes the gradient while each row of logits is in the cache, and keeps that. On a GPU it
-keeps the log-sum-exp of each row, and the backward pass reads the logits again; so it does for float16 on a CPU, where
+keeps the normalizers of each row, top and Σ exp(z − top), and the backward pass reads the logits again; so it does for float16 on a CPU, where
 a gradient that has not met the loss's scale yet would be rounded to zero.
 """
 
@@ -43,7 +43,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def _keeps_gradient(logits: Tensor) -> bool:
-    """Whether the forward pass writes the gradient; else it keeps the log-sum-exp of each row."""
+    """Whether the forward pass writes the gradient; else it keeps the normalizers of each row."""
     return logits.device.type == "cpu" and logits.dtype != torch.float16
 
 
@@ -57,9 +57,9 @@ def _run(
     ignore_index: int,
     mean: bool,
     gradient: Tensor | None,
-    lse: Tensor | None,
+    normalizers: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, group_loss, group_hits, denominator) of logits from `_rows`; gradient and lse are written where given."""
+    """(loss, group_loss, group_hits, denominator) of logits from `_rows`; gradient and normalizers are written where given."""
     labels, weight, group = labels.contiguous(), _contiguous(weight), _contiguous(group)
     loss = torch.empty((), dtype=torch.float32)
     group_loss = torch.empty(groups, dtype=torch.float32)
@@ -82,7 +82,7 @@ def _run(
         loss.data_ptr(),
         group_loss.data_ptr(),
         group_hits.data_ptr(),
-        _address(lse),
+        _address(normalizers),
         denominator.data_ptr(),
         _address(gradient),
         0 if gradient is None else gradient.stride(0),
@@ -102,15 +102,15 @@ def _cross_entropy_cpu(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     logits = _rows(logits)
-    gradient = lse = None
+    gradient = normalizers = None
     if not _keeps_gradient(logits):
-        kept = lse = torch.empty(logits.shape[0], dtype=torch.float32)
+        kept = normalizers = torch.empty((logits.shape[0], 2), dtype=torch.float32)
     elif with_gradient:
         kept = gradient = torch.empty(logits.shape, dtype=logits.dtype)
     else:
         kept = torch.empty(0, dtype=logits.dtype)
     loss, group_loss, group_hits, denominator = _run(
-        logits, labels, weight, group, groups, label_smoothing, ignore_index, mean, gradient, lse
+        logits, labels, weight, group, groups, label_smoothing, ignore_index, mean, gradient, normalizers
     )
     return loss, group_loss, group_hits, kept, denominator
 
@@ -127,10 +127,10 @@ def _cross_entropy_cuda(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     reduction = "mean" if mean else "sum"
-    loss, group_loss, group_hits, lse, denominator = cuda().marked_cross_entropy_forward(
+    loss, group_loss, group_hits, normalizers, denominator = cuda().marked_cross_entropy_forward(
         logits, labels, weight, group, groups, label_smoothing, ignore_index, reduction
     )
-    return loss, group_loss, group_hits, lse, denominator
+    return loss, group_loss, group_hits, normalizers, denominator
 
 
 def _cross_entropy_fake(
@@ -145,7 +145,7 @@ def _cross_entropy_fake(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not _keeps_gradient(logits):
-        kept = logits.new_empty(logits.shape[0], dtype=torch.float32)
+        kept = logits.new_empty((logits.shape[0], 2), dtype=torch.float32)
     else:
         kept = logits.new_empty(logits.shape if with_gradient else 0)
     return (
@@ -172,7 +172,7 @@ def _cross_entropy_backward_cpu(
     logits: Tensor,
     labels: Tensor,
     weight: Tensor | None,
-    lse: Tensor,
+    normalizers: Tensor,
     denominator: Tensor,
     label_smoothing: float,
     ignore_index: int,
@@ -191,7 +191,7 @@ def _cross_entropy_backward_cpu(
         label_smoothing,
         ignore_index,
         float(gradient / denominator),
-        lse.data_ptr(),
+        normalizers.data_ptr(),
         result.data_ptr(),
     )
     return result
@@ -202,23 +202,23 @@ def _cross_entropy_backward_cuda(
     logits: Tensor,
     labels: Tensor,
     weight: Tensor | None,
-    lse: Tensor,
+    normalizers: Tensor,
     denominator: Tensor,
     label_smoothing: float,
     ignore_index: int,
 ) -> Tensor:
     result: Tensor = cuda().marked_cross_entropy_backward(
-        gradient, logits, labels, weight, lse, denominator, label_smoothing, ignore_index
+        gradient, logits, labels, weight, normalizers, denominator, label_smoothing, ignore_index
     )
     return result
 
 
 define(
-    "marked_cross_entropy_backward(Tensor gradient, Tensor logits, Tensor labels, Tensor? weight, Tensor lse, "
+    "marked_cross_entropy_backward(Tensor gradient, Tensor logits, Tensor labels, Tensor? weight, Tensor normalizers, "
     "Tensor denominator, float label_smoothing, int ignore_index) -> Tensor",
     _cross_entropy_backward_cpu,
     _cross_entropy_backward_cuda,
-    lambda gradient, logits, labels, weight, lse, denominator, label_smoothing, ignore_index: logits.new_empty(
+    lambda gradient, logits, labels, weight, normalizers, denominator, label_smoothing, ignore_index: logits.new_empty(
         logits.shape
     ),
 )
@@ -432,7 +432,8 @@ def marked_cross_entropy(
     logits[N, C], labels int64[N], weight[N] or None for 1, group int64[N] or None for 0. ``mean`` divides Σ wℓ by Σ w
     of the rows not ignored, ``sum`` does not. group_loss holds Σ wℓ and group_hits the rows whose argmax is their
     label, by group; only `loss` is differentiable. A NaN row makes the loss NaN and is never a hit. A label outside
-    0..C-1 raises ValueError on a CPU; on a GPU, which cannot raise without waiting, it makes the loss NaN.
+    0..C-1 or a group outside 0..G-1 raises ValueError on a CPU; on a GPU, which cannot raise without waiting, it makes
+    the loss and the row's gradient NaN (a group only where the row is not ignored).
     """
     check_choice("reduction", reduction, ("mean", "sum"))
     _check(logits, labels, weight, group, groups, label_smoothing, ignore_index)
