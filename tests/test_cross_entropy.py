@@ -106,12 +106,16 @@ def test_any_small_batch_equals_the_reference(rows, classes, dtype, label_smooth
     arguments = {"groups": 2, "label_smoothing": label_smoothing, "reduction": reduction}
     expected = expected_of(logits, labels, weight, group, **arguments)
     total = weight[labels != -100].sum().item() if reduction == "mean" else 1.0
-    for name in _cpu.instruction_sets():
-        _cpu.set_instruction_set(name)
-        result, gradient = marked(logits, labels, weight, group, **arguments)
-        np.testing.assert_allclose(result.loss.item(), expected.loss, rtol=3e-6, atol=3e-6)
-        assert result.group_hits.tolist() == expected.group_hits.tolist()
-        assert_gradient(gradient, expected.gradient, TOLERANCE[dtype], slope=1.0 / total if total else 1.0)
+    before = _cpu.instruction_set()
+    try:
+        for name in _cpu.instruction_sets():
+            _cpu.set_instruction_set(name)
+            result, gradient = marked(logits, labels, weight, group, **arguments)
+            np.testing.assert_allclose(result.loss.item(), expected.loss, rtol=3e-6, atol=3e-6)
+            assert result.group_hits.tolist() == expected.group_hits.tolist()
+            assert_gradient(gradient, expected.gradient, TOLERANCE[dtype], slope=1.0 / total if total else 1.0)
+    finally:
+        _cpu.set_instruction_set(before)
 
 
 # --- numbers that are hard to add -------------------------------------------------------------------------------------
@@ -191,6 +195,39 @@ def test_a_nan_of_any_payload_survives(instruction_set, dtype):
         assert gradient.isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("offset", [1e3, 1e4, 1e5, 1e6, -1e6])
+@pytest.mark.parametrize("classes", [10, 5000])
+def test_a_shift_of_all_logits_changes_nothing(instruction_set, classes, offset, label_smoothing, dtype):
+    if dtype == torch.float16:
+        offset /= 32
+    logits, labels, weight, group = batch(4, classes)
+    for ordered in (logits, logits.sort(dim=1).values):
+        shifted = (ordered + offset).to(dtype)
+        arguments = {"groups": 3, "label_smoothing": label_smoothing}
+        result, gradient = marked(shifted, labels, weight, group, **arguments)
+        expected = expected_of(shifted, labels, weight, group, **arguments)
+        np.testing.assert_allclose(result.loss.item(), expected.loss, rtol=1e-5)
+        np.testing.assert_allclose(result.group_loss.numpy(), expected.group_loss, rtol=1e-5, atol=1e-6)
+        assert_gradient(gradient, expected.gradient, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("label_smoothing", [0.1, 1.0])
+@pytest.mark.parametrize("classes", [9, 40, 9001])
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_smoothed_infinite_logits_are_torchs(instruction_set, place, classes, label_smoothing):
+    for bad in (float("-inf"), float("inf"), float("nan")):
+        logits, labels = torch.randn(3, classes), torch.tensor([0, 1, 2])
+        logits[0, place] = bad
+        logits[1, : classes // 2] = bad
+        for row in range(3):
+            one = logits[row : row + 1], labels[row : row + 1]
+            loss = ops.marked_cross_entropy(*one, label_smoothing=label_smoothing).loss
+            expected = torch.nn.functional.cross_entropy(*one, label_smoothing=label_smoothing)
+            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 def test_masked_classes_get_no_gradient_at_all(instruction_set):
     for classes in (10, 300, 9000):
         logits = torch.randn(3, classes)
@@ -258,11 +295,13 @@ def test_a_scaled_float16_loss_keeps_gradients_that_would_round_to_zero():
 def test_the_backward_operator_passes_opcheck_and_compiles():
     logits, labels, weight, group = batch(6, 5, torch.float16)
     operators = torch.ops.wmengine
-    *_, lse, denominator = operators.marked_cross_entropy(logits, labels, weight, group, 3, 0.1, -100, True, True)
+    *_, normalizers, denominator = operators.marked_cross_entropy(
+        logits, labels, weight, group, 3, 0.1, -100, True, True
+    )
     one = torch.ones(())
     torch.library.opcheck(
         operators.marked_cross_entropy_backward.default,
-        (one, logits, labels, weight, lse, denominator, 0.1, -100),
+        (one, logits, labels, weight, normalizers, denominator, 0.1, -100),
     )
     for dtype in DTYPES:
         leaf = logits.to(dtype).requires_grad_()
@@ -335,6 +374,8 @@ def test_in_place_passes_opcheck_and_compiles(dtype):
         ({"logits": torch.randn(3, 5, requires_grad=True)}, ValueError, "must not require a gradient"),
         ({"logits": torch.randn(5, 3).t()}, ValueError, "side by side"),
         ({"logits": torch.randn(3, 5, dtype=torch.float64)}, TypeError, "logits must be float32, float16 or bfloat16"),
+        ({"logits": torch.randn(5).expand(3, 5)}, ValueError, "logits must have rows that do not overlap"),
+        ({"logits": torch.randn(20).as_strided((3, 5), (4, 1))}, ValueError, "logits must have rows that do not overl"),
         ({"labels": torch.tensor([0, 5, 1])}, ValueError, "row 1 has label 5"),
         ({"labels": torch.tensor([0, 1])}, ValueError, "labels must have shape"),
         ({"group": torch.tensor([0, 0, 1])}, ValueError, "row 2 has label 1 and group 1"),
@@ -346,3 +387,48 @@ def test_in_place_names_bad_arguments_and_overwrites_nothing(arguments, error, w
     with pytest.raises(error, match=words):
         cross_entropy_in_place(merged["logits"], merged["labels"], None, merged["group"], 1, 0.0, -100)
     torch.testing.assert_close(merged["logits"].detach(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autograd_notices_that_a_saved_buffer_was_overwritten(compiled):
+    def step(z):
+        return cross_entropy_in_place(z, torch.tensor([0, 1, 2]), None, None, 1, 0.0, -100)[0]
+
+    if compiled:
+        torch._dynamo.reset()
+        step = torch.compile(step, fullgraph=True, backend="aot_eager")
+    buffer, factor = torch.randn(3, 5), torch.ones(3, 5, requires_grad=True)
+    product = (factor * buffer).sum()  # saves the buffer
+    before = buffer._version
+    step(buffer)
+    assert buffer._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+# --- bad arguments ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"labels": [0, 1, 2]}, TypeError, "labels must be a torch tensor, not list"),
+        ({"weight": [1.0, 1.0, 1.0]}, TypeError, "weight must be a torch tensor or None, not list"),
+        ({"weight": torch.ones(3, dtype=torch.complex64)}, TypeError, "weight must hold real numbers"),
+        ({"group": [0, 0, 0]}, TypeError, "group must be a torch tensor or None, not list"),
+        ({"group": torch.full((3,), 0.9)}, TypeError, "group must hold integers, not torch.float32"),
+        ({"group": torch.zeros(3, dtype=torch.complex64)}, TypeError, "group must hold integers"),
+        ({"group": torch.zeros(3, dtype=torch.bool)}, TypeError, "group must hold integers, not torch.bool"),
+        ({"label_smoothing": "a"}, TypeError, "label_smoothing must be a number, not str"),
+        ({"label_smoothing": float("nan")}, ValueError, "label_smoothing must be between 0 and 1"),
+        ({"ignore_index": 2**70}, ValueError, "ignore_index must be a signed int of 64 bits.* use a label such as"),
+        ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int, not float"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, words, dtype):
+    arguments = {"labels": torch.tensor([0, 1, 2]), **arguments}
+    with pytest.raises(error, match=words):
+        ops.marked_cross_entropy(torch.randn(3, 5, dtype=dtype), **arguments)
+    with pytest.raises(error, match=words):
+        ops.marked_linear_cross_entropy(torch.randn(3, 4, dtype=dtype), torch.randn(5, 4, dtype=dtype), **arguments)

@@ -191,6 +191,16 @@ def test_a_feature_that_is_not_finite_makes_everything_nan(bad, differentiate):
     assert by_temperature.isnan()
 
 
+def test_large_features_whose_squares_fit_are_not_refused(differentiate):
+    features, labels = batch(100, 6)
+    large = 1e18 * features  # the squared norms fit, their sum does not
+    assert_is_the_references(differentiate(large, labels, 2e36), large, labels, 2e36)
+    far = torch.nn.functional.pad(features, (0, 1), value=3e37)  # the sum over rows does not fit
+    assert differentiate(far, labels, 2.0)[0].item() == pytest.approx(
+        differentiate(features, labels, 2.0)[0].item(), rel=1e-5
+    )
+
+
 def test_labels_may_be_any_integers():
     features, labels = batch(50, 8)
     names = torch.tensor([-(2**62), 2**40, 2**40 + 2**32, 7])

@@ -234,11 +234,13 @@ def test_the_same_input_gives_the_same_bits_twice(carrier):
 def assert_entropy_is_the_references(
     logits, labels, weight=None, group=None, groups=3, smoothing=0.0, reduction="mean", tolerance=1e-5
 ):
-    loss, group_loss, group_hits, lse, denominator = cuda.marked_cross_entropy_forward(
+    loss, group_loss, group_hits, normalizers, denominator = cuda.marked_cross_entropy_forward(
         logits, labels, weight, group, groups, smoothing, -100, reduction
     )
     outer = torch.tensor(2.0, device=DEVICE)
-    gradient = cuda.marked_cross_entropy_backward(outer, logits, labels, weight, lse, denominator, smoothing, -100)
+    gradient = cuda.marked_cross_entropy_backward(
+        outer, logits, labels, weight, normalizers, denominator, smoothing, -100
+    )
     with np.errstate(all="ignore"):
         expected = reference.marked_cross_entropy(
             logits.cpu().float().numpy(),
@@ -334,10 +336,10 @@ def test_a_row_with_nan_makes_the_loss_nan_and_is_never_a_hit():
     logits, labels, _, _ = batch(4, 6)
     labels[:] = logits.argmax(dim=1)
     logits[2, 5] = float("nan")
-    loss, _, hits, lse, _ = cuda.marked_cross_entropy_forward(logits, labels, None, None, 1, 0.0, -100, "mean")
+    loss, _, hits, normalizers, _ = cuda.marked_cross_entropy_forward(logits, labels, None, None, 1, 0.0, -100, "mean")
     assert torch.isnan(loss)
     assert hits.tolist() == [3]
-    assert torch.isnan(lse).tolist() == [False, False, True, False]
+    assert torch.isnan(normalizers).any(dim=1).tolist() == [False, False, True, False]
 
 
 def test_infinite_logits_are_treated_as_the_reference_treats_them():
@@ -359,13 +361,79 @@ def test_ties_go_to_the_first_class():
 def test_a_label_that_is_no_class_makes_loss_and_gradient_nan(label):
     logits, labels, _, _ = batch(3, 5)
     labels[:] = torch.tensor([0, label, 1])
-    loss, _, hits, lse, denominator = cuda.marked_cross_entropy_forward(logits, labels, None, None, 1, 0.0, -100, "sum")
+    loss, _, hits, normalizers, denominator = cuda.marked_cross_entropy_forward(
+        logits, labels, None, None, 1, 0.0, -100, "sum"
+    )
     gradient = cuda.marked_cross_entropy_backward(
-        torch.ones((), device=DEVICE), logits, labels, None, lse, denominator, 0.0, -100
+        torch.ones((), device=DEVICE), logits, labels, None, normalizers, denominator, 0.0, -100
     )
     assert torch.isnan(loss)
     assert hits.item() <= 2
     assert torch.isnan(gradient).all(dim=1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("group", [-1, 3, 2**40])
+def test_a_group_that_is_none_makes_loss_and_gradient_nan(group):
+    logits, labels, _, groups = batch(4, 5)
+    groups[:] = torch.tensor([0, group, group, 1])  # the second row is ignored
+    labels[:] = torch.tensor([0, -100, 2, 1])
+    loss, _, hits, normalizers, denominator = cuda.marked_cross_entropy_forward(
+        logits, labels, None, groups, 3, 0.0, -100, "sum"
+    )
+    gradient = cuda.marked_cross_entropy_backward(
+        torch.ones((), device=DEVICE), logits, labels, None, normalizers, denominator, 0.0, -100
+    )
+    assert torch.isnan(loss)
+    assert hits.sum().item() <= 2
+    assert torch.isnan(gradient).all(dim=1).tolist() == [False, False, True, False]
+
+
+def test_more_groups_than_the_second_axis_of_a_grid_takes(monkeypatch):
+    from wmengine.kernels import cross_entropy
+
+    grids = []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(cross_entropy, "finish_kernel", Recorded())
+    logits, labels, _, group = batch(2, 3)
+    cuda.marked_cross_entropy_forward(logits, labels, None, group, 70_000, 0.0, -100, "mean")
+    assert grids == [(70_001,)]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("offset", [1e3, 1e4, 1e5, 1e6, -1e6])
+@pytest.mark.parametrize("classes", [40, 9001])
+def test_a_shift_of_all_logits_changes_nothing(classes, offset, smoothing):
+    logits, labels, weight, group = batch(4, classes)
+    for ordered in (logits, logits.sort(dim=1).values):  # the top rises with every block
+        assert_entropy_is_the_references(ordered + offset, labels, weight, group, smoothing=smoothing)
+
+
+@pytest.mark.parametrize("size", [1e30, 3e37, 1.6e38])
+@pytest.mark.parametrize("classes", [100, 9001])
+def test_smoothed_logits_do_not_overflow(classes, size):
+    logits = torch.full((2, classes), size, device=DEVICE)
+    assert_entropy_is_the_references(logits, torch.tensor([0, 5], device=DEVICE), smoothing=0.1)
+    logits[:, ::2] = -size
+    assert_entropy_is_the_references(logits, torch.tensor([0, 5], device=DEVICE), smoothing=0.1)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_smoothed_infinite_logits_are_torchs(place, smoothing):
+    for bad in (float("-inf"), float("inf"), float("nan")):
+        logits, labels = random(3, 9001), torch.tensor([0, 1, 2], device=DEVICE)
+        logits[0, place] = bad
+        logits[1, :5000] = bad
+        for row in range(3):
+            one = logits[row : row + 1], labels[row : row + 1]
+            loss = cuda.marked_cross_entropy_forward(*one, None, None, 1, smoothing, -100, "sum")[0]
+            expected = torch.nn.functional.cross_entropy(*one, label_smoothing=smoothing)
+            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 # --- the real compiler ------------------------------------------------------------------------------------------------
@@ -404,8 +472,8 @@ KERNELS = [
     (embedding_loss.total_kernel, 4, "*fp32 *fp32 i32 i32 i32 fp32", [{}, {"groups": 1, "width": 1, "total": 1}]),
     (embedding_loss.link_kernel, 4, "*fp32 *u8 *fp32 *fp32 i32 fp32", [{"LINK": link} for link in range(4)]),
     *[(cross_entropy.rows_kernel, 8 if step > 1024 else 4,
-       f"*{x} *i64 *fp32 *fp32 *fp32 *fp32 *i8 i32 i32 i32 fp32 i32",
-       [{"WEIGHTED": True, "SMOOTH": True, "TILE": tile, "STEP": step} | one])
+       f"*{x} *i64 *fp32 *i64 *fp32 *fp32 *fp32 *i8 i32 i32 i32 i32 fp32 i32",
+       [{"WEIGHTED": True, "GROUPED": True, "SMOOTH": True, "TILE": tile, "STEP": step} | one])
       for x, tile, step, one in TILES],
     *[(cross_entropy.gradient_kernel, 8 if step > 1024 else 4,
        f"*fp32 *{x} *i64 *fp32 *fp32 *fp32 *{x} i32 i32 i32 i32 fp32 i32",

@@ -42,7 +42,7 @@ def marked_cross_entropy(
     loss: int,
     group_loss: int,
     group_hits: int,
-    lse: int,
+    normalizers: int,
     denominator: int,
     gradient: int,
     gradient_stride: int,
@@ -58,7 +58,7 @@ def marked_cross_entropy_backward(
     label_smoothing: float,
     ignore_index: int,
     factor: float,
-    lse: int,
+    normalizers: int,
     gradient: int,
 ) -> None: ...
 def match_counts(

@@ -161,7 +161,7 @@ PYBIND11_MODULE(_cpu, m) {
         "marked_cross_entropy",
         [](uintptr_t logits, int stored, int64_t rows, int64_t classes, int64_t stride, uintptr_t labels,
            uintptr_t weight, uintptr_t group, int64_t groups, double label_smoothing, int64_t ignore_index, bool mean,
-           uintptr_t loss, uintptr_t group_loss, uintptr_t group_hits, uintptr_t lse, uintptr_t denominator,
+           uintptr_t loss, uintptr_t group_loss, uintptr_t group_hits, uintptr_t normalizers, uintptr_t denominator,
            uintptr_t gradient, int64_t gradient_stride) {
             const CrossEntropyProblem problem = cross_entropy_problem(
                 logits, stored, rows, classes, stride, labels, weight, label_smoothing, ignore_index, group, groups);
@@ -176,26 +176,26 @@ PYBIND11_MODULE(_cpu, m) {
             py::gil_scoped_release release;
             marked_cross_entropy(
                 problem, mean,
-                {pointer<float>(loss), pointer<float>(group_loss), pointer<int64_t>(group_hits), pointer<float>(lse),
-                 pointer<float>(denominator), pointer<void>(gradient), gradient_stride});
+                {pointer<float>(loss), pointer<float>(group_loss), pointer<int64_t>(group_hits),
+                 pointer<float>(normalizers), pointer<float>(denominator), pointer<void>(gradient), gradient_stride});
         },
         py::arg("logits"), py::arg("stored"), py::arg("rows"), py::arg("classes"), py::arg("stride"), py::arg("labels"),
         py::arg("weight"), py::arg("group"), py::arg("groups"), py::arg("label_smoothing"), py::arg("ignore_index"),
-        py::arg("mean"), py::arg("loss"), py::arg("group_loss"), py::arg("group_hits"), py::arg("lse"),
+        py::arg("mean"), py::arg("loss"), py::arg("group_loss"), py::arg("group_hits"), py::arg("normalizers"),
         py::arg("denominator"), py::arg("gradient"), py::arg("gradient_stride"));
     m.def(
         "marked_cross_entropy_backward",
         [](uintptr_t logits, int stored, int64_t rows, int64_t classes, int64_t stride, uintptr_t labels,
-           uintptr_t weight, double label_smoothing, int64_t ignore_index, double factor, uintptr_t lse,
+           uintptr_t weight, double label_smoothing, int64_t ignore_index, double factor, uintptr_t normalizers,
            uintptr_t gradient) {
             const CrossEntropyProblem problem = cross_entropy_problem(logits, stored, rows, classes, stride, labels,
                                                                       weight, label_smoothing, ignore_index, 0, 1);
             py::gil_scoped_release release;
-            marked_cross_entropy_backward(problem, factor, pointer<const float>(lse), pointer<void>(gradient));
+            marked_cross_entropy_backward(problem, factor, pointer<const float>(normalizers), pointer<void>(gradient));
         },
         py::arg("logits"), py::arg("stored"), py::arg("rows"), py::arg("classes"), py::arg("stride"), py::arg("labels"),
-        py::arg("weight"), py::arg("label_smoothing"), py::arg("ignore_index"), py::arg("factor"), py::arg("lse"),
-        py::arg("gradient"));
+        py::arg("weight"), py::arg("label_smoothing"), py::arg("ignore_index"), py::arg("factor"),
+        py::arg("normalizers"), py::arg("gradient"));
     m.def(
         "match_counts",
         [](uintptr_t outputs, int scores, int64_t suspects, int64_t queries, int64_t classes, uintptr_t expected,

@@ -38,7 +38,7 @@ int64_t blocks_of(int64_t classes) { return (classes + kBlock - 1) / kBlock; }
 struct RowResults {
     double* loss;
     uint8_t* hit;
-    float* lse;  // or null
+    float* normalizers;  // or null
 };
 
 double weight_of(const CrossEntropyProblem& problem, int64_t row) {
@@ -52,8 +52,9 @@ template <typename Memory>
 void write_ignored(int64_t row, typename Memory::Type* g, int64_t classes, const RowResults& results) {
     results.loss[row] = 0;
     results.hit[row] = 0;
-    if (results.lse != nullptr) {
-        results.lse[row] = 0;
+    if (results.normalizers != nullptr) {
+        results.normalizers[2 * row] = 0;
+        results.normalizers[2 * row + 1] = 1;
     }
     std::fill(g, g + classes, typename Memory::Type{});
 }
@@ -79,17 +80,22 @@ WM_INLINE Slope finish_row(const CrossEntropyProblem& problem, int64_t row, cons
         // A block of -inf only adds its sum of 0, also where all blocks are such and the difference is NaN.
         const float below = blocks[b].maximum - top;
         exponentials += blocks[b].exponentials * (below < 0 ? std::exp(double(below)) : 1.0);
-        mean += blocks[b].mean;
+        if (problem.label_smoothing != 0) {
+            const double own = double(blocks[b].maximum) - top;  // a block of -inf has that mean already
+            const int64_t size = std::min(kBlock, problem.classes - b * kBlock);
+            mean += blocks[b].mean + (own < 0 ? own * double(size) / double(problem.classes) : 0.0);
+        }
     }
     const float chosen = Memory::template read_one<level>(z + label);
     const double logarithm = std::log(exponentials), weight = weight_of(problem, row);
     double loss = logarithm + (double(top) - chosen);
-    if (problem.label_smoothing != 0) {
-        loss += problem.label_smoothing * (chosen - mean);
+    if (problem.label_smoothing != 0) {  // both parts are at least 0: neither takes from the other
+        loss = (1.0 - problem.label_smoothing) * loss + problem.label_smoothing * (logarithm - mean);
     }
     results.loss[row] = weight * loss;
-    if (results.lse != nullptr) {
-        results.lse[row] = static_cast<float>(top + logarithm);
+    if (results.normalizers != nullptr) {
+        results.normalizers[2 * row] = top;
+        results.normalizers[2 * row + 1] = static_cast<float>(exponentials);
     }
     // A hit is the first place of the maximum, in a row without NaN: that would have made the sum NaN.
     bool hit = chosen == top && exponentials >= 1;
@@ -294,7 +300,7 @@ void marked_cross_entropy(const CrossEntropyProblem& problem, bool mean, const C
     }
     std::vector<double> row_loss(problem.rows);
     std::vector<uint8_t> row_hit(problem.rows);
-    const RowResults results{row_loss.data(), row_hit.data(), result.lse};
+    const RowResults results{row_loss.data(), row_hit.data(), result.normalizers};
     const Gradient gradient{result.gradient, result.gradient_stride};
     const int threads = thread_count();
     const bool share = threads > 1 && problem.rows < 4 * threads && problem.classes > kTask;
@@ -322,11 +328,12 @@ void marked_cross_entropy(const CrossEntropyProblem& problem, bool mean, const C
     }
 }
 
-void marked_cross_entropy_backward(const CrossEntropyProblem& problem, double factor, const float* lse,
+void marked_cross_entropy_backward(const CrossEntropyProblem& problem, double factor, const float* normalizers,
                                    void* gradient) {
     std::vector<Slope> slopes(problem.rows);
     for (int64_t row = 0; row < problem.rows; ++row) {
-        slopes[row] = slope_of(problem, weight_of(problem, row) * factor, lse[row], 1.0);
+        slopes[row] =
+            slope_of(problem, weight_of(problem, row) * factor, normalizers[2 * row], normalizers[2 * row + 1]);
     }
     with_memory(problem.stored, [&](auto memory) {
         write_gradients<decltype(memory)>(problem, slopes.data(), Gradient{gradient, problem.classes});

@@ -23,7 +23,7 @@ struct CrossEntropyResult {
     float* loss;
     float* group_loss;    // [groups]
     int64_t* group_hits;  // [groups]
-    float* lse;           // [rows], what the gradient needs of each row; or null
+    float* normalizers;   // [rows, 2]: top and Σ exp(z − top), what the gradient needs of each row; or null
     float* denominator;   // Σ weight of the rows that count for a mean, 1 for a sum; or null
     void* gradient;       // [rows, classes] of the logits' type, or null; may be the logits themselves
     int64_t gradient_stride;
@@ -34,7 +34,8 @@ int64_t first_bad_row(const CrossEntropyProblem& problem);
 
 void marked_cross_entropy(const CrossEntropyProblem& problem, bool mean, const CrossEntropyResult& result);
 
-// gradient = factor · weight · (softmax − target), 0 in ignored rows, from the log-sum-exp of each row.
-void marked_cross_entropy_backward(const CrossEntropyProblem& problem, double factor, const float* lse, void* gradient);
+// gradient = factor · weight · (softmax − target), 0 in ignored rows, from the normalizers of each row.
+void marked_cross_entropy_backward(const CrossEntropyProblem& problem, double factor, const float* normalizers,
+                                   void* gradient);
 
 }  // namespace wmengine

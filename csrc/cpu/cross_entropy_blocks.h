@@ -46,7 +46,7 @@ WM_INLINE float maximum_over(const typename Memory::Type* z, int64_t count) {
 }
 
 struct Block {
-    float maximum, exponentials, mean;  // Σ exp(z - maximum); Σ z / classes of the row, with label smoothing only
+    float maximum, exponentials, mean;  // Σ exp(z - maximum); Σ (z - maximum) / classes, with label smoothing only
 };
 
 // `exponentials` has room for one vector more than `count`: the last vector stands behind the others there.
@@ -55,7 +55,7 @@ WM_INLINE Block block_of(const typename Memory::Type* z, int64_t count, float in
     typedef Floats<lanes> V;
     const float highest = maximum_over<Memory, level, lanes>(z, count);
     const V top = spread<lanes>(highest == -kInfinity ? 0.0f : highest);
-    const V inverse = spread<lanes>(inverse_classes);
+    const V half = spread<lanes>(0.5f), half_top = top * half, inverse = spread<lanes>(2.0f * inverse_classes);
     const auto exponential = Exponential<level, lanes>::make();
     V sum0 = {}, sum1 = {}, mean0 = {}, mean1 = {};
     const auto add = [&](V logits, int64_t c, V& sum, V& mean) __attribute__((always_inline)) {
@@ -65,7 +65,7 @@ WM_INLINE Block block_of(const typename Memory::Type* z, int64_t count, float in
         }
         sum += e;
         if (smoothing) {
-            mean += logits * inverse;
+            mean += (logits * half - half_top) * inverse;  // halves: no difference overflows
         }
     };
     int64_t c = 0;

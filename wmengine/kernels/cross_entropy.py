@@ -1,8 +1,8 @@
 """Cross entropy of task and trigger rows: one pass over the logits forward, one read and one write backward.
 
 Forward, a program takes a tile of rows and walks their classes with a running maximum and sum of exponentials; of each
-row it keeps only the log-sum-exp. A row is a hit where no logit beats its label's: none is greater, none before it is
-equal, and the log-sum-exp is a number. A second kernel, for each group and once for all, adds the rows of a chunk in a
+row it keeps the two: their merger, the log-sum-exp, would lose what a shift of all logits must not change. A row is a
+hit where no logit beats its label's: none is greater, none before it is equal, and the sum is a number. A second kernel, for each group and once for all, adds the rows of a chunk in a
 fixed order; a third adds the chunks where there are several, so that no program walks a million rows. Backward runs on
 a grid of (rows, classes): every logit is read once, every gradient factor · w · (softmax − target) written once, and
 that may be where the logit was.
@@ -26,30 +26,40 @@ def rows_kernel(
     logits,
     labels,
     weight,
-    lse,
+    group,
+    normalizers,
     losses,
     denominators,
     hits,
     rows,
     classes,
     stride,
+    groups,
     label_smoothing,
     ignore_index,
     WEIGHTED: tl.constexpr,
+    GROUPED: tl.constexpr,
     SMOOTH: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Per row: log-sum-exp, weighted loss, weight (0 where ignored) and hit; a label outside 0..C−1 gives NaN."""
+    """Per row: top and Σ exp(x − top), weighted loss, weight (0 where ignored) and hit.
+
+    A label outside 0..C−1 or a group outside 0..G−1 gives NaN.
+    """
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     label = tl.load(labels + row, mask=row < rows, other=0)
     kept = (row < rows) & (label != ignore_index)
     known = kept & (label >= 0) & (label < classes)
+    if GROUPED:
+        own = tl.load(group + row, mask=kept, other=0)
+        known = known & (own >= 0) & (own < groups)
     line = logits + row * stride
     chosen = tl.load(line + label, mask=known, other=float("nan")).to(tl.float32)
     top = tl.full((TILE,), float("-inf"), tl.float32)
     exponentials = tl.zeros((TILE,), tl.float32)
-    sums = tl.zeros((TILE,), tl.float32)
+    mean = tl.zeros((TILE,), tl.float32)  # Σ (x − top) / C, in halves, so that no difference overflows
+    twice = 2.0 / classes
     beaten = tl.zeros((TILE, STEP), tl.int32)
     step = tl.arange(0, STEP)
     for first in range(0, classes, STEP):
@@ -61,16 +71,20 @@ def rows_kernel(
         new_top = tl.maximum(top, tl.max(x, axis=1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         exponentials = exponentials * tl.exp(top - shift) + tl.sum(tl.exp(x - shift[:, None]), axis=1)
-        top = new_top
         if SMOOTH:
-            sums += tl.sum(tl.where(inside, x, 0.0), axis=1)
-    total = tl.where(top == float("-inf"), float("nan"), top + tl.log(exponentials))
-    loss = total - (1.0 - label_smoothing) * chosen
-    if SMOOTH:
-        loss -= label_smoothing * (sums / classes)
+            risen = tl.where(top == float("-inf"), 0.0, 0.5 * top - 0.5 * shift)
+            below = tl.where(inside, 0.5 * x - 0.5 * shift[:, None], 0.0)
+            mean += risen * (first * twice) + tl.sum(below * twice, axis=1)
+        top = new_top
+    top = tl.where(top == float("-inf"), float("nan"), top)
+    logarithm = tl.log(exponentials)
+    loss = logarithm + (top - chosen)
+    if SMOOTH:  # both parts are at least 0: neither takes from the other
+        loss = (1.0 - label_smoothing) * loss + label_smoothing * (logarithm - mean)
     w = tl.where(kept, tl.load(weight + row, mask=kept, other=0.0), 0.0) if WEIGHTED else tl.where(kept, 1.0, 0.0)
-    hit = known & (total == total) & (tl.max(beaten, axis=1) == 0)
-    tl.store(lse + row, total, mask=row < rows)
+    hit = known & (top == top) & (logarithm == logarithm) & (tl.max(beaten, axis=1) == 0)
+    tl.store(normalizers + 2 * row, top, mask=row < rows)
+    tl.store(normalizers + 2 * row + 1, exponentials, mask=row < rows)
     tl.store(losses + row, tl.where(kept, w * loss, 0.0), mask=row < rows)
     tl.store(denominators + row, w, mask=row < rows)
     tl.store(hits + row, hit.to(tl.int8), mask=row < rows)
@@ -94,12 +108,12 @@ def finish_kernel(
     MEAN: tl.constexpr,
     ALONE: tl.constexpr,
 ):
-    """Program (chunk, g < groups) adds its group's losses and hits, (chunk, groups) all losses and their weights.
+    """Of each chunk, program g < groups adds its group's losses and hits, program ``groups`` all losses and weights.
 
     They are the results where there is one chunk (ALONE), else sums[groups + 2, chunks] and counts[groups, chunks].
     """
-    chunk, own = tl.program_id(0), tl.program_id(1)
-    chunks = tl.num_programs(0)
+    chunk, own = tl.program_id(0) // (groups + 1), tl.program_id(0) % (groups + 1)
+    chunks = tl.num_programs(0) // (groups + 1)  # all on one axis: the others take 65535 programs
     begin = chunk.to(tl.int64) * CHUNK
     end = tl.minimum(begin + CHUNK, rows)
     step = tl.arange(0, ROWS_STEP)
@@ -163,7 +177,7 @@ def gradient_kernel(
     logits,
     labels,
     weight,
-    lse,
+    normalizers,
     denominator,
     gradient,
     rows,
@@ -187,10 +201,11 @@ def gradient_kernel(
     kept = present & (label != ignore_index)
     slope = tl.load(factor) / tl.load(denominator)
     w = tl.load(weight + row, mask=kept, other=0.0) * slope if WEIGHTED else tl.where(kept, slope, 0.0)
-    total = tl.load(lse + row, mask=kept, other=0.0)
+    top = tl.load(normalizers + 2 * row, mask=kept, other=0.0)
+    inverse = 1.0 / tl.load(normalizers + 2 * row + 1, mask=kept, other=1.0)
     inside = present[:, None] & (column < classes)[None, :]
     x = tl.load(logits + (row * stride)[:, None] + column[None, :], mask=inside & kept[:, None], other=0.0)
-    softmax = tl.exp(x.to(tl.float32) - total[:, None])
+    softmax = tl.exp(x.to(tl.float32) - top[:, None]) * inverse[:, None]
     target = tl.where(column[None, :] == label[:, None], 1.0 - label_smoothing, 0.0) + label_smoothing / classes
     value = tl.where(kept[:, None], w[:, None] * (softmax - target), 0.0)
     tl.store(gradient + (row * gradient_stride)[:, None] + column[None, :], value, mask=inside)
@@ -206,28 +221,32 @@ def forward(
     ignore_index: int,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, group_loss[G], group_hits[G], lse[N], denominator) of logits[N, C] whose rows are contiguous."""
+    """(loss, group_loss[G], group_hits[G], normalizers[N, 2], denominator) of logits[N, C] whose rows are contiguous."""
     rows, classes = logits.shape
     loss, denominator = logits.new_empty((), dtype=torch.float32), logits.new_empty((), dtype=torch.float32)
     group_loss, group_hits = logits.new_empty(groups, dtype=torch.float32), logits.new_empty(groups, dtype=torch.int64)
-    lse, losses, denominators = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    losses, denominators = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    normalizers = logits.new_empty((rows, 2), dtype=torch.float32)
     hits = logits.new_empty(rows, dtype=torch.int8)
     tiles, sums_options = launches.chosen("cross_entropy", classes), launches.chosen("cross_entropy_sums").options()
     if rows:
         rows_kernel[(triton.cdiv(rows, tiles.blocks["TILE"]),)](
             logits,
             labels,
-            lse if weight is None else weight,
-            lse,
+            losses if weight is None else weight,
+            labels if group is None else group,
+            normalizers,
             losses,
             denominators,
             hits,
             rows,
             classes,
             logits.stride(0),
+            groups,
             label_smoothing,
             ignore_index,
             WEIGHTED=weight is not None,
+            GROUPED=group is not None,
             SMOOTH=label_smoothing > 0,
             **tiles.options(),
         )
@@ -236,7 +255,7 @@ def forward(
     sums = losses if alone else logits.new_empty((groups + 2, chunks), dtype=torch.float32)
     counts = hits if alone else logits.new_empty((groups, chunks), dtype=torch.int32)
     results = loss, denominator, group_loss, group_hits
-    finish_kernel[(chunks, groups + 1)](
+    finish_kernel[(chunks * (groups + 1),)](
         losses,
         denominators,
         hits,
@@ -253,7 +272,7 @@ def forward(
     )
     if not alone:
         chunks_kernel[(groups + 1,)](sums, counts, *results, chunks, groups, MEAN=reduction == "mean", **sums_options)
-    return loss, group_loss, group_hits, lse, denominator
+    return loss, group_loss, group_hits, normalizers, denominator
 
 
 def backward(
@@ -261,7 +280,7 @@ def backward(
     logits: Tensor,
     labels: Tensor,
     weight: Tensor | None,
-    lse: Tensor,
+    normalizers: Tensor,
     denominator: Tensor,
     label_smoothing: float,
     ignore_index: int,
@@ -280,8 +299,8 @@ def backward(
             factor,
             logits,
             labels,
-            lse if weight is None else weight,
-            lse,
+            normalizers if weight is None else weight,
+            normalizers,
             denominator,
             gradient,
             rows,

@@ -229,10 +229,11 @@ def gradient_kernel(
 def _prepare(features: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(features, centred features, squared norms, 1/T, 0 or NaN)."""
     x = features.contiguous()
-    centered = x - x.mean(dim=0) if len(x) else x
+    centered = x - x.mean(dim=0, dtype=torch.float64).float() if len(x) else x  # a sum of float32 might overflow
     norms = (centered * centered).sum(dim=1)
     inverse = (1.0 / temperature).clamp(max=_LARGEST)
-    poison = torch.where((temperature > 0) & (temperature < torch.inf), 0.0 * norms.sum(), torch.nan)
+    fits = (norms < _LARGEST / 8).all()  # and then so does every distance; NaN is not less
+    poison = torch.where((temperature > 0) & (temperature < torch.inf) & fits, x.new_zeros(()), torch.nan)
     return x, centered, norms, inverse, poison
 
 

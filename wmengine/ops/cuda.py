@@ -270,10 +270,10 @@ def marked_cross_entropy_forward(
     ignore_index: int,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, group_loss float32[G], group_hits int64[G], lse float32[N], denominator float32) of logits[N, C].
+    """(loss, group_loss float32[G], group_hits int64[G], normalizers float32[N, 2], denominator float32) of logits[N, C].
 
-    `reduction` is ``mean`` or ``sum`` (denominator 1). A label outside 0..C−1 that is not ignored makes the loss NaN: a
-    GPU cannot raise without waiting.
+    `reduction` is ``mean`` or ``sum`` (denominator 1). A label outside 0..C−1 or a group outside 0..G−1, in a row that is
+    not ignored, makes the loss NaN: a GPU cannot raise without waiting.
     """
     kernels = require("wmengine.kernels.cross_entropy", extra="train")
     with _current(logits.device):
@@ -295,7 +295,7 @@ def marked_cross_entropy_backward(
     logits: Tensor,
     labels: Tensor,
     weight: Tensor | None,
-    lse: Tensor,
+    normalizers: Tensor,
     denominator: Tensor,
     label_smoothing: float,
     ignore_index: int,
@@ -308,7 +308,7 @@ def marked_cross_entropy_backward(
             _rows(logits),
             labels.long().contiguous(),
             None if weight is None else weight.float().contiguous(),
-            lse,
+            normalizers,
             denominator,
             float(label_smoothing),
             ignore_index,
@@ -332,10 +332,10 @@ def cross_entropy_in_place(
     group = None if group is None else group.long().contiguous()
     settings = float(label_smoothing), ignore_index
     with _current(logits.device):
-        loss, group_loss, group_hits, lse, denominator = kernels.forward(
+        loss, group_loss, group_hits, normalizers, denominator = kernels.forward(
             logits, labels, weight, group, groups, *settings, "sum"
         )
-        kernels.backward(denominator, logits, labels, weight, lse, denominator, *settings, gradient=logits)
+        kernels.backward(denominator, logits, labels, weight, normalizers, denominator, *settings, gradient=logits)
     return loss, group_loss, group_hits
 
 
@@ -357,10 +357,10 @@ def cross_entropy_into(
     kernels = require("wmengine.kernels.cross_entropy", extra="train")
     settings = float(label_smoothing), ignore_index
     with _current(logits.device):
-        loss, group_loss, group_hits, lse, denominator = kernels.forward(
+        loss, group_loss, group_hits, normalizers, denominator = kernels.forward(
             logits, labels, weight, group, groups, *settings, "sum"
         )
-        kernels.backward(factor, logits, labels, weight, lse, denominator, *settings, gradient=gradient)
+        kernels.backward(factor, logits, labels, weight, normalizers, denominator, *settings, gradient=gradient)
     return loss, group_loss, group_hits
 
 

@@ -264,14 +264,15 @@ def marked_cross_entropy(
     g = np.zeros(n, dtype=np.int64) if group is None else np.asarray(group, dtype=np.int64)
     with np.errstate(invalid="ignore"):
         top = z.max(axis=1, keepdims=True) if classes else np.zeros((n, 1))
-        exponent = np.exp(z - top)
-        lse = top[:, 0] + np.log(exponent.sum(axis=1))
+        below = z - top  # from here on no shift of a row changes anything
+        exponent = np.exp(below)
+        lse = np.log(exponent.sum(axis=1))
         target = np.full_like(z, label_smoothing / classes)
         target[np.arange(n)[keep], label[keep]] += 1.0 - label_smoothing
-        chosen = np.take_along_axis(z, np.where(keep, label, 0)[:, None], axis=1)[:, 0]
+        chosen = np.take_along_axis(below, np.where(keep, label, 0)[:, None], axis=1)[:, 0]
         losses = lse - (1.0 - label_smoothing) * chosen
         if label_smoothing:
-            losses = losses - label_smoothing * z.mean(axis=1)
+            losses = losses - label_smoothing * below.mean(axis=1)
         losses = np.where(keep, losses, 0.0)
         hits = keep & (z.argmax(axis=1) == label) & ~np.isnan(lse)
         weighted = np.where(keep, w * losses, 0.0)

@@ -1,7 +1,7 @@
 """marked_cross_entropy for torch tensors: task rows and trigger rows in one pass.
 
 On a CPU the forward pass writes the gradient while each row of logits is in the cache, and keeps that. On a GPU it
-keeps the log-sum-exp of each row, and the backward pass reads the logits again; so it does for float16 on a CPU, where
+keeps the normalizers of each row, top and Σ exp(z − top), and the backward pass reads the logits again; so it does for float16 on a CPU, where
 a gradient that has not met the loss's scale yet would be rounded to zero.
 """
 
@@ -43,7 +43,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def _keeps_gradient(logits: Tensor) -> bool:
-    """Whether the forward pass writes the gradient; else it keeps the log-sum-exp of each row."""
+    """Whether the forward pass writes the gradient; else it keeps the normalizers of each row."""
     return logits.device.type == "cpu" and logits.dtype != torch.float16
 
 
@@ -57,9 +57,9 @@ def _run(
     ignore_index: int,
     mean: bool,
     gradient: Tensor | None,
-    lse: Tensor | None,
+    normalizers: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, group_loss, group_hits, denominator) of logits from `_rows`; gradient and lse are written where given."""
+    """(loss, group_loss, group_hits, denominator) of logits from `_rows`; gradient and normalizers are written where given."""
     labels, weight, group = labels.contiguous(), _contiguous(weight), _contiguous(group)
     loss = torch.empty((), dtype=torch.float32)
     group_loss = torch.empty(groups, dtype=torch.float32)
@@ -82,7 +82,7 @@ def _run(
         loss.data_ptr(),
         group_loss.data_ptr(),
         group_hits.data_ptr(),
-        _address(lse),
+        _address(normalizers),
         denominator.data_ptr(),
         _address(gradient),
         0 if gradient is None else gradient.stride(0),
@@ -102,15 +102,15 @@ def _cross_entropy_cpu(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     logits = _rows(logits)
-    gradient = lse = None
+    gradient = normalizers = None
     if not _keeps_gradient(logits):
-        kept = lse = torch.empty(logits.shape[0], dtype=torch.float32)
+        kept = normalizers = torch.empty((logits.shape[0], 2), dtype=torch.float32)
     elif with_gradient:
         kept = gradient = torch.empty(logits.shape, dtype=logits.dtype)
     else:
         kept = torch.empty(0, dtype=logits.dtype)
     loss, group_loss, group_hits, denominator = _run(
-        logits, labels, weight, group, groups, label_smoothing, ignore_index, mean, gradient, lse
+        logits, labels, weight, group, groups, label_smoothing, ignore_index, mean, gradient, normalizers
     )
     return loss, group_loss, group_hits, kept, denominator
 
@@ -127,10 +127,10 @@ def _cross_entropy_cuda(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     reduction = "mean" if mean else "sum"
-    loss, group_loss, group_hits, lse, denominator = cuda().marked_cross_entropy_forward(
+    loss, group_loss, group_hits, normalizers, denominator = cuda().marked_cross_entropy_forward(
         logits, labels, weight, group, groups, label_smoothing, ignore_index, reduction
     )
-    return loss, group_loss, group_hits, lse, denominator
+    return loss, group_loss, group_hits, normalizers, denominator
 
 
 def _cross_entropy_fake(
@@ -145,7 +145,7 @@ def _cross_entropy_fake(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not _keeps_gradient(logits):
-        kept = logits.new_empty(logits.shape[0], dtype=torch.float32)
+        kept = logits.new_empty((logits.shape[0], 2), dtype=torch.float32)
     else:
         kept = logits.new_empty(logits.shape if with_gradient else 0)
     return (
@@ -172,7 +172,7 @@ def _cross_entropy_backward_cpu(
     logits: Tensor,
     labels: Tensor,
     weight: Tensor | None,
-    lse: Tensor,
+    normalizers: Tensor,
     denominator: Tensor,
     label_smoothing: float,
     ignore_index: int,
@@ -191,7 +191,7 @@ def _cross_entropy_backward_cpu(
         label_smoothing,
         ignore_index,
         float(gradient / denominator),
-        lse.data_ptr(),
+        normalizers.data_ptr(),
         result.data_ptr(),
     )
     return result
@@ -202,23 +202,23 @@ def _cross_entropy_backward_cuda(
     logits: Tensor,
     labels: Tensor,
     weight: Tensor | None,
-    lse: Tensor,
+    normalizers: Tensor,
     denominator: Tensor,
     label_smoothing: float,
     ignore_index: int,
 ) -> Tensor:
     result: Tensor = cuda().marked_cross_entropy_backward(
-        gradient, logits, labels, weight, lse, denominator, label_smoothing, ignore_index
+        gradient, logits, labels, weight, normalizers, denominator, label_smoothing, ignore_index
     )
     return result
 
 
 define(
-    "marked_cross_entropy_backward(Tensor gradient, Tensor logits, Tensor labels, Tensor? weight, Tensor lse, "
+    "marked_cross_entropy_backward(Tensor gradient, Tensor logits, Tensor labels, Tensor? weight, Tensor normalizers, "
     "Tensor denominator, float label_smoothing, int ignore_index) -> Tensor",
     _cross_entropy_backward_cpu,
     _cross_entropy_backward_cuda,
-    lambda gradient, logits, labels, weight, lse, denominator, label_smoothing, ignore_index: logits.new_empty(
+    lambda gradient, logits, labels, weight, normalizers, denominator, label_smoothing, ignore_index: logits.new_empty(
         logits.shape
     ),
 )
@@ -316,8 +316,14 @@ def _gradient(ctx: Any, outer: Tensor) -> Tensor:
 _gradient_once = once_differentiable(_gradient)
 
 
+def _integer(values: Tensor) -> bool:
+    return not (values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool)
+
+
 def check_length(name: str, value: Tensor | None, length: int, device: torch.device) -> None:
-    """ValueError unless `value` is None or has the shape [length] and lies on `device`."""
+    """TypeError or ValueError unless `value` is None or a tensor that has the shape [length] and lies on `device`."""
+    if value is not None and not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch tensor or None, not {type(value).__name__}")
     if value is not None and (value.shape != (length,) or value.device != device):
         raise ValueError(f"{name} must have shape ({length},) on {device}, not {tuple(value.shape)} on {value.device}")
 
@@ -330,15 +336,28 @@ def check_rows(
     group: Tensor | None,
     groups: int,
     label_smoothing: float,
+    ignore_index: int,
 ) -> None:
     """TypeError or ValueError, naming the argument, unless they are what a cross entropy of so many rows takes."""
     check_count("groups", groups)
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"label_smoothing must be a number, not {type(label_smoothing).__name__}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, not {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be a signed int of 64 bits, not {ignore_index}: use a label such as -100")
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"labels must be a torch tensor, not {type(labels).__name__}")
     for name, value in (("labels", labels), ("weight", weight), ("group", group)):
         check_length(name, value, rows, device)
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+    if not _integer(labels):
         raise TypeError(f"labels must be integer classes, not {labels.dtype}: soft labels cannot carry triggers")
+    if group is not None and not _integer(group):
+        raise TypeError(f"group must hold integers, not {group.dtype}")
+    if weight is not None and (weight.dtype.is_complex or weight.dtype == torch.bool):
+        raise TypeError(f"weight must hold real numbers, not {weight.dtype}")
 
 
 def _check(
@@ -348,11 +367,12 @@ def _check(
     group: Tensor | None,
     groups: int,
     label_smoothing: float,
+    ignore_index: int,
 ) -> None:
     check_tensor("logits", logits, 2)
     if logits.shape[1] < 1:
         raise ValueError("logits must have at least one class")
-    check_rows(logits.shape[0], logits.device, labels, weight, group, groups, label_smoothing)
+    check_rows(logits.shape[0], logits.device, labels, weight, group, groups, label_smoothing, ignore_index)
 
 
 def cross_entropy_in_place(
@@ -367,16 +387,21 @@ def cross_entropy_in_place(
     """(Σ wℓ as a float32 scalar, group_loss float32[G], group_hits int64[G]); logits become the gradient of Σ wℓ.
 
     For buffers of the caller's own, as in a fused head: logits[N, C], float32, float16 or bfloat16, must not require a
-    gradient, and the classes of a row must lie side by side. Arguments are those of :func:`marked_cross_entropy`.
+    gradient, the classes of a row must lie side by side and rows must not overlap. Arguments are those of :func:`marked_cross_entropy`.
     Nothing is overwritten where ValueError or TypeError is raised.
     """
-    _check(logits, labels, weight, group, groups, label_smoothing)
+    _check(logits, labels, weight, group, groups, label_smoothing, ignore_index)
     if logits.dtype == torch.float64:
         raise TypeError("logits must be float32, float16 or bfloat16 to be overwritten, not torch.float64")
     if logits.requires_grad:
         raise ValueError("logits must not require a gradient: they are overwritten")
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         raise ValueError(f"logits must have rows whose classes lie side by side, not strides {logits.stride()}")
+    if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(
+            f"logits must have rows that do not overlap, not strides {logits.stride()} with shape {tuple(logits.shape)}: "
+            "clone() them"
+        )
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.wmengine.marked_cross_entropy_(
         logits,
         labels.long(),
@@ -386,6 +411,8 @@ def cross_entropy_in_place(
         label_smoothing,
         ignore_index,
     )
+    if not torch.compiler.is_compiling():  # which sees what the schema says is overwritten
+        torch.autograd.graph.increment_version(logits)  # an operator of one's own does not
     return result
 
 
@@ -405,10 +432,11 @@ def marked_cross_entropy(
     logits[N, C], labels int64[N], weight[N] or None for 1, group int64[N] or None for 0. ``mean`` divides Σ wℓ by Σ w
     of the rows not ignored, ``sum`` does not. group_loss holds Σ wℓ and group_hits the rows whose argmax is their
     label, by group; only `loss` is differentiable. A NaN row makes the loss NaN and is never a hit. A label outside
-    0..C-1 raises ValueError on a CPU; on a GPU, which cannot raise without waiting, it makes the loss NaN.
+    0..C-1 or a group outside 0..G-1 raises ValueError on a CPU; on a GPU, which cannot raise without waiting, it makes
+    the loss and the row's gradient NaN (a group only where the row is not ignored).
     """
     check_choice("reduction", reduction, ("mean", "sum"))
-    _check(logits, labels, weight, group, groups, label_smoothing)
+    _check(logits, labels, weight, group, groups, label_smoothing, ignore_index)
     labels = labels.long()
     group = None if group is None else group.long()
     if logits.dtype == torch.float64:

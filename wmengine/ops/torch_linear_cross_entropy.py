@@ -307,7 +307,7 @@ def marked_linear_cross_entropy(
     if bias is not None:
         check_tensor("bias", bias, 1)
         check_length("bias", bias, classes, hidden.device)
-    check_rows(rows, hidden.device, labels, weight, group, groups, label_smoothing)
+    check_rows(rows, hidden.device, labels, weight, group, groups, label_smoothing, ignore_index)
     labels = labels.long()
     group = None if group is None else group.long()
     dtype = torch.promote_types(hidden.dtype, head.dtype)
