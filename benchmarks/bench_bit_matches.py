@@ -81,14 +81,16 @@ def library_peers(
         packed = numkong.hammings_pack(registry, dtype="uint1")
         out = numkong.zeros((size.messages, size.rows), dtype="uint32")
         edges = [size.messages * part // threads for part in range(threads + 1)]
-        pool = ThreadPoolExecutor(threads)
+        pool = ThreadPoolExecutor(max(1, threads - 1))
+
+        def part(begin: int, end: int) -> Any:
+            return numkong.hammings_packed(messages, packed, out=out, start_row=begin, end_row=end)
 
         def by_parts() -> Any:
-            jobs = [
-                pool.submit(numkong.hammings_packed, messages, packed, out=out, start_row=begin, end_row=end)
-                for begin, end in pairwise(edges)
-            ]
-            return [job.result() for job in jobs]
+            # The caller works as well: it has a core to itself, and would only wait there.
+            own, *others = pairwise(edges)
+            jobs = [pool.submit(part, *other) for other in others]
+            return [part(*own), *(job.result() for job in jobs)]
 
         peers.append(Contender(NUMKONG, by_parts, holds=registry.nbytes))
     if simsimd is not None:
@@ -99,9 +101,8 @@ def library_peers(
         )
     if scipy is not None:
         if bits.size * size.rows <= SANE:
-            peers.append(
-                Contender(SCIPY, lambda: scipy.distance.cdist(bits.astype(bool), registry_bits.astype(bool), "hamming"))
-            )
+            left, right = bits.astype(bool), registry_bits.astype(bool)
+            peers.append(Contender(SCIPY, lambda: scipy.distance.cdist(left, right, "hamming")))
         else:
             left_out[SCIPY] = "compares a byte a bit: seconds"
     return peers, left_out

@@ -64,11 +64,13 @@ def losses() -> Iterator[object]:
             )
             yield torch.autograd.grad(loss, weights)
     for rows, classes in ((65, 10), (9, 5000)):
-        logits, known = random(rows, classes).requires_grad_(), labels(rows).clamp(min=0)
-        marked = ops.marked_cross_entropy(logits, known, random(rows).abs(), known % 3, groups=3, label_smoothing=0.1)
-        yield torch.autograd.grad(marked.loss, logits)
-        hidden, head = random(rows, 32).requires_grad_(), random(classes, 32).requires_grad_()
-        yield torch.autograd.grad(ops.marked_linear_cross_entropy(hidden, head, known).loss, [hidden, head])
+        known = labels(rows).clamp(min=0)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            logits, weight = random(rows, classes).to(dtype).requires_grad_(), random(rows).abs()
+            marked = ops.marked_cross_entropy(logits, known, weight, known % 3, groups=3, label_smoothing=0.1)
+            yield torch.autograd.grad(marked.loss, logits)
+            factors = [random(size, 32).to(dtype).requires_grad_() for size in (rows, classes)]
+            yield torch.autograd.grad(ops.marked_linear_cross_entropy(*factors, known).loss, factors)
         features = random(rows, 70).requires_grad_()
         yield torch.autograd.grad(ops.soft_nearest_neighbor(features, known % 3, 70.0), features)
 

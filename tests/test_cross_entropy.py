@@ -322,6 +322,31 @@ def test_a_second_differentiation_is_refused():
         gradient.square().sum().backward()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_gradient_may_be_changed_before_another_backward(dtype, linear):
+    leaf, labels = torch.randn(3, 4).to(dtype).requires_grad_(), torch.tensor([0, 1, 2])
+    head = torch.randn(5, 4).to(dtype).requires_grad_()
+    if linear:
+        loss = ops.marked_linear_cross_entropy(leaf, head, labels).loss
+    else:
+        loss = ops.marked_cross_entropy(leaf, labels).loss
+    inputs = [leaf, head] if linear else [leaf]
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    before = [gradient.clone() for gradient in first]
+    for gradient in first:
+        gradient.mul_(0.5)
+    for again, gradient in zip(torch.autograd.grad(loss, inputs), before, strict=True):
+        torch.testing.assert_close(again, gradient, rtol=0, atol=0)
+
+
+def test_the_last_backward_hands_the_gradient_over_without_a_copy():
+    leaf = torch.randn(300, 400, requires_grad=True)
+    loss = ops.marked_cross_entropy(leaf, torch.arange(300)).loss
+    (kept,) = loss.grad_fn.saved_tensors
+    assert torch.autograd.grad(loss, leaf)[0].data_ptr() == kept.data_ptr()
+
+
 # --- in place ---------------------------------------------------------------------------------------------------------
 
 

@@ -217,6 +217,14 @@ def test_bit_matches_of_nothing(shape):
             cuda.best_bit_matches(messages, registry, 20, 1)
 
 
+def test_bit_matches_of_no_bits_are_all_tied():
+    messages, registry = (torch.empty(rows, 0, dtype=torch.uint8, device=DEVICE) for rows in (2, 5))
+    assert cuda.bit_matches(messages, registry, 0).tolist() == [[0] * 5] * 2
+    counts, indices = cuda.best_bit_matches(messages, registry, 0, 3)
+    assert counts.tolist() == [[0] * 3] * 2
+    assert indices.tolist() == [[0, 1, 2]] * 2
+
+
 def test_bit_matches_of_a_registry_of_more_than_two_to_the_31_bytes():
     needs_memory(5)
     registered, total = 2**26 + 99, 256
@@ -394,7 +402,9 @@ def test_cross_entropy_of_more_than_two_to_the_31_logits():
     logits[-3:] = random(3, classes, dtype=torch.bfloat16)
     labels = torch.full((rows,), -100, device=DEVICE)
     labels[-3:] = torch.tensor([5, 31_999, 7], device=DEVICE)
-    loss, _, _, normalizers, denominator = cuda.marked_cross_entropy_forward(logits, labels, None, None, 1, 0.0, -100, "mean")
+    loss, _, _, normalizers, denominator = cuda.marked_cross_entropy_forward(
+        logits, labels, None, None, 1, 0.0, -100, "mean"
+    )
     one = torch.ones((), device=DEVICE)
     tail = cuda.marked_cross_entropy_backward(one, logits, labels, None, normalizers, denominator, 0.0, -100)[-3:]
     last = logits[-3:].float().requires_grad_()

@@ -2,10 +2,10 @@
 
 Forward, a program takes a tile of rows and walks their classes with a running maximum and sum of exponentials; of each
 row it keeps the two: their merger, the log-sum-exp, would lose what a shift of all logits must not change. A row is a
-hit where no logit beats its label's: none is greater, none before it is equal, and the sum is a number. A second kernel, for each group and once for all, adds the rows of a chunk in a
-fixed order; a third adds the chunks where there are several, so that no program walks a million rows. Backward runs on
-a grid of (rows, classes): every logit is read once, every gradient factor · w · (softmax − target) written once, and
-that may be where the logit was.
+hit where no logit beats its label's: none is greater, none before it is equal, and the sum is a number. A second
+kernel, for each group and once for all, adds the rows of a chunk in a fixed order; a third adds the chunks where there
+are several, so that no program walks a million rows. Backward runs on a grid of (rows, classes): every logit is read
+once, every gradient factor · w · (softmax − target) written once, and that may be where the logit was.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
@@ -221,7 +221,7 @@ def forward(
     ignore_index: int,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, group_loss[G], group_hits[G], normalizers[N, 2], denominator) of logits[N, C] whose rows are contiguous."""
+    """(loss, group_loss[G], group_hits[G], normalizers[N, 2], denominator) of logits[N, C], rows contiguous."""
     rows, classes = logits.shape
     loss, denominator = logits.new_empty((), dtype=torch.float32), logits.new_empty((), dtype=torch.float32)
     group_loss, group_hits = logits.new_empty(groups, dtype=torch.float32), logits.new_empty(groups, dtype=torch.int64)

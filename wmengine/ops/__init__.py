@@ -124,7 +124,8 @@ def bit_matches(messages: Any, registry: Any, best: int | None = None) -> Any:
     With `best`, 1 ≤ best ≤ K: (counts int32[S, best], indices int64[S, best]) of the registry rows that match each
     message best, most matches first and ties to the lowest row; counts of all pairs are never held. Either argument is
     an array of 0 and 1 (bool or uint8) or what :func:`pack_bits` made of one. Raises TypeError or ValueError naming the
-    argument. CUDA tensors are counted on their device.
+    argument. CUDA tensors are counted on their device, which takes `best` up to 1024 and T up to 2²³ − 1 and raises
+    ValueError beyond; without bits (T = 0) all rows are tied.
 
         registry = pack_bits(bits)
         counts, rows = bit_matches(read, registry, best=10)

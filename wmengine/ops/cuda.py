@@ -13,6 +13,7 @@ import torch
 
 from wmengine._optional import require
 from wmengine.ops.reference import padded_buckets
+from wmengine.ops.torch_library import rows_of
 
 Tensor = torch.Tensor
 
@@ -161,6 +162,8 @@ def bit_matches(messages: Tensor, registry: Tensor, total: int) -> Tensor:
     """
     messages, registry, place = _packed(messages, registry, total)
     counts = torch.empty((messages.shape[0], registry.shape[0]), dtype=torch.int32, device=messages.device)
+    if not total:
+        return counts.zero_()
     _compiled().bit_matches(
         *place,
         messages.data_ptr(),
@@ -185,6 +188,9 @@ def best_bit_matches(messages: Tensor, registry: Tensor, total: int, best: int) 
             f"best must lie between 1 and {min(registered, _MOST_BEST)}, the lesser of registry's {registered} rows "
             f"and {_MOST_BEST}, not {best}"
         )
+    if not total:  # all are tied
+        counts = torch.zeros((suspects, best), dtype=torch.int32, device=messages.device)
+        return counts, torch.arange(best, device=messages.device).repeat(suspects, 1)
     module = _compiled()
     size = module.best_bit_matches_workspace(suspects, registered, best)
     workspace = torch.empty(size, dtype=torch.int64, device=messages.device)
@@ -270,15 +276,15 @@ def marked_cross_entropy_forward(
     ignore_index: int,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, group_loss float32[G], group_hits int64[G], normalizers float32[N, 2], denominator float32) of logits[N, C].
+    """(loss, group_loss[G], group_hits int64[G], normalizers[N, 2], denominator) of logits[N, C]; others are float32.
 
-    `reduction` is ``mean`` or ``sum`` (denominator 1). A label outside 0..C−1 or a group outside 0..G−1, in a row that is
-    not ignored, makes the loss NaN: a GPU cannot raise without waiting.
+    `reduction` is ``mean`` or ``sum`` (denominator 1). A label outside 0..C−1 or a group outside 0..G−1, in a row that
+    is not ignored, makes the loss NaN: a GPU cannot raise without waiting.
     """
     kernels = require("wmengine.kernels.cross_entropy", extra="train")
     with _current(logits.device):
         result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = kernels.forward(
-            _rows(logits),
+            rows_of(logits),
             labels.long().contiguous(),
             None if weight is None else weight.float().contiguous(),
             None if group is None else group.long().contiguous(),
@@ -305,7 +311,7 @@ def marked_cross_entropy_backward(
     with _current(logits.device):
         result: Tensor = kernels.backward(
             grad_loss.float(),
-            _rows(logits),
+            rows_of(logits),
             labels.long().contiguous(),
             None if weight is None else weight.float().contiguous(),
             normalizers,
@@ -362,8 +368,3 @@ def cross_entropy_into(
         )
         kernels.backward(factor, logits, labels, weight, normalizers, denominator, *settings, gradient=gradient)
     return loss, group_loss, group_hits
-
-
-def _rows(logits: Tensor) -> Tensor:
-    """Logits whose classes lie side by side; rows may be any distance apart."""
-    return logits if logits.stride(1) == 1 else logits.contiguous()

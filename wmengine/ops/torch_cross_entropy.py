@@ -1,8 +1,8 @@
 """marked_cross_entropy for torch tensors: task rows and trigger rows in one pass.
 
 On a CPU the forward pass writes the gradient while each row of logits is in the cache, and keeps that. On a GPU it
-keeps the normalizers of each row, top and Σ exp(z − top), and the backward pass reads the logits again; so it does for float16 on a CPU, where
-a gradient that has not met the loss's scale yet would be rounded to zero.
+keeps the normalizers of each row, top and Σ exp(z − top), and the backward pass reads the logits again; so it does for
+float16 on a CPU, where a gradient that has not met the loss's scale yet would be rounded to zero.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from wmengine import _cpu
 from wmengine.ops import torch_reference
 from wmengine.ops.cpu import check_choice, check_count
-from wmengine.ops.torch_library import Tensor, check_tensor, cuda, define
+from wmengine.ops.torch_library import Tensor, check_tensor, cuda, define, rows_of
 
 
 class MarkedCrossEntropy(NamedTuple):
@@ -27,11 +27,6 @@ class MarkedCrossEntropy(NamedTuple):
 
 
 _STORED = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/cpu/half.h
-
-
-def _rows(logits: Tensor) -> Tensor:
-    """Logits whose classes lie side by side; rows may be any distance apart."""
-    return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -59,7 +54,7 @@ def _run(
     gradient: Tensor | None,
     normalizers: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, group_loss, group_hits, denominator) of logits from `_rows`; gradient and normalizers are written where given."""
+    """(loss, group_loss, group_hits, denominator) of logits from `rows_of`; gradient and normalizers where given."""
     labels, weight, group = labels.contiguous(), _contiguous(weight), _contiguous(group)
     loss = torch.empty((), dtype=torch.float32)
     group_loss = torch.empty(groups, dtype=torch.float32)
@@ -101,7 +96,7 @@ def _cross_entropy_cpu(
     mean: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    logits = _rows(logits)
+    logits = rows_of(logits)
     gradient = normalizers = None
     if not _keeps_gradient(logits):
         kept = normalizers = torch.empty((logits.shape[0], 2), dtype=torch.float32)
@@ -177,7 +172,7 @@ def _cross_entropy_backward_cpu(
     label_smoothing: float,
     ignore_index: int,
 ) -> Tensor:
-    logits, labels, weight = _rows(logits), labels.contiguous(), _contiguous(weight)
+    logits, labels, weight = rows_of(logits), labels.contiguous(), _contiguous(weight)
     rows, classes = logits.shape
     result = torch.empty((rows, classes), dtype=logits.dtype)
     _cpu.marked_cross_entropy_backward(
@@ -310,9 +305,19 @@ def _gradient(ctx: Any, outer: Tensor) -> Tensor:
         return result
     # The usual outer gradient is 1: then a whole pass over the array is saved (not while a graph is traced).
     gradient: Tensor = kept
-    return gradient * outer if torch.compiler.is_compiling() or outer.item() != 1.0 else gradient
+    return gradient * outer if torch.compiler.is_compiling() or outer.item() != 1.0 else handed_over(gradient)
 
 
+def handed_over(kept: Tensor) -> Tensor:
+    """What forward kept, as a gradient that its receiver may change: a copy where the graph stays for another backward.
+
+    Only autograd knows whether it stays, and tells nobody but torch's own compiler; without that answer the change of
+    a gradient makes the next backward raise autograd's error of a saved tensor that was modified.
+    """
+    return kept.clone() if _graph_stays() else kept
+
+
+_graph_stays = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: False)
 _gradient_once = once_differentiable(_gradient)
 
 
@@ -387,8 +392,8 @@ def cross_entropy_in_place(
     """(Σ wℓ as a float32 scalar, group_loss float32[G], group_hits int64[G]); logits become the gradient of Σ wℓ.
 
     For buffers of the caller's own, as in a fused head: logits[N, C], float32, float16 or bfloat16, must not require a
-    gradient, the classes of a row must lie side by side and rows must not overlap. Arguments are those of :func:`marked_cross_entropy`.
-    Nothing is overwritten where ValueError or TypeError is raised.
+    gradient, the classes of a row must lie side by side, and rows must not overlap. Arguments are those of
+    :func:`marked_cross_entropy`. Nothing is overwritten where ValueError or TypeError is raised.
     """
     _check(logits, labels, weight, group, groups, label_smoothing, ignore_index)
     if logits.dtype == torch.float64:
@@ -399,8 +404,8 @@ def cross_entropy_in_place(
         raise ValueError(f"logits must have rows whose classes lie side by side, not strides {logits.stride()}")
     if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
         raise ValueError(
-            f"logits must have rows that do not overlap, not strides {logits.stride()} with shape {tuple(logits.shape)}: "
-            "clone() them"
+            f"logits must have rows that do not overlap, not shape {tuple(logits.shape)} with strides "
+            f"{logits.stride()}: clone() them"
         )
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.wmengine.marked_cross_entropy_(
         logits,
@@ -433,7 +438,8 @@ def marked_cross_entropy(
     of the rows not ignored, ``sum`` does not. group_loss holds Σ wℓ and group_hits the rows whose argmax is their
     label, by group; only `loss` is differentiable. A NaN row makes the loss NaN and is never a hit. A label outside
     0..C-1 or a group outside 0..G-1 raises ValueError on a CPU; on a GPU, which cannot raise without waiting, it makes
-    the loss and the row's gradient NaN (a group only where the row is not ignored).
+    the loss and the row's gradient NaN (a group only where the row is not ignored). torch.func (vmap, grad) is not
+    supported.
     """
     check_choice("reduction", reduction, ("mean", "sum"))
     _check(logits, labels, weight, group, groups, label_smoothing, ignore_index)

@@ -220,7 +220,7 @@ def embedding_loss(
     ``rademacher``, ``gaussian``. Links, with s = 2b−1, summed over the bits: ``bce`` softplus(−s·y), ``hinge``
     relu(margin − s·y), ``mse`` (y − margin·s)², ``stdm`` softplus(−10·s·sin(10·y)). `scale` defaults to √(P/M) for a
     sketch and 1/√M for a dense projection, M the carrier's values in all. Differentiable by the weights; y is not.
-    Source: Uchida et al. 2017 (bce), Li, Tondi, Barni 2021 (stdm).
+    torch.func (vmap, grad) is not supported. Source: Uchida et al. 2017 (bce), Li, Tondi, Barni 2021 (stdm).
     """
     weights, keys = list(weights), list(keys)
     if not weights or len(weights) != len(keys):

@@ -47,6 +47,11 @@ def signed(key: int) -> int:
     return key - (1 << 64) if key >= 1 << 63 else key
 
 
+def rows_of(values: Tensor) -> Tensor:
+    """A matrix whose columns lie side by side; rows may be any distance apart."""
+    return values if values.stride(1) == 1 else values.contiguous()
+
+
 def check_tensor(name: str, value: object, dimensions: int | None = None) -> Tensor:
     """A floating tensor, of so many dimensions; TypeError or ValueError naming the argument otherwise."""
     if not isinstance(value, torch.Tensor):

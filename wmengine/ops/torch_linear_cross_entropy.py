@@ -21,7 +21,13 @@ from torch.autograd.function import once_differentiable
 
 from wmengine.ops import torch_reference
 from wmengine.ops.cpu import check_choice, check_count
-from wmengine.ops.torch_cross_entropy import MarkedCrossEntropy, check_length, check_rows, cross_entropy_in_place
+from wmengine.ops.torch_cross_entropy import (
+    MarkedCrossEntropy,
+    check_length,
+    check_rows,
+    cross_entropy_in_place,
+    handed_over,
+)
 from wmengine.ops.torch_library import Tensor, check_tensor, cuda, define
 
 _LEAST_ROWS = 64
@@ -265,7 +271,7 @@ class _MarkedLinearCrossEntropy(torch.autograd.Function):
         results: list[Tensor | None] = [None] * (3 + ctx.others)
         for place, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
             if ctx.needs_input_grad[place]:
-                results[place] = (gradient if same else gradient * outer).to(dtype)
+                results[place] = (handed_over(gradient) if same else gradient * outer).to(dtype)
         return tuple(results)
 
 
@@ -288,7 +294,8 @@ def marked_linear_cross_entropy(
     hidden[N, D], head[C, D], bias[C] or None; the rest as there. `loss` is differentiable once by hidden, head and
     bias, and each gradient has its tensor's dtype. `chunk` is the number of rows whose logits are held at once; by
     default max(D, 64, 2²²/C) on a CPU (2 D in bfloat16) and max(D, 64, 2²⁶/C) on a GPU, so that they take about the
-    memory of the head. From forward to backward the gradients themselves are held.
+    memory of the head. From forward to backward the gradients themselves are held. torch.func (vmap, grad) is not
+    supported.
 
     The factors of the products have the wider type of hidden and head, under autocast autocast's; a CPU without
     instructions for bfloat16, and any CPU for float16, multiplies in float32. Sums over rows and losses are float32.

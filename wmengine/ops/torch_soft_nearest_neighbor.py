@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from wmengine import _cpu
 from wmengine.ops import torch_reference
 from wmengine.ops.cpu import check_choice
-from wmengine.ops.torch_library import Tensor, check_tensor, define
+from wmengine.ops.torch_library import Tensor, check_tensor, define, rows_of
 
 DISTANCES = ("squared_euclidean", "cosine")
 
@@ -26,13 +26,9 @@ def _positive(temperature: float) -> float:
     return temperature
 
 
-def _rows(features: Tensor) -> Tensor:
-    return features if features.stride(1) == 1 else features.contiguous()
-
-
 def _forward_cpu(features: Tensor, labels: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     rows, size = features.shape
-    features, labels = _rows(features), labels.contiguous()
+    features, labels = rows_of(features), labels.contiguous()
     nearest = torch.empty((4, rows), dtype=torch.float32)
     loss = _cpu.soft_nearest_neighbor(
         features.data_ptr(),
@@ -68,7 +64,7 @@ def _backward_cpu(
     gradient: Tensor, features: Tensor, labels: Tensor, temperature: Tensor, nearest: Tensor, by_features: bool
 ) -> tuple[Tensor, Tensor]:
     rows, size = features.shape
-    features, labels, nearest = _rows(features), labels.contiguous(), nearest.contiguous()
+    features, labels, nearest = rows_of(features), labels.contiguous(), nearest.contiguous()
     result = torch.empty((rows, size) if by_features else 0, dtype=torch.float32)
     by_temperature = _cpu.soft_nearest_neighbor_backward(
         features.data_ptr(),
@@ -155,6 +151,7 @@ def soft_nearest_neighbor(
     Needs memory for three copies of the features and a few numbers a row and 96 rows, never N × N; float64 features
     take N × N × D, being meant for checks. Raises TypeError or ValueError naming the argument; a temperature on a GPU
     that is not above 0 makes the loss NaN, as do features that are not finite or have a squared norm beyond float32.
+    torch.func (vmap, grad) is not supported.
     """
     check_tensor("features", features, 2)
     check_choice("distance", distance, DISTANCES)
