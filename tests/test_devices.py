@@ -219,6 +219,12 @@ def test_without_a_gpu_it_is_said(tmp_path, capsys):
     assert not (tmp_path / "out.parquet.journal").exists()
 
 
+def test_what_is_no_file_runs_where_it_is():
+    for suspect in (lambda rows: np.zeros((len(rows), CLASSES)), "http://localhost:1/v2/models/m"):
+        with pytest.raises(ValueError, match="is for the path of a file"):
+            verify(suspect, MARK, provider="cuda")
+
+
 def test_a_cluster_judges_on_cpus(tmp_path):
     with pytest.raises(ValueError, match="leave ray= out, or the provider"):
         scan(tmp_path, tmp_path, ray="local", provider="cuda")

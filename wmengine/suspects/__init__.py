@@ -20,9 +20,12 @@ def open_suspect(
 
     isolation, limits and provider are for files: see OnnxSuspect. A URL is asked as `endpoint` does without options.
 
-    Raises FileNotFoundError for a path that does not exist, ValueError for a URL that is no endpoint's, TypeError for
-    what is none of these, and SuspectError for a file that cannot be judged.
+    Raises FileNotFoundError for a path that does not exist, ValueError for a URL that is no endpoint's and for another
+    provider than the CPU with what is no file, TypeError for what is none of these, and SuspectError for a file that
+    cannot be judged.
     """
+    if provider != "cpu" and (is_url(suspect) or not isinstance(suspect, str | os.PathLike)):
+        raise ValueError(f"provider={provider!r} is for the path of a file; other suspects run where they are")
     if is_url(suspect):
         from wmengine.suspects.endpoint import endpoint
 
