@@ -52,3 +52,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_long_pauses(monkeypatch):
+    """Endpoints that fail are tried again at once."""
+    from wmengine.suspects import patience
+
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.001)

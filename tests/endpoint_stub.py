@@ -7,12 +7,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 
+import wmengine as wm
 from wmengine.key import Key
 from wmengine.schemes import black_box_parameters, scheme
 from wmengine.triggers import to_input
 from wmengine.watermark import Watermark
 
 SHAPE, CLASSES, COUNT = (3, 4, 4), 10, 60
+# `verify` asks eight triggers twice at last, to see whether answers depend on the batch.
+AGAIN = 16
 MARK = Watermark.create(
     Key("ACME Vision", bytes(range(32))),
     "adi",
@@ -136,3 +139,17 @@ def serving(behave=marked_model, tls=None):
         yield stub
     finally:
         stub.close()
+
+
+def judged(stub, queries="all", url=None, **options):
+    """The verdict on a stub asked with these options."""
+    suspect = wm.endpoint(url or stub.url, **options)
+    try:
+        return wm.verify(suspect, MARK, queries=queries)
+    finally:
+        suspect.close()
+
+
+def posted(behave):
+    """A behaviour that describes nothing and answers questions so."""
+    return lambda request: marked_model(request) if request.method == "GET" else behave(request)

@@ -10,13 +10,9 @@ import pytest
 from endpoint_stub import CLASSES, COUNT, MARK, scores
 
 import wmengine as wm
-from wmengine.suspects import patience
 from wmengine.suspects.inference_grpc import SERVICE, _messages
 
-
-@pytest.fixture(autouse=True)
-def no_long_pauses(monkeypatch):
-    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.001)
+pytestmark = pytest.mark.usefixtures("no_long_pauses")
 
 
 def declared(**tensor):

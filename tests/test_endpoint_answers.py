@@ -1,0 +1,265 @@
+"""What endpoints promise about strangers' servers: no answer harms us, and nothing secret leaves or is shown."""
+
+import datetime
+import ipaddress
+import json
+import random
+import ssl
+import time
+
+import numpy as np
+import pytest
+from endpoint_stub import (
+    COUNT,
+    INPUTS,
+    MARK,
+    answer,
+    judged,
+    marked_model,
+    posted,
+    scores,
+    serving,
+    tensor,
+)
+
+import wmengine as wm
+from wmengine.errors import SuspectError
+
+pytestmark = pytest.mark.usefixtures("no_long_pauses")
+
+
+# --- hostile answers --------------------------------------------------------------------------------------------------
+
+
+def one_output(datatype, data, shape=b"[1]"):
+    return b'{"outputs": [{"name": "y", "shape": %s, "datatype": "%s", "data": %s}]}' % (shape, datatype, data)
+
+
+GARBAGE = {
+    "empty": b"",
+    "text": b"<html>hello</html>",
+    "not utf-8": b'{"outputs": "\xff"}',
+    "nested": b"[" * 200_000,
+    "nested data": one_output(b"FP32", b"[" * 900 + b"]" * 900),
+    "a list": b"[1, 2]",
+    "null": b"null",
+    "no outputs": b"{}",
+    "outputs of numbers": b'{"outputs": [1]}',
+    "no shape": b'{"outputs": [{"name": "y", "datatype": "FP32", "data": [1]}]}',
+    "an odd shape": one_output(b"FP32", b"[1]", b"[-1, 1.5]"),
+    "a huge shape": one_output(b"FP32", b"[1]", b"[99999999999999999999]"),
+    "an odd type": b'{"outputs": [{"name": "y", "shape": [1], "datatype": ["FP32"], "data": [1]}]}',
+    "texts": one_output(b"FP32", b'["x"]'),
+    "class names": one_output(b"BYTES", b'["cat"]'),
+    "objects": one_output(b"FP32", b"[{}]"),
+    "huge integers": one_output(b"INT64", b"[" + b"9" * 4000 + b"]"),
+    "too many digits": one_output(b"INT64", b"[" + b"9" * 9000 + b"]"),
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_garbage_is_one_line_of_error(name):
+    with serving(lambda request: (200, {}, GARBAGE[name])) as stub:
+        verdict = judged(stub)
+    assert verdict.decision == "error"
+    assert stub.url in verdict.error
+    assert "\n" not in verdict.error
+    assert len(verdict.error) < 400
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_mutated_answers_only_ever_give_one_sentence(seed):
+    chance = random.Random(seed)
+    body = one_output(b"FP32", b"[1, 2, 3, 4, 5, 6]", b"[2, 3]")
+    whole = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    parts = [b"NaN", b"-1", b"[", b"{}", b"null", b"1e400", b"INT64", b"\r\n", b"Transfer-Encoding: chunked\r\n"]
+
+    def behave(request):
+        changed = bytearray(whole)
+        for _ in range(chance.randrange(6)):
+            place = chance.randrange(len(changed))
+            changed[place : place + chance.randrange(8)] = chance.choice([*parts, b"", chance.randbytes(3)])
+        request.handler.wfile.write(changed)
+        request.handler.close_connection = True
+
+    answered = 0
+    with serving(behave) as stub:
+        for _ in range(100):
+            options = {"input": "x", "datatype": "FP32", "layout": "as recorded"}
+            suspect = wm.endpoint(stub.url, **options, tries=1, timeout=0.3, deadline=0.6)
+            said = "one sentence"
+            try:
+                answered += len(suspect.query(INPUTS[:2])) == 2
+            except SuspectError as error:
+                said = str(error)
+            assert "\n" not in said
+            assert len(said) < 500
+    assert 10 < answered < 90
+
+
+def test_nan_and_infinity_are_abstentions():
+    def behave(request):
+        found = scores(tensor(request.json)).astype(object)
+        text = json.dumps(answer(found))
+        return 200, {}, text.replace("1.0", "NaN", 1).replace("1.0", "1e999", 1).encode()
+
+    with serving(posted(behave)) as stub:
+        verdict = judged(stub)
+    assert (verdict.decision, verdict.matched) == ("owned", COUNT - 4)
+    assert f"4 of {COUNT} answers hold NaN or Inf or name no class, and count as misses" in verdict.notes
+
+
+def test_another_task_is_refused_naming_both_numbers_of_classes():
+    with serving(posted(lambda request: answer(np.zeros((len(tensor(request.json)), 1000))))) as stub:
+        assert "1000 classes and the watermark has 10" in judged(stub).error
+
+
+def drip(request, lines):
+    """Bytes without end, one every tenth of a second, which no timeout of a socket would notice."""
+    request.handler.wfile.write(lines)
+    while True:
+        time.sleep(0.05)
+        request.handler.wfile.write(b"x")
+
+
+@pytest.mark.parametrize(
+    "lines", [b"", b"HTTP/1.1 200 OK\r\nX-Long: ", b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"]
+)
+def test_a_slow_answer_is_cut_off_in_time(lines):
+    with serving(posted(lambda request: drip(request, lines))) as stub:
+        started = time.monotonic()
+        verdict = judged(stub, timeout=0.3, deadline=0.8)
+        assert time.monotonic() - started < 1.5
+    assert verdict.decision == "error"
+    assert "does not answer within" in verdict.error
+
+
+def test_an_answer_cut_off_in_time_is_not_taken_for_a_whole_one():
+    with serving(posted(lambda request: drip(request, b"HTTP/1.0 200 OK\r\n\r\n"))) as stub:
+        assert "does not answer within" in judged(stub, timeout=0.2, deadline=0.3).error
+
+
+def test_an_answer_without_end_is_cut_off_by_size():
+    def flood(request):
+        request.handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while True:
+            request.handler.wfile.write(b"4000\r\n" + b" " * 0x4000 + b"\r\n")
+
+    for behave in (flood, lambda request: (200, {"Content-Length": str(10**15)}, b" " * 200_000)):
+        with serving(posted(behave)) as stub:
+            suspect = wm.endpoint(stub.url, batch=60, tries=1)
+            suspect._model.client.limit = 100_000
+            verdict = wm.verify(suspect, MARK)
+        assert verdict.decision == "error"
+        assert "more than 100000 bytes" in verdict.error
+
+
+def test_redirects_to_other_hosts_are_refused_and_those_at_home_are_followed():
+    with serving() as other, serving() as stub:
+        stub.behave = lambda request: (307, {"Location": f"{other.url}/infer"}, b"")
+        verdict = judged(stub)
+        assert "nothing is sent to other hosts" in verdict.error
+        assert other.requests == []
+        stub.behave = lambda request: (302, {"Location": "/v2/models/detector"}, b"")
+        assert "redirects again and again" in judged(stub).error
+
+        def moved(request):
+            if "new" not in request.path:
+                return 308, {"Location": request.path.replace("detector", "new")}, b""
+            return marked_model(request)
+
+        stub.behave = moved
+        assert judged(stub).owned
+
+
+def test_a_connection_that_was_closed_meanwhile_is_opened_again():
+    def behave(request):
+        request.handler.close_connection = True  # without a word about it
+        return marked_model(request)
+
+    with serving(behave) as stub:
+        assert judged(stub, tries=1, batch=20).owned
+    assert len(stub.questions) == 4
+
+
+def test_compressed_answers_are_not_unpacked():
+    with serving(posted(lambda request: (200, {"Content-Encoding": "gzip"}, b"x"))) as stub:
+        assert "compresses its answer" in judged(stub).error
+
+
+# --- secrets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A self-signed certificate of 127.0.0.1, and a server's context with it."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "stub")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
+        .sign(key, hashes.SHA256())
+    )
+    folder = tmp_path_factory.mktemp("certificate")
+    (folder / "crt").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    private = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "key").write_bytes(key.private_bytes(*private))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "crt", folder / "key")
+    return folder / "crt", context
+
+
+def test_tls_is_verified(certificate, monkeypatch):
+    path, context = certificate
+    with serving(tls=context) as stub:
+        verdict = judged(stub)
+        assert "no valid certificate" in verdict.error
+        assert stub.requests == []
+        monkeypatch.setenv("SSL_CERT_FILE", str(path))
+        assert judged(stub).owned
+
+
+def test_a_slow_answer_over_tls_is_cut_off_in_time(certificate, monkeypatch):
+    path, context = certificate
+    monkeypatch.setenv("SSL_CERT_FILE", str(path))
+    with serving(posted(lambda request: drip(request, b"HTTP/1.1 200 OK\r\nX-Long: ")), tls=context) as stub:
+        verdict = judged(stub, timeout=0.3, deadline=0.5)
+    assert "does not answer within" in verdict.error
+    assert verdict.seconds < 1.5
+
+
+def test_tokens_come_from_the_environment_and_show_up_nowhere(monkeypatch):
+    monkeypatch.setenv("STUB_TOKEN", "s3cret-token")
+    headers = {"Authorization": "Bearer ${STUB_TOKEN}"}
+
+    def behave(request):
+        said = json.dumps({"error": f"who is {request.headers['Authorization']}?"}).encode()
+        return marked_model(request) if behave.open else (403, {}, said)
+
+    behave.open = True
+    with serving(behave) as stub:
+        assert judged(stub, headers=headers).owned
+        assert stub.requests[-1].headers["Authorization"] == "Bearer s3cret-token"
+        behave.open = False
+        verdict = judged(stub, headers=headers)
+    assert "s3cret" not in verdict.to_json()
+    assert "who is Bearer ***?" in verdict.error
+    monkeypatch.delenv("STUB_TOKEN")
+    with pytest.raises(ValueError, match="environment variable STUB_TOKEN, and it is not set"):
+        wm.endpoint("https://host/v2/models/m", headers=headers)
+
+
+def test_tokens_are_not_sent_in_the_clear(monkeypatch):
+    monkeypatch.setenv("STUB_TOKEN", "s3cret-token")
+    for url in ("http://example.com/v2/models/m", "grpc://example.com:80/m"):
+        with pytest.raises(ValueError, match="is not encrypted"):
+            wm.endpoint(url, headers={"x-key": "${STUB_TOKEN}"})
+    assert wm.endpoint("https://example.com/v2/models/m", headers={"x-key": "${STUB_TOKEN}"})

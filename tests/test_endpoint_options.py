@@ -1,0 +1,245 @@
+"""What endpoints promise to who asks: templates for other services, checked options, documents that are true."""
+
+import json
+
+import numpy as np
+import pytest
+from endpoint_stub import (
+    CLASSES,
+    MARK,
+    judged,
+    scores,
+    serving,
+    tensor,
+)
+
+import wmengine as wm
+from wmengine.errors import SuspectError
+
+pytestmark = pytest.mark.usefixtures("no_long_pauses")
+
+
+# --- templates --------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_as_lists_with_scores_somewhere_in_the_answer():
+    def behave(request):
+        assert request.json["parameters"] == {"top": 10}
+        images = np.array(request.json["instances"], np.float32)
+        found = [{"scores/all": {f"c{n}": score for n, score in enumerate(row)}} for row in scores(images).tolist()]
+        return {"result": [{"rows": found}]}
+
+    request = {
+        "body": {"instances": "${inputs}", "parameters": {"top": 10}},
+        "answers": "/result/0/rows",
+        "scores": "/scores~1all",
+        "labels": [f"c{number}" for number in range(CLASSES)],
+    }
+    with serving(behave) as stub:
+        assert judged(stub, url=f"{stub.origin}/classify?version=2", request=request).owned
+    assert {request.path for request in stub.requests} == {"/classify?version=2"}
+    assert len(stub.requests) == 3
+
+
+@pytest.mark.parametrize("encoding", ["png", "bytes", "list"])
+def test_one_image_at_a_time_with_the_name_of_its_class(encoding):
+    import base64
+    import io
+
+    from PIL import Image
+
+    labels = dict(zip((image.tobytes() for image in MARK.arrays["triggers"]), MARK.arrays["labels"], strict=True))
+    names = [f"kind {number}" for number in range(CLASSES)]
+
+    def behave(request):
+        content = request.json["image"]["data"]
+        if encoding == "png":
+            pixels = np.moveaxis(np.asarray(Image.open(io.BytesIO(base64.b64decode(content)))), -1, 0)
+        elif encoding == "bytes":
+            pixels = np.moveaxis(np.frombuffer(base64.b64decode(content), np.uint8).reshape(4, 4, 3), -1, 0)
+        else:
+            pixels = np.moveaxis(np.array(content, np.uint8), -1, 0)
+        label = labels[np.ascontiguousarray(pixels).tobytes()]
+        return [{"label": names[label] if label else "none of these", "score": 0.9}]
+
+    options = {} if encoding == "png" else {"datatype": "UINT8", "layout": "channels last"}
+    request = {"body": {"image": {"data": "${input}"}}, "encoding": encoding, "label": "/0/label", "labels": names}
+    with serving(behave) as stub:
+        verdict = judged(stub, request={**request, "method": "PUT"}, **options)
+    assert verdict.owned
+    assert verdict.matched == (MARK.arrays["labels"] > 0).sum()
+    assert stub.requests[0].method == "PUT"
+
+
+def test_what_is_no_image_is_no_png():
+    with serving(lambda request: []) as stub:
+        suspect = wm.endpoint(stub.url, request={"body": "${input}", "encoding": "png", "label": ""})
+        with pytest.raises(SuspectError, match=r"inputs \[2, 4, 4\] are no images"):
+            suspect.query(np.zeros((3, 2, 4, 4), np.uint8))
+        assert stub.requests == []
+
+
+def test_a_grey_image_is_a_grey_png():
+    import io
+
+    from PIL import Image
+
+    from wmengine.suspects.request_template import encode_png
+
+    image = np.random.default_rng(0).integers(0, 256, (1, 5, 9), np.uint8)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(image)))), image[0])
+
+
+@pytest.mark.parametrize(
+    "document",
+    [{}, {"rows": 3}, {"rows": [1]}, {"rows": [["x"] * 9] * 60}, {"rows": [{}] * 60}, {"rows": [[]] * 60}, [], 5],
+)
+def test_a_template_that_does_not_fit_the_answer_is_an_error(document):
+    with serving(lambda request: document) as stub:
+        verdict = judged(
+            stub, batch=60, request={"body": {"x": "${inputs}"}, "answers": "/rows", "scores": ""}, tries=1
+        )
+    assert verdict.decision == "error"
+
+
+def test_names_without_labels_are_an_error_that_says_so():
+    with serving(lambda request: {"label": "cat"}) as stub:
+        verdict = judged(stub, request={"body": ["${input}"], "label": "/label"})
+    assert "the template gives no labels" in verdict.error
+
+
+GOOD = {"body": {"x": "${inputs}"}, "scores": ""}
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        ({**GOOD, "lable": ""}, "no field 'lable'"),
+        ({**GOOD, "method": "GET"}, "POST or PUT"),
+        ({**GOOD, "encoding": "jpeg"}, "one of list, png, bytes"),
+        ({**GOOD, "body": {"x": "all of ${inputs}"}}, "once, as a value of its own"),
+        ({**GOOD, "body": ["${inputs}", "${input}"]}, "once, as a value of its own"),
+        ({"scores": ""}, "once, as a value of its own"),
+        ({"body": "${inputs}"}, "either scores or label"),
+        ({**GOOD, "label": ""}, "either scores or label"),
+        ({**GOOD, "scores": "a"}, "scores must be a JSON pointer"),
+        ({**GOOD, "answers": 3}, "answers must be a JSON pointer"),
+        ({"body": "${input}", "answers": "/a", "scores": ""}, "the whole answer is that of one input"),
+        ({**GOOD, "labels": ["a", "a"]}, "names of all classes"),
+        ({**GOOD, "labels": "ab"}, "names of all classes"),
+    ],
+)
+def test_a_template_that_is_none_is_refused_before_anything_is_sent(request_, said):
+    with pytest.raises(ValueError, match=said):
+        wm.endpoint("https://host/", request=request_)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "said"),
+    [
+        ("https://host/model.onnx", {}, "downloaded first"),
+        ("https://host/v2/models/m?token=x", {}, "is no model of the Open Inference Protocol"),
+        ("https://user:word@host/v2/models/m", {}, "no password"),
+        ("https://host:0/v2/models/m", {}, "an endpoint is https://HOST"),
+        ("https://host:port/v2/models/m", {}, "an endpoint is https://HOST"),
+        ("https:///v2/models/m", {}, "an endpoint is https://HOST"),
+        ("ftp://host/v2/models/m", {}, "begins with https"),
+        ("grpc://host/m", {}, "grpc://HOST:PORT/NAME"),
+        ("grpc://host:1/a/b/c", {}, "grpc://HOST:PORT/NAME"),
+        ("https://host/v2/models/m", {"budget": 0}, "budget must be a whole number above 0"),
+        ("https://host/v2/models/m", {"batch": 2.5}, "batch must be a whole number"),
+        ("https://host/v2/models/m", {"rate": float("nan")}, "rate must be a number above 0"),
+        ("https://host/v2/models/m", {"timeout": None}, "timeout must be a number above 0"),
+        ("https://host/v2/models/m", {"decoys": -1}, "decoys must be from 0"),
+        ("https://host/v2/models/m", {"layout": "NHWC"}, "layout must be one of as recorded, channels last"),
+        ("https://host/v2/models/m", {"scaling": "0-1"}, "scaling must be one of any, as recorded"),
+        ("https://host/v2/models/m", {"datatype": "INT8"}, "datatype must be one of FP32"),
+        ("https://host/v2/models/m", {"input": 3}, "input must be a name"),
+        ("https://host/v2/models/m", {"headers": {"Host": "x"}}, "'Host', which is no header of your own"),
+        ("https://host/v2/models/m", {"headers": {"a": "b\nc"}}, "printable ASCII"),
+        ("https://host/", {"request": GOOD, "input": "x"}, "names of the Open Inference Protocol"),
+        ("https://host/", {"request": {**GOOD, "encoding": "png"}, "datatype": "FP32"}, "a PNG holds bytes"),
+        ("https://host/", {"request": {"body": "${input}", "label": ""}, "batch": 2}, "leave batch out"),
+    ],
+)
+def test_what_is_no_endpoint_is_the_callers_mistake(url, options, said):
+    with pytest.raises(ValueError, match=said):
+        wm.endpoint(url, **options)
+
+
+def test_the_command_line_takes_urls_and_options(tmp_path, capfd):
+    from wmengine.cli import main
+
+    MARK.save(tmp_path / "m.wm")
+    options = tmp_path / "options.json"
+    options.write_text('{"budget": 70, "batch": 20, "layout": "as recorded"}')
+    mark = ["--watermark", str(tmp_path / "m.wm"), "--json"]
+    with serving() as stub:
+        assert main(["verify", stub.url, *mark]) == 0
+        stub.requests.clear()
+        assert main(["verify", stub.url, *mark, "--endpoint-options", str(options)]) == 0
+        assert len(stub.images) == 70
+        assert {len(tensor(request.json)) for request in stub.questions} <= {20, 10}
+        capfd.readouterr()
+        for content, said in (
+            ("{", "is no JSON"),
+            ("[]", "must hold one JSON object"),
+            ('{"bugdet": 3}', "holds 'bugdet', which is no option; these are: request, headers, input"),
+            ('{"headers": 3}', "headers must be a JSON object"),
+        ):
+            options.write_text(content)
+            assert main(["verify", stub.url, *mark, "--endpoint-options", str(options)]) == 2
+            assert said in capfd.readouterr().err
+    assert main(["verify", str(tmp_path / "m.onnx"), *mark, "--endpoint-options", str(options)]) == 2
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+
+def test_the_templates_in_the_documents_work(tmp_path, monkeypatch):
+    import base64
+    import io
+    import re
+    from pathlib import Path
+
+    from PIL import Image
+
+    from wmengine.suspects.endpoint import read_options
+
+    page = (Path(__file__).resolve().parent.parent / "docs" / "endpoints.md").read_text(encoding="utf-8")
+    pngs, lists = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    labels = dict(zip((image.tobytes() for image in MARK.arrays["triggers"]), MARK.arrays["labels"], strict=True))
+
+    def label(pixels):
+        return labels[np.ascontiguousarray(np.moveaxis(pixels, -1, 0)).tobytes()]
+
+    def behave(request):
+        if "images" in request.json:
+            assert request.headers["Authorization"] == "Bearer a-token"
+            images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(one)))) for one in request.json["images"]]
+            return {"predictions": [{"probabilities": np.eye(CLASSES)[label(image)].tolist()} for image in images]}
+        names = json.loads(lists)["request"]["labels"]
+        return [{"label": names[label(np.array(request.json["input"]["array"], np.uint8))], "score": 0.9}]
+
+    monkeypatch.setenv("CLASSIFIER_TOKEN", "a-token")
+    with serving(behave) as stub:
+        for text in (pngs, lists):
+            (tmp_path / "options.json").write_text(text)
+            options = read_options(tmp_path / "options.json")
+            options.pop("rate", None)  # which would take half a minute
+            assert judged(stub, url=f"{stub.origin}/classify", **options).owned
+
+
+def test_the_documented_options_are_those_there_are():
+    import re
+    from pathlib import Path
+
+    from wmengine.suspects.request_template import FIELDS
+
+    page = (Path(__file__).resolve().parent.parent / "docs" / "endpoints.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", page, re.MULTILINE)
+    names = [name for cell in cells for name in re.findall(r"\w+", cell)]
+    assert sorted(names) == sorted([*wm.endpoint.__kwdefaults__, *FIELDS])
