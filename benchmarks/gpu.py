@@ -155,8 +155,9 @@ def run_stage(steps: Sequence[Step], logs: Path, end: float) -> list[Outcome]:
             started = time.monotonic()
             try:
                 process = subprocess.Popen(
-                    step.command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-                )
+                    step.command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True,
+                    preexec_fn=_interruptible,
+                )  # fmt: skip
             except OSError as error:
                 outcomes.append(Outcome(step.name, f"failed: {error}", 0.0, ""))
                 continue
@@ -169,6 +170,11 @@ def run_stage(steps: Sequence[Step], logs: Path, end: float) -> list[Outcome]:
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         outcomes.append(Outcome(step.name, status, time.monotonic() - started, last))
     return outcomes
+
+
+def _interruptible() -> None:
+    """A run in the background inherits that interrupts are ignored; its steps must hear ours all the same."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait(process: subprocess.Popen[bytes], end: float) -> str:
