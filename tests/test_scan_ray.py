@@ -277,7 +277,13 @@ def test_ctrl_c_ends_a_cluster_of_our_own_and_keeps_what_is_finished(bucket, usu
     ray = [*command, "--ray", "local"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with subprocess.Popen(
-        ray, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        ray,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored, where we run in the background
     ) as process:
         finished = {json.loads(process.stdout.readline())["suspect"] for _ in range(2)}
         below = descendants(process.pid)
