@@ -352,3 +352,8 @@ def test_a_killed_template_costs_no_suspect_its_verdict(bucket):
     rows = by_pair(scan(bucket / "models", bucket / "registry", jobs=2, progress=kill_once))
     assert {pair[0] for pair, row in rows.items() if row["decision"] == "error"} == {"broken.onnx"}
     assert rows["copy.onnx", "detector"]["decision"] == "owned"
+
+
+def test_a_folder_that_does_not_exist_is_said_before_anything_is_judged(bucket, tmp_path):
+    with pytest.raises(ValueError, match="give --out in a folder that exists"):
+        scan(bucket / "models", bucket / "registry", out=tmp_path / "gone" / "rows.parquet")

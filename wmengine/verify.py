@@ -89,8 +89,8 @@ def verify(
     classes: "same" order as the mark's, or "any", for a black-box mark and a suspect that may have renumbered them: the
     order is estimated on clean=(inputs, labels), task data without triggers (inputs uint8 or floats of the mark's
     range), for free; or without them, where all triggers are asked, every order is tried and the p-value is multiplied
-    by their number, C! at most. provider: where
-    a file runs, "cpu" or "cuda"; a GPU leaves little of the sandbox, and the notes say so.
+    by their number, C! at most. provider: where a file runs, "cpu" or "cuda"; a GPU leaves little of the sandbox, and
+    the notes say so.
 
         verdict = verify("suspect.onnx", "acme-adi.wm", key="acme.key")
 

@@ -38,7 +38,12 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str], plan: Plan) -> None:
         """Open or create. Raises ValueError, saying what differs, where the file belongs to another scan."""
         self.path = os.fspath(path)
-        self._database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        try:
+            self._database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        except sqlite3.OperationalError:
+            raise ValueError(
+                f"{self.path} cannot be written: give --out in a folder that exists and is yours"
+            ) from None
         try:
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=FULL")
