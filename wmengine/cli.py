@@ -2,6 +2,7 @@
 
 Answers go to stdout, as aligned text or with --json as one JSON object. Errors are one line on stderr. `verify` exits 0
 when the suspect is owned, 1 when that is not proven, 2 when it could not be judged; every other command exits 0 or 2.
+After Ctrl-C the status is 130, and 141 where nobody reads the answer (`| head`).
 """
 
 import getpass
@@ -53,15 +54,28 @@ MemoryOption = Annotated[float, typer.Option(metavar="GIB", help="Memory that on
 
 app = typer.Typer(
     help="Mark neural networks while they train, and prove with an exact p-value whose copy a suspect is.",
-    epilog="Exit status: verify 0 owned, 1 not proven, 2 could not be judged; the rest 0 or 2.",
+    epilog="Exit status: verify 0 owned, 1 not proven, 2 could not be judged; the rest 0 or 2; 130 interrupted.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 
+INTERRUPTED, NOBODY_READS = 130, 141  # what shells make of SIGINT and SIGPIPE
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    status = _run(arguments)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # said already; what is still buffered must not raise once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     # --debug is taken out here so that it may stand behind the command as well as before it.
     end = given.index("--") if "--" in given else len(given)
@@ -69,19 +83,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [argument for argument in given[:end] if argument != "--debug"] + given[end:]
     try:
         status = app(given, prog_name="wmengine", standalone_mode=False)
-        sys.stdout.flush()
-        if status == 130:  # typer makes a status of Ctrl-C
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        if status == INTERRUPTED:  # typer makes a status of Ctrl-C
             raise KeyboardInterrupt
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "wmengine"
         return _fail(f"{error.format_message().rstrip('.')}: see {command} --help")
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", 130)
-    except BrokenPipeError:
-        # The reader has gone (`| head`); what is still buffered must not raise once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader has gone (`| head`)
+        return NOBODY_READS
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -284,7 +297,7 @@ def scan(
     if out.suffix != ".parquet":
         raise ValueError(f"--out must end in .parquet, and it is {out}")
     with Report(as_json) as report:
-        scan_all(
+        table = scan_all(
             paths,
             watermarks,
             out=out,
@@ -299,7 +312,7 @@ def scan(
             progress=report.add,
             ray=ray,
         )
-    report.summarise(out)
+    report.summarise(table, out)
     return 0
 
 

@@ -68,10 +68,10 @@ def score_suspect(
                 trials[index] = open_trial(suspect, mark, mode, log10_bar, every_adapter, any_order, clean)
         except SuspectError as error:
             scores[index] = _failed(mark, error)
-    # Marks of one number of classes are asked together; if the suspect fails one group, the others are still asked.
-    groups: dict[int, list[int]] = {}
+    # Marks of one task are asked together; if the suspect fails one group, the others are still asked.
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for index, trial in trials.items():
-        groups.setdefault(trial.num_classes, []).append(index)
+        groups.setdefault((trial.num_classes, trial.mark.arrays["triggers"].shape[1:]), []).append(index)
     for indices in groups.values():
         try:
             notes = run_trials(suspect, [trials[index] for index in indices])

@@ -204,6 +204,11 @@ class Worker:
         except wire.WireError as error:
             raise WorkerFailure(self._ended(doing, error)) from None
 
+    def interrupt(self) -> None:
+        """From any thread: whoever waits for an answer learns at once that there is none."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Kill the process."""
         if self.alive:

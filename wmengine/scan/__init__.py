@@ -12,7 +12,7 @@ from wmengine.sandbox import Limits
 from wmengine.scan.journal import Journal, Plan
 from wmengine.scan.listing import list_suspects, load_watermarks
 from wmengine.scan.pool import Hashes, Judged, judge_locally
-from wmengine.scan.results import shown, table_of, write_parquet
+from wmengine.scan.results import copied, table_of, write_parquet
 from wmengine.suspects.devices import check_provider
 from wmengine.suspects.onnx_file import ISOLATION
 from wmengine.trial import MODES
@@ -69,18 +69,31 @@ def scan(
         raise ValueError(f"alpha must be between 0 and 1, and it is {alpha}")
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, and it is {jobs}")
+    if out is not None and os.path.isdir(out):
+        raise ValueError(f"{os.fspath(out)} is a folder: give the name of a Parquet file")
     marks = load_watermarks(_several(watermarks), passphrase)
-    plan = Plan(
-        suspects=tuple(list_suspects(_several(paths))),
-        watermarks=tuple(mark.commitment for mark in marks),
-        alpha=alpha,
-        queries=queries,
-        adapters=adapters,
-        isolation=isolation,
-        engine=__version__,
-        provider=provider,
-    )
-    journal = Journal(":memory:" if out is None else f"{os.fspath(out)}.journal", plan)
+    asked = tuple(map(os.fsdecode, _several(paths)))
+    folder = "" if all("://" in path or os.path.isabs(path) for path in asked) else os.getcwd()
+    journal = Journal(":memory:" if out is None else f"{os.fspath(out)}.journal")
+    try:
+        stored = journal.plan
+        resumes = stored is not None and (stored.paths, stored.folder) == (asked, folder)
+        plan = Plan(
+            suspects=stored.suspects if resumes and stored else tuple(list_suspects(asked)),
+            watermarks=tuple(mark.commitment for mark in marks),
+            alpha=alpha,
+            queries=queries,
+            adapters=adapters,
+            isolation=isolation,
+            engine=__version__,
+            provider=provider,
+            paths=asked,
+            folder=folder,
+        )
+        journal.begin(plan)
+    except BaseException:
+        journal.close(remove=journal.plan is None)
+        raise
     try:
         finished = journal.finished()
         left = [place for place in range(len(plan.suspects)) if place not in finished]
@@ -94,14 +107,16 @@ def scan(
             judged = judge_on_ray(plan, marks, left, hashes, jobs, limits or Limits(), ray)
         with closing(judged):
             _run(journal, plan, judged, progress)
-        table = table_of(journal, plan)
-        if out is not None:
-            write_parquet(journal, plan, out)
+        if out is None:
+            return table_of(journal, plan)
+        write_parquet(journal, plan, out)
     except BaseException:
         journal.close()
         raise
-    journal.close(remove=out is not None)
-    return table
+    journal.close(remove=True)
+    from pyarrow import parquet
+
+    return parquet.read_table(out)
 
 
 def _run(journal: Journal, plan: Plan, judged: Any, progress: Progress | None) -> None:
@@ -109,30 +124,23 @@ def _run(journal: Journal, plan: Plan, judged: Any, progress: Progress | None) -
     finished = journal.finished()
     copies: dict[int, list[Judged]] = {}
 
-    def record(place: int, sha256: str | None, rows: list[dict[str, Any]]) -> None:
-        journal.add(place, sha256, rows)
-        finished.add(place)
+    def record(one: Judged, rows: list[dict[str, Any]]) -> None:
+        journal.add(one.place, one.sha256, rows if one.same_as is None else None)
+        finished.add(one.place)
         if progress is not None:
             progress(len(finished), len(plan.suspects), rows)
+
+    def copy_rows(one: Judged) -> list[dict[str, Any]]:
+        assert one.same_as is not None
+        return copied(journal.rows(one.same_as), plan.suspects[one.place], plan.suspects[one.same_as])
 
     for one in judged:
         if one.same_as is not None and one.same_as not in finished:
             copies.setdefault(one.same_as, []).append(one)
             continue
-        rows = one.rows if one.same_as is None else _copied(journal, plan, one)
-        record(one.place, one.sha256, rows)
+        record(one, one.rows if one.same_as is None else copy_rows(one))
         for copy in copies.pop(one.place, ()):
-            record(copy.place, copy.sha256, _copied(journal, plan, copy))
-
-
-def _copied(journal: Journal, plan: Plan, copy: Judged) -> list[dict[str, Any]]:
-    """The rows of a file with the same bytes, under this one's name."""
-    assert copy.same_as is not None
-    note = f"the same bytes as {shown(plan.suspects[copy.same_as])}, judged once"
-    suspect = shown(plan.suspects[copy.place])
-    return [
-        row | {"suspect": suspect, "seconds": 0.0, "notes": [note, *row["notes"]]} for row in journal.rows(copy.same_as)
-    ]
+            record(copy, copy_rows(copy))
 
 
 def _several(paths: Paths) -> list[str | os.PathLike[str]]:

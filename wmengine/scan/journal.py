@@ -1,7 +1,8 @@
 """What a scan has finished, on disk: a SQLite file beside its output, so that nothing judged is judged again.
 
 The journal begins with the plan: the suspects, the watermarks, and everything that a p-value depends on. A resumed scan
-must have the same plan, because the number of tests was fixed by it before the first query.
+has the same plan, because the number of tests was fixed by it before the first query: its suspects too are those that
+were listed then, whatever has come since.
 """
 
 from __future__ import annotations
@@ -9,14 +10,19 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from wmengine.errors import ScanError
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was fixed before the first query. tests = suspects × watermarks; engine: the version that scores."""
+    """What was fixed before the first query. tests = suspects × watermarks; engine: the version that scores.
+
+    paths: as they were given, of which suspects is the list; folder: where they were, if one of them is relative.
+    """
 
     suspects: tuple[str, ...]
     watermarks: tuple[str, ...]  # commitments
@@ -26,6 +32,8 @@ class Plan:
     isolation: str
     engine: str
     provider: str = "cpu"
+    paths: tuple[str, ...] = ()
+    folder: str = ""
 
     @property
     def tests(self) -> int:
@@ -33,72 +41,125 @@ class Plan:
 
 
 class Journal:
-    """The finished suspects of one scan. One writer; a row that `add` returned from survives a power cut."""
+    """The finished suspects of one scan. One writer; a row that `add` returned from survives a power cut.
 
-    def __init__(self, path: str | os.PathLike[str], plan: Plan) -> None:
-        """Open or create. Raises ValueError, saying what differs, where the file belongs to another scan."""
+    Everything raises ScanError where the file cannot be written, or is no whole journal.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open or create, and keep every other scan out. plan: of the scan that it belongs to, None for a new one."""
         self.path = os.fspath(path)
+        self.plan: Plan | None = None
         try:
-            self._database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-        except sqlite3.OperationalError:
-            raise ValueError(
-                f"{self.path} cannot be written: give --out in a folder that exists and is yours"
-            ) from None
+            self._database = sqlite3.connect(self.path, timeout=1.0, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise self._cannot(error) from None
         try:
-            self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute("PRAGMA synchronous=FULL")
-            self._database.execute("CREATE TABLE IF NOT EXISTS plan (text TEXT NOT NULL)")
-            self._database.execute(
-                "CREATE TABLE IF NOT EXISTS suspects (place INTEGER PRIMARY KEY, sha256 TEXT, rows TEXT NOT NULL)"
-            )
-            stored = self._database.execute("SELECT text FROM plan").fetchone()
-        except sqlite3.DatabaseError as error:
+            self._execute("PRAGMA locking_mode=EXCLUSIVE")
+            self._execute("PRAGMA journal_mode=WAL")
+            self._execute("PRAGMA synchronous=FULL")
+            self._execute("CREATE TABLE IF NOT EXISTS plan (text TEXT NOT NULL)")
+            self._execute("CREATE TABLE IF NOT EXISTS suspects (place INTEGER PRIMARY KEY, sha256 TEXT, rows TEXT)")
+            (state,) = self._execute("PRAGMA integrity_check(1)").fetchone()
+            if state != "ok":
+                raise self._damaged(state)
+            stored = self._execute("SELECT text FROM plan").fetchone()
+            if stored is not None:
+                self.plan = self._read_plan(stored[0])
+        except BaseException:
             self._database.close()
-            raise ValueError(f"{self.path} is no journal of a scan ({error}); move it away") from None
-        if stored is None:
-            self._database.execute("INSERT INTO plan VALUES (?)", [json.dumps(asdict(plan))])
+            raise
+
+    def begin(self, plan: Plan) -> None:
+        """Raises ValueError, saying what differs, where the journal belongs to another scan."""
+        if self.plan is None:
+            self._execute("INSERT INTO plan VALUES (?)", [json.dumps(asdict(plan))])
+            self.plan = plan
             return
-        difference = _difference(json.loads(stored[0]), json.loads(json.dumps(asdict(plan))))
-        if difference:
-            self._database.close()
+        # Other paths may lead to the same suspects.
+        names = [each.name for each in fields(Plan) if each.name != "paths"]
+        other = [name for name in names if getattr(self.plan, name) != getattr(plan, name)]
+        if other:
             raise ValueError(
-                f"{self.path} belongs to a scan of other {difference}: finish that one with its own command, or choose "
-                "another --out; the number of tests is fixed before the first query"
+                f"{self.path} belongs to a scan of other {' and '.join(other)}: finish that one with its own command, "
+                "choose another --out, or delete the file to give up what it has finished; the number of tests is "
+                "fixed before the first query"
             )
 
     def finished(self) -> set[int]:
         """Places of the suspects that are done."""
-        return {place for (place,) in self._database.execute("SELECT place FROM suspects")}
+        return {place for (place,) in self._execute("SELECT place FROM suspects")}
 
     def hashes(self) -> dict[str, int]:
-        """The first place that was finished with each hash."""
-        query = "SELECT sha256, MIN(place) FROM suspects WHERE sha256 IS NOT NULL GROUP BY sha256"
-        return dict(self._database.execute(query).fetchall())
+        """The first place that was judged with each hash."""
+        query = "SELECT sha256, MIN(place) FROM suspects WHERE sha256 IS NOT NULL AND rows IS NOT NULL GROUP BY sha256"
+        return dict(self._execute(query).fetchall())
 
-    def add(self, place: int, sha256: str | None, rows: Sequence[dict[str, Any]]) -> None:
-        """A suspect's rows, one for each watermark; on disk when this returns."""
-        self._database.execute("INSERT OR REPLACE INTO suspects VALUES (?, ?, ?)", [place, sha256, json.dumps(rows)])
+    def add(self, place: int, sha256: str | None, rows: Sequence[dict[str, Any]] | None) -> None:
+        """A suspect's rows, one for each watermark, or None where a suspect with the same hash has them; on disk when
+        this returns."""
+        text = None if rows is None else json.dumps(rows)
+        self._execute("INSERT OR REPLACE INTO suspects VALUES (?, ?, ?)", [place, sha256, text])
 
     def rows(self, place: int) -> list[dict[str, Any]]:
-        """The rows of a finished suspect."""
-        (text,) = self._database.execute("SELECT rows FROM suspects WHERE place = ?", [place]).fetchone()
-        found: list[dict[str, Any]] = json.loads(text)
-        return found
+        """The rows of a suspect that was judged itself."""
+        return self._rows(self._execute("SELECT rows FROM suspects WHERE place = ?", [place]).fetchone()[0])
 
-    def all_rows(self) -> Iterator[dict[str, Any]]:
-        """Every row, suspects in the order of the plan; one suspect in memory at a time."""
-        for (text,) in self._database.execute("SELECT rows FROM suspects ORDER BY place"):
-            yield from json.loads(text)
+    def all_rows(self) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
+        """(place, first, rows) of every suspect, in the order of the plan.
+
+        first: the first place with the same hash. All of that hash have the rows of the first that was judged, so that
+        the table does not depend on which of them that was.
+        """
+        firsts = dict(self._execute("SELECT sha256, MIN(place) FROM suspects GROUP BY sha256").fetchall())
+        judged = self.hashes()
+        for place, sha256 in self._execute("SELECT place, sha256 FROM suspects ORDER BY place").fetchall():
+            yield place, firsts[sha256] if sha256 else place, self.rows(judged[sha256] if sha256 else place)
 
     def close(self, remove: bool = False) -> None:
         """Close, and with `remove` delete: its results are elsewhere now."""
         self._database.close()
-        if remove:
+        if remove and self.path != ":memory:":
             for suffix in ("", "-wal", "-shm"):
                 if os.path.exists(self.path + suffix):
                     os.unlink(self.path + suffix)
 
+    def _execute(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        try:
+            return self._database.execute(statement, values)
+        except sqlite3.OperationalError as error:
+            raise self._cannot(error) from None
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from None
 
-def _difference(stored: dict[str, Any], asked: dict[str, Any]) -> str:
-    names: Iterable[str] = (name for name in asked if stored.get(name) != asked[name])
-    return " and ".join(names)
+    def _rows(self, text: str) -> list[dict[str, Any]]:
+        try:
+            found: list[dict[str, Any]] = json.loads(text)
+        except (ValueError, TypeError) as error:
+            raise self._damaged(error) from None
+        return found
+
+    def _read_plan(self, text: str) -> Plan:
+        try:
+            stored: dict[str, Any] = json.loads(text)
+            known = {each.name for each in fields(Plan)} & stored.keys()
+            return Plan(**{name: _as_tuple(stored[name]) for name in known})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise self._damaged(error) from None
+
+    def _cannot(self, error: sqlite3.Error) -> ScanError:
+        if "locked" in str(error):
+            return ScanError(f"{self.path} is in use by another scan: let that one end, or choose another --out")
+        return ScanError(
+            f"{self.path} cannot be written ({error}): give --out in a folder that exists, is yours and has room; what "
+            "was finished is kept, and the same command resumes"
+        )
+
+    def _damaged(self, error: object) -> ScanError:
+        return ScanError(
+            f"{self.path} is no journal of a scan, or a damaged one ({error}): delete it to begin from the start"
+        )
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

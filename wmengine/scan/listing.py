@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import glob
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from wmengine.errors import SuspectError, WatermarkError
 from wmengine.suspects.model_file import LocalSource, Source
 from wmengine.watermark import Watermark
 
 SUFFIX = ".onnx"
+PAUSES = (0.5, 2.0)  # seconds before a store that failed is asked again
 
 
 def list_suspects(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     """Every suspect below the paths, sorted, each once.
 
     A file is taken whatever it is called; a folder or a prefix of an object store gives all files below it that end in
-    .onnx; a pattern (`*`, `?`, `[…]`, `**`) whatever it matches. URLs (`s3://bucket/prefix`) go through fsspec. Raises
-    FileNotFoundError for a path that names nothing, ValueError where there is no suspect in all.
+    .onnx, in capitals or not; a pattern (`*`, `?`, `[…]`, `**`) gives the files and folders that it matches. Links to
+    folders are followed only where a path names one itself. URLs (`s3://bucket/prefix`) go through fsspec. Raises
+    FileNotFoundError for a path that names nothing, SuspectError for a folder or a store that cannot be listed, as a
+    scan must not pass over it in silence, ValueError where there is no suspect in all.
     """
     found: set[str] = set()
     for path in map(_without_protocol, map(os.fsdecode, paths)):
@@ -62,30 +67,62 @@ def _without_protocol(path: str) -> str:
 
 def _local(path: str) -> Iterator[str]:
     if os.path.isdir(path):
-        for folder, _, names in os.walk(path):
-            yield from (os.path.join(folder, name) for name in names if name.endswith(SUFFIX))
+        for folder, _, names in os.walk(path, onerror=_refuse):
+            yield from (os.path.join(folder, name) for name in names if _is_model(name))
     elif os.path.lexists(path):
         yield path
     elif glob.has_magic(path):
-        matches = [match for match in glob.glob(path, recursive=True) if not os.path.isdir(match)]
+        matches = sorted(_matches(path))
         if not matches:
             raise FileNotFoundError(f"{path} matches no file")
-        yield from matches
+        for match in matches:
+            yield from _local(match)
     else:
         raise FileNotFoundError(f"{path} does not exist; give ONNX files, folders, patterns or URLs")
 
 
+def _matches(pattern: str) -> set[str]:
+    """What a pattern matches; `**` follows no links, as two that lead to their own folder would have no end."""
+    parts = Path(pattern).parts
+    while parts and parts[-1] == "**":  # all below: a folder is looked through anyhow
+        parts = parts[:-1]
+    plain = next((place for place, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    root = Path(*parts[:plain])
+    found = root.glob(os.path.join(*parts[plain:])) if plain < len(parts) else [root]
+    # A link to a folder is followed where the caller names it, and not where a stranger has put it.
+    return {os.fspath(match) for match in found if not (match.is_symlink() and match.is_dir())}
+
+
+def _refuse(error: OSError) -> None:
+    """Called by `os.walk` for a folder that it cannot list."""
+    if not isinstance(error, FileNotFoundError):  # one that has just been removed holds nothing
+        raise SuspectError(
+            f"{error.filename} cannot be listed ({error.strerror}); check its permissions, or name the folders to scan"
+        )
+
+
+def _is_model(name: str) -> bool:
+    return name.lower().endswith(SUFFIX)
+
+
 def _remote(url: str) -> list[str]:
+    if "::" in url:
+        raise SuspectError(f"{url} is a chain of stores, and a scan reads from one: copy the files out of it first")
     filesystem, path = _filesystem(url)
     try:
-        if glob.has_magic(path):
-            names = filesystem.glob(path)
-        elif filesystem.isfile(path):
+        if not url.endswith("/") and filesystem.isfile(path):  # first, as a signed URL holds what looks like a pattern
             names = [path]
+        elif glob.has_magic(path):
+            names = []
+            for match, about in filesystem.glob(path, detail=True).items():
+                folder = about["type"] == "directory"
+                names += [name for name in filesystem.find(match) if _is_model(name)] if folder else [match]
         else:
-            names = [name for name in filesystem.find(path) if name.endswith(SUFFIX)]
+            names = [name for name in filesystem.find(path) if _is_model(name)]
     except Exception as error:  # every store has its own exceptions
-        raise SuspectError(f"{url} cannot be listed ({error}); check the address and the rights to it") from None
+        raise SuspectError(
+            f"{url} cannot be listed ({_reason(error)}); check the address and the rights to it"
+        ) from None
     if not names:
         raise FileNotFoundError(f"{url} holds no {SUFFIX} file")
     return [str(filesystem.unstrip_protocol(name)) for name in names]
@@ -108,23 +145,32 @@ class RemoteSource:
         self.name = url
 
     def read(self, maximum_bytes: int) -> bytes:
-        filesystem, path = _filesystem(self.name)
-        return _fetch(filesystem, path, self.name, maximum_bytes)
+        return _fetch(self.name, maximum_bytes)
 
     def read_beside(self, location: str, maximum_bytes: int) -> bytes:
-        filesystem, path = _filesystem(self.name)
-        beside = f"{path.rpartition('/')[0]}/{location}"
-        return _fetch(filesystem, beside, f"{self.name.rpartition('/')[0]}/{location}", maximum_bytes)
+        if self.name.startswith(("http://", "https://")):
+            location = quote(location)  # %2e%2e would lead out of the model's folder, and ? is no part of a name
+        return _fetch(f"{self.name.rpartition('/')[0]}/{location}", maximum_bytes)
 
 
-def _fetch(filesystem: Any, path: str, name: str, maximum_bytes: int) -> bytes:
-    try:
-        with filesystem.open(path, "rb") as file:
-            data: bytes = file.read(maximum_bytes + 1)
-    except FileNotFoundError:
-        raise SuspectError(f"{name} is missing") from None
-    except Exception as error:  # every store has its own exceptions
-        raise SuspectError(f"{name} cannot be read ({error})") from None
+def _fetch(url: str, maximum_bytes: int) -> bytes:
+    """The bytes behind a URL; what fails is tried again, as stores fail now and then, and what is missing is not."""
+    filesystem, path = _filesystem(url)
+    for pause in (*PAUSES, None):
+        try:
+            with filesystem.open(path, "rb") as file:
+                data: bytes = file.read(maximum_bytes + 1)
+            break
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+            raise SuspectError(f"{url} cannot be read ({_reason(error)})") from None
+        except Exception as error:  # every store has its own exceptions
+            if pause is None:
+                raise SuspectError(f"{url} cannot be read ({_reason(error)}), tried {len(PAUSES) + 1} times") from None
+            time.sleep(pause)
     if len(data) > maximum_bytes:
-        raise SuspectError(f"{name} is larger than the {maximum_bytes} bytes that a model and its weights may have")
+        raise SuspectError(f"{url} is larger than the {maximum_bytes} bytes that a model and its weights may have")
     return data
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

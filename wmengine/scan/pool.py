@@ -25,6 +25,7 @@ from wmengine.suspects.model_file import MAXIMUM_BYTES, ModelFile, read_model
 from wmengine.suspects.onnx_file import Engine, OnnxSuspect, open_engine
 from wmengine.watermark import Watermark
 
+PATIENCE = 5.0  # seconds
 SUSPECTS_A_WORKER = 256  # then a fresh one: what models leave behind in a process does not add up
 
 
@@ -50,14 +51,16 @@ class Judge:
     def judge(self, place: int) -> Judged:
         """The rows of the suspect at this place of the plan; never raises for what is the suspect's fault."""
         name, started = self._plan.suspects[place], time.monotonic()
+        file: ModelFile | None = None
         for again in (True, False):
-            sha256: str | None = None
             try:
-                file = self._read(name)
-                sha256 = file.sha256
-                first = self._hashes.claim(sha256, place)
+                if file is None:
+                    file = self._read(name)
+                else:
+                    self._ready_engine()
+                first = self._hashes.claim(file.sha256, place)
                 if first != place:
-                    return Judged(place, sha256, [], first)
+                    return Judged(place, file.sha256, [], first)
                 scores = self._scores(file)
                 owned = any(decision(score, self._plan) == "owned" for score in scores)
                 if owned and self._plan.isolation == "persistent":
@@ -69,8 +72,15 @@ class Judge:
                 scores = [Score(0, mark.total, 0, 0.0, error=printable(message)) for mark in self._marks]
             if not again or self._engine is None or not self._engine.abandoned:
                 break
+        sha256 = None if file is None else file.sha256
         rows = rows_of(name, sha256, self._marks, scores, time.monotonic() - started, self._plan)
         return Judged(place, sha256, rows)
+
+    def interrupt(self) -> None:
+        """From another thread: what the suspect of the moment is asked has no answer any more."""
+        engine = self._engine
+        if engine is not None:
+            engine.interrupt()
 
     def close(self) -> None:
         self._discard()
@@ -78,7 +88,11 @@ class Judge:
     def _read(self, name: str) -> ModelFile:
         # A model that its worker has no room for need not come into this process either.
         most = min(MAXIMUM_BYTES, self._limits.memory_bytes)
-        return read_model(open_source(name), self._ready_engine().locations, most)
+
+        def locations(name: str, data: bytes) -> list[str]:
+            return self._ready_engine().locations(name, data)  # the time of a slow store is not the suspect's
+
+        return read_model(open_source(name), locations, most)
 
     def _scores(self, file: ModelFile) -> list[Score]:
         suspect = OnnxSuspect(file, engine=self._engine)
@@ -125,15 +139,19 @@ class Hashes:
 def judge_locally(
     plan: Plan, marks: Sequence[Watermark], places: Sequence[int], hashes: Hashes, jobs: int, limits: Limits
 ) -> Generator[Judged, None, None]:
-    """Every suspect of `places`, in the order in which they are done. Closing the iterator stops the workers."""
+    """Every suspect of `places`, in the order in which they are done.
+
+    Closing the iterator kills the workers and waits for its threads, but for no more than PATIENCE: one that a store
+    or, without isolation, a model holds up ends with the process, or when it is let go.
+    """
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for place in places:
         waiting.put(place)
     done: queue.Queue[Judged | BaseException] = queue.Queue(maxsize=4 * jobs)
     stop = threading.Event()
+    judges = [Judge(plan, marks, limits, hashes) for _ in range(jobs)]
 
-    def work() -> None:
-        judge = Judge(plan, marks, limits, hashes)
+    def work(judge: Judge) -> None:
         try:
             while not stop.is_set():
                 try:
@@ -146,7 +164,7 @@ def judge_locally(
         finally:
             judge.close()
 
-    threads = [threading.Thread(target=work, name=f"scan-{number}", daemon=True) for number in range(jobs)]
+    threads = [threading.Thread(target=work, args=[judge], name="scan", daemon=True) for judge in judges]
     for thread in threads:
         thread.start()
     try:
@@ -157,7 +175,10 @@ def judge_locally(
             yield judged
     finally:
         stop.set()
-        while any(thread.is_alive() for thread in threads):
+        until = time.monotonic() + PATIENCE
+        while any(thread.is_alive() for thread in threads) and time.monotonic() < until:
+            for judge in judges:
+                judge.interrupt()
             while not done.empty():  # whoever waits for room in the queue must see that it is over
                 done.get_nowait()
             for thread in threads:

@@ -6,26 +6,23 @@ import json
 import os
 import sys
 import time
-from collections import Counter
 from typing import Any
 
-from wmengine.errors import printable
+from wmengine.errors import ScanError, printable
+from wmengine.scan.results import DECISIONS
 
 
 class Report:
-    """Counts rows as they are done. Use as a context around the scan, and `summarise` afterwards."""
+    """What is said while suspects are judged. Use as a context around the scan, and `summarise` afterwards."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
-        self._decisions: Counter[str] = Counter()
-        self._owned: list[dict[str, Any]] = []
-        self._errors: Counter[str] = Counter()
-        self._suspects = 0
+        self._judged = 0
         self._started = time.monotonic()
         self._bar: Any = None
 
     def __enter__(self) -> Report:
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             self._bar = _bar()
             self._bar.start()
             self._task = self._bar.add_task("scanning", total=None, speed="")
@@ -36,32 +33,43 @@ class Report:
             self._bar.stop()
 
     def add(self, done: int, total: int, rows: list[dict[str, Any]]) -> None:
-        """One more suspect is done."""
-        self._suspects += 1
-        for row in rows:
-            self._decisions[row["decision"]] += 1
-            if row["decision"] == "owned":
-                self._owned.append(row)
-            if row["error"] is not None:
-                self._errors[row["suspect"]] += 1
-            if self._as_json:
-                print(json.dumps({name: value for name, value in row.items() if name != "log10_e"}), flush=True)
+        """One more suspect is done. Raises ScanError where nobody reads the rows any more."""
+        self._judged += 1
+        if self._as_json:
+            try:
+                for row in rows:
+                    print(json.dumps({name: value for name, value in row.items() if name != "log10_e"}), flush=True)
+            except BrokenPipeError:
+                raise ScanError(
+                    "nobody reads the rows any more: the scan stopped, and the same command resumes"
+                ) from None
         if self._bar is not None:
-            speed = self._suspects / max(1e-9, time.monotonic() - self._started)
+            speed = self._judged / max(1e-9, time.monotonic() - self._started)
             self._bar.update(self._task, completed=done, total=total, speed=f"{speed:.1f} suspects/s")
 
-    def summarise(self, out: str | os.PathLike[str]) -> None:
-        """The counts by decision, what is owned, and where the table is."""
+    def summarise(self, table: Any, out: str | os.PathLike[str]) -> None:
+        """The counts by decision, what is owned, and where the table is: of the whole scan, however often resumed."""
+        import pyarrow.compute as compute
+
         seconds = time.monotonic() - self._started
-        counts = {name: self._decisions[name] for name in ("owned", "not_proven", "error")}
+        decisions = table.column("decision")
+        counts = {name: compute.sum(compute.equal(decisions, name)).as_py() for name in DECISIONS}
+        suspects = compute.count_distinct(table.column("suspect")).as_py()
+        resumed = suspects - self._judged
         if self._as_json:
-            print(json.dumps({"suspects": self._suspects, "seconds": seconds, **counts, "out": os.fspath(out)}))
+            print(
+                json.dumps(
+                    {"suspects": suspects, "resumed": resumed, "seconds": seconds, **counts, "out": os.fspath(out)}
+                )
+            )
             return
-        for row in self._owned:
+        for row in table.filter(compute.equal(decisions, "owned")).to_pylist():
             mark, log10_p = f"{row['watermark']} ({row['scheme']})", row["log10_p_corrected"]
             print(f"{printable(row['suspect'])}: owned, {mark}, log10 p {log10_p:.2f}")
         said = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
-        print(f"{self._suspects} suspects in {seconds:.1f} s: {said}; {len(self._errors)} could not be judged")
+        failed = compute.count_distinct(table.filter(compute.is_valid(table.column("error"))).column("suspect")).as_py()
+        before = f", {resumed} of them before it was interrupted" if resumed else ""
+        print(f"{suspects} suspects in {seconds:.1f} s{before}: {said}; {failed} could not be judged")
         print(f"{out}: every pair with its p-value, paid for all pairs of the scan")
 
 

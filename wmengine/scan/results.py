@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from wmengine.errors import ScanError
 from wmengine.judge import Score, is_owned
 from wmengine.scan.journal import Journal, Plan
 from wmengine.sequential import e_bh
@@ -69,6 +71,12 @@ def log10_calibrated(log10_p: float) -> float:
     return math.log10(1.0 + math.exp(ln) * (ln - 1.0)) - log10_p - 2.0 * math.log10(-ln)
 
 
+def copied(rows: Sequence[dict[str, Any]], suspect: str, judged: str) -> list[dict[str, Any]]:
+    """The rows of a suspect with the same bytes as one that was judged."""
+    note = f"the same bytes as {shown(judged)}, judged once"
+    return [row | {"suspect": shown(suspect), "seconds": 0.0, "notes": [note, *row["notes"]]} for row in rows]
+
+
 def table_of(journal: Journal, plan: Plan) -> Any:
     """All rows as a pyarrow.Table."""
     import pyarrow
@@ -77,29 +85,47 @@ def table_of(journal: Journal, plan: Plan) -> Any:
 
 
 def write_parquet(journal: Journal, plan: Plan, path: str | os.PathLike[str]) -> None:
-    """All rows into one Parquet file, which appears at once when it is whole."""
+    """All rows into one Parquet file, which appears at once when it is whole. Raises ScanError where it cannot."""
     from pyarrow import parquet
 
     partial = f"{os.fspath(path)}.partial"
-    with parquet.ParquetWriter(partial, _schema(), compression="zstd") as writer:
-        for batch in _batches(journal, plan):
-            writer.write_batch(batch)
-    os.replace(partial, path)
+    try:
+        with parquet.ParquetWriter(partial, _schema(), compression="zstd") as writer:
+            for batch in _batches(journal, plan):
+                writer.write_batch(batch)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())  # the journal goes when the table is there
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ScanError(
+            f"{os.fspath(path)} cannot be written ({reason}): make room for it; every suspect is judged, and the same "
+            "command writes the table"
+        ) from None
 
 
 def _batches(journal: Journal, plan: Plan) -> Iterator[Any]:
     import pyarrow
 
-    evidence = [row["log10_e"] if row["error"] is None else -math.inf for row in journal.all_rows()]
+    evidence = [
+        row["log10_e"] if row["error"] is None else -math.inf for _, _, rows in journal.all_rows() for row in rows
+    ]
     q_values = iter(e_bh(evidence, plan.tests))
-    schema, rows = _schema(), []
-    for row in journal.all_rows():
-        rows.append(row | {"q_value": next(q_values)})
-        if len(rows) == _ROWS_A_GROUP:
-            yield pyarrow.RecordBatch.from_pylist(rows, schema=schema)
-            rows = []
-    if rows:
-        yield pyarrow.RecordBatch.from_pylist(rows, schema=schema)
+    schema, group = _schema(), []
+    for place, first, rows in journal.all_rows():
+        suspect = plan.suspects[place]
+        if place == first:
+            rows = [row | {"suspect": shown(suspect)} for row in rows]
+        else:
+            rows = copied(rows, suspect, plan.suspects[first])
+        group += [row | {"q_value": next(q_values)} for row in rows]
+        if len(group) >= _ROWS_A_GROUP:
+            yield pyarrow.RecordBatch.from_pylist(group, schema=schema)
+            group = []
+    if group:
+        yield pyarrow.RecordBatch.from_pylist(group, schema=schema)
 
 
 def _schema() -> Any:

@@ -141,6 +141,10 @@ class RemoteEngine:
         self.worker.begin()
         return header.get("word") == word
 
+    def interrupt(self) -> None:
+        """From another thread: the question of the moment fails."""
+        self.worker.interrupt()
+
     def close(self) -> None:
         self.worker.close()
 

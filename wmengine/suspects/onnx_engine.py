@@ -133,6 +133,9 @@ class OnnxEngine:
         """Always ready for the next model."""
         return True
 
+    def interrupt(self) -> None:
+        """Nothing ends what runs in this process."""
+
     def close(self) -> None:
         """Forget the model."""
         self._data, self._external, self._session = b"", {}, None
