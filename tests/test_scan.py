@@ -1,6 +1,7 @@
 """A scan from outside: every pair has its row, nothing finished is lost, and p-values are paid for every pair."""
 
 import errno
+import gc
 import http.server
 import io
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -25,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from wmengine.errors import ScanError, SuspectError, WatermarkError
 from wmengine.key import Key
-from wmengine.sandbox import Limits
+from wmengine.sandbox import Limits, Supervisor, TemplateGone, WorkerFailure
 from wmengine.scan import listing, scan
 from wmengine.scan.journal import Journal, Plan
 from wmengine.scan.listing import list_suspects
@@ -647,3 +649,42 @@ def test_the_time_that_a_store_takes_is_not_the_suspects(bucket, monkeypatch):
     monkeypatch.setattr(listing.LocalSource, "read", slow)
     (row,) = scan(bucket / "models/copy.onnx", bucket / "registry/first.wm", limits=Limits(seconds=1.0)).to_pylist()
     assert row["decision"] == "owned"
+
+
+def test_a_worker_that_is_killed_before_it_sees_a_suspect_costs_no_verdict(bucket, monkeypatch):
+    """The first two do not start; where none does, the scan ends, and no suspect is blamed."""
+    failures = [WorkerFailure("killed"), TemplateGone("killed")]
+    start = Supervisor.worker
+
+    def worker(self, limits, confined=True):
+        if failures:
+            raise failures.pop()
+        return start(self, limits, confined)
+
+    monkeypatch.setattr(Supervisor, "worker", worker)
+    (row,) = scan(bucket / "models/copy.onnx", bucket / "registry/first.wm").to_pylist()
+    assert row["decision"] == "owned"
+    failures += [WorkerFailure("there is no memory")] * 100
+    with pytest.raises(ScanError, match="no sandboxed worker can be started: there is no memory; what is finished"):
+        scan(bucket / "models", bucket / "registry/first.wm", jobs=1)
+
+
+def test_what_the_parent_keeps_of_a_suspect_is_a_hash(bucket, tmp_path):
+    """Less than a kilobyte for each: ten thousand suspects must not fill a machine."""
+    model = onnx.load(bucket / "models" / "stranger1.onnx")
+    for number in range(400):
+        model.doc_string = str(number)
+        onnx.save(model, tmp_path / f"{number:03d}.onnx")
+    kept = {}
+
+    def measure(done, total, rows):
+        if done in (100, 400):
+            gc.collect()
+            kept[done] = tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        scan(tmp_path, bucket / "registry", out=tmp_path / "rows.parquet", jobs=2, progress=measure)
+    finally:
+        tracemalloc.stop()
+    assert (kept[400] - kept[100]) / 300 < 1000

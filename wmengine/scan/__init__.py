@@ -53,8 +53,9 @@ def scan(
     and models run on their CPUs.
 
     A suspect that cannot be judged has the decision "error", and the scan goes on. Files with equal bytes are judged
-    once. Raises FileNotFoundError, WatermarkError or ValueError for what is wrong with the arguments, ScanError where
-    the Ray cluster cannot go on.
+    once. Raises FileNotFoundError, WatermarkError, SuspectError (a folder or store that cannot be listed) or ValueError
+    for what is wrong with the arguments; ScanError where the scan cannot go on: another one has the journal, a disk is
+    full, no sandbox starts, no node of the Ray cluster is left. What was finished is kept.
     """
     if queries not in MODES:
         raise ValueError(f"queries must be one of {', '.join(MODES)}, and it is {queries!r}")
@@ -116,7 +117,8 @@ def scan(
     journal.close(remove=True)
     from pyarrow import parquet
 
-    return parquet.read_table(out)
+    with parquet.ParquetFile(out) as file:  # read_table loads much more of pyarrow first
+        return file.read()
 
 
 def _run(journal: Journal, plan: Plan, judged: Any, progress: Progress | None) -> None:

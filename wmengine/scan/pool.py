@@ -15,17 +15,18 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from wmengine.errors import SuspectError, printable
+from wmengine.errors import ScanError, SuspectError, printable
 from wmengine.judge import Score, score_suspect
 from wmengine.sandbox import Limits
 from wmengine.scan.journal import Plan
 from wmengine.scan.listing import open_source
 from wmengine.scan.results import decision, rows_of
 from wmengine.suspects.model_file import MAXIMUM_BYTES, ModelFile, read_model
-from wmengine.suspects.onnx_file import Engine, OnnxSuspect, open_engine
+from wmengine.suspects.onnx_file import Engine, NoWorker, OnnxSuspect, open_engine
 from wmengine.watermark import Watermark
 
 PATIENCE = 5.0  # seconds
+TRIES = 3  # of a suspect under whom somebody kills the sandbox's template
 SUSPECTS_A_WORKER = 256  # then a fresh one: what models leave behind in a process does not add up
 
 
@@ -49,10 +50,13 @@ class Judge:
         self._served = 0
 
     def judge(self, place: int) -> Judged:
-        """The rows of the suspect at this place of the plan; never raises for what is the suspect's fault."""
+        """The rows of the suspect at this place of the plan; never raises for what is the suspect's fault.
+
+        Raises ScanError where there is no sandboxed worker to be had.
+        """
         name, started = self._plan.suspects[place], time.monotonic()
         file: ModelFile | None = None
-        for again in (True, False):
+        for left in reversed(range(TRIES)):
             try:
                 if file is None:
                     file = self._read(name)
@@ -67,10 +71,12 @@ class Judge:
                     self._discard()
                     self._ready_engine()
                     scores = self._scores(file)
+            except NoWorker as error:
+                raise ScanError(f"{error}; what is finished is kept, and the same command resumes") from None
             except (SuspectError, OSError, MemoryError) as error:
                 message = str(error) or f"{name} needs more memory than there is"
                 scores = [Score(0, mark.total, 0, 0.0, error=printable(message)) for mark in self._marks]
-            if not again or self._engine is None or not self._engine.abandoned:
+            if not left or self._engine is None or not self._engine.abandoned:
                 break
         sha256 = None if file is None else file.sha256
         rows = rows_of(name, sha256, self._marks, scores, time.monotonic() - started, self._plan)
@@ -159,7 +165,7 @@ def judge_locally(
                 except queue.Empty:
                     return
                 done.put(judge.judge(place))
-        except BaseException as error:  # our own mistake: the scan ends with it
+        except BaseException as error:  # our own mistake, or no sandbox: the scan ends with it
             done.put(error)
         finally:
             judge.close()

@@ -49,12 +49,11 @@ class Report:
 
     def summarise(self, table: Any, out: str | os.PathLike[str]) -> None:
         """The counts by decision, what is owned, and where the table is: of the whole scan, however often resumed."""
-        import pyarrow.compute as compute
-
         seconds = time.monotonic() - self._started
-        decisions = table.column("decision")
-        counts = {name: compute.sum(compute.equal(decisions, name)).as_py() for name in DECISIONS}
-        suspects = compute.count_distinct(table.column("suspect")).as_py()
+        decisions = table.column("decision").to_pylist()
+        counts = {name: decisions.count(name) for name in DECISIONS}
+        names = table.column("suspect").to_pylist()
+        suspects = len(set(names))
         resumed = suspects - self._judged
         if self._as_json:
             print(
@@ -63,11 +62,12 @@ class Report:
                 )
             )
             return
-        for row in table.filter(compute.equal(decisions, "owned")).to_pylist():
+        for place in (place for place, decision in enumerate(decisions) if decision == "owned"):
+            (row,) = table.slice(place, 1).to_pylist()
             mark, log10_p = f"{row['watermark']} ({row['scheme']})", row["log10_p_corrected"]
             print(f"{printable(row['suspect'])}: owned, {mark}, log10 p {log10_p:.2f}")
         said = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
-        failed = compute.count_distinct(table.filter(compute.is_valid(table.column("error"))).column("suspect")).as_py()
+        failed = len({name for name, decision in zip(names, decisions, strict=True) if decision == "error"})
         before = f", {resumed} of them before it was interrupted" if resumed else ""
         print(f"{suspects} suspects in {seconds:.1f} s{before}: {said}; {failed} could not be judged")
         print(f"{out}: every pair with its p-value, paid for all pairs of the scan")

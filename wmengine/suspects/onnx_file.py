@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError
-from wmengine.sandbox import Limits, Supervisor, TemplateGone, Worker, WorkerFailure
+from wmengine.sandbox import Limits, Supervisor, WorkerFailure
 from wmengine.suspects.adapters import FLOATS, Adapter, Range, adapters
 from wmengine.suspects.answers import Outputs
 from wmengine.suspects.base import CHUNK, DEVICE_CHUNK, ask_in_chunks, check_input_shape
@@ -24,6 +25,13 @@ from wmengine.suspects.onnx_engine import Input, OnnxEngine
 MAXIMUM_BATCH, MAXIMUM_BATCH_BYTES = 4096, 256 << 20
 ISOLATION = ("persistent", "per-model", "none")
 SERVICE = "wmengine.suspects.engine_wire"
+
+
+PAUSES = (0.0, 0.1, 1.0)  # seconds before a worker that did not start is started again
+
+
+class NoWorker(SuspectError):
+    """There is no sandboxed worker to be had: through no fault of the suspect, of which nothing was read."""
 
 
 class Engine(Protocol):
@@ -154,7 +162,7 @@ def shared_supervisor() -> Supervisor:
 def open_engine(isolation: str, limits: Limits, provider: str = "cpu") -> Engine:
     """An engine in this process, or one in a fresh sandboxed worker.
 
-    Raises ValueError for an isolation unknown, or a provider that is not there.
+    Raises ValueError for an isolation unknown, or a provider that is not there; NoWorker where none can be started.
     """
     if isolation not in ISOLATION:
         raise ValueError(f"isolation must be one of {', '.join(ISOLATION)}, and it is {isolation!r}")
@@ -163,12 +171,12 @@ def open_engine(isolation: str, limits: Limits, provider: str = "cpu") -> Engine
         from wmengine.ops import get_num_threads
 
         return OnnxEngine(get_num_threads(), provider)
-    confined = provider == "cpu"
-    try:
+    for pause in (*PAUSES, None):
         try:
-            worker: Worker = shared_supervisor().worker(limits, confined)
-        except TemplateGone:  # somebody killed it just now; the next call starts another
-            worker = shared_supervisor().worker(limits, confined)
-    except WorkerFailure as error:
-        raise SuspectError(f"no sandboxed worker can be started: {error}") from None
+            worker = shared_supervisor().worker(limits, confined=provider == "cpu")
+            break
+        except WorkerFailure as error:  # somebody killed it just now, or there is no memory for it at the moment
+            if pause is None:
+                raise NoWorker(f"no sandboxed worker can be started: {error}") from None
+            time.sleep(pause)
     return RemoteEngine(worker, provider)
