@@ -430,6 +430,8 @@ def test_a_bucket_is_scanned_through_fsspec(bucket):
         ({"alpha": 0.0}, ValueError, "alpha must be between 0 and 1"),
         ({"queries": "few"}, ValueError, "queries must be one of all, sequential"),
         ({"adapters": "few"}, ValueError, "adapters must be likely or all"),
+        ({"classes": "few"}, ValueError, "classes must be one of same, any"),
+        ({"classes": "any"}, ValueError, 'needs queries="all"'),
         ({"isolation": "jail"}, ValueError, "isolation must be one of"),
         ({"jobs": 0}, ValueError, "jobs must be at least 1"),
     ],
@@ -688,3 +690,38 @@ def test_what_the_parent_keeps_of_a_suspect_is_a_hash(bucket, tmp_path):
     finally:
         tracemalloc.stop()
     assert (kept[400] - kept[100]) / 300 < 1000
+
+
+def test_renumbered_classes_are_found_when_they_are_asked_for(bucket, tmp_path):
+    first = mark()
+    save(tmp_path / "moved.onnx", to_input(first.arrays["triggers"], [[-1.0, 1.0]]), (first.arrays["labels"] + 3) % 10)
+    parameters = white_box_parameters(scheme("sketch", bits=64), [(400, 16)], SHAPE, "weights")
+    Watermark.create(KEY, "sketch", parameters).save(tmp_path / "bits.wm")
+    marks = [tmp_path, bucket / "registry" / "first.wm"]
+    for classes, decision in (("same", "not_proven"), ("any", "owned")):
+        rows = by_pair(scan(tmp_path / "moved.onnx", marks, queries="all", adapters="all", classes=classes))
+        assert rows["moved.onnx", "detector"]["decision"] == decision
+        assert rows["moved.onnx", "weights"]["decision"] == "not_proven"
+    verdict = verify(tmp_path / "moved.onnx", first, classes="any")
+    assert rows["moved.onnx", "detector"]["log10_p"] == verdict.log10_p
+
+
+def test_a_journal_of_other_options_is_refused_with_their_names(bucket, tmp_path):
+    out = tmp_path / "rows.parquet"
+
+    def stop(done, total, rows):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scan(bucket / "models", bucket / "registry", out=out, jobs=1, progress=stop)
+    for options, named in (
+        ({"alpha": 1e-6}, "alpha"),
+        ({"queries": "all", "classes": "any"}, "queries and classes"),
+        ({"watermarks": bucket / "registry" / "first.wm"}, "watermarks"),
+        ({"paths": bucket / "models" / "copy.onnx"}, "suspects"),
+    ):
+        given = {"paths": bucket / "models", "watermarks": bucket / "registry", "out": out} | options
+        with pytest.raises(
+            ValueError, match=f"belongs to a scan of other {named}: finish that one with its own command"
+        ):
+            scan(given.pop("paths"), given.pop("watermarks"), **given)

@@ -48,6 +48,10 @@ IsolationOption = Annotated[
         help='"persistent" sandboxed processes, one "per-model" (for evidence), or "none" (for your own files).',
     ),
 ]
+ClassesOption = Annotated[
+    str,
+    typer.Option(metavar="ORDER", help='"same" order as the mark\'s, or "any": every order is tried and paid for.'),
+]
 DeviceOption = Annotated[str, typer.Option(metavar="WHERE", help='Where models run: "cpu" or "cuda".')]
 SecondsOption = Annotated[float, typer.Option(metavar="S", help="Wall-clock seconds that one suspect may take.")]
 MemoryOption = Annotated[float, typer.Option(metavar="GIB", help="Memory that one suspect may use.")]
@@ -203,10 +207,7 @@ def verify(
         Path | None,
         typer.Option(metavar="FILE.json", help="How to ask the endpoint: names, budget, rate, a template for others."),
     ] = None,
-    classes: Annotated[
-        str,
-        typer.Option(metavar="ORDER", help='"same" order as the mark\'s, or "any": every order is tried and paid for.'),
-    ] = "same",
+    classes: ClassesOption = "same",
     clean: Annotated[
         Path | None,
         typer.Option(
@@ -277,6 +278,7 @@ def scan(
     all_adapters: Annotated[
         bool, typer.Option("--all-adapters", help="Put triggers on every known scale, even where nothing suggests it.")
     ] = False,
+    classes: ClassesOption = "same",
     isolation: IsolationOption = "persistent",
     device: DeviceOption = "cpu",
     seconds: SecondsOption = 120.0,
@@ -294,6 +296,8 @@ def scan(
     from wmengine.scan import scan as scan_all
     from wmengine.scan.progress import Report
 
+    if classes == "any" and not all_queries:
+        raise ValueError("--classes any needs --all-queries: one order must fit all answers")
     if out.suffix != ".parquet":
         raise ValueError(f"--out must end in .parquet, and it is {out}")
     with Report(as_json) as report:
@@ -305,6 +309,7 @@ def scan(
             alpha=alpha,
             queries="all" if all_queries else "sequential",
             adapters="all" if all_adapters else "likely",
+            classes=classes,
             isolation=isolation,
             provider=device,
             limits=_limits(seconds, memory),

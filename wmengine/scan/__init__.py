@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import Any
 
 from wmengine import __version__
+from wmengine.reordering import CLASSES
 from wmengine.sandbox import Limits
 from wmengine.scan.journal import Journal, Plan
 from wmengine.scan.listing import list_suspects, load_watermarks
@@ -33,6 +34,7 @@ def scan(
     alpha: float = 1e-9,
     queries: str = "sequential",
     adapters: str = "likely",
+    classes: str = "same",
     isolation: str = "persistent",
     limits: Limits | None = None,
     passphrase: str | None = None,
@@ -48,9 +50,10 @@ def scan(
     "owned" where its p-value times the number of all pairs is at most alpha; that number is fixed before the first
     query. queries: "sequential" stops asking a suspect when the answer is clear, "all" asks every trigger. adapters:
     "likely" puts triggers on another scale than the recorded one only to graphs that begin by rescaling their input,
-    "all" to every suspect, as `verify` does. isolation, limits and provider: see OnnxSuspect. ray: the address of a Ray
-    cluster to judge on ("auto" on one of its nodes), or "local" for one started here; jobs are then those of each node,
-    and models run on their CPUs.
+    "all" to every suspect, as `verify` does. classes: "same" order as the marks', or "any", with queries="all": every
+    order is tried and paid for, for black-box marks, as `verify` does without clean data. isolation, limits and
+    provider: see OnnxSuspect. ray: the address of a Ray cluster to judge on ("auto" on one of its nodes), or "local"
+    for one started here; jobs are then those of each node, and models run on their CPUs.
 
     A suspect that cannot be judged has the decision "error", and the scan goes on. Files with equal bytes are judged
     once. Raises FileNotFoundError, WatermarkError, SuspectError (a folder or store that cannot be listed) or ValueError
@@ -61,6 +64,10 @@ def scan(
         raise ValueError(f"queries must be one of {', '.join(MODES)}, and it is {queries!r}")
     if adapters not in ("likely", "all"):
         raise ValueError(f"adapters must be likely or all, and it is {adapters!r}")
+    if classes not in CLASSES:
+        raise ValueError(f"classes must be one of {', '.join(CLASSES)}, and it is {classes!r}")
+    if classes == "any" and queries != "all":
+        raise ValueError('classes="any" needs queries="all", as one order must fit all answers')
     if isolation not in ISOLATION:
         raise ValueError(f"isolation must be one of {', '.join(ISOLATION)}, and it is {isolation!r}")
     if ray is not None and provider != "cpu":
@@ -85,6 +92,7 @@ def scan(
             alpha=alpha,
             queries=queries,
             adapters=adapters,
+            classes=classes,
             isolation=isolation,
             engine=__version__,
             provider=provider,

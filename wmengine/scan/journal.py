@@ -32,6 +32,7 @@ class Plan:
     isolation: str
     engine: str
     provider: str = "cpu"
+    classes: str = "same"
     paths: tuple[str, ...] = ()
     folder: str = ""
 

@@ -102,7 +102,8 @@ class Judge:
 
     def _scores(self, file: ModelFile) -> list[Score]:
         suspect = OnnxSuspect(file, engine=self._engine)
-        return score_suspect(suspect, self._marks, self._plan.queries, self._bar, self._plan.adapters == "all")
+        every, any_order = self._plan.adapters == "all", self._plan.classes == "any"
+        return score_suspect(suspect, self._marks, self._plan.queries, self._bar, every, any_order=any_order)
 
     def _ready_engine(self) -> Engine:
         """An engine for the next suspect, its time starting now."""
