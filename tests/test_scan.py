@@ -316,9 +316,14 @@ def facts(table):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in table.to_pylist()]
 
 
-def test_the_table_does_not_depend_on_which_of_equal_files_was_judged(bucket, monkeypatch):
-    models = [bucket / "models" / name for name in ("copy.onnx", "twin.onnx", "other.onnx")]
+def test_the_table_does_not_depend_on_which_of_equal_files_was_judged(bucket, tmp_path, monkeypatch):
+    models = [bucket / "models" / name for name in ("copy.onnx", "twin.onnx", "other.onnx", "broken.onnx")]
+    models.append(tmp_path / "also broken.onnx")
+    models[-1].write_bytes(models[-2].read_bytes())
     usual = scan(models, bucket / "registry", jobs=1)
+    errors = [(row["suspect"], row["error"]) for row in usual.to_pylist() if row["error"]]
+    assert len(errors) == 4
+    assert all(error.startswith(suspect) for suspect, error in errors)
 
     def last_first(plan, marks, places, *rest):
         return judge_locally(plan, marks, places[::-1], *rest)

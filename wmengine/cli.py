@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -71,6 +72,8 @@ INTERRUPTED, NOBODY_READS = 130, 141  # what shells make of SIGINT and SIGPIPE
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     status = _run(arguments)
+    if status == INTERRUPTED and arguments is None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said, and the process ends: once more changes nothing
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -13,7 +13,7 @@ from wmengine.sandbox import Limits
 from wmengine.scan.journal import Journal, Plan
 from wmengine.scan.listing import list_suspects, load_watermarks
 from wmengine.scan.pool import Hashes, Judged, judge_locally
-from wmengine.scan.results import copied, table_of, write_parquet
+from wmengine.scan.results import copied, renamed, table_of, write_parquet
 from wmengine.suspects.devices import check_provider
 from wmengine.suspects.onnx_file import ISOLATION
 from wmengine.trial import MODES
@@ -142,7 +142,8 @@ def _run(journal: Journal, plan: Plan, judged: Any, progress: Progress | None) -
 
     def copy_rows(one: Judged) -> list[dict[str, Any]]:
         assert one.same_as is not None
-        return copied(journal.rows(one.same_as), plan.suspects[one.place], plan.suspects[one.same_as])
+        original = plan.suspects[one.same_as]
+        return copied(renamed(journal.rows(one.same_as), plan.suspects[one.place], original), original)
 
     for one in judged:
         if one.same_as is not None and one.same_as not in finished:

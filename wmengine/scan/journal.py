@@ -81,8 +81,9 @@ class Journal:
         names = [each.name for each in fields(Plan) if each.name != "paths"]
         other = [name for name in names if getattr(self.plan, name) != getattr(plan, name)]
         if other:
+            named = " and ".join(name.replace("folder", "working folder") for name in other)
             raise ValueError(
-                f"{self.path} belongs to a scan of other {' and '.join(other)}: finish that one with its own command, "
+                f"{self.path} belongs to a scan of other {named}: finish that one with its own command, "
                 "choose another --out, or delete the file to give up what it has finished; the number of tests is "
                 "fixed before the first query"
             )
@@ -106,22 +107,23 @@ class Journal:
         """The rows of a suspect that was judged itself."""
         return self._rows(self._execute("SELECT rows FROM suspects WHERE place = ?", [place]).fetchone()[0])
 
-    def all_rows(self) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
-        """(place, first, rows) of every suspect, in the order of the plan.
+    def all_rows(self) -> Iterator[tuple[int, int, int, list[dict[str, Any]]]]:
+        """(place, first, judged, rows) of every suspect, in the order of the plan.
 
-        first: the first place with the same hash. All of that hash have the rows of the first that was judged, so that
-        the table does not depend on which of them that was.
+        first: the first place with the same hash; judged: the first of them that was judged itself. All have its rows,
+        so that the table does not depend on which one that was.
         """
         firsts = dict(self._execute("SELECT sha256, MIN(place) FROM suspects GROUP BY sha256").fetchall())
         judged = self.hashes()
         for place, sha256 in self._execute("SELECT place, sha256 FROM suspects ORDER BY place").fetchall():
-            yield place, firsts[sha256] if sha256 else place, self.rows(judged[sha256] if sha256 else place)
+            first, source = (firsts[sha256], judged[sha256]) if sha256 else (place, place)
+            yield place, first, source, self.rows(source)
 
     def close(self, remove: bool = False) -> None:
         """Close, and with `remove` delete: its results are elsewhere now."""
         self._database.close()
         if remove and self.path != ":memory:":
-            for suffix in ("", "-wal", "-shm"):
+            for suffix in ("-wal", "-shm", ""):  # this order: a new scan may begin as soon as the last is gone
                 if os.path.exists(self.path + suffix):
                     os.unlink(self.path + suffix)
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from wmengine.errors import ScanError
+from wmengine.errors import ScanError, printable
 from wmengine.judge import Score, is_owned
 from wmengine.scan.journal import Journal, Plan
 from wmengine.sequential import e_bh
@@ -71,10 +71,18 @@ def log10_calibrated(log10_p: float) -> float:
     return math.log10(1.0 + math.exp(ln) * (ln - 1.0)) - log10_p - 2.0 * math.log10(-ln)
 
 
-def copied(rows: Sequence[dict[str, Any]], suspect: str, judged: str) -> list[dict[str, Any]]:
-    """The rows of a suspect with the same bytes as one that was judged."""
-    note = f"the same bytes as {shown(judged)}, judged once"
-    return [row | {"suspect": shown(suspect), "seconds": 0.0, "notes": [note, *row["notes"]]} for row in rows]
+def renamed(rows: Sequence[dict[str, Any]], suspect: str, judged: str) -> list[dict[str, Any]]:
+    """The rows of the suspect that was judged as those of one with the same bytes: errors name the file, too."""
+    before, after = printable(judged), printable(suspect)
+    return [
+        row | {"suspect": shown(suspect), "error": row["error"] and row["error"].replace(before, after)} for row in rows
+    ]
+
+
+def copied(rows: Sequence[dict[str, Any]], original: str) -> list[dict[str, Any]]:
+    """The rows of a suspect that is a copy of another one, which was judged: no time, and a note."""
+    note = f"the same bytes as {shown(original)}, judged once"
+    return [row | {"seconds": 0.0, "notes": [note, *row["notes"]]} for row in rows]
 
 
 def table_of(journal: Journal, plan: Plan) -> Any:
@@ -110,16 +118,16 @@ def _batches(journal: Journal, plan: Plan) -> Iterator[Any]:
     import pyarrow
 
     evidence = [
-        row["log10_e"] if row["error"] is None else -math.inf for _, _, rows in journal.all_rows() for row in rows
+        row["log10_e"] if row["error"] is None else -math.inf for *_, rows in journal.all_rows() for row in rows
     ]
     q_values = iter(e_bh(evidence, plan.tests))
     schema, group = _schema(), []
-    for place, first, rows in journal.all_rows():
-        suspect = plan.suspects[place]
-        if place == first:
-            rows = [row | {"suspect": shown(suspect)} for row in rows]
-        else:
-            rows = copied(rows, suspect, plan.suspects[first])
+    for place, first, judged, rows in journal.all_rows():
+        suspects = plan.suspects
+        if place != judged:
+            rows = renamed(rows, suspects[place], suspects[judged])
+        if place != first:
+            rows = copied(rows, suspects[first])
         group += [row | {"q_value": next(q_values)} for row in rows]
         if len(group) >= _ROWS_A_GROUP:
             yield pyarrow.RecordBatch.from_pylist(group, schema=schema)
