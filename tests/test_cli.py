@@ -285,6 +285,29 @@ def test_a_reader_that_has_gone_is_no_error():
     assert done.stderr == ""
 
 
+def test_an_answer_that_nobody_reads_is_not_a_verdict(house):
+    """0 would say that the suspect is owned."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "wmengine",
+            "verify",
+            str(house / "stranger.onnx"),
+            "--watermark",
+            str(house / "acme.wm"),
+        ],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_the_command_starts_without_anything_heavy():
     code = "import sys; from wmengine.cli import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

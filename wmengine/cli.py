@@ -100,7 +100,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _fail(f"{error.format_message().rstrip('.')}: see {command} --help")
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # the reader has gone (`| head`)
+    except (BrokenPipeError, SystemExit):  # the reader has gone (`| head`), of which typer makes an exit with 1
         return NOBODY_READS
     except Exception as error:
         if debug:

@@ -154,14 +154,17 @@ class RemoteSource:
 
 
 def _fetch(url: str, maximum_bytes: int) -> bytes:
-    """The bytes behind a URL; what fails is tried again, as stores fail now and then, and what is missing is not."""
+    """The bytes behind a URL; what fails is tried again, as stores fail now and then.
+
+    Not what is missing, and not what took as long as the store's client waits, which is minutes already.
+    """
     filesystem, path = _filesystem(url)
     for pause in (*PAUSES, None):
         try:
             with filesystem.open(path, "rb") as file:
                 data: bytes = file.read(maximum_bytes + 1)
             break
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        except (FileNotFoundError, PermissionError, IsADirectoryError, TimeoutError) as error:
             raise SuspectError(f"{url} cannot be read ({_reason(error)})") from None
         except Exception as error:  # every store has its own exceptions
             if pause is None:
