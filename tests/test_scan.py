@@ -286,6 +286,17 @@ def test_a_scan_that_is_running_keeps_another_one_out(bucket, tmp_path):
     assert scan(bucket / "models", bucket / "registry", out=out, progress=second).num_rows == 18
 
 
+def test_a_journal_that_goes_while_it_is_opened_is_said_to_be_gone(tmp_path):
+    """Another scan's last act is to remove it."""
+    other, path = Journal(tmp_path / "rows.journal"), tmp_path / "rows.journal"
+    other.begin(Plan(("a.onnx",), ("0" * 64,), 1e-9, "sequential", "likely", "persistent", "0.1.0"))
+    ending = threading.Timer(0.5, lambda: other.close(remove=True))
+    ending.start()
+    with pytest.raises(ScanError, match="is gone: another scan of this --out has just ended"):
+        Journal(path)
+    ending.join()
+
+
 def test_a_journal_that_was_cut_off_anywhere_is_refused_or_gives_the_same_rows(bucket, tmp_path):
     """Whatever a disk loses: no row is invented, and none is changed."""
     models = [bucket / "models" / name for name in ("copy.onnx", "twin.onnx", "stranger1.onnx", "broken.onnx")]

@@ -131,6 +131,11 @@ class Journal:
         try:
             return self._database.execute(statement, values)
         except sqlite3.OperationalError as error:
+            if self.path != ":memory:" and not os.path.exists(self.path):
+                raise ScanError(
+                    f"{self.path} is gone: another scan of this --out has just ended, or somebody has deleted it; run "
+                    "the command again"
+                ) from None
             raise self._cannot(error) from None
         except sqlite3.DatabaseError as error:
             raise self._damaged(error) from None
