@@ -1,6 +1,7 @@
 """What endpoints promise: the mark is found behind them, with few queries, in every layout, and politely."""
 
 import datetime
+import signal
 import time
 from collections import Counter
 
@@ -16,6 +17,7 @@ from endpoint_stub import (
     classes,
     is_trigger,
     judged,
+    marked_model,
     posted,
     scores,
     serving,
@@ -156,6 +158,9 @@ def test_a_fixed_batch_is_padded_and_a_batch_of_one_is_found_out():
     with serving(lambda request: behave(request, 7)) as stub:
         assert judged(stub).owned
     assert {len(tensor(request.json)) for request in stub.questions} == {7}
+    with serving(lambda request: behave(request, 7) if request.method == "GET" else marked_model(request)) as stub:
+        assert judged(stub, batch=10).owned  # the options know better than the server
+    assert {len(tensor(request.json)) for request in stub.questions} == {10, 6}
     with serving(lambda request: behave(request, 1)) as stub:
         verdict = judged(stub)
         assert verdict.owned
@@ -174,17 +179,100 @@ def test_a_white_box_mark_cannot_be_read_from_an_endpoint():
 # --- budget, decoys, refusals -----------------------------------------------------------------------------------------
 
 
-def test_the_budget_is_kept_and_what_was_not_asked_is_a_miss():
+@pytest.mark.parametrize("queries", ["all", "sequential"])
+@pytest.mark.parametrize(
+    ("options", "room"),
+    [({"budget": 8}, 8), ({"budget": 25}, 25), ({"budget": 60}, 60), ({"budget": 40, "decoys": 1}, 20)],
+)
+def test_the_budget_fixes_beforehand_how_many_triggers_the_test_is_of(queries, options, room):
+    with serving(posted(lambda request: answer(np.eye(CLASSES)[[3] * len(tensor(request.json))]))) as stub:
+        verdict = judged(stub, queries, **options)
+    assert len(stub.images) <= options["budget"]
+    assert verdict.total == room
+    assert (f"there was room for {room} of {COUNT} triggers" in " ".join(verdict.notes)) == (room < COUNT)
+    assert not [note for note in verdict.notes if "change" in note or "not asked" in note or "no class" in note]
+    if queries == "all":
+        assert verdict.queries == room
+        hits = int((MARK.arrays["labels"][:room] == 3).sum())
+        assert verdict.log10_p == pytest.approx(binomial_log10_tail(hits, room, 0.1))
     with serving() as stub:
-        verdict = judged(stub, budget=25)
-    assert len(stub.images) == 25
-    assert verdict.matched == 25
-    assert verdict.log10_p == pytest.approx(binomial_log10_tail(25, COUNT, 0.1))
-    assert "35 triggers were not asked: the budget of 25 queries is used up" in verdict.notes
-    assert not [note for note in verdict.notes if "change" in note]
+        verdict = judged(stub, queries, **options)
+        assert verdict.matched == verdict.queries == (min(room, 16) if queries == "sequential" else room)
+
+
+def test_a_rate_and_a_deadline_are_a_budget_too():
     with serving() as stub:
-        verdict = judged(stub, budget=40, decoys=1)
-    assert (len(stub.images), verdict.matched) == (40, 20)
+        verdict = judged(stub, rate=10.0, deadline=2.0, batch=5)
+    assert (verdict.queries, verdict.matched) == (verdict.total, verdict.total)
+    assert 15 <= verdict.total <= 20
+
+
+def test_what_was_not_asked_after_all_is_a_miss_and_no_query():
+    def behave(request):
+        return (503, {}, b"") if len(stub.questions) == 1 else answer(scores(tensor(request.json)))
+
+    for queries in ("all", "sequential"):
+        with serving() as stub:
+            stub.behave = posted(behave)
+            verdict = judged(stub, queries, budget=24, batch=8)
+        assert len(stub.images) == 24
+        assert (verdict.queries, verdict.matched, verdict.total) == (16, 16, 24)
+        if queries == "all":
+            assert verdict.log10_p == pytest.approx(binomial_log10_tail(16, 24, 0.1))
+            assert "8 triggers were not asked: the budget of 24 queries is used up" in verdict.notes
+        assert not [note for note in verdict.notes if "no class" in note or "stranger" in note]
+
+
+def test_a_budget_below_one_request_is_an_error_that_says_so():
+    def behave(request):
+        return {"inputs": [{"name": "x", "datatype": "FP32", "shape": [7, 3, 4, 4]}]}
+
+    with serving(behave) as stub:
+        assert "budget of 5 queries is not enough: one trigger takes 7" in judged(stub, budget=5).error
+        verdict = judged(stub, budget=1, decoys=2, batch=4)
+        assert "budget of 1 queries is not enough: one trigger takes 3" in verdict.error
+    assert not stub.questions
+
+
+def test_a_request_that_is_lost_with_its_connection_is_paid_twice():
+    def behave(request):
+        if len(stub.questions) == 2:
+            request.handler.close_connection = True  # it was read, and is not answered
+            return None
+        return answer(scores(tensor(request.json)))
+
+    with serving() as stub:
+        stub.behave = posted(behave)
+        verdict = judged(stub, budget=30, batch=10, tries=1)
+    assert len(stub.images) == 30
+    assert (verdict.matched, verdict.queries, verdict.total) == (20, 20, 30)
+
+
+def test_an_interrupt_ends_the_asking_and_keeps_what_was_answered():
+    def behave(request):
+        if len(stub.questions) == 3:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.5)
+        return answer(scores(tensor(request.json)))
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with serving() as stub:
+            stub.behave = posted(behave)
+            with pytest.raises(KeyboardInterrupt) as caught:
+                judged(stub, batch=10, tries=1)
+        verdict = caught.value.verdict
+        assert (verdict.decision, verdict.matched, verdict.queries, verdict.total) == ("not_proven", 20, 20, COUNT)
+        assert "40 triggers were not asked: the asking was interrupted" in verdict.notes
+        assert len(stub.questions) == 3
+        with serving() as stub:
+            stub.behave = posted(behave)
+            stub.requests += [type("Earlier", (), {"method": "POST"})] * 2
+            with pytest.raises(KeyboardInterrupt) as caught:
+                judged(stub, batch=10)
+            assert not hasattr(caught.value, "verdict")  # nothing had been answered
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_retries_are_paid_from_the_budget():

@@ -17,6 +17,7 @@ from wmengine.reordering import CleanData
 from wmengine.schemes import symbol_chance
 from wmengine.stats import binomial_log10_tail, paid_log10_p
 from wmengine.suspects import Suspect
+from wmengine.suspects.base import Rationed
 from wmengine.trial import Trial, run_trials
 from wmengine.watermark import Watermark
 
@@ -95,7 +96,8 @@ def open_trial(
 ) -> Trial:
     """A trial of the ways that the suspect's input leaves open to put the mark's triggers."""
     ways = suspect.adapters(mark.arrays["triggers"].shape[1:], mark.parameters["value_range"], every_adapter)
-    return Trial(mark, ways, mode, log10_bar, any_order, clean)
+    limit = suspect.limit if isinstance(suspect, Rationed) else None
+    return Trial(mark, ways, mode, log10_bar, any_order, clean, limit)
 
 
 def score_trial(suspect: Suspect, trial: Trial, notes: Sequence[str], ask_again: bool = False) -> Score:
@@ -103,9 +105,7 @@ def score_trial(suspect: Suspect, trial: Trial, notes: Sequence[str], ask_again:
     said = [*notes, *trial.notes()]
     if trial.proven or ask_again:
         said += filter(None, [trial.ask_again(suspect)])
-    return Score(
-        trial.matched, trial.mark.total, trial.queries, trial.log10_p, trial.log10_e, tuple(dict.fromkeys(said))
-    )
+    return Score(trial.matched, trial.total, trial.queries, trial.log10_p, trial.log10_e, tuple(dict.fromkeys(said)))
 
 
 def score_weights(tensors: Sequence[Tensor], mark: Watermark, notes: Sequence[str] = ()) -> Score:
