@@ -30,6 +30,7 @@ from wmengine.stats import binomial_log10_tail
 from wmengine.suspects import patience
 from wmengine.suspects.base import CHUNK
 from wmengine.suspects.patience import Patience, Refused, Spent, Unavailable
+from wmengine.triggers import to_input
 
 pytestmark = pytest.mark.usefixtures("no_long_pauses")
 
@@ -347,6 +348,64 @@ def test_an_endpoint_that_goes_away_keeps_what_it_had_answered():
     assert (verdict.decision, verdict.matched) == ("owned", 30)
     assert any("were not asked" in note for note in verdict.notes)
     assert len(stub.questions) == 3 + 3 * 2  # three requests that failed twice each end the asking
+
+
+# --- classes in another order -----------------------------------------------------------------------------------------
+
+RENUMBERED = np.random.default_rng(5).permutation(CLASSES)
+CLEAN = np.random.default_rng(6).integers(0, 256, (40, 3, 4, 4)).astype(np.uint8)
+CLEAN_LABELS = np.random.default_rng(7).integers(0, CLASSES, 40)
+
+
+def renumbered(shape, labels=False):
+    """A marked model that knows the task as well and calls its classes otherwise; channels last where shape is free."""
+    task = dict(zip((image.tobytes() for image in to_input(CLEAN, [[-1.0, 1.0]] * 3)), CLEAN_LABELS, strict=True))
+
+    def behave(request):
+        if request.method == "GET":
+            return {"inputs": [{"name": "x", "datatype": "FP32", "shape": shape}] if shape else []}
+        images = np.ascontiguousarray(np.moveaxis(tensor(request.json), -1, 1) if shape else tensor(request.json))
+        own = [task.get(image.tobytes(), known) for image, known in zip(images, classes(images), strict=True)]
+        return answer(RENUMBERED[own], "y", "INT64") if labels else answer(np.eye(CLASSES)[RENUMBERED[own]])
+
+    return behave
+
+
+@pytest.mark.parametrize("queries", ["all", "sequential"])
+@pytest.mark.parametrize("shape", [[], [-1, -1, -1, -1]])
+@pytest.mark.parametrize("decoys", [0, 1])
+@pytest.mark.parametrize("floats", [False, True])
+def test_an_order_of_classes_is_found_on_clean_data_behind_an_endpoint(queries, shape, decoys, floats):
+    inputs = to_input(CLEAN, [[-1.0, 1.0]] * 3) if floats else CLEAN
+    with serving(renumbered(shape)) as stub:
+        suspect = wm.endpoint(stub.url, decoys=decoys)
+        verdict = wm.verify(suspect, MARK, queries=queries, classes="any", clean=(inputs, CLEAN_LABELS))
+        sent = {image.shape for image in stub.images}
+    assert verdict.owned
+    assert any("by 40 clean inputs of which the suspect names 40 rightly" in note for note in verdict.notes)
+    if queries == "all" or not shape:
+        assert verdict.queries == (COUNT if queries == "all" else 16) * (2 if shape else 1)
+    assert sent == ({(3, 4, 4), (4, 4, 3)} if shape else {(3, 4, 4)})
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_any_order_of_classes_is_paid_for_behind_an_endpoint(labels):
+    with serving(renumbered([], labels)) as stub:
+        verdict = wm.verify(wm.endpoint(stub.url, budget=30), MARK, classes="any")
+    assert (verdict.decision, verdict.matched, verdict.total) == ("owned", 30, 30)
+    assert len(stub.images) == 30
+
+
+def test_clean_data_are_paid_from_the_budget_and_leave_room_for_triggers():
+    def found(budget):
+        suspect = wm.endpoint(stub.url, budget=budget)
+        return wm.verify(suspect, MARK, classes="any", clean=(CLEAN, CLEAN_LABELS))
+
+    with serving(renumbered([])) as stub:
+        assert (found(60).matched, found(60).total, len(stub.images)) == (20, 20, 120)
+        stub.requests.clear()
+        assert "room for 40 inputs, and 40 are clean ones" in found(40).error
+        assert not stub.questions
 
 
 # --- patience ---------------------------------------------------------------------------------------------------------

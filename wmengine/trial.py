@@ -130,12 +130,23 @@ class Trial:
             attempt.any_log10_orders = log10_orders(self.num_classes, used_classes(predicted, self.num_classes))
 
     def clean_inputs(self) -> NDArray[Any] | None:
-        """What to ask before the triggers that `next` names, for `add_clean`; None where nothing is."""
+        """What to ask before the triggers that `next` names, for `add_clean`; None where nothing is.
+
+        Raises SuspectError where there is room for none of the triggers beside them.
+        """
         attempt = self._attempts[-1]
         if self._clean is None or attempt.order is not None:
             return None
         inputs, scale = self._clean.inputs, self.mark.parameters["value_range"]
-        return (attempt.adapter.inputs if inputs.dtype == np.uint8 else attempt.adapter.recorded_inputs)(inputs, scale)
+        put = (attempt.adapter.inputs if inputs.dtype == np.uint8 else attempt.adapter.recorded_inputs)(inputs, scale)
+        if self._limit is not None and len(self._attempts) == 1:
+            room = self._limit(np.concatenate([put, put[:1]]))
+            if room <= len(put):
+                raise SuspectError(
+                    f"there is room for {room} inputs, and {len(put)} are clean ones: give fewer of those, or a larger "
+                    "budget"
+                )
+        return put
 
     def add_clean(self, predicted: Labels) -> None:
         """The predictions for the clean inputs: they say in which order the suspect's classes stand."""
