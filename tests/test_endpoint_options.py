@@ -189,6 +189,8 @@ def test_the_command_line_takes_urls_and_options(tmp_path, capfd):
         for content, said in (
             ("{", "is no JSON"),
             ("[]", "must hold one JSON object"),
+            ("[" * 100_000, "is no JSON"),
+            ('{"budget": 3, "budget": 4}', "is no JSON (it gives 'budget' twice)"),
             ('{"bugdet": 3}', "holds 'bugdet', which is no option; these are: request, headers, input"),
             ('{"headers": 3}', "headers must be a JSON object"),
         ):

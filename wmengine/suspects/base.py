@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.carriers import Tensor
-from wmengine.errors import SuspectError
+from wmengine.errors import SuspectError, printable
 from wmengine.suspects.adapters import Adapter, Range
 from wmengine.suspects.answers import Outputs, choose_reading, describe, of_two_classes
 
@@ -71,11 +71,6 @@ class Rationed(Protocol):
 def is_url(suspect: Any) -> bool:
     """Whether this is the address of an endpoint."""
     return isinstance(suspect, str) and suspect.lower().startswith(tuple(f"{scheme}://" for scheme in URL_SCHEMES))
-
-
-def printable(text: str) -> str:
-    """A stranger's text without what would move a terminal's cursor, colour it or turn its direction."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:

@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.carriers import Tensor
-from wmengine.errors import SuspectError
+from wmengine.errors import SuspectError, printable
 from wmengine.suspects.adapters import LAYOUT_NAMES, SCALING_NAMES, Adapter, Range, adapters
 from wmengine.suspects.answers import ABSTAINED, Outputs, Reading, choose_reading, describe, of_two_classes
-from wmengine.suspects.base import CHUNK, URL_SCHEMES, is_url, printable
+from wmengine.suspects.base import CHUNK, URL_SCHEMES, is_url, one_line
 from wmengine.suspects.decoys import Decoys
 from wmengine.suspects.http_client import hide, shown
 from wmengine.suspects.inference_protocol import DTYPES, Declared, RestModel, choose_input
@@ -133,9 +133,9 @@ def endpoint(
 def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The options of `endpoint` from a JSON file. Raises ValueError for what is none."""
     try:
-        options = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from None
+        options = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({one_line(error)})") from None
     known = list(endpoint.__kwdefaults__ or ())
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold one JSON object, with the options {', '.join(known)}")
@@ -146,6 +146,15 @@ def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
         if not isinstance(options.get(name, {}), dict):
             raise ValueError(f"{path}: {name} must be a JSON object")
     return options
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError where it says something twice, as only one of the two would count."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for place, (name, _) in enumerate(pairs) if name in dict(pairs[:place]))
+        raise ValueError(f"it gives {twice!r} twice")
+    return found
 
 
 class EndpointSuspect:

@@ -190,9 +190,9 @@ class HttpClient:
             self.close()
             if expired.is_set() or isinstance(error, TimeoutError):
                 raise Unavailable(late) from None
-            lost = isinstance(error, http.client.RemoteDisconnected | ConnectionError)
+            lost = isinstance(error, ConnectionError) and not isinstance(error, ConnectionRefusedError)
             self._keeps &= not (kept and lost)
-            reached = not isinstance(error, OSError) or (lost and not isinstance(error, ConnectionRefusedError))
+            reached = lost or not isinstance(error, OSError)
             said = f"{self.name} {'closes the connection' if lost else 'cannot be asked'} ({one_line(error)})"
             raise Unavailable(
                 said + ("" if reached else _proxy_hint(self.parts)), 0.0, reached, kept and lost

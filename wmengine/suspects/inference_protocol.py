@@ -61,8 +61,8 @@ class RestModel:
         path = MODEL_PATH.fullmatch(url)
         if path is None:
             raise ValueError(
-                f"{shown(url)!r} is no model of the Open Inference Protocol (…/v2/models/NAME): for other services say "
-                "with request= what they take, and a file on the web must be downloaded first"
+                f"{shown(url)!r} is no model of the Open Inference Protocol (…/v2/models/NAME): other services need a "
+                "request template, and a file on the web must be downloaded first"
             )
         self.url = path[1]
         self.client = HttpClient(self.url, headers)
