@@ -13,6 +13,7 @@ from endpoint_stub import (
     COUNT,
     INPUTS,
     MARK,
+    SHAPE,
     answer,
     classes,
     is_trigger,
@@ -26,11 +27,15 @@ from endpoint_stub import (
 
 import wmengine as wm
 from wmengine.errors import SuspectError
+from wmengine.key import Key
+from wmengine.schemes import black_box_parameters, scheme
 from wmengine.stats import binomial_log10_tail
 from wmengine.suspects import patience
 from wmengine.suspects.base import CHUNK
+from wmengine.suspects.endpoint import EndpointSuspect
 from wmengine.suspects.patience import Patience, Refused, Spent, Unavailable
 from wmengine.triggers import to_input
+from wmengine.watermark import Watermark
 
 pytestmark = pytest.mark.usefixtures("no_long_pauses")
 
@@ -337,6 +342,18 @@ def test_refused_triggers_are_misses_and_the_others_count():
     assert "(this is not an image of a cat)" in note
 
 
+def test_answers_at_random_and_answers_in_another_order_are_reported():
+    chance = np.random.default_rng(3)
+
+    def forgetful(request):
+        images = tensor(request.json)
+        return answer(np.where(chance.random((len(images), 1)) < 0.6, scores(images), np.eye(CLASSES)[[7]]))
+
+    for behave in (forgetful, lambda request: answer(scores(tensor(request.json))[::-1])):
+        with serving(posted(behave)) as stub:
+            assert any("answers change when the batch does" in note for note in judged(stub).notes)
+
+
 def test_an_endpoint_that_goes_away_keeps_what_it_had_answered():
     with serving() as stub:
 
@@ -348,6 +365,47 @@ def test_an_endpoint_that_goes_away_keeps_what_it_had_answered():
     assert (verdict.decision, verdict.matched) == ("owned", 30)
     assert any("were not asked" in note for note in verdict.notes)
     assert len(stub.questions) == 3 + 3 * 2  # three requests that failed twice each end the asking
+
+
+class Stranger:
+    """A linear model without a mark, behind no network: busy now and then."""
+
+    name, secrets = "stranger", ()
+
+    def __init__(self, chance, busy):
+        self.chance, self.busy, self.sent = chance, busy, 0
+        self.weights = chance.normal(size=(INPUTS[0].size, CLASSES))
+
+    def inputs(self, seconds):
+        return []
+
+    def ask(self, to, rows, seconds):
+        self.sent += len(rows)
+        if self.chance.random() < self.busy:
+            raise Unavailable("busy")
+        return [("scores", rows.reshape(len(rows), -1) @ self.weights)]
+
+    def close(self):
+        pass
+
+
+def test_strangers_with_any_budget_are_accused_no_more_often_than_p_says():
+    chance, verdicts, small = np.random.default_rng(11), 600, {0.3: 0, 0.1: 0, 0.03: 0}
+    parameters = black_box_parameters(scheme("adi", count=40), SHAPE, CLASSES, [[-1.0, 1.0]] * 3, "detector")
+    for number in range(verdicts):
+        mark = Watermark.create(Key("ACME Vision", chance.bytes(32)), "adi", parameters)
+        stranger, budget = Stranger(chance, chance.choice([0.0, 0.2])), int(chance.integers(3, 90))
+        asking = Patience(None, budget, 3, 30.0, 600.0, sleep=lambda seconds: None)
+        scaling, decoys = ("as recorded", "any")[number % 2], float(chance.choice([0, 0.5, 1]))
+        batch = int(chance.integers(1, 20))
+        suspect = EndpointSuspect(stranger, asking, None, None, None, None, scaling, batch, decoys)
+        verdict = wm.verify(suspect, mark, queries=("all", "sequential")[number // 2 % 2])
+        assert verdict.matched <= verdict.total <= min(40, budget) or verdict.error
+        assert verdict.queries <= stranger.sent <= budget
+        for bar in small:
+            small[bar] += verdict.log10_p <= np.log10(bar)
+    for bar, count in small.items():  # five deviations above would be one chance in a million
+        assert count <= verdicts * bar + 5 * (verdicts * bar) ** 0.5
 
 
 # --- classes in another order -----------------------------------------------------------------------------------------

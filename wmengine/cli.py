@@ -215,7 +215,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> int:
     """Judge one suspect: does it depend on material made with this key?"""
-    from wmengine.verify import Interrupted
+    from wmengine.errors import Interrupted
     from wmengine.verify import verify as judge
 
     if adversarial and key is None:

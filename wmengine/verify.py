@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from wmengine.errors import SuspectError
+from wmengine.errors import Interrupted, SuspectError
 from wmengine.judge import Score, is_owned, score_suspect
 from wmengine.key import Key
 from wmengine.reordering import CLASSES, check_clean
@@ -63,14 +63,6 @@ class Verdict:
         return json.dumps(asdict(self), allow_nan=False)
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while an endpoint was asked: `verdict` is what the answers before it say, all others counted as misses."""
-
-    def __init__(self, verdict: Verdict) -> None:
-        super().__init__("interrupted")
-        self.verdict = verdict
-
-
 def verify(
     suspect: Any,
     watermark: Watermark | str | os.PathLike[str],
@@ -105,7 +97,7 @@ def verify(
 
     What is wrong with the suspect gives the decision "error". What is wrong with the other arguments raises: a path
     that does not exist (FileNotFoundError), KeyFileError, WatermarkError, ValueError, TypeError. Ctrl-C, once an
-    endpoint has answered something, raises Interrupted, a KeyboardInterrupt with the verdict on what was answered.
+    endpoint has answered something, raises errors.Interrupted, a KeyboardInterrupt with the verdict on that.
     """
     started = time.perf_counter()
     if not 0.0 < alpha < 1.0:

@@ -6,6 +6,7 @@ the installed version of protobuf. Fields that the table leaves out (parameters)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -80,6 +81,7 @@ class GrpcModel:
             raise ValueError(
                 f"a model over gRPC is {parts.scheme}://HOST:PORT/NAME[/VERSION], and this is {shown(url)!r}"
             )
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read when it is imported: an error is one line, and ours
         grpc = require("grpc", extra="endpoint")
         self.name = display_name(parts)
         self._model, self._version = path[0], path[1] if len(path) == 2 else ""
