@@ -32,7 +32,7 @@ MAXIMUM_FRAME = 1 << 20  # bytes of an answer beside its body: headers, lengths 
 MAXIMUM_REDIRECTS = 3
 _LATER = (408, 425, 429)  # and whatever is 500 or more
 _NEVER = (401, 403, 404, 405, 407, 410)  # the address or the token is wrong, whatever is asked
-_OURS = ("host", "content-length", "transfer-encoding", "connection")
+_OURS = ("host", "content-length", "transfer-encoding", "connection", "accept-encoding")
 _SECRET_HEADER = re.compile(r"auth|cookie|credential|key|password|secret|token", re.IGNORECASE)
 _SHORTEST_SECRET = 6  # what is shorter would be found in any sentence
 
@@ -79,7 +79,7 @@ def expand_headers(headers: Mapping[str, str] | None, parts: SplitResult) -> tup
 
     expanded = {}
     for name, template in (headers or {}).items():
-        if not isinstance(template, str) or not re.fullmatch(r"[\w-]+", name) or name.lower() in _OURS:
+        if not isinstance(template, str) or not re.fullmatch(r"[\w-]+", name, re.ASCII) or name.lower() in _OURS:
             raise ValueError(f"headers hold {name!r}, which is no header of your own with a text for its value")
         expanded[name] = re.sub(r"\$\{(\w+)\}", variable, template)
         if not expanded[name].isascii() or not expanded[name].isprintable():

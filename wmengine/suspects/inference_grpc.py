@@ -88,6 +88,8 @@ class GrpcModel:
         self._outputs = outputs
         self._labels = labels
         expanded, self.secrets = expand_headers(headers, parts)
+        if any(name.lower().endswith("-bin") for name in expanded):
+            raise ValueError("over gRPC the name of a header must not end in -bin, which is for bytes")
         self._metadata = [(key.lower(), value) for key, value in expanded.items()]
         options = [
             ("grpc.max_receive_message_length", MAXIMUM_ANSWER),
