@@ -17,7 +17,6 @@ from wmengine.reordering import CleanData
 from wmengine.schemes import symbol_chance
 from wmengine.stats import binomial_log10_tail, paid_log10_p
 from wmengine.suspects import Suspect
-from wmengine.suspects.base import Rationed
 from wmengine.trial import Trial, run_trials
 from wmengine.watermark import Watermark
 
@@ -96,8 +95,7 @@ def open_trial(
 ) -> Trial:
     """A trial of the ways that the suspect's input leaves open to put the mark's triggers."""
     ways = suspect.adapters(mark.arrays["triggers"].shape[1:], mark.parameters["value_range"], every_adapter)
-    limit = suspect.limit if isinstance(suspect, Rationed) else None
-    return Trial(mark, ways, mode, log10_bar, any_order, clean, limit)
+    return Trial(mark, ways, mode, log10_bar, any_order, clean, getattr(suspect, "limit", None))
 
 
 def score_trial(suspect: Suspect, trial: Trial, notes: Sequence[str], ask_again: bool = False) -> Score:

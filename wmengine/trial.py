@@ -326,13 +326,11 @@ def run_trials(suspect: Suspect, trials: Sequence[Trial]) -> list[str]:
             inputs = np.concatenate([_inputs(trial.mark, adapter)[ask.start : ask.stop] for trial, ask in asks])
             predicted = predictions(suspect, suspect.query(inputs, num_classes), len(inputs), num_classes)
             notes |= dict.fromkeys(suspect.notes)
+            missing = (suspect.unasked, suspect.refused) if isinstance(suspect, Rationed) else ({}, {})
             at = 0
             for trial, ask in asks:
                 end = at + ask.stop - ask.start
-                unasked, refused = (
-                    [why for row, why in rows.items() if at <= row < end]
-                    for rows in ((suspect.unasked, suspect.refused) if isinstance(suspect, Rationed) else ({}, {}))
-                )
+                unasked, refused = ([why for row, why in rows.items() if at <= row < end] for rows in missing)
                 trial.add(predicted[at:end], unasked, refused)
                 at = end
 
