@@ -417,6 +417,7 @@ def test_a_password_in_an_address_is_not_repeated(url):
 def test_who_cannot_be_reached_is_not_asked_through_a_proxy_and_the_error_says_so(monkeypatch):
     with serving() as stub:
         url = stub.url
+    monkeypatch.delenv("http_proxy", raising=False)
     monkeypatch.setenv("HTTP_PROXY", "http://user:w0rd@proxy:3128")
     verdict = judged(None, url=url, tries=1)
     assert verdict.error.endswith("HTTP_PROXY is set, and proxies are not used")
