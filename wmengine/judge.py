@@ -68,10 +68,10 @@ def score_suspect(
                 trials[index] = open_trial(suspect, mark, mode, log10_bar, every_adapter, any_order, clean)
         except SuspectError as error:
             scores[index] = _failed(mark, error)
-    # Marks of one task are asked together; if the suspect fails one group, the others are still asked.
-    groups: dict[tuple[Any, ...], list[int]] = {}
+    # Marks of one number of classes are asked together; if the suspect fails one group, the others are still asked.
+    groups: dict[int, list[int]] = {}
     for index, trial in trials.items():
-        groups.setdefault((trial.num_classes, trial.mark.arrays["triggers"].shape[1:]), []).append(index)
+        groups.setdefault(trial.num_classes, []).append(index)
     for indices in groups.values():
         try:
             notes = run_trials(suspect, [trials[index] for index in indices])
@@ -95,7 +95,7 @@ def open_trial(
 ) -> Trial:
     """A trial of the ways that the suspect's input leaves open to put the mark's triggers."""
     ways = suspect.adapters(mark.arrays["triggers"].shape[1:], mark.parameters["value_range"], every_adapter)
-    return Trial(mark, ways, mode, log10_bar, any_order, clean)
+    return Trial(mark, ways, mode, log10_bar, any_order, clean, getattr(suspect, "limit", None))
 
 
 def score_trial(suspect: Suspect, trial: Trial, notes: Sequence[str], ask_again: bool = False) -> Score:
@@ -103,9 +103,7 @@ def score_trial(suspect: Suspect, trial: Trial, notes: Sequence[str], ask_again:
     said = [*notes, *trial.notes()]
     if trial.proven or ask_again:
         said += filter(None, [trial.ask_again(suspect)])
-    return Score(
-        trial.matched, trial.mark.total, trial.queries, trial.log10_p, trial.log10_e, tuple(dict.fromkeys(said))
-    )
+    return Score(trial.matched, trial.total, trial.queries, trial.log10_p, trial.log10_e, tuple(dict.fromkeys(said)))
 
 
 def score_weights(tensors: Sequence[Tensor], mark: Watermark, notes: Sequence[str] = ()) -> Score:

@@ -198,7 +198,6 @@ class Worker:
         if not self.alive:
             raise WorkerFailure(f"the worker was already gone when asked to {doing}")
         try:
-            wire.check_silent(self._connection)
             wire.send(self._connection, {"ask": doing} | question, arrays, self._deadline)
             return wire.receive(self._connection, self.limits.answer_bytes, self._deadline)
         except wire.WireError as error:

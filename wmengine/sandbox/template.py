@@ -9,6 +9,7 @@ workers.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -21,12 +22,15 @@ from typing import Any, NoReturn
 
 from wmengine.sandbox import lockdown
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
 
 def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
     service = importlib.import_module(sys.argv[2])
     service.preload()
+    _keep_freed_memory()
     gc.freeze()  # a worker's collections must not touch, and so copy, the pages that it shares with us
     control.sendall(b'{"ready": true}\n')
     ended: dict[int, dict[str, Any]] = {}
@@ -52,6 +56,14 @@ def main() -> None:
         for descriptor in descriptors:
             os.close(descriptor)
         control.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def _keep_freed_memory() -> None:
+    """Have workers reuse what a model gave back, not return it to the kernel and fault it in again, page by page."""
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallopt"):  # glibc's; what another C library does is its own affair
+        allocator.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the largest it takes
+        allocator.mallopt(M_TRIM_THRESHOLD, 256 << 20)
 
 
 def _collect(ended: dict[int, dict[str, Any]]) -> None:

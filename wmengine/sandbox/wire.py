@@ -46,40 +46,37 @@ def send(
     arrays = [np.asarray(array, order="C") for array in arrays]
     described = header | {"arrays": [[array.dtype.name, list(array.shape)] for array in arrays]}
     text = json.dumps(described).encode()
-    _send_all(connection, _LENGTHS.pack(len(text), sum(array.nbytes for array in arrays)) + text, deadline)
-    for array in arrays:
-        if array.nbytes:
-            _send_all(connection, array.reshape(-1).view(np.uint8).data, deadline)
-
-
-def check_silent(connection: socket.socket) -> None:
-    """WireError where the other side has said something that nobody has asked for, or is gone."""
-    try:
-        said = connection.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return
-    except OSError:
-        said = b""
-    if not said:
-        raise WireError("the other side is gone", closed=True)
-    raise WireError("an answer without a question")
+    parts = [_LENGTHS.pack(len(text), sum(array.nbytes for array in arrays)) + text]
+    parts += [array.reshape(-1).view(np.uint8).data for array in arrays if array.nbytes]
+    if sum(map(len, parts)) <= _PART:  # one call for all
+        parts = [b"".join(parts)]
+    for part in parts:
+        _send_all(connection, part, deadline)
 
 
 def receive(
     connection: socket.socket, maximum_bytes: int, deadline: float = math.inf
 ) -> tuple[dict[str, Any], list[Array]]:
     """The next frame, its arrays read-only no more than maximum_bytes in all; WireError where there is none."""
-    header_bytes, array_bytes = _LENGTHS.unpack(_receive_all(connection, _LENGTHS.size, deadline))
+    # Nearly every answer comes whole with the first call; every call lets go of Python's lock, and may wait for it.
+    begun = _receive_some(connection, _PART, deadline)
+    while len(begun) < _LENGTHS.size:
+        begun += _receive_some(connection, _LENGTHS.size - len(begun), deadline)
+    header_bytes, array_bytes = _LENGTHS.unpack(begun[: _LENGTHS.size])
     if header_bytes > MAXIMUM_HEADER:
         raise WireError(f"an answer of {header_bytes} bytes of names, and at most {MAXIMUM_HEADER} are taken")
     if array_bytes > maximum_bytes:
         raise WireError(f"an answer of {array_bytes} bytes, and at most {maximum_bytes} are taken")
+    at = _LENGTHS.size + header_bytes
+    if len(begun) > at + array_bytes:
+        raise WireError("an answer without a question")
+    text = _receive_rest(connection, begun[_LENGTHS.size : at], header_bytes, deadline)
+    data = _receive_rest(connection, begun[at:], array_bytes, deadline)
     try:
-        header = json.loads(_receive_all(connection, header_bytes, deadline))
+        header = json.loads(text)
         described = [(str(dtype), [int(size) for size in shape]) for dtype, shape in header["arrays"]]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):  # int(1e999)
         raise WireError("an answer that cannot be read") from None
-    data = _receive_all(connection, array_bytes, deadline)
     arrays, at = [], 0
     for dtype, shape in described:
         if dtype not in DTYPES or any(size < 0 for size in shape) or len(shape) > 32:
@@ -109,16 +106,35 @@ def _send_all(connection: socket.socket, data: bytes | memoryview, deadline: flo
             raise WireError("the other side is gone", closed=True) from None
 
 
-def _receive_all(connection: socket.socket, count: int, deadline: float) -> bytearray:
+def _receive_some(connection: socket.socket, most: int, deadline: float) -> bytes:
+    """Up to `most` bytes, at least one. Who has a deadline waits for it first: the other side must think."""
+    while True:
+        if deadline < math.inf:
+            _wait(connection, select.POLLIN, deadline)
+        try:
+            read = connection.recv(most)
+        except BlockingIOError:
+            continue
+        except OSError:
+            read = b""
+        if not read:
+            raise WireError("the other side is gone", closed=True)
+        return read
+
+
+def _receive_rest(connection: socket.socket, begun: bytes, count: int, deadline: float) -> bytes | bytearray:
+    """`count` bytes that begin with those that have come already."""
+    if len(begun) == count:
+        return begun
     try:
         buffer = bytearray(count)
     except MemoryError:
-        if count <= _PART:
-            raise
-        for start in range(0, count, _PART):  # the next frame begins after it
-            _receive_all(connection, min(_PART, count - start), deadline)
+        left = count - len(begun)
+        while left:  # the next frame begins after it
+            left -= len(_receive_some(connection, min(_PART, left), deadline))
         raise WireError(f"{count} bytes, more than there is memory for") from None
-    view = memoryview(buffer)
+    buffer[: len(begun)] = begun
+    view = memoryview(buffer)[len(begun) :]
     while view:
         try:
             read = connection.recv_into(view)
