@@ -127,6 +127,7 @@ def test_a_verdict_says_what_was_judged_and_is_json():
         "total": COUNT,
         "queries": COUNT,
         "log10_p": pytest.approx(-COUNT, rel=1e-12),
+        "evidence": {"test": "fixed", "matched": COUNT, "asked": COUNT, "chance": 0.1, "log10_share": 0.0},
         "derivation": "not_checked",
         "alpha": 1e-9,
         "error": None,

@@ -20,6 +20,7 @@ from wmengine.judge import Score, is_owned, score_suspect
 from wmengine.key import Key
 from wmengine.reordering import CLASSES, check_clean
 from wmengine.sandbox import Limits
+from wmengine.stats import Evidence
 from wmengine.suspects import Suspect, open_suspect
 from wmengine.trial import MODES
 from wmengine.watermark import Watermark
@@ -33,9 +34,11 @@ class Verdict:
     """What was found in one suspect with one watermark.
 
     decision: "owned" (log10_p <= log10 alpha: the suspect depends on material made with this key), "not_proven" or
-    "error" (it could not be judged, and `error` says why). matched of total symbols, after `queries` inputs; log10_p is
-    the p-value with all tries paid. derivation: "checked" if the watermark was derived again from the key. seconds:
-    wall time. sha256 covers a file and its external weights, and is None for what is no file.
+    "error" (it could not be judged, and `error` says why). matched of total symbols, after `queries` triggers (clean
+    inputs, and triggers asked once more to see whether answers change, are not counted); log10_p is the p-value with
+    all tries paid, and evidence what it is computed from, None where nothing was read. derivation: "checked" if the
+    watermark was derived again from the key. seconds: wall time. sha256 covers a file and its external weights, and is
+    None for what is no file.
     """
 
     suspect: str
@@ -47,6 +50,7 @@ class Verdict:
     total: int
     queries: int
     log10_p: float
+    evidence: Evidence | None
     derivation: str
     alpha: float
     seconds: float
@@ -110,6 +114,11 @@ def verify(
         raise ValueError('classes="any" needs queries="all" or clean=, as one order must fit all answers')
     if adversarial and key is None:
         raise ValueError("adversarial=True needs key=, as the watermark must be derived again from its key")
+    if adversarial and clean is not None:
+        raise ValueError(
+            "adversarial=True takes no clean=, as whoever chooses the data and their labels chooses the order; without "
+            "them all orders are tried and paid for"
+        )
     if isinstance(watermark, str | os.PathLike):
         watermark = Watermark.load(watermark, passphrase)
     elif not isinstance(watermark, Watermark):
@@ -146,6 +155,7 @@ def verify(
         total=score.total,
         queries=score.queries,
         log10_p=score.log10_p,
+        evidence=score.evidence,
         derivation="not_checked" if key is None else "checked",
         alpha=alpha,
         seconds=time.perf_counter() - started,

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError
 from wmengine.suspects.adapters import LAYOUT_NAMES, SCALING_NAMES, Adapter, Range, adapters
-from wmengine.suspects.answers import ABSTAINED, Outputs, Reading, choose_reading, describe, of_two_classes
+from wmengine.suspects.answers import ABSTAINED, Outputs, Reading, choose_readings, describe, of_two_classes, read_all
 from wmengine.suspects.base import CHUNK, URL_SCHEMES, is_url
 from wmengine.suspects.decoys import Decoys
 from wmengine.suspects.inference_protocol import DTYPES, Declared, RestModel, choose_input
@@ -190,7 +190,7 @@ class EndpointSuspect:
         return ways
 
     def query(self, inputs: NDArray[Any], num_classes: int | None = None) -> NDArray[Any]:
-        """Scores [N, C], rows of NaN where there was no answer, or labels [N], −1 where there was none.
+        """Scores [N, C], rows of NaN where there was no answer, or labels [N] or [N, R], −1 where there was none.
 
         Raises SuspectError where nothing has been answered, now or before.
         """
@@ -215,7 +215,7 @@ class EndpointSuspect:
         if unasked:
             self.notes.append(f"{unasked} triggers were not asked: {found.stopped}")
         joined = _joined(answers, len(inputs))
-        if found.reading is not None and found.reading.kind == "single":
+        if found.readings and found.readings[0].kind == "single":
             joined, note = of_two_classes(joined)
             self.notes.append(note)
         return joined
@@ -289,14 +289,14 @@ class EndpointSuspect:
         outputs = self._patience.call(lambda seconds: self._model.ask(to, padded, seconds), len(padded))
         if self._output is not None:  # some servers send the others too
             outputs = [each for each in outputs if each[0] == self._output]
-        reading = found.reading or choose_reading(outputs, len(padded), num_classes, self.name)
-        answers = reading.read(outputs, len(padded))
-        kind = ("", ()) if answers is None else (outputs[reading.output][0], answers.shape[1:])
-        if answers is None or (found.reading is not None and kind != found.kind):
+        readings = found.readings or choose_readings(outputs, len(padded), num_classes, self.name)
+        answers = read_all(readings, outputs, len(padded))
+        kind = ("", ()) if answers is None else (outputs[readings[0].output][0], answers.shape[1:])
+        if answers is None or (found.readings and kind != found.kind):
             raise Refused(f"{self.name} changes the shape of its answers from one batch to the next")
-        if found.reading is None:
-            found.reading, found.kind = reading, kind
-            self.notes.extend(describe(reading, outputs))
+        if not found.readings:
+            found.readings, found.kind = readings, kind
+            self.notes.extend(describe(readings, outputs))
         return answers[: len(rows)]
 
     def _size(self, to: Declared) -> int:
@@ -317,7 +317,7 @@ class _Found:
     answers: dict[int, NDArray[Any]] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     stopped: str | None = None
-    reading: Reading | None = None
+    readings: list[Reading] = field(default_factory=list)
     kind: tuple[str, tuple[int, ...]] = ("", ())
 
 
@@ -325,7 +325,7 @@ def _joined(answers: Mapping[int, NDArray[Any]], rows: int) -> NDArray[Any]:
     """One array for all rows; NaN or −1 where there is no answer."""
     some = next(iter(answers.values()), None)
     if some is None or some.dtype.kind == "i":
-        joined: NDArray[Any] = np.full(rows, ABSTAINED, np.int64)
+        joined: NDArray[Any] = np.full((rows, *(() if some is None else some.shape)), ABSTAINED, np.int64)
     else:
         dtype = np.result_type(*{answer.dtype for answer in answers.values()})
         joined = np.full((rows, *some.shape), np.nan, dtype)
