@@ -296,6 +296,15 @@ ENDINGS = {
         [helper.make_node("ArgMax", ["{y}"], ["l"], axis=1), helper.make_node("Add", ["l", "one"], ["n"])],
         ["n"], [INT64], [("one", np.array(1))],
     ),
+    "labels from 1 as floats": ending(
+        [helper.make_node("ArgMax", ["{y}"], ["l"], axis=1), helper.make_node("Cast", ["l"], ["f"], to=FLOAT),
+         helper.make_node("Add", ["f", "one"], ["n"])],
+        ["n"], [FLOAT], [("one", np.array(1, np.float32))],
+    ),
+    "top 3 from 1": ending(
+        [helper.make_node("TopK", ["{y}", "k"], ["values", "i"]), helper.make_node("Add", ["i", "one"], ["indices"])],
+        ["values", "indices"], [FLOAT, INT64], [("k", np.array([3])), ("one", np.array(1))],
+    ),
     "a background class before": ending(
         [helper.make_node("Pad", ["{y}", "pads", "low"], ["s"])], ["s"], (),
         [("pads", np.array([0, 1, 0, 0])), ("low", np.float32(-50))],
@@ -323,6 +332,8 @@ SAID = {
     "an auxiliary head before": "2 outputs that answer differently were tried and paid for; number 2 counts",
     "logits and softmax": "2 of 2 outputs may be the answer, the first is 'out'",
     "labels from 1": ONE_MORE,
+    "labels from 1 as floats": ONE_MORE,
+    "top 3 from 1": ONE_MORE,
     "a background class before": ONE_MORE,
     "a background class behind": "output 's' has one class more than the watermark",
 }

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from wmengine import __version__
 from wmengine.errors import SuspectError
 from wmengine.judge import Score, is_owned, score_suspect
 from wmengine.key import Key
@@ -37,8 +38,8 @@ class Verdict:
     "error" (it could not be judged, and `error` says why). matched of total symbols, after `queries` triggers (clean
     inputs, and triggers asked once more to see whether answers change, are not counted); log10_p is the p-value with
     all tries paid, and evidence what it is computed from, None where nothing was read. derivation: "checked" if the
-    watermark was derived again from the key. seconds: wall time. sha256 covers a file and its external weights, and is
-    None for what is no file.
+    watermark was derived again from the key; commitment: the watermark's, as names are not unique. engine: the version
+    of wmengine. seconds: wall time. sha256 covers a file and its external weights, and is None for what is no file.
     """
 
     suspect: str
@@ -52,7 +53,9 @@ class Verdict:
     log10_p: float
     evidence: Evidence | None
     derivation: str
+    commitment: str
     alpha: float
+    engine: str
     seconds: float
     error: str | None
     notes: tuple[str, ...]
@@ -157,7 +160,9 @@ def verify(
         log10_p=score.log10_p,
         evidence=score.evidence,
         derivation="not_checked" if key is None else "checked",
+        commitment=watermark.commitment,
         alpha=alpha,
+        engine=__version__,
         seconds=time.perf_counter() - started,
         error=score.error,
         notes=(

@@ -195,20 +195,20 @@ def of_two_classes(scores: Array) -> tuple[NDArray[np.int64], str]:
 def _ranks(
     arrays: Sequence[Array | None], shapes: Sequence[tuple[int, ...] | None], num_classes: int | None
 ) -> list[Reading]:
-    """The integer outputs [N, k] whose rows name k different classes each, as TopK's do."""
+    """The integer outputs [N, k] whose rows name k different classes each, from 0 or from 1, as TopK's do."""
     found = []
     for index, (array, shape) in enumerate(zip(arrays, shapes, strict=True)):
         if array is None or shape is None or len(shape) != 2 or shape[1] < 2 or array.dtype.kind not in "iu":
             continue
-        if shape[1] > (MAXIMUM_RANKS if num_classes is None else num_classes):
+        if shape[1] > (MAXIMUM_RANKS if num_classes is None else num_classes + 1):
             continue
         near = sorted((each for each in range(len(shapes)) if each != index), key=lambda each: abs(each - index))
         beside = next((each for each in near if shapes[each] == shape and _is_score(arrays[each])), None)
         if beside is None and num_classes is not None and shape[1] == num_classes == 2:
             continue  # ones and zeros may as well be scores
         ordered = np.sort(array.reshape(shape), axis=1)
-        highest = np.iinfo(np.int64).max if num_classes is None else num_classes - 1
-        if (ordered[:, 1:] > ordered[:, :-1]).all() and (ordered >= 0).all() and (ordered <= highest).all():
+        last = np.iinfo(np.int64).max if num_classes is None else num_classes  # where they are counted from 1
+        if (ordered[:, 1:] > ordered[:, :-1]).all() and (ordered >= 0).all() and (ordered <= last).all():
             found.append(Reading(index, "ranks", beside))
     return found
 
@@ -223,7 +223,7 @@ def _last_resorts(
         finite = array[np.isfinite(array)]
         if num_classes == 2:
             return [Reading(index, "single")]
-        if finite.size and bool(((finite == np.floor(finite)) & (finite >= 0) & (finite < num_classes)).all()):
+        if finite.size and bool(((finite == np.floor(finite)) & (finite >= 0) & (finite <= num_classes)).all()):
             return [Reading(index, "labels")]
     return []
 
