@@ -172,12 +172,13 @@ def test_a_keras_model_with_its_channels_last(plain, tmp_path):
     assert "triggers were put channels last" in notes
 
 
-@pytest.mark.parametrize("kind", ["UINT8", "INT32", "INT64"])
+@pytest.mark.parametrize("kind", ["UINT8", "INT8", "INT32", "INT64"])
 def test_bytes_with_the_scaling_inside(plain, tmp_path, kind):
     def change(model, _):
         graph, old = model.graph, model.graph.input[0].name
         low = np.array(RANGE, np.float32)[:, :1, None]
         slope = (np.array(RANGE, np.float32)[:, 1:, None] - low) / 255
+        low += (kind == "INT8") * 128 * slope
         for node in graph.node:
             for index, name in enumerate(node.input):
                 node.input[index] = "scaled" if name == old else name

@@ -202,10 +202,12 @@ def test_an_order_from_clean_data_is_as_good_as_none_to_a_stranger(mode):
 # --- clean data -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scaling", [*_SCALINGS, "bytes"])
+@pytest.mark.parametrize(
+    ("scaling", "dtype"), [*((each, "float32") for each in _SCALINGS), ("bytes", "uint8"), ("bytes", "int8")]
+)
 @pytest.mark.parametrize("layout", ["as recorded", "channels last", "flat"])
-def test_floats_are_put_as_bytes_are(scaling, layout):
-    adapter = Adapter(layout, scaling, "uint8" if scaling == "bytes" else "float32")
+def test_floats_are_put_as_bytes_are(scaling, dtype, layout):
+    adapter = Adapter(layout, scaling, dtype)
     put = adapter.recorded_inputs(to_input(CLEAN[:4], RANGE), [[float(end).hex() for end in pair] for pair in RANGE])
     expected = adapter.inputs(CLEAN[:4], RANGE)
     assert (put.dtype, put.shape) == (expected.dtype, expected.shape)
