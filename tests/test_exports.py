@@ -12,7 +12,7 @@ from torch import nn
 
 from wmengine.key import Key
 from wmengine.schemes import black_box_parameters, scheme
-from wmengine.suspects.answers import Predicted, choose_readings, of_two_classes
+from wmengine.suspects.answers import Predicted, choose_readings, highest, of_two_classes
 from wmengine.suspects.onnx_engine import numbers
 from wmengine.triggers import to_input
 from wmengine.verify import verify
@@ -272,6 +272,10 @@ K = [("k", np.array([3]))]
 ENDINGS = {
     "softmax": ending([helper.make_node("Softmax", ["{y}"], ["p"])], ["p"]),
     "log-softmax": ending([helper.make_node("LogSoftmax", ["{y}"], ["p"])], ["p"]),
+    "log of a softmax that is 0": ending(
+        [helper.make_node("Mul", ["{y}", "sharp"], ["z"]), helper.make_node("Softmax", ["z"], ["p"]),
+         helper.make_node("Log", ["p"], ["s"])], ["s"], (), [("sharp", np.array(50, np.float32))],
+    ),
     "label": ending([helper.make_node("ArgMax", ["{y}"], ["l"], axis=1, keepdims=0)], ["l"], [INT64]),
     "label [N, 1]": ending([helper.make_node("ArgMax", ["{y}"], ["l"], axis=1)], ["l"], [INT64]),
     "label as a float": ending(
@@ -579,6 +583,12 @@ def test_one_score_tells_two_classes():
 
 
 TWO = Watermark.create(KEY, "adi", black_box_parameters(scheme("adi", count=COUNT), SHAPE, 2, RANGE, "two"))
+
+
+def test_a_row_is_no_answer_where_its_highest_score_is_no_number():
+    inf, nan = np.inf, np.nan
+    rows = np.array([[1, -inf, 2], [nan, 5, 1], [1, inf, 2], [-inf, -inf, -inf], [-inf, 3, -inf]], np.float32)
+    assert highest(rows).tolist() == [2, -1, -1, -1, 1]
 
 
 def test_ties_go_to_the_lowest_class_and_math_is_exact():

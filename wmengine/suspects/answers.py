@@ -25,7 +25,7 @@ MAXIMUM_READINGS = 16  # outputs of scores that are read beside each other
 
 @dataclass(frozen=True)
 class Predicted:
-    """Scores [N, C] that stayed on their device: each row's class came back, ABSTAINED where it holds NaN or Inf."""
+    """Scores [N, C] that stayed on their device: each row's class came back, ABSTAINED where there is none."""
 
     labels: NDArray[np.int32]
     classes: int
@@ -81,8 +81,11 @@ class Reading:
 
 
 def highest(scores: Array) -> NDArray[np.int64]:
-    """The class of each row of scores [N, C], the first of equals; ABSTAINED for a row with NaN or Inf."""
-    return np.where(np.isfinite(scores).all(axis=1), scores.argmax(axis=1), ABSTAINED).astype(np.int64)
+    """The class of each row of scores [N, C], the first of equals; ABSTAINED where there is NaN or the highest is Inf.
+
+    A score of −Inf is lower than all others, as the logarithm of a chance that was rounded to 0 is.
+    """
+    return np.where(np.isfinite(scores.max(axis=1)), scores.argmax(axis=1), ABSTAINED).astype(np.int64)
 
 
 def read_all(readings: Sequence[Reading], outputs: Outputs, rows: int) -> Array | None:
@@ -248,7 +251,7 @@ def _is_score(array: Array | None) -> bool:
 
 
 def _best(output: Any, shape: tuple[int, ...]) -> NDArray[np.int64] | None:
-    """Where each row of scores of this shape is highest, ABSTAINED for a row with NaN or Inf."""
+    """Where each row of scores of this shape is highest, ABSTAINED where that is no class."""
     if isinstance(output, Predicted):
         return output.labels.astype(np.int64) if (len(output.labels), output.classes) == shape else None
     array = to_array(output)
