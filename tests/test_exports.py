@@ -12,7 +12,7 @@ from torch import nn
 
 from wmengine.key import Key
 from wmengine.schemes import black_box_parameters, scheme
-from wmengine.suspects.answers import Predicted, choose_readings, highest, of_two_classes
+from wmengine.suspects.answers import Predicted, choose_readings, highest, of_two_classes, read_all
 from wmengine.suspects.onnx_engine import numbers
 from wmengine.triggers import to_input
 from wmengine.verify import verify
@@ -566,6 +566,17 @@ def test_ranks_and_their_scores_are_told_from_scores():
 
 def test_one_hot_integers_of_two_classes_are_scores():
     np.testing.assert_array_equal(read([("y", np.array([[0, 1], [1, 0], [0, 1], [0, 1]]))], 2).argmax(1), [1, 0, 1, 1])
+
+
+def test_ones_and_zeros_beside_the_chances_of_two_classes_are_no_ranks():
+    chances = np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.7, 0.3]], np.float32)
+    ones = (chances > 0.5).astype(np.int64)
+    for outputs in ([("p", chances), ("y", ones)], [("y", ones), ("p", chances)]):
+        readings = choose_readings(outputs, 4, 2, "m.onnx")
+        assert read_all(readings, outputs, 4).tolist() == [[0, 0], [1, 1], [1, 1], [0, 0]]
+    best = np.array([[0, 1], [1, 0], [1, 0], [0, 1]])
+    for values in (np.sort(chances, axis=1)[:, ::-1], Predicted(np.zeros(4, np.int32), 2)):
+        assert read([("values", values), ("indices", best)], 2).tolist() == [0, 1, 1, 0]
 
 
 def test_one_score_tells_two_classes():

@@ -142,7 +142,7 @@ def choose_readings(outputs: Outputs, rows: int, num_classes: int | None, name: 
         (len(output.labels), output.classes) if isinstance(output, Predicted) else answer_shape(array, rows)
         for (_, output), array in zip(outputs, arrays, strict=True)
     ]
-    ranks = _ranks(arrays, shapes, num_classes)
+    ranks = _ranks(outputs, arrays, shapes, num_classes)
     within = {index for reading in ranks for index in (reading.output, reading.beside)}
     labels = [
         Reading(index, "labels")
@@ -196,7 +196,10 @@ def of_two_classes(scores: Array) -> tuple[NDArray[np.int64], str]:
 
 
 def _ranks(
-    arrays: Sequence[Array | None], shapes: Sequence[tuple[int, ...] | None], num_classes: int | None
+    outputs: Outputs,
+    arrays: Sequence[Array | None],
+    shapes: Sequence[tuple[int, ...] | None],
+    num_classes: int | None,
 ) -> list[Reading]:
     """The integer outputs [N, k] whose rows name k different classes each, from 0 or from 1, as TopK's do."""
     found = []
@@ -207,7 +210,7 @@ def _ranks(
             continue
         near = sorted((each for each in range(len(shapes)) if each != index), key=lambda each: abs(each - index))
         beside = next((each for each in near if shapes[each] == shape and _is_score(arrays[each])), None)
-        if beside is None and num_classes is not None and shape[1] == num_classes == 2:
+        if shape[1] == num_classes == 2 and (beside is None or not _sorted(outputs[beside][1], shape)):
             continue  # ones and zeros may as well be scores
         ordered = np.sort(array.reshape(shape), axis=1)
         last = np.iinfo(np.int64).max if num_classes is None else num_classes  # where they are counted from 1
@@ -239,6 +242,12 @@ def _renamed(labels: Reading, scores: Reading, outputs: Outputs, rows: int, clas
     column = answered[:, 0] if answered.dtype.kind == "i" else answered.argmax(axis=1)
     order = np.array(sorted(range(classes), key=str))
     return bool((named == order[column]).all() and (named != column).any())
+
+
+def _sorted(scores: Any, shape: tuple[int, ...]) -> bool:
+    """Whether these scores are highest at one place in all rows, as those of the best classes in their order are."""
+    best = _best(scores, shape)
+    return best is not None and len(np.unique(best)) == 1
 
 
 def _there(array: Array | None) -> bool:
