@@ -24,7 +24,7 @@ RANGE = [[-1.0, 1.0], [-2.1, 2.6], [-1.8, 2.4]]
 MARK = Watermark.create(KEY, "adi", black_box_parameters(scheme("adi", count=COUNT), SHAPE, CLASSES, RANGE, "digits"))
 TRIGGERS, LABELS = MARK.arrays["triggers"], MARK.arrays["labels"]
 INPUTS = to_input(TRIGGERS, RANGE)
-FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
+FLOAT, INT64, BOOL, TEXT = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL, TensorProto.STRING
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -577,6 +577,15 @@ def test_ones_and_zeros_beside_the_chances_of_two_classes_are_no_ranks():
     best = np.array([[0, 1], [1, 0], [1, 0], [0, 1]])
     for values in (np.sort(chances, axis=1)[:, ::-1], Predicted(np.zeros(4, np.int32), 2)):
         assert read([("values", values), ("indices", best)], 2).tolist() == [0, 1, 1, 0]
+
+
+def test_labels_that_are_words_are_an_error_that_says_so(plain, tmp_path):
+    names = ("names", np.array([f"{chr(97 + number)}-sort" for number in range(CLASSES)], object))
+    label = helper.make_node("ArgMax", ["{y}"], ["l"], axis=1, keepdims=0)
+    words = ending([label, helper.make_node("Gather", ["names", "l"], ["word"])], ["word"], [TEXT], [names])
+    onnx.save(words(onnx.load(plain[0]), tmp_path), tmp_path / "m.onnx")
+    verdict = verify(tmp_path / "m.onnx", MARK)
+    assert "answers with no numbers, but word of tensor(string); export it with scores" in verdict.error
 
 
 def test_one_score_tells_two_classes():
