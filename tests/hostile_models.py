@@ -542,7 +542,7 @@ def no_outputs():
     return made
 
 
-@hostile(note="one of 501")
+@hostile(note="16 of 501 outputs may be the answer")
 def five_hundred_outputs():
     names = [f"out\x1b]0;{index}\x07\n" for index in range(500)]
     nodes = [helper.make_node("Relu", ["s"], [name]) for name in names]
@@ -732,7 +732,7 @@ def answer_that_is_a_sequence():
     return classifier(node("SplitToSequence", "s", "y", axis=1), outputs=[output])
 
 
-@hostile("answers")
+@hostile(note="")
 def answer_that_is_true():
     return classifier(node("IsNaN", "s", "y"), outputs=[value("y", BOOL)])
 

@@ -25,7 +25,7 @@ from wmengine.sandbox import Limits, Supervisor
 from wmengine.scan import scan
 from wmengine.schemes import scheme, white_box_parameters
 from wmengine.suspects import onnx_file
-from wmengine.suspects.answers import choose_reading
+from wmengine.suspects.answers import choose_readings
 from wmengine.suspects.model_file import read_model
 from wmengine.suspects.onnx_file import OnnxSuspect, open_engine
 from wmengine.verify import verify
@@ -277,9 +277,9 @@ def test_outputs_are_chosen_without_a_look_at_their_values():
     """Each of these would be terabytes of float64."""
     big = [np.broadcast_to(np.int8(0), (32, 1 << 36)), np.broadcast_to(np.int64(0), (32, 1 << 36, 2))]
     outputs = [(str(index), array) for index, array in enumerate([*big, np.zeros((32, CLASSES), np.float32)])]
-    assert choose_reading(outputs, 32, CLASSES, "m.onnx").output == 2
+    assert choose_readings(outputs, 32, CLASSES, "m.onnx")[0].output == 2
     with pytest.raises(SuspectError, match=f"answers with {1 << 36} classes"):
-        choose_reading(outputs[:2], 32, CLASSES, "m.onnx")
+        choose_readings(outputs[:2], 32, CLASSES, "m.onnx")
 
 
 def test_a_file_that_is_longer_than_it_says_is_refused():

@@ -46,7 +46,7 @@ def send(
     arrays = [np.asarray(array, order="C") for array in arrays]
     described = header | {"arrays": [[array.dtype.name, list(array.shape)] for array in arrays]}
     text = json.dumps(described).encode()
-    parts = [_LENGTHS.pack(len(text), sum(array.nbytes for array in arrays)) + text]
+    parts: list[bytes | memoryview] = [_LENGTHS.pack(len(text), sum(array.nbytes for array in arrays)) + text]
     parts += [array.reshape(-1).view(np.uint8).data for array in arrays if array.nbytes]
     if sum(map(len, parts)) <= _PART:  # one call for all
         parts = [b"".join(parts)]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.carriers import Tensor
-from wmengine.errors import SuspectError, printable
+from wmengine.errors import SuspectError, SuspectGone, printable
 from wmengine.sandbox import MECHANISMS, wire
 from wmengine.sandbox.supervisor import TemplateGone, Worker, WorkerFailure
 from wmengine.suspects.answers import Outputs, Predicted
@@ -152,13 +152,13 @@ class RemoteEngine:
         arrays: Sequence[Any] = (),
     ) -> Result:
         if self._failure is not None:
-            raise SuspectError(self._failure)
+            raise SuspectGone(self._failure)
         try:
             header, answers = self.worker.ask(asked, dict(question or {}), arrays)
         except WorkerFailure as error:
             self.abandoned = isinstance(error, TemplateGone)
             self._failure = f"{self._name} cannot be judged: {error}"
-            raise SuspectError(self._failure) from None
+            raise SuspectGone(self._failure) from None
         if "error" in header:
             self._spent |= asked not in (LIST, LOAD)
             raise SuspectError(printable(str(header["error"]), 500))
@@ -167,7 +167,7 @@ class RemoteEngine:
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             self.worker.close()
             self._failure = f"{self._name} cannot be judged: it gave no answer that can be read while asked to {asked}"
-            raise SuspectError(self._failure) from None
+            raise SuspectGone(self._failure) from None
 
 
 def _conditions(worker: Worker, provider: str) -> Iterator[str]:

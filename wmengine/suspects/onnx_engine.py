@@ -124,6 +124,12 @@ class OnnxEngine:
             array = numbers(value)
             if array is not None:
                 found.append((output.name, array))
+        if not found:
+            said = ", ".join(f"{output.name[:100]} of {output.type}" for output in self._session.get_outputs()[:8])
+            raise SuspectError(
+                f"{self._name} answers with no numbers, but {said}; export it with scores, or with labels that end in "
+                "the numbers of their classes"
+            )
         return found
 
     def _module(self) -> Any:
