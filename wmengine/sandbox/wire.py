@@ -2,7 +2,7 @@
 
 A frame is the length of the JSON (4 bytes) and of everything after it (8 bytes), the JSON, and the arrays' bytes one
 after the other; the JSON's "arrays" lists [dtype, shape] of each. Nothing is unpickled, sizes are checked before memory
-is taken, and every wait has a deadline: what comes from a worker may have been written by a hostile model.
+is taken, and every wait ends: what comes from a worker may have been written by a hostile model.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ DTYPES = frozenset(
 )
 _PART = 1 << 16
 _LENGTHS = struct.Struct("<IQ")
+_SLICE = 1.0  # seconds of one wait
 
 
 class WireError(Exception):
@@ -39,17 +40,52 @@ class WireError(Exception):
         self.late = late
 
 
+class Allowance:
+    """Seconds that sending and receiving may take together, over as many frames as it is given to.
+
+    Time in which this process itself was stopped (Ctrl-Z) is not the other side's: of each wait at most two slices
+    count.
+    """
+
+    def __init__(self, seconds: float = math.inf) -> None:
+        self.left = seconds
+        self._seen = 0.0
+
+    def begin(self) -> None:
+        """What was done between two frames is not counted."""
+        self._seen = time.monotonic()
+
+    def count(self) -> None:
+        """WireError where nothing is left."""
+        now = time.monotonic()
+        self.left -= min(now - self._seen, 2 * _SLICE)
+        self._seen = now
+        if self.left <= 0:
+            raise WireError("no answer in time", late=True)
+
+    def wait(self, connection: socket.socket, event: int) -> None:
+        poll = select.poll()
+        poll.register(connection, event)
+        while not poll.poll(math.ceil(1e3 * min(self.left, _SLICE))):
+            self.count()
+
+
 def send(
-    connection: socket.socket, header: dict[str, Any], arrays: Sequence[Array] = (), deadline: float = math.inf
+    connection: socket.socket,
+    header: dict[str, Any],
+    arrays: Sequence[Array] = (),
+    allowance: Allowance | None = None,
 ) -> None:
-    """One frame. `deadline` is a time of time.monotonic(); the connection must not block."""
+    """One frame. Without an allowance it takes as long as it takes; with one the connection must not block."""
+    allowance = allowance or Allowance()
+    allowance.begin()
     arrays = [np.asarray(array, order="C") for array in arrays]
     described = header | {"arrays": [[array.dtype.name, list(array.shape)] for array in arrays]}
     text = json.dumps(described).encode()
-    _send_all(connection, _LENGTHS.pack(len(text), sum(array.nbytes for array in arrays)) + text, deadline)
+    _send_all(connection, _LENGTHS.pack(len(text), sum(array.nbytes for array in arrays)) + text, allowance)
     for array in arrays:
         if array.nbytes:
-            _send_all(connection, array.reshape(-1).view(np.uint8).data, deadline)
+            _send_all(connection, array.reshape(-1).view(np.uint8).data, allowance)
 
 
 def check_silent(connection: socket.socket) -> None:
@@ -66,20 +102,22 @@ def check_silent(connection: socket.socket) -> None:
 
 
 def receive(
-    connection: socket.socket, maximum_bytes: int, deadline: float = math.inf
+    connection: socket.socket, maximum_bytes: int, allowance: Allowance | None = None
 ) -> tuple[dict[str, Any], list[Array]]:
-    """The next frame, its arrays read-only no more than maximum_bytes in all; WireError where there is none."""
-    header_bytes, array_bytes = _LENGTHS.unpack(_receive_all(connection, _LENGTHS.size, deadline))
+    """The next frame, its arrays no more than maximum_bytes in all; WireError where there is none."""
+    allowance = allowance or Allowance()
+    allowance.begin()
+    header_bytes, array_bytes = _LENGTHS.unpack(_receive_all(connection, _LENGTHS.size, allowance).tobytes())
     if header_bytes > MAXIMUM_HEADER:
         raise WireError(f"an answer of {header_bytes} bytes of names, and at most {MAXIMUM_HEADER} are taken")
     if array_bytes > maximum_bytes:
         raise WireError(f"an answer of {array_bytes} bytes, and at most {maximum_bytes} are taken")
     try:
-        header = json.loads(_receive_all(connection, header_bytes, deadline))
+        header = json.loads(_receive_all(connection, header_bytes, allowance).tobytes())
         described = [(str(dtype), [int(size) for size in shape]) for dtype, shape in header["arrays"]]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):  # int(1e999)
         raise WireError("an answer that cannot be read") from None
-    data = _receive_all(connection, array_bytes, deadline)
+    data = _receive_all(connection, array_bytes, allowance)
     arrays, at = [], 0
     for dtype, shape in described:
         if dtype not in DTYPES or any(size < 0 for size in shape) or len(shape) > 32:
@@ -98,32 +136,35 @@ def receive(
     return header, arrays
 
 
-def _send_all(connection: socket.socket, data: bytes | memoryview, deadline: float) -> None:
+def _send_all(connection: socket.socket, data: bytes | memoryview, allowance: Allowance) -> None:
     view = memoryview(data)
     while view:
+        allowance.count()
         try:
             view = view[connection.send(view, socket.MSG_NOSIGNAL) :]
         except BlockingIOError:
-            _wait(connection, select.POLLOUT, deadline)
+            allowance.wait(connection, select.POLLOUT)
         except OSError:
             raise WireError("the other side is gone", closed=True) from None
 
 
-def _receive_all(connection: socket.socket, count: int, deadline: float) -> bytearray:
+def _receive_all(connection: socket.socket, count: int, allowance: Allowance) -> NDArray[np.uint8]:
+    """Memory is taken from the system as it is filled: a length that is only claimed costs nothing."""
     try:
-        buffer = bytearray(count)
+        buffer = np.empty(count, np.uint8)
     except MemoryError:
         if count <= _PART:
             raise
         for start in range(0, count, _PART):  # the next frame begins after it
-            _receive_all(connection, min(_PART, count - start), deadline)
+            _receive_all(connection, min(_PART, count - start), allowance)
         raise WireError(f"{count} bytes, more than there is memory for") from None
-    view = memoryview(buffer)
+    view = buffer.data
     while view:
+        allowance.count()  # also where there is always a byte more to read
         try:
             read = connection.recv_into(view)
         except BlockingIOError:
-            _wait(connection, select.POLLIN, deadline)
+            allowance.wait(connection, select.POLLIN)
             continue
         except OSError:
             read = 0
@@ -131,11 +172,3 @@ def _receive_all(connection: socket.socket, count: int, deadline: float) -> byte
             raise WireError("the other side is gone", closed=True)
         view = view[read:]
     return buffer
-
-
-def _wait(connection: socket.socket, event: int, deadline: float) -> None:
-    left = deadline - time.monotonic()
-    poll = select.poll()
-    poll.register(connection, event)
-    if left <= 0 or not poll.poll(None if left == math.inf else math.ceil(1e3 * left)):
-        raise WireError("no answer in time", late=True)
