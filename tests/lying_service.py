@@ -102,6 +102,11 @@ LIES = {
     "no outputs": (RUN, _header(), "no answer that can be read"),
     "outputs without arrays": (RUN, _header(outputs=["y"]), "no answer that can be read"),
     "arrays without outputs": (RUN, _arrays(SCORES, outputs=[]), "no answer that can be read"),
+    "outputs without end": (
+        RUN,
+        _arrays(*[np.argsort(SCORES, axis=1)] * 10_000, outputs=["y"] * 10_000),
+        "no answer that can be read",
+    ),
     "answers of text": (RUN, _header(outputs="scores"), "no answer that can be read"),
     "one answer too many": (RUN, _arrays(np.zeros((17, 10), np.float32), outputs=["y"]), "answers"),
     "an answer without axes": (RUN, _arrays(np.float32(3), outputs=["y"]), "answers"),

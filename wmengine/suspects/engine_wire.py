@@ -20,6 +20,7 @@ from wmengine.sandbox import MECHANISMS, wire
 from wmengine.sandbox.supervisor import TemplateGone, Worker, WorkerFailure
 from wmengine.suspects.answers import Outputs, Predicted
 from wmengine.suspects.base import one_line
+from wmengine.suspects.graph_limits import MAXIMUM_OUTPUTS
 from wmengine.suspects.onnx_engine import Input, OnnxEngine, preload
 
 __all__ = ["RemoteEngine", "preload", "serve"]
@@ -203,6 +204,8 @@ def _read_inputs(header: dict[str, Any], arrays: Arrays) -> list[Input]:
 
 
 def _read_outputs(header: dict[str, Any], arrays: Arrays) -> Outputs:
+    if len(arrays) > MAXIMUM_OUTPUTS:
+        raise ValueError("not what a graph is let through with")
     stayed = header.get("classes", [None] * len(arrays))
     return [
         (str(output), array if classes is None else _read_predicted(array, classes))
