@@ -70,7 +70,7 @@ def serve(connection, mechanisms):
             connection.sendall(arrays[0].tobytes())
             continue
         elif asked == "forbidden":
-            header = {"refused": {name: _refused(act) for name, act in FORBIDDEN.items()}}
+            header = {"refused": {name: _refused(FORBIDDEN[name]) for name in question.get("only", FORBIDDEN)}}
         elif asked == "allowed":
             header = {"sum": float((np.ones((300, 300)) @ np.ones((300, 300))).sum()), "random": len(os.urandom(8))}
         wire.send(connection, header, answers)

@@ -356,6 +356,38 @@ def test_a_fork_that_fails_is_an_error_and_the_other_workers_go_on(tmp_path, mon
             assert worker.ask("echo", {}, [np.ones(3)])[1][0].sum() == 3
 
 
+@pytest.mark.skipif(not all(supported().values()), reason=f"this kernel lacks some of {supported()}")
+@pytest.mark.parametrize(
+    ("missing", "older"), [("landlock", "_landlock_version = lambda: 0"), ("seccomp", "_has_seccomp = lambda: False")]
+)
+def test_where_the_kernel_lacks_a_mechanism_the_others_hold_and_are_named(tmp_path, monkeypatch, missing, older):
+    (tmp_path / "older_service.py").write_text(
+        f"from wmengine.sandbox import lockdown\nfrom sandbox_service import preload, serve\nlockdown.{older}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with Supervisor("older_service") as supervisor:
+        worker = supervisor.worker(LIMITS)
+        assert worker.mechanisms == tuple(name for name in lockdown.MECHANISMS if name != missing)
+        tries = ["read a file", "write a file", "execute", "raise its limits", "signal its parent"]
+        refused = worker.ask("forbidden", {"only": tries})[0]["refused"]
+        assert len(refused) == 5
+        assert all(said == "refused" or "Permission denied" in said for said in refused.values()), refused
+
+
+def test_a_worker_that_cannot_give_up_its_rights_serves_nobody_and_says_why(tmp_path, monkeypatch):
+    (tmp_path / "stubborn_service.py").write_text(
+        "from wmengine.sandbox import lockdown\nfrom sandbox_service import preload, serve\n"
+        "def refuse(memory_bytes):\n    raise lockdown.LockdownError('landlock refused its rules')\n"
+        "lockdown.apply = refuse\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with (
+        Supervisor("stubborn_service") as supervisor,
+        pytest.raises(WorkerFailure, match="it cannot be locked down: landlock refused its rules"),
+    ):
+        supervisor.worker(LIMITS)
+
+
 @pytest.mark.skipif(platform.system() != "Linux", reason="the choice is Linux's")
 def test_the_kernel_ends_workers_first_where_memory_runs_out(worker):
     with open(f"/proc/{worker.process}/oom_score_adj") as score:

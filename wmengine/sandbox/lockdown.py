@@ -125,6 +125,7 @@ def _limit(memory_bytes: int) -> None:
     limits = {
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_NPROC: 0,  # no process or thread, root's excepted, on kernels without seccomp too
         resource.RLIMIT_AS: _address_space() + memory_bytes,
     }
     for which, most in limits.items():
@@ -134,7 +135,13 @@ def _limit(memory_bytes: int) -> None:
 
 
 def _drop_capabilities() -> None:
-    """None is left: with root's, allowed calls could do more (lock memory, declare pages that all share broken)."""
+    """None is left: with root's, allowed calls could do more (lock memory, declare pages that all share broken).
+
+    Who has none, as ordinary users, is not asked to: a service manager may forbid the call.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:
+        if all(int(line.split()[1], 16) == 0 for line in status if line.startswith(("CapPrm:", "CapAmb:"))):
+            return
     version_3, this_process = 0x20080522, 0
     header, none = struct.pack("=Ii", version_3, this_process), bytes(24)
     if _libc().capset(ctypes.create_string_buffer(header, 8), ctypes.create_string_buffer(none, 24)) != 0:

@@ -218,6 +218,9 @@ class Worker:
         self._connection = connection
         self.begin()
         header, _ = self.ask("start", {})
+        if "error" in header:
+            self.close()
+            raise WorkerFailure(f"it cannot be locked down: {header['error']}")
         self.mechanisms = tuple(str(name) for name in header["mechanisms"])
 
     def begin(self) -> None:

@@ -19,7 +19,7 @@ import socket
 import sys
 from typing import Any, NoReturn
 
-from wmengine.sandbox import lockdown
+from wmengine.sandbox import lockdown, wire
 
 
 def main() -> None:
@@ -94,7 +94,12 @@ def _become_worker(
         os.closerange(4, 1 << 16)
         connection = socket.socket(fileno=3)
         lockdown.die_first()
-        in_force = () if memory_bytes is None else lockdown.apply(memory_bytes)
+        try:
+            in_force = () if memory_bytes is None else lockdown.apply(memory_bytes)
+        except lockdown.LockdownError as error:
+            wire.receive(connection, 0)
+            wire.send(connection, {"error": str(error)})
+            raise
         service.serve(connection, in_force)
         os._exit(0)
     finally:
