@@ -272,8 +272,9 @@ def test_what_a_model_leaves_in_its_worker_is_not_charged_to_the_next(tmp_path, 
         assert verdicts(rows[str(tmp_path / f"{number}b.onnx")]) == OWNED
 
 
-def test_a_model_larger_than_its_workers_memory_is_told_so(tmp_path):
-    weight = constant("w", np.ones((80 << 18, 1), np.float32))
+@pytest.mark.parametrize("megabytes", [24, 32, 40, 80])
+def test_a_model_larger_than_its_workers_memory_is_told_so(tmp_path, megabytes):
+    weight = constant("w", np.ones((megabytes << 18, 1), np.float32))
     onnx.save(model([node("Flatten", "x", "f"), node("MatMul", "f w", "y")], [weight]), tmp_path / "m.onnx")
     verdict = verify(tmp_path / "m.onnx", MARK, limits=Limits(20.0, 64 << 20))
     assert "needs more memory than it may have" in verdict.error

@@ -64,6 +64,7 @@ def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechan
         return {"locations": engine.locations(question["name"], arrays[0].tobytes())}, ()
     if asked == LOAD:
         contents = [array.tobytes() for array in arrays]
+        arrays.clear()  # large models have room once less
         engine.load(question["name"], contents[0], dict(zip(question["locations"], contents[1:], strict=True)))
         return {}, ()
     if asked == OPEN:

@@ -98,6 +98,8 @@ class OnnxEngine:
         try:
             self._session = ort.InferenceSession(self._data, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions share no base of their own
+            if "bad_alloc" in str(error) or "allocate memory" in str(error):
+                raise SuspectError(f"{self._name} needs more memory than it may have ({one_line(error)})") from None
             raise SuspectError(
                 f"{self._name} is not a model that ONNX Runtime can load ({one_line(error)}); export it to ONNX again"
             ) from None
@@ -243,10 +245,20 @@ def parse(name: str, data: bytes) -> Any:
     try:
         model = onnx.ModelProto.FromString(data)
     except Exception:  # protobuf's DecodeError, or whatever else these bytes make it do
+        if not _room_for(2 * len(data)):  # protobuf says nothing else where there is none
+            raise SuspectError(f"{name} needs more memory than it may have") from None
         raise SuspectError(f"{name} is not an ONNX model, or truncated; export or copy it again") from None
     if not model.HasField("graph"):
         raise SuspectError(f"{name} is not an ONNX model: it has no graph; export or copy it again")
     return model
+
+
+def _room_for(count: int) -> bool:
+    try:
+        np.empty(count, np.uint8)
+    except MemoryError:
+        return False
+    return True
 
 
 def external_tensors(message: Any) -> Iterator[Any]:
