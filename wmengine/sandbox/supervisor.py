@@ -25,7 +25,7 @@ PACKAGES = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__fil
 
 @dataclass(frozen=True)
 class Limits:
-    """What one suspect may use: seconds that its worker is waited for, bytes of memory, bytes of one answer."""
+    """What one suspect may use: seconds that its worker is waited for in all, bytes of memory, bytes of one answer."""
 
     seconds: float = 120.0
     memory_bytes: int = 4 << 30
