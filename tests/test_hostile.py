@@ -345,6 +345,19 @@ def test_a_worker_that_lies_is_no_more_than_an_error_and_the_next_file_is_judged
     assert left == {}
 
 
+def test_a_model_lets_go_of_its_worker_in_its_own_time(tmp_path, monkeypatch):
+    """One that is nearly late, and then does not let go, holds up the next for no longer than its limit."""
+    onnx.save(classifier(), tmp_path / "never forget.lie.onnx")
+    with Supervisor("lying_service") as supervisor:
+        monkeypatch.setattr(onnx_file, "_supervisor", supervisor)
+        engine = open_engine("persistent", Limits(seconds=30.0, memory_bytes=512 << 20))
+        OnnxSuspect(tmp_path / "never forget.lie.onnx", engine=engine).query(np.zeros((2, 1, 4, 4), np.float32))
+        engine.worker._allowance.left = 0.5
+        started = time.monotonic()
+        assert not engine.begin()
+        assert time.monotonic() - started < 10.0
+
+
 # --- mutants ----------------------------------------------------------------------------------------------------------
 
 

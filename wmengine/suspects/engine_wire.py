@@ -128,13 +128,13 @@ class RemoteEngine:
     def begin(self) -> bool:
         """The time of the next suspect starts now; False where the worker is gone, or fit for no other suspect.
 
-        It is asked to let go of the model before, so that what a model does as it goes is not put down to the next one,
-        and to say a word that it cannot know: what else it has said is not taken for an answer to the next question. A
-        model that failed may have left its memory behind: its worker serves no other.
+        It is asked to let go of the model before, in what is left of that one's time, so that what a model does as it
+        goes is not put down to the next one, and to say a word that it cannot know: what else it has said is not taken
+        for an answer to the next question. A model that failed may have left its memory behind: its worker serves no
+        other.
         """
         if self._spent or self._failure is not None:
             return False
-        self.worker.begin()
         word = secrets.token_hex(16)
         try:
             header, _ = self.worker.ask(FORGET, {"word": word})
