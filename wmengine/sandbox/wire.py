@@ -66,7 +66,9 @@ class Allowance:
     def wait(self, connection: socket.socket, event: int) -> None:
         poll = select.poll()
         poll.register(connection, event)
-        while not poll.poll(math.ceil(1e3 * min(self.left, _SLICE))):
+        ready = False
+        while not ready:
+            ready = bool(poll.poll(math.ceil(1e3 * min(max(self.left, 0.0), _SLICE))))
             self.count()
 
 
@@ -107,7 +109,7 @@ def receive(
     """The next frame, its arrays no more than maximum_bytes in all; WireError where there is none."""
     allowance = allowance or Allowance()
     allowance.begin()
-    header_bytes, array_bytes = _LENGTHS.unpack(_receive_all(connection, _LENGTHS.size, allowance).tobytes())
+    header_bytes, array_bytes = _LENGTHS.unpack(_receive_all(connection, _LENGTHS.size, allowance))
     if header_bytes > MAXIMUM_HEADER:
         raise WireError(f"an answer of {header_bytes} bytes of names, and at most {MAXIMUM_HEADER} are taken")
     if array_bytes > maximum_bytes:
@@ -139,28 +141,28 @@ def receive(
 def _send_all(connection: socket.socket, data: bytes | memoryview, allowance: Allowance) -> None:
     view = memoryview(data)
     while view:
-        allowance.count()
         try:
             view = view[connection.send(view, socket.MSG_NOSIGNAL) :]
         except BlockingIOError:
             allowance.wait(connection, select.POLLOUT)
         except OSError:
             raise WireError("the other side is gone", closed=True) from None
+        if view:
+            allowance.count()
 
 
-def _receive_all(connection: socket.socket, count: int, allowance: Allowance) -> NDArray[np.uint8]:
-    """Memory is taken from the system as it is filled: a length that is only claimed costs nothing."""
+def _receive_all(connection: socket.socket, count: int, allowance: Allowance) -> memoryview:
     try:
-        buffer = np.empty(count, np.uint8)
+        # NumPy's memory is taken from the system only as it is filled: a length that is only claimed costs nothing.
+        buffer = memoryview(bytearray(count)) if count <= _PART else np.empty(count, np.uint8).data
     except MemoryError:
         if count <= _PART:
             raise
         for start in range(0, count, _PART):  # the next frame begins after it
             _receive_all(connection, min(_PART, count - start), allowance)
         raise WireError(f"{count} bytes, more than there is memory for") from None
-    view = buffer.data
+    view = buffer
     while view:
-        allowance.count()  # also where there is always a byte more to read
         try:
             read = connection.recv_into(view)
         except BlockingIOError:
@@ -171,4 +173,6 @@ def _receive_all(connection: socket.socket, count: int, allowance: Allowance) ->
         if read == 0:
             raise WireError("the other side is gone", closed=True)
         view = view[read:]
+        if view:
+            allowance.count()  # also where there is always a byte more to read
     return buffer
