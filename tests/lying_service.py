@@ -73,6 +73,7 @@ LIES = {
     "locations are a number": (LIST, _header(locations=7), "no answer that can be read"),
     "location that is no path": (LIST, _header(locations=["\ud800"]), "no answer that can be read"),
     "location of another": (LIST, _header(locations=["../../outside/secret.bin"]), "not inside the model's directory"),
+    "location that it does not name": (LIST, _header(locations=["~honest.onnx"]), "names other external files than"),
     "location that is a list": (LIST, _header(locations=[["w.bin"]]), "missing"),
     "no inputs": (OPEN, _header(), "no answer that can be read"),
     "inputs are a number": (OPEN, _header(inputs=[3]), "no answer that can be read"),

@@ -48,7 +48,7 @@ IsolationOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(metavar="WHERE", help='Where models run: "cpu" or "cuda".')]
-SecondsOption = Annotated[float, typer.Option(metavar="S", help="Seconds that one suspect's process may take.")]
+SecondsOption = Annotated[float, typer.Option(metavar="S", help="Wall-clock seconds that one suspect may take.")]
 MemoryOption = Annotated[float, typer.Option(metavar="GIB", help="Memory that one suspect may use.")]
 
 app = typer.Typer(

@@ -67,12 +67,18 @@ class OnnxEngine:
         """The external files that a model names, sorted; without the word `location` in it, it is not even parsed."""
         if b"location" not in data:
             return []
-        return sorted({entries(name, tensor).get("location", "") for tensor in external_tensors(parse(name, data))})
+        return named_locations(name, parse(name, data))
 
     def load(self, name: str, data: bytes, external: Mapping[str, bytes]) -> None:
-        """Take a model's bytes, and those of its external files by location; the one before is forgotten."""
+        """Take a model's bytes, and those of its external files by location; the one before is forgotten.
+
+        The files must be those that the model names: which they are may have been said by a worker that lied, and the
+        hash is over them.
+        """
         self._name, self._data, self._external, self._session = name, data, external, None
         model = parse(name, data)
+        if b"location" in data and named_locations(name, model) != sorted(external):
+            raise SuspectError(f"{name} names other external files than were read for it")
         check_graph(name, model)
         self._rescaled = rescaled_inputs(model)
 
@@ -259,6 +265,11 @@ def _room_for(count: int) -> bool:
     except MemoryError:
         return False
     return True
+
+
+def named_locations(name: str, model: Any) -> list[str]:
+    """The external files that an onnx.ModelProto names, sorted."""
+    return sorted({entries(name, tensor).get("location", "") for tensor in external_tensors(model)})
 
 
 def external_tensors(message: Any) -> Iterator[Any]:
