@@ -239,14 +239,14 @@ def git_commit() -> str:
 
 
 def other_seconds() -> float | None:
-    """Processor seconds that other processes have used since the machine started; None where nobody tells."""
+    """Processor seconds that processes other than this and its ended children have used; None where nobody tells."""
     try:
         ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
     except (OSError, ValueError, IndexError):
         return None
     idle, waiting = ticks[3:5]
     ours = os.times()
-    return (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK") - (ours.user + ours.system)
+    return (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK") - sum(ours[:4])
 
 
 def version(package: str) -> str | None:

@@ -7,6 +7,7 @@ the median of the quotients is reported with its 20th and 80th percentile.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import time
@@ -51,10 +52,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class Aim:
-    """A promise about one ratio: ours / floor is at most `bound`, or peer / ours is at least `bound`."""
+    """A promise about one ratio: ours / floor is at most `bound`, or peer / ours is at least `bound`.
+
+    With `more_ms`, ours takes at most `bound` milliseconds more than the floor.
+    """
 
     against: str
     bound: float
+    more_ms: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class Case:
     `bytes_moved` is the least that any implementation must read and write, 0 where bytes are not the point, and
     `operations` the arithmetic operations of the least work, 0 where there are none to speak of. `axis` names the size
     that a scaling curve runs over and gives its value, such as ("rows", 4096): rows with the same `what` and the same
-    name form one curve. `left_out` maps the name of a peer that cannot run here to the reason.
+    name form one curve. `left_out` maps the name of a peer that cannot run here to the reason. `processes`: every call
+    is of a whole process, for seconds, so its memory is not this one's, and no case repeats it more than it must.
     """
 
     operator: str
@@ -79,6 +85,7 @@ class Case:
     headline: bool = False
     operations: int = 0
     axis: tuple[str, int] | None = None
+    processes: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,10 +102,11 @@ class Effort:
     other_s: float = 1.5
     other_rounds: int = 3
     most_rounds: int = 40
+    process_rounds: int = 3
 
 
 FULL = Effort()
-QUICK = Effort(sample_s=2e-4, headline_rounds=3, most_rounds=3)
+QUICK = Effort(sample_s=2e-4, headline_rounds=3, most_rounds=3, process_rounds=1)
 
 
 def device_clock(device: str) -> Clock:
@@ -216,10 +224,14 @@ def compare(
     calls: dict[str, int] = {}
     settle: dict[str, Run] = {}
     round_s = 0.0
-    leaves = environment.leaves()
-    peaks = {contender.name: environment.peak_memory(contender.run, device, leaves) for contender in (ours, *others)}
-    del leaves  # it would keep alive what the case lets go
-    for contender in (ours, *others):
+    peaks: dict[str, int | None] = {}
+    if case.processes:
+        calls = {contender.name: 1 for contender in (ours, *others)}
+    else:
+        leaves = environment.leaves()
+        peaks = {one.name: environment.peak_memory(one.run, device, leaves) for one in (ours, *others)}
+        del leaves  # it would keep alive what the case lets go
+    for contender in () if case.processes else (ours, *others):
         once = sample(contender.run, 1, clock)
         if once < SETTLED_S:
             once = min(once, sample(contender.run, 1, clock))
@@ -234,7 +246,7 @@ def compare(
     limit_s, least = effort.other_s, effort.other_rounds
     if case.headline:
         limit_s, least = effort.headline_s, effort.headline_rounds
-    rounds = max(least, min(effort.most_rounds, int(limit_s / round_s)))
+    rounds = effort.process_rounds if case.processes else max(least, min(effort.most_rounds, int(limit_s / round_s)))
     seconds: dict[str, list[float]] = {contender.name: [] for contender in others}
 
     def measure_others() -> None:
@@ -249,7 +261,7 @@ def compare(
 
     settle.get("ours", nothing)()
     others_before, started = environment.other_seconds(), time.perf_counter()
-    with environment.separated_threads():
+    with contextlib.nullcontext() if case.processes else environment.separated_threads():  # children inherit a pin
         benchmark.pedantic(ours.run, teardown=measure_others, rounds=rounds, iterations=calls["ours"])
     seconds["ours"] = list(benchmark.stats.stats.data)
     others_after, wall = environment.other_seconds(), time.perf_counter() - started
@@ -285,7 +297,7 @@ def _row(
 ) -> dict[str, Any]:
     def timing(name: str) -> dict[str, Any]:
         timed = {"ms": spread([1e3 * value for value in seconds[name]]), "calls_a_sample": calls[name]}
-        return timed if peaks[name] is None else {**timed, "peak_bytes": peaks[name]}
+        return timed if peaks.get(name) is None else {**timed, "peak_bytes": peaks[name]}
 
     def ratio(above: str, below: str) -> dict[str, float]:
         return spread([a / b for a, b in zip(seconds[above], seconds[below], strict=True)])
@@ -300,6 +312,11 @@ def _row(
     aims = []
     for aim in case.aims:
         against_floor = aim.against == case.floor.name
+        if aim.more_ms:
+            pairs = zip(seconds["ours"], seconds[aim.against], strict=True)
+            more = percentile([1e3 * (mine - theirs) for mine, theirs in pairs], 0.5)
+            aims.append({"against": aim.against, "more_ms": aim.bound, "reached": more, "met": more <= aim.bound})
+            continue
         measured = {row["name"]: row["ratio"]["median"] for row in peer_rows}
         reached = floor_ratio["median"] if against_floor else measured.get(aim.against)
         if reached is None and aim.against not in left_out:

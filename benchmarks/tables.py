@@ -297,6 +297,9 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _aim(aim: dict[str, Any]) -> str:
+    if "more_ms" in aim:
+        verdict = "met" if aim["met"] else "**missed**"
+        return f"≤ {aim['more_ms']:g} ms more than {aim['against']}: {_three(aim['reached'])} ms, {verdict}"
     bound = f"≤ {aim['at_most']:g}" if "at_most" in aim else f"≥ {aim['at_least']:g}"
     reached = "not measured" if aim["reached"] is None else f"{_three(aim['reached'])}, "
     verdict = "met" if aim["met"] else "" if aim["reached"] is None else "**missed**"

@@ -61,6 +61,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     other = np.random.default_rng(1)
     write_classifier(folder / "stranger.onnx", other.normal(size=(50, *SHAPE)), other.integers(CLASSES, size=50))
     (folder / "broken.onnx").write_bytes(b"no model at all")
+    (folder / "folder.parquet").mkdir()
+    (folder / "bytes").write_bytes(b"\xff\xfe")
     return folder
 
 
@@ -114,6 +116,21 @@ def test_a_suspect_that_cannot_be_judged_is_one_line_on_stderr(run):
         (("verify", "copy.onnx", "--watermark", "acme.wm", "--adversarial"), "--adversarial needs --key"),
         (("verify", "copy.onnx"), "Missing option '--watermark': see wmengine verify --help"),
         (("verify", "copy.onnx", "--passphrase", "x"), "--passphrase"),
+        (
+            ("verify", "s3://user:w@bucket/copy.onnx", "--watermark", "acme.wm"),
+            "s3://***@bucket/copy.onnx is no endpoint",
+        ),
+        (
+            ("verify", "copy.onnx", "--watermark", "acme.wm", "--memory", "1e300"),
+            "--memory must be above 0 and at most",
+        ),
+        (
+            ("verify", "copy.onnx", "--watermark", "acme.wm", "--seconds", "1e300"),
+            "--seconds must be above 0 and at most",
+        ),
+        (("verify", "copy.onnx", "--watermark", "acme.wm", "--seconds", "nan"), "--seconds must be above 0"),
+        (("scan", "copy.onnx", "--watermarks", "acme.wm", "--out", "folder.parquet"), "folder.parquet is a folder"),
+        (("keygen", "ACME", "--out", "other.key", "--passphrase-file", "bytes"), "bytes is no text"),
         (("scam",), "No such command 'scam'"),
         (("keygen", "ACME", "--out", "acme.key"), "acme.key exists already"),
         (("keygen", " ", "--out", "other.key"), "owner must be printable text"),
@@ -133,6 +150,18 @@ def test_a_line_is_not_wrapped_however_long_it_is(run):
     assert status == 2
     assert err.count("\n") == 1
     assert "x" * 180 in err
+
+
+def test_a_name_moves_no_cursor_and_fits_every_terminal(house):
+    narrow = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for name in (b"e\x1b[2Jvil\n.onnx", b"\xff.onnx"):
+        path = bytes(house) + b"/" + name
+        Path(os.fsdecode(path)).write_bytes((house / "copy.onnx").read_bytes())
+        done = command("verify", path, "--watermark", str(house / "acme.wm"), env=narrow)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.splitlines()[0].endswith(".onnx: owned")
+        assert all(line.isprintable() for line in done.stdout.splitlines())
+    assert command("schemes", env=narrow).returncode == 0
 
 
 def test_a_traceback_is_shown_only_with_debug_which_may_stand_anywhere(run):

@@ -10,10 +10,12 @@ import time
 import numpy as np
 import pytest
 from endpoint_stub import (
+    CLASSES,
     COUNT,
     INPUTS,
     MARK,
     answer,
+    classes,
     judged,
     marked_model,
     posted,
@@ -154,6 +156,67 @@ def test_an_answer_without_end_is_cut_off_by_size():
         assert "more than 100000 bytes" in verdict.error
 
 
+@pytest.mark.parametrize(
+    "claims",
+    [
+        b"Transfer-Encoding: chunked\r\n\r\n-1\r\n",  # read as "all that comes"
+        b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n",  # and trailers for ever
+        b"\r\nHTTP/1.1 100 Continue\r\n\r\n",
+    ],
+)
+def test_an_answer_whose_frame_has_no_end_is_cut_off_by_size(claims, monkeypatch):
+    monkeypatch.setattr("wmengine.suspects.http_client.MAXIMUM_ANSWER", 100_000)
+    monkeypatch.setattr("wmengine.suspects.http_client.MAXIMUM_FRAME", 100_000)
+    sent = []
+
+    def flood(request):
+        status = b"HTTP/1.1 200 OK\r\n" if claims[:1] == b"T" else b"HTTP/1.1 100 Continue\r\n"
+        request.handler.wfile.write(status + claims)
+        line = b"HTTP/1.1 100 Continue\r\n\r\n" if claims[:1] != b"T" else b"X: y\r\n"
+        for _ in range(500):
+            request.handler.wfile.write(line * 10_000)
+            sent.append(len(line) * 10_000)
+
+    with serving(posted(flood)) as stub:
+        verdict = judged(stub, tries=1, batch=60, deadline=5)
+    assert "answers with more than" in verdict.error
+    assert sum(sent) / len(stub.questions) < 20 << 20  # what the sockets had taken by then
+
+
+def test_half_an_answer_is_asked_again():
+    def behave(request):
+        if len(stub.questions) % 2:
+            request.handler.close_connection = True
+            return 200, {"Content-Length": "5000"}, json.dumps(answer(scores(tensor(request.json)))).encode()
+        return answer(scores(tensor(request.json)))
+
+    with serving() as stub:
+        stub.behave = posted(behave)
+        assert judged(stub).matched == COUNT
+    half = (200, {"Content-Length": "5000", "Connection": "close"}, b"{}")
+    with serving(posted(lambda request: half)) as stub:
+        assert "4998 bytes of its answer are missing" in judged(stub, tries=1).error
+
+
+@pytest.mark.parametrize(
+    "location", ["//[", "http://[::1", "file:///etc/passwd", "http://user:word@\x1b[2Jhost/", "?\xe9"]
+)
+def test_a_redirect_to_nowhere_is_refused(location):
+    with serving(posted(lambda request: (307, {"Location": location}, b""))) as stub:
+        verdict = judged(stub, tries=1)
+    assert verdict.decision == "error"
+    assert verdict.error.isprintable()
+    assert "word" not in verdict.error
+
+
+def test_what_a_stranger_says_moves_no_cursor():
+    said = json.dumps({"error": "\x1b[2J\x07\u202egone"}).encode()
+    with serving(posted(lambda request: (400, {}, said))) as stub:
+        assert judged(stub).error.isprintable()
+    with serving(posted(lambda request: answer(scores(tensor(request.json))[:, :3], "\x1b[2J"))) as stub:
+        assert judged(stub).error.isprintable()
+
+
 def test_redirects_to_other_hosts_are_refused_and_those_at_home_are_followed():
     with serving() as other, serving() as stub:
         stub.behave = lambda request: (307, {"Location": f"{other.url}/infer"}, b"")
@@ -185,6 +248,60 @@ def test_a_connection_that_was_closed_meanwhile_is_opened_again():
 def test_compressed_answers_are_not_unpacked():
     with serving(posted(lambda request: (200, {"Content-Encoding": "gzip"}, b"x"))) as stub:
         assert "compresses its answer" in judged(stub).error
+
+
+def test_names_of_classes_are_answers_where_their_order_is_given():
+    names = [f"kind {number}" for number in range(CLASSES)]
+
+    def behave(request):
+        return answer([name(number) for number in classes(tensor(request.json))], "y", "BYTES")
+
+    def name(number):
+        return names[number] if number else "none of these"
+
+    with serving(posted(behave)) as stub:
+        assert judged(stub, labels=names).matched == (MARK.arrays["labels"] > 0).sum()
+        assert "answers with names of classes, such as" in judged(stub).error
+        name = str  # and numbers need no names
+        assert judged(stub).matched == COUNT
+
+
+def test_a_fixed_batch_that_would_fill_the_memory_is_refused():
+    def behave(request):
+        return {"inputs": [{"name": "x", "datatype": "FP32", "shape": [10**9, 3, 4, 4]}]}
+
+    with serving(behave) as stub:
+        assert "has a fixed batch of 1000000000, and at most" in judged(stub).error
+
+
+def test_a_host_by_its_number_in_version_6_needs_no_port(monkeypatch):
+    asked = []
+
+    def resolve(host, port, **options):
+        asked.append((host, port))
+        raise OSError("nowhere")
+
+    monkeypatch.setattr("socket.getaddrinfo", resolve)
+    assert judged(None, url="https://[2001:db8::1]/v2/models/m", tries=1).decision == "error"
+    assert set(asked) == {("2001:db8::1", 443)}
+
+
+def test_all_addresses_of_a_host_share_the_time(monkeypatch):
+    import socket
+
+    held = socket.create_server(("127.0.0.1", 0), backlog=0)
+    full = [socket.socket() for _ in range(8)]  # which take up the queue, so that the next ones wait
+    for each in full:
+        each.setblocking(False)
+        each.connect_ex(held.getsockname())
+    found = (socket.AF_INET, socket.SOCK_STREAM, 0, "", held.getsockname())
+    monkeypatch.setattr("socket.getaddrinfo", lambda *given, **options: [found] * 50)
+    started = time.monotonic()
+    verdict = judged(None, url="http://many.example/v2/models/m", tries=1, timeout=0.3, deadline=1)
+    assert verdict.decision == "error"
+    assert time.monotonic() - started < 2
+    for each in (*full, held):
+        each.close()
 
 
 # --- secrets ----------------------------------------------------------------------------------------------------------
@@ -257,9 +374,64 @@ def test_tokens_come_from_the_environment_and_show_up_nowhere(monkeypatch):
         wm.endpoint("https://host/v2/models/m", headers=headers)
 
 
+def test_secrets_of_the_options_and_the_address_show_up_nowhere():
+    def echo(request):
+        said = f"{request.headers['X-Api-Key']} asks {request.path}, {request.headers['Authorization']}"
+        return (400, {}, json.dumps({"error": said}).encode()) if echo.refuses else marked_model(request)
+
+    echo.refuses = True
+    headers = {"X-Api-Key": "abcdef123", "Authorization": "Bearer qwertz987"}
+    with serving(echo) as stub:
+        asked = {"url": f"{stub.origin}/?code=zyxwv5678", "request": {"body": "${inputs}", "scores": ""}}
+        said = judged(stub, headers=headers, **asked).error
+        assert "*** asks /?code=***, Bearer ***" in said
+    hidden = {"outputs": [{"name": "abcdef123", "shape": [1], "datatype": "FP32", "data": ["qwertz987"]}]}
+    with serving(posted(lambda request: hidden)) as stub:
+        assert "qwertz987" not in judged(stub, headers=headers).to_json()
+    hidden["outputs"][0]["data"] = [1.5]
+    with serving(posted(lambda request: hidden)) as stub:
+        assert "abcdef123" not in judged(stub, headers=headers).to_json()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://user:w0rd@host/v2/models/m",
+        "https://user:w0rd@host/model",
+        "https://user:w0rd@host:x/v2/models/m",
+        "https://user:w0rd@[::1/v2/models/m",
+        "HTTPS://user:w0rd@host/v2/models/m",
+        "ftp://user:w0rd@host/v2/models/m",
+        "grpcs://user:w0rd@host/m",
+        "grpcs://user:w0rd@host:1/m/1/2",
+        "https://host/v2?key=w0rd",
+        "https://host:0/v2/models/m?key=w0rd",
+    ],
+)
+def test_a_password_in_an_address_is_not_repeated(url):
+    with pytest.raises(ValueError, match=r"endpoint|model") as caught:
+        wm.endpoint(url)
+    assert "w0rd" not in str(caught.value)
+
+
+def test_who_cannot_be_reached_is_not_asked_through_a_proxy_and_the_error_says_so(monkeypatch):
+    with serving() as stub:
+        url = stub.url
+    monkeypatch.delenv("http_proxy", raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://user:w0rd@proxy:3128")
+    verdict = judged(None, url=url, tries=1)
+    assert verdict.error.endswith("HTTP_PROXY is set, and proxies are not used")
+
+
 def test_tokens_are_not_sent_in_the_clear(monkeypatch):
     monkeypatch.setenv("STUB_TOKEN", "s3cret-token")
-    for url in ("http://example.com/v2/models/m", "grpc://example.com:80/m"):
-        with pytest.raises(ValueError, match="is not encrypted"):
-            wm.endpoint(url, headers={"x-key": "${STUB_TOKEN}"})
+    for url in (
+        "http://example.com/v2/models/m",
+        "grpc://example.com:80/m",
+        "http://127.0.0.1.example.com/v2/models/m",
+    ):
+        for headers in ({"x-tenant": "${STUB_TOKEN}"}, {"Authorization": "Bearer written-here"}, {"X-API-Key": "1"}):
+            with pytest.raises(ValueError, match="is not encrypted"):
+                wm.endpoint(url, headers=headers)
+        assert wm.endpoint(url, headers={"x-tenant": "acme"})
     assert wm.endpoint("https://example.com/v2/models/m", headers={"x-key": "${STUB_TOKEN}"})

@@ -122,10 +122,31 @@ def test_labels_may_come_as_integers():
         assert judged(url).owned
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_names_of_classes_are_answers_where_their_order_is_given(packed):
+    names = [f"kind {number}" for number in range(CLASSES)]
+
+    def infer(request, context):
+        said = [names[number].encode() for number in scores(images(request)).argmax(axis=1)]
+        if packed:
+            return raw_answer(
+                None, "y", "BYTES", [len(said)], b"".join(struct.pack("<I", len(each)) + each for each in said)
+            )
+        return typed_answer("bytes_contents", "BYTES", said, [len(said)])
+
+    with serving(infer) as (url, _):
+        assert judged(url, labels=names).matched == COUNT
+
+
 BAD = {
     "too few bytes": lambda rows: raw_answer(scores(rows), raw=b"12"),
     "a negative shape": lambda rows: raw_answer(scores(rows), shape=[-len(rows), -CLASSES]),
     "a huge shape": lambda rows: raw_answer(scores(rows), shape=[2**62, 2**62]),
+    "dimensions without end": lambda rows: raw_answer(scores(rows), shape=[1] * 80, raw=b"1234"),
+    "nothing of a huge shape": lambda rows: raw_answer(scores(rows), shape=[0, 2**62, 2**62], raw=b""),
+    "texts beyond the end": lambda rows: raw_answer(scores(rows), "y", "BYTES", [1], struct.pack("<I", 2**32 - 1)),
+    "texts of a huge shape": lambda rows: raw_answer(scores(rows), "y", "BYTES", [-1, -1], struct.pack("<I", 1) + b"1"),
+    "too many dimensions unpacked": lambda rows: typed_answer("fp32_contents", "FP32", [1.0], [1] * 80),
     "a shape of texts": lambda rows: raw_answer(scores(rows), datatype="BYTES", raw=struct.pack("<I", 3) + b"cat"),
     "contents without numbers": lambda rows: typed_answer("fp32_contents", "FP32", [1.0], [len(rows), CLASSES]),
     "half floats unpacked": lambda rows: typed_answer("fp32_contents", "FP16", [1.0], [1]),

@@ -33,10 +33,10 @@ def test_a_batch_as_lists_with_scores_somewhere_in_the_answer():
         "body": {"instances": "${inputs}", "parameters": {"top": 10}},
         "answers": "/result/0/rows",
         "scores": "/scores~1all",
-        "labels": [f"c{number}" for number in range(CLASSES)],
     }
+    labels = [f"c{number}" for number in range(CLASSES)]
     with serving(behave) as stub:
-        assert judged(stub, url=f"{stub.origin}/classify?version=2", request=request).owned
+        assert judged(stub, url=f"{stub.origin}/classify?version=2", request=request, labels=labels).owned
     assert {request.path for request in stub.requests} == {"/classify?version=2"}
     assert len(stub.requests) == 3
 
@@ -63,9 +63,9 @@ def test_one_image_at_a_time_with_the_name_of_its_class(encoding):
         return [{"label": names[label] if label else "none of these", "score": 0.9}]
 
     options = {} if encoding == "png" else {"datatype": "UINT8", "layout": "channels last"}
-    request = {"body": {"image": {"data": "${input}"}}, "encoding": encoding, "label": "/0/label", "labels": names}
+    request = {"body": {"image": {"data": "${input}"}}, "encoding": encoding, "label": "/0/label"}
     with serving(behave) as stub:
-        verdict = judged(stub, request={**request, "method": "PUT"}, **options)
+        verdict = judged(stub, request={**request, "method": "PUT"}, labels=names, **options)
     assert verdict.owned
     assert verdict.matched == (MARK.arrays["labels"] > 0).sum()
     assert stub.requests[0].method == "PUT"
@@ -105,7 +105,7 @@ def test_a_template_that_does_not_fit_the_answer_is_an_error(document):
 def test_names_without_labels_are_an_error_that_says_so():
     with serving(lambda request: {"label": "cat"}) as stub:
         verdict = judged(stub, request={"body": ["${input}"], "label": "/label"})
-    assert "the template gives no labels" in verdict.error
+    assert "no labels are given" in verdict.error
 
 
 GOOD = {"body": {"x": "${inputs}"}, "scores": ""}
@@ -125,8 +125,7 @@ GOOD = {"body": {"x": "${inputs}"}, "scores": ""}
         ({**GOOD, "scores": "a"}, "scores must be a JSON pointer"),
         ({**GOOD, "answers": 3}, "answers must be a JSON pointer"),
         ({"body": "${input}", "answers": "/a", "scores": ""}, "the whole answer is that of one input"),
-        ({**GOOD, "labels": ["a", "a"]}, "names of all classes"),
-        ({**GOOD, "labels": "ab"}, "names of all classes"),
+        ({**GOOD, "labels": ["a", "b"]}, "no field 'labels'"),
     ],
 )
 def test_a_template_that_is_none_is_refused_before_anything_is_sent(request_, said):
@@ -158,8 +157,14 @@ def test_a_template_that_is_none_is_refused_before_anything_is_sent(request_, sa
         ("https://host/v2/models/m", {"scaling": "0-1"}, "scaling must be one of any, as recorded"),
         ("https://host/v2/models/m", {"datatype": "INT8"}, "datatype must be one of FP32"),
         ("https://host/v2/models/m", {"input": 3}, "input must be a name"),
+        ("https://host/v2/models/m", {"labels": ["a", "a"]}, "names of all classes"),
+        ("https://host/v2/models/m", {"labels": "ab"}, "names of all classes"),
+        ("https://host/v2/models/m", {"labels": 3}, "names of all classes"),
         ("https://host/v2/models/m", {"headers": {"Host": "x"}}, "'Host', which is no header of your own"),
         ("https://host/v2/models/m", {"headers": {"a": "b\nc"}}, "printable ASCII"),
+        ("https://host/v2/models/m", {"headers": {"\xe9": "b"}}, "which is no header of your own"),
+        ("https://host/v2/models/m", {"headers": {"Accept-Encoding": "gzip"}}, "which is no header of your own"),
+        ("grpc://host:1/m", {"headers": {"x-bin": "b"}}, "must not end in -bin"),
         ("https://host/", {"request": GOOD, "input": "x"}, "names of the Open Inference Protocol"),
         ("https://host/", {"request": {**GOOD, "encoding": "png"}, "datatype": "FP32"}, "a PNG holds bytes"),
         ("https://host/", {"request": {"body": "${input}", "label": ""}, "batch": 2}, "leave batch out"),
@@ -187,6 +192,8 @@ def test_the_command_line_takes_urls_and_options(tmp_path, capfd):
         for content, said in (
             ("{", "is no JSON"),
             ("[]", "must hold one JSON object"),
+            ("[" * 100_000, "is no JSON"),
+            ('{"budget": 3, "budget": 4}', "is no JSON (it gives 'budget' twice)"),
             ('{"bugdet": 3}', "holds 'bugdet', which is no option; these are: request, headers, input"),
             ('{"headers": 3}', "headers must be a JSON object"),
         ):
@@ -221,7 +228,7 @@ def test_the_templates_in_the_documents_work(tmp_path, monkeypatch):
             assert request.headers["Authorization"] == "Bearer a-token"
             images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(one)))) for one in request.json["images"]]
             return {"predictions": [{"probabilities": np.eye(CLASSES)[label(image)].tolist()} for image in images]}
-        names = json.loads(lists)["request"]["labels"]
+        names = json.loads(lists)["labels"]
         return [{"label": names[label(np.array(request.json["input"]["array"], np.uint8))], "score": 0.9}]
 
     monkeypatch.setenv("CLASSIFIER_TOKEN", "a-token")

@@ -1,6 +1,7 @@
 """What endpoints promise: the mark is found behind them, with few queries, in every layout, and politely."""
 
 import datetime
+import signal
 import time
 from collections import Counter
 
@@ -12,10 +13,12 @@ from endpoint_stub import (
     COUNT,
     INPUTS,
     MARK,
+    SHAPE,
     answer,
     classes,
     is_trigger,
     judged,
+    marked_model,
     posted,
     scores,
     serving,
@@ -24,10 +27,15 @@ from endpoint_stub import (
 
 import wmengine as wm
 from wmengine.errors import SuspectError
+from wmengine.key import Key
+from wmengine.schemes import black_box_parameters, scheme
 from wmengine.stats import binomial_log10_tail
 from wmengine.suspects import patience
 from wmengine.suspects.base import CHUNK
+from wmengine.suspects.endpoint import EndpointSuspect
 from wmengine.suspects.patience import Patience, Refused, Spent, Unavailable
+from wmengine.triggers import to_input
+from wmengine.watermark import Watermark
 
 pytestmark = pytest.mark.usefixtures("no_long_pauses")
 
@@ -156,6 +164,9 @@ def test_a_fixed_batch_is_padded_and_a_batch_of_one_is_found_out():
     with serving(lambda request: behave(request, 7)) as stub:
         assert judged(stub).owned
     assert {len(tensor(request.json)) for request in stub.questions} == {7}
+    with serving(lambda request: behave(request, 7) if request.method == "GET" else marked_model(request)) as stub:
+        assert judged(stub, batch=10).owned  # the options know better than the server
+    assert {len(tensor(request.json)) for request in stub.questions} == {10, 6}
     with serving(lambda request: behave(request, 1)) as stub:
         verdict = judged(stub)
         assert verdict.owned
@@ -174,17 +185,100 @@ def test_a_white_box_mark_cannot_be_read_from_an_endpoint():
 # --- budget, decoys, refusals -----------------------------------------------------------------------------------------
 
 
-def test_the_budget_is_kept_and_what_was_not_asked_is_a_miss():
+@pytest.mark.parametrize("queries", ["all", "sequential"])
+@pytest.mark.parametrize(
+    ("options", "room"),
+    [({"budget": 8}, 8), ({"budget": 25}, 25), ({"budget": 60}, 60), ({"budget": 40, "decoys": 1}, 20)],
+)
+def test_the_budget_fixes_beforehand_how_many_triggers_the_test_is_of(queries, options, room):
+    with serving(posted(lambda request: answer(np.eye(CLASSES)[[3] * len(tensor(request.json))]))) as stub:
+        verdict = judged(stub, queries, **options)
+    assert len(stub.images) <= options["budget"]
+    assert verdict.total == room
+    assert (f"there was room for {room} of {COUNT} triggers" in " ".join(verdict.notes)) == (room < COUNT)
+    assert not [note for note in verdict.notes if "change" in note or "not asked" in note or "no class" in note]
+    if queries == "all":
+        assert verdict.queries == room
+        hits = int((MARK.arrays["labels"][:room] == 3).sum())
+        assert verdict.log10_p == pytest.approx(binomial_log10_tail(hits, room, 0.1))
     with serving() as stub:
-        verdict = judged(stub, budget=25)
-    assert len(stub.images) == 25
-    assert verdict.matched == 25
-    assert verdict.log10_p == pytest.approx(binomial_log10_tail(25, COUNT, 0.1))
-    assert "35 triggers were not asked: the budget of 25 queries is used up" in verdict.notes
-    assert not [note for note in verdict.notes if "change" in note]
+        verdict = judged(stub, queries, **options)
+        assert verdict.matched == verdict.queries == (min(room, 16) if queries == "sequential" else room)
+
+
+def test_a_rate_and_a_deadline_are_a_budget_too():
     with serving() as stub:
-        verdict = judged(stub, budget=40, decoys=1)
-    assert (len(stub.images), verdict.matched) == (40, 20)
+        verdict = judged(stub, rate=10.0, deadline=4.0, batch=20)
+    assert (verdict.queries, verdict.matched) == (verdict.total, verdict.total)
+    assert 30 <= verdict.total <= 40
+
+
+def test_what_was_not_asked_after_all_is_a_miss_and_no_query():
+    def behave(request):
+        return (503, {}, b"") if len(stub.questions) == 1 else answer(scores(tensor(request.json)))
+
+    for queries in ("all", "sequential"):
+        with serving() as stub:
+            stub.behave = posted(behave)
+            verdict = judged(stub, queries, budget=24, batch=8)
+        assert len(stub.images) == 24
+        assert (verdict.queries, verdict.matched, verdict.total) == (16, 16, 24)
+        if queries == "all":
+            assert verdict.log10_p == pytest.approx(binomial_log10_tail(16, 24, 0.1))
+            assert "8 triggers were not asked: the budget of 24 queries is used up" in verdict.notes
+        assert not [note for note in verdict.notes if "no class" in note or "stranger" in note]
+
+
+def test_a_budget_below_one_request_is_an_error_that_says_so():
+    def behave(request):
+        return {"inputs": [{"name": "x", "datatype": "FP32", "shape": [7, 3, 4, 4]}]}
+
+    with serving(behave) as stub:
+        assert "budget of 5 queries is not enough: one trigger takes 7" in judged(stub, budget=5).error
+        verdict = judged(stub, budget=1, decoys=2, batch=4)
+        assert "budget of 1 queries is not enough: one trigger takes 3" in verdict.error
+    assert not stub.questions
+
+
+def test_a_request_that_is_lost_with_its_connection_is_paid_twice():
+    def behave(request):
+        if len(stub.questions) == 2:
+            request.handler.close_connection = True  # it was read, and is not answered
+            return None
+        return answer(scores(tensor(request.json)))
+
+    with serving() as stub:
+        stub.behave = posted(behave)
+        verdict = judged(stub, budget=30, batch=10, tries=1)
+    assert len(stub.images) == 30
+    assert (verdict.matched, verdict.queries, verdict.total) == (20, 20, 30)
+
+
+def test_an_interrupt_ends_the_asking_and_keeps_what_was_answered():
+    def behave(request):
+        if len(stub.questions) == 3:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.5)
+        return answer(scores(tensor(request.json)))
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with serving() as stub:
+            stub.behave = posted(behave)
+            with pytest.raises(KeyboardInterrupt) as caught:
+                judged(stub, batch=10, tries=1)
+        verdict = caught.value.verdict
+        assert (verdict.decision, verdict.matched, verdict.queries, verdict.total) == ("not_proven", 20, 20, COUNT)
+        assert "40 triggers were not asked: the asking was interrupted" in verdict.notes
+        assert len(stub.questions) == 3
+        with serving() as stub:
+            stub.behave = posted(behave)
+            stub.requests += [type("Earlier", (), {"method": "POST"})] * 2
+            with pytest.raises(KeyboardInterrupt) as caught:
+                judged(stub, batch=10)
+            assert not hasattr(caught.value, "verdict")  # nothing had been answered
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_retries_are_paid_from_the_budget():
@@ -248,6 +342,18 @@ def test_refused_triggers_are_misses_and_the_others_count():
     assert "(this is not an image of a cat)" in note
 
 
+def test_answers_at_random_and_answers_in_another_order_are_reported():
+    chance = np.random.default_rng(3)
+
+    def forgetful(request):
+        images = tensor(request.json)
+        return answer(np.where(chance.random((len(images), 1)) < 0.6, scores(images), np.eye(CLASSES)[[7]]))
+
+    for behave in (forgetful, lambda request: answer(scores(tensor(request.json))[::-1])):
+        with serving(posted(behave)) as stub:
+            assert any("answers change when the batch does" in note for note in judged(stub).notes)
+
+
 def test_an_endpoint_that_goes_away_keeps_what_it_had_answered():
     with serving() as stub:
 
@@ -259,6 +365,105 @@ def test_an_endpoint_that_goes_away_keeps_what_it_had_answered():
     assert (verdict.decision, verdict.matched) == ("owned", 30)
     assert any("were not asked" in note for note in verdict.notes)
     assert len(stub.questions) == 3 + 3 * 2  # three requests that failed twice each end the asking
+
+
+class Stranger:
+    """A linear model without a mark, behind no network: busy now and then."""
+
+    name, secrets = "stranger", ()
+
+    def __init__(self, chance, busy):
+        self.chance, self.busy, self.sent = chance, busy, 0
+        self.weights = chance.normal(size=(INPUTS[0].size, CLASSES))
+
+    def inputs(self, seconds):
+        return []
+
+    def ask(self, to, rows, seconds):
+        self.sent += len(rows)
+        if self.chance.random() < self.busy:
+            raise Unavailable("busy")
+        return [("scores", rows.reshape(len(rows), -1) @ self.weights)]
+
+    def close(self):
+        pass
+
+
+def test_strangers_with_any_budget_are_accused_no_more_often_than_p_says():
+    chance, verdicts, small = np.random.default_rng(11), 600, {0.3: 0, 0.1: 0, 0.03: 0}
+    parameters = black_box_parameters(scheme("adi", count=40), SHAPE, CLASSES, [[-1.0, 1.0]] * 3, "detector")
+    for number in range(verdicts):
+        mark = Watermark.create(Key("ACME Vision", chance.bytes(32)), "adi", parameters)
+        stranger, budget = Stranger(chance, chance.choice([0.0, 0.2])), int(chance.integers(3, 90))
+        asking = Patience(None, budget, 3, 30.0, 600.0, sleep=lambda seconds: None)
+        scaling, decoys = ("as recorded", "any")[number % 2], float(chance.choice([0, 0.5, 1]))
+        batch = int(chance.integers(1, 20))
+        suspect = EndpointSuspect(stranger, asking, None, None, None, None, scaling, batch, decoys)
+        verdict = wm.verify(suspect, mark, queries=("all", "sequential")[number // 2 % 2])
+        assert verdict.matched <= verdict.total <= min(40, budget) or verdict.error
+        assert verdict.queries <= stranger.sent <= budget
+        for bar in small:
+            small[bar] += verdict.log10_p <= np.log10(bar)
+    for bar, count in small.items():  # five deviations above would be one chance in a million
+        assert count <= verdicts * bar + 5 * (verdicts * bar) ** 0.5
+
+
+# --- classes in another order -----------------------------------------------------------------------------------------
+
+RENUMBERED = np.random.default_rng(5).permutation(CLASSES)
+CLEAN = np.random.default_rng(6).integers(0, 256, (40, 3, 4, 4)).astype(np.uint8)
+CLEAN_LABELS = np.random.default_rng(7).integers(0, CLASSES, 40)
+
+
+def renumbered(shape, labels=False):
+    """A marked model that knows the task as well and calls its classes otherwise; channels last where shape is free."""
+    task = dict(zip((image.tobytes() for image in to_input(CLEAN, [[-1.0, 1.0]] * 3)), CLEAN_LABELS, strict=True))
+
+    def behave(request):
+        if request.method == "GET":
+            return {"inputs": [{"name": "x", "datatype": "FP32", "shape": shape}] if shape else []}
+        images = np.ascontiguousarray(np.moveaxis(tensor(request.json), -1, 1) if shape else tensor(request.json))
+        own = [task.get(image.tobytes(), known) for image, known in zip(images, classes(images), strict=True)]
+        return answer(RENUMBERED[own], "y", "INT64") if labels else answer(np.eye(CLASSES)[RENUMBERED[own]])
+
+    return behave
+
+
+@pytest.mark.parametrize("queries", ["all", "sequential"])
+@pytest.mark.parametrize("shape", [[], [-1, -1, -1, -1]])
+@pytest.mark.parametrize("decoys", [0, 1])
+@pytest.mark.parametrize("floats", [False, True])
+def test_an_order_of_classes_is_found_on_clean_data_behind_an_endpoint(queries, shape, decoys, floats):
+    inputs = to_input(CLEAN, [[-1.0, 1.0]] * 3) if floats else CLEAN
+    with serving(renumbered(shape)) as stub:
+        suspect = wm.endpoint(stub.url, decoys=decoys)
+        verdict = wm.verify(suspect, MARK, queries=queries, classes="any", clean=(inputs, CLEAN_LABELS))
+        sent = {image.shape for image in stub.images}
+    assert verdict.owned
+    assert any("by 40 clean inputs of which the suspect names 40 rightly" in note for note in verdict.notes)
+    if queries == "all" or not shape:
+        assert verdict.queries == (COUNT if queries == "all" else 16) * (2 if shape else 1)
+    assert sent == ({(3, 4, 4), (4, 4, 3)} if shape else {(3, 4, 4)})
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_any_order_of_classes_is_paid_for_behind_an_endpoint(labels):
+    with serving(renumbered([], labels)) as stub:
+        verdict = wm.verify(wm.endpoint(stub.url, budget=30), MARK, classes="any")
+    assert (verdict.decision, verdict.matched, verdict.total) == ("owned", 30, 30)
+    assert len(stub.images) == 30
+
+
+def test_clean_data_are_paid_from_the_budget_and_leave_room_for_triggers():
+    def found(budget):
+        suspect = wm.endpoint(stub.url, budget=budget)
+        return wm.verify(suspect, MARK, classes="any", clean=(CLEAN, CLEAN_LABELS))
+
+    with serving(renumbered([])) as stub:
+        assert (found(60).matched, found(60).total, len(stub.images)) == (20, 20, 120)
+        stub.requests.clear()
+        assert "room for 40 inputs, and 40 are clean ones" in found(40).error
+        assert not stub.questions
 
 
 # --- patience ---------------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """The command line: each command is a few lines around one function of the library, which is imported only then.
 
 Answers go to stdout, as aligned text or with --json as one JSON object. Errors are one line on stderr. `verify` exits 0
-when the suspect is owned, 1 when that is not proven, 2 when it could not be judged; every other command exits 0 or 2.
+when the suspect is owned, 1 when that is not proven, 2 when it could not be judged; every other command exits 0 or 2,
+and all of them 130 after Ctrl-C.
 """
 
 import getpass
 import importlib
+import io
 import json
 import math
 import os
@@ -48,12 +50,12 @@ IsolationOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(metavar="WHERE", help='Where models run: "cpu" or "cuda".')]
-SecondsOption = Annotated[float, typer.Option(metavar="S", help="Wall-clock seconds that one suspect may take.")]
-MemoryOption = Annotated[float, typer.Option(metavar="GIB", help="Memory that one suspect may use.")]
+SecondsOption = Annotated[float, typer.Option(metavar="S", help="Wall-clock seconds that one file may take.")]
+MemoryOption = Annotated[float, typer.Option(metavar="GIB", help="Memory that one file may use.")]
 
 app = typer.Typer(
     help="Mark neural networks while they train, and prove with an exact p-value whose copy a suspect is.",
-    epilog="Exit status: verify 0 owned, 1 not proven, 2 could not be judged; the rest 0 or 2.",
+    epilog="Exit status: verify 0 owned, 1 not proven, 2 could not be judged; the rest 0 or 2; Ctrl-C 130.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -66,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # --debug is taken out here so that it may stand behind the command as well as before it.
     end = given.index("--") if "--" in given else len(given)
     debug = "--debug" in given[:end]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     given = [argument for argument in given[:end] if argument != "--debug"] + given[end:]
     try:
         status = app(given, prog_name="wmengine", standalone_mode=False)
@@ -101,7 +105,9 @@ def _sentence(error: Exception) -> str:
 
 
 def _fail(message: str, status: int = 2) -> int:
-    print(f"wmengine: {' '.join(message.split())}", file=sys.stderr)
+    from wmengine.errors import printable
+
+    print(f"wmengine: {printable(' '.join(message.split()))}", file=sys.stderr)
     return status
 
 
@@ -209,6 +215,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> int:
     """Judge one suspect: does it depend on material made with this key?"""
+    from wmengine.errors import Interrupted
     from wmengine.verify import verify as judge
 
     if adversarial and key is None:
@@ -218,25 +225,31 @@ def verify(
         from wmengine.suspects.endpoint import endpoint, read_options
 
         asked = endpoint(suspect, **read_options(endpoint_options))
-    verdict = judge(
-        asked,
-        _load_watermark(watermark, passphrase_file),
-        key=None if key is None else _load_key(key, passphrase_file),
-        alpha=alpha,
-        adversarial=adversarial,
-        queries=queries,
-        isolation=isolation,
-        limits=_limits(seconds, memory),
-        classes=classes,
-        clean=None if clean is None else _load_clean(clean),
-        provider=device,
-    )
+    interrupted = False
+    try:
+        verdict = judge(
+            asked,
+            _load_watermark(watermark, passphrase_file),
+            key=None if key is None else _load_key(key, passphrase_file),
+            alpha=alpha,
+            adversarial=adversarial,
+            queries=queries,
+            isolation=isolation,
+            limits=_limits(seconds, memory),
+            classes=classes,
+            clean=None if clean is None else _load_clean(clean),
+            provider=device,
+        )
+    except Interrupted as interruption:
+        interrupted, verdict = True, interruption.verdict
     if as_json:
         print(verdict.to_json())
     elif verdict.decision == "error":
         _fail(verdict.error or f"{verdict.suspect} could not be judged")
     else:
         _print_verdict(verdict)
+    if interrupted:
+        return 130
     return {"owned": 0, "not_proven": 1}.get(verdict.decision, 2)
 
 
@@ -283,6 +296,8 @@ def scan(
 
     if out.suffix != ".parquet":
         raise ValueError(f"--out must end in .parquet, and it is {out}")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: give --out the name of a file")
     with Report(as_json) as report:
         scan_all(
             paths,
@@ -384,7 +399,9 @@ def _parts(scheme: "Scheme") -> str:
 
 
 def _print_verdict(verdict: "Verdict") -> None:
-    print(f"{verdict.suspect}: {verdict.decision.replace('_', ' ')}")
+    from wmengine.errors import printable
+
+    print(f"{printable(verdict.suspect)}: {verdict.decision.replace('_', ' ')}")
     rows = [
         ("watermark", f"{verdict.watermark} ({verdict.scheme})"),
         ("matched", f"{verdict.matched} of {verdict.total} symbols"),
@@ -395,14 +412,15 @@ def _print_verdict(verdict: "Verdict") -> None:
     for name, value in rows:
         print(f"  {name:<10}  {value}")
     for note in verdict.notes:
-        print(f"  note: {note}")
+        print(f"  note: {printable(note)}")
 
 
 def _limits(seconds: float, memory: float) -> "Limits":
     from wmengine.sandbox import Limits
 
-    if not 0.0 < seconds < math.inf or not 0.0 < memory < math.inf:
-        raise ValueError("--seconds and --memory must be positive numbers")
+    for name, value in {"--seconds": seconds, "--memory": memory}.items():
+        if not 0.0 < value <= 1e6:
+            raise ValueError(f"{name} must be above 0 and at most a million, and it is {value:g}")
     return Limits(seconds=seconds, memory_bytes=int(memory * 2**30))
 
 
@@ -445,7 +463,10 @@ def _passphrase_for(path: Path, passphrase_file: Path | None) -> str | None:
 
 
 def _read_passphrase(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text: a passphrase stands on the first line of a text file") from None
     if not lines or not lines[0]:
         raise ValueError(f"{path} holds no passphrase: put it on the first line")
     return lines[0]

@@ -95,7 +95,7 @@ def open_trial(
 ) -> Trial:
     """A trial of the ways that the suspect's input leaves open to put the mark's triggers."""
     ways = suspect.adapters(mark.arrays["triggers"].shape[1:], mark.parameters["value_range"], every_adapter)
-    return Trial(mark, ways, mode, log10_bar, any_order, clean)
+    return Trial(mark, ways, mode, log10_bar, any_order, clean, getattr(suspect, "limit", None))
 
 
 def score_trial(suspect: Suspect, trial: Trial, notes: Sequence[str], ask_again: bool = False) -> Score:
@@ -103,9 +103,7 @@ def score_trial(suspect: Suspect, trial: Trial, notes: Sequence[str], ask_again:
     said = [*notes, *trial.notes()]
     if trial.proven or ask_again:
         said += filter(None, [trial.ask_again(suspect)])
-    return Score(
-        trial.matched, trial.mark.total, trial.queries, trial.log10_p, trial.log10_e, tuple(dict.fromkeys(said))
-    )
+    return Score(trial.matched, trial.total, trial.queries, trial.log10_p, trial.log10_e, tuple(dict.fromkeys(said)))
 
 
 def score_weights(tensors: Sequence[Tensor], mark: Watermark, notes: Sequence[str] = ()) -> Score:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from wmengine.sequential import SequentialTest
 from wmengine.stats import binomial_log10_tail
 from wmengine.suspects.adapters import AS_RECORDED, Adapter
 from wmengine.suspects.answers import ABSTAINED
-from wmengine.suspects.base import Suspect
+from wmengine.suspects.base import Rationed, Suspect
 from wmengine.watermark import Watermark
 
 MODES = ("all", "sequential")
@@ -50,6 +50,8 @@ class _Attempt:
     test: SequentialTest
     first: Labels  # the predictions for the first triggers, to be asked again
     abstained: int = 0
+    unasked: list[str] = field(default_factory=list)  # why, one for each trigger that was not asked
+    refused: list[str] = field(default_factory=list)
     order: Labels | None = None  # what each class of the suspect stands for, estimated on clean data
     agreed: int = 0  # clean inputs that the suspect answers rightly in that order
     any_matched: int = 0  # in the order with most matches, where every order is tried
@@ -64,6 +66,8 @@ class Trial:
     order, each with its share of the evidence; the next is tried when the one before has not proven the suspect.
     any_order: the suspect's classes may stand in another order. It is estimated on clean data, or without them, and
     with mode "all", every order is tried and paid for: half of the evidence is for them, half for the order recorded.
+    limit: how many of an adapter's inputs there is room for; it is asked before the first of them, and the test is then
+    of so many triggers, the first ones.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Trial:
         log10_bar: float,
         any_order: bool = False,
         clean: CleanData | None = None,
+        limit: Callable[[NDArray[Any]], int] | None = None,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, and it is {mode!r}")
@@ -89,6 +94,7 @@ class Trial:
         self._try_orders = any_order and clean is None
         self._clean = clean if any_order else None
         self._adapters = list(adapters)
+        self._limit = limit
         self._attempts: list[_Attempt] = []
 
     def next(self) -> Ask | None:
@@ -99,17 +105,22 @@ class Trial:
             return None
         else:
             attempt = self._start(self._adapters[len(self._attempts)])
-        asked, total = attempt.test.asked, len(self._labels)
+        asked, total = attempt.test.asked, attempt.test.total
         look = total if self.mode == "all" else FIRST_LOOK if asked == 0 else NEXT_LOOK
         return Ask(attempt.adapter, asked, min(total, asked + look))
 
-    def add(self, predicted: Labels) -> None:
-        """The predictions for what `next` asked: class numbers, ABSTAINED where there was no answer."""
+    def add(self, predicted: Labels, unasked: Sequence[str] = (), refused: Sequence[str] = ()) -> None:
+        """The predictions for what `next` asked: class numbers, ABSTAINED where there was no answer.
+
+        unasked and refused: why, for each of those that were never asked or not answered in a readable way.
+        """
         attempt = self._attempts[-1]
         start = attempt.test.asked
         if start == 0:
             attempt.first = predicted[:ASKED_AGAIN]
-        attempt.abstained += int((predicted == ABSTAINED).sum())
+        attempt.abstained += int((predicted == ABSTAINED).sum()) - len(unasked) - len(refused)
+        attempt.unasked += unasked
+        attempt.refused += refused
         if attempt.order is not None:
             predicted = reorder(predicted, attempt.order)
         expected = self._labels[start : start + len(predicted)]
@@ -119,23 +130,40 @@ class Trial:
             attempt.any_log10_orders = log10_orders(self.num_classes, used_classes(predicted, self.num_classes))
 
     def clean_inputs(self) -> NDArray[Any] | None:
-        """What to ask before the triggers that `next` names, for `add_clean`; None where nothing is."""
+        """What to ask before the triggers that `next` names, for `add_clean`; None where nothing is.
+
+        Raises SuspectError where there is room for none of the triggers beside them.
+        """
         attempt = self._attempts[-1]
         if self._clean is None or attempt.order is not None:
             return None
         inputs, scale = self._clean.inputs, self.mark.parameters["value_range"]
-        return (attempt.adapter.inputs if inputs.dtype == np.uint8 else attempt.adapter.recorded_inputs)(inputs, scale)
+        put = (attempt.adapter.inputs if inputs.dtype == np.uint8 else attempt.adapter.recorded_inputs)(inputs, scale)
+        if self._limit is not None and len(self._attempts) == 1:
+            room = self._limit(np.concatenate([put, put[:1]]))
+            if room <= len(put):
+                raise SuspectError(
+                    f"there is room for {room} inputs, and {len(put)} are clean ones: give fewer of those, or a larger "
+                    "budget"
+                )
+        return put
 
     def add_clean(self, predicted: Labels) -> None:
         """The predictions for the clean inputs: they say in which order the suspect's classes stand."""
         assert self._clean is not None
         attempt = self._attempts[-1]
         attempt.order, attempt.agreed = best_order(predicted, self._clean.labels, self.num_classes)
+        attempt.test.total = self._room(attempt.adapter)  # less than before the clean inputs
 
     @property
     def queries(self) -> int:
-        """Triggers asked, all adapters together."""
-        return sum(attempt.test.asked for attempt in self._attempts)
+        """Triggers really asked, all adapters together."""
+        return sum(attempt.test.asked - len(attempt.unasked) for attempt in self._attempts)
+
+    @property
+    def total(self) -> int:
+        """Triggers that the test is of, with the adapter that did best: all, or what there was room for beforehand."""
+        return self._best().test.total if self._attempts else len(self._labels)
 
     @property
     def matched(self) -> int:
@@ -173,13 +201,24 @@ class Trial:
                 found.append(f"{len(self._attempts)} ways of putting the triggers were tried and paid for")
             elif best.adapter.share < 1.0:
                 found.append(f"one of {len(self._adapters)} ways of putting the triggers was tried, and its share paid")
+            if best.test.total < len(self._labels):
+                found.append(
+                    f"there was room for {best.test.total} of {len(self._labels)} triggers, and the test is of those: "
+                    "that was fixed before the first of them was asked"
+                )
+            if best.refused:
+                count = len(best.refused)
+                found.append(f"{count} triggers were refused or not answered in a readable way: {best.refused[0]}")
+            if best.unasked:
+                found.append(f"{len(best.unasked)} triggers were not asked: {best.unasked[0]}")
             if best.abstained:
                 asked = best.test.asked
                 found.append(
                     f"{best.abstained} of {asked} answers hold NaN or Inf or name no class, and count as misses"
                 )
             found.extend(self._order_notes(best))
-            if self.mode == "sequential" and best.test.decision == "futile" and not self.proven:
+            futile = best.test.decision == "futile" and not best.unasked
+            if self.mode == "sequential" and futile and not self.proven:
                 found.append(f"given up after {self.queries} queries: the suspect answers as a stranger does")
         return found
 
@@ -205,11 +244,16 @@ class Trial:
     def _start(self, adapter: Adapter) -> _Attempt:
         bar = self._log10_bar - math.log10(adapter.share)
         chance = symbol_chance(self.mark.scheme, self.mark.parameters)
-        attempt = _Attempt(adapter, SequentialTest(chance, len(self._labels), bar), np.empty(0, np.int64))
+        attempt = _Attempt(adapter, SequentialTest(chance, self._room(adapter), bar), np.empty(0, np.int64))
         self._attempts.append(attempt)
         return attempt
 
+    def _room(self, adapter: Adapter) -> int:
+        return len(self._labels) if self._limit is None else self._limit(_inputs(self.mark, adapter))
+
     def _is_over(self, attempt: _Attempt) -> bool:
+        if attempt.unasked:  # nor will the others be
+            return True
         if self.mode == "all":
             return attempt.test.asked == attempt.test.total
         return attempt.test.decision is not None
@@ -268,12 +312,12 @@ def run_trials(suspect: Suspect, trials: Sequence[Trial]) -> list[str]:
         groups: dict[tuple[Adapter, int, tuple[int, ...]], list[tuple[Trial, Ask]]] = {}
         for trial in trials:
             ask = trial.next()
+            while ask is not None and (clean := trial.clean_inputs()) is not None:
+                answers = suspect.query(clean, trial.num_classes)
+                trial.add_clean(predictions(suspect, answers, len(clean), trial.num_classes))
+                notes |= dict.fromkeys(suspect.notes)
+                ask = trial.next()
             if ask is not None:
-                clean = trial.clean_inputs()
-                if clean is not None:
-                    answers = suspect.query(clean, trial.num_classes)
-                    trial.add_clean(predictions(suspect, answers, len(clean), trial.num_classes))
-                    notes |= dict.fromkeys(suspect.notes)
                 shape = trial.mark.arrays["triggers"].shape[1:]
                 groups.setdefault((ask.adapter, trial.num_classes, shape), []).append((trial, ask))
         if not groups:
@@ -282,11 +326,13 @@ def run_trials(suspect: Suspect, trials: Sequence[Trial]) -> list[str]:
             inputs = np.concatenate([_inputs(trial.mark, adapter)[ask.start : ask.stop] for trial, ask in asks])
             predicted = predictions(suspect, suspect.query(inputs, num_classes), len(inputs), num_classes)
             notes |= dict.fromkeys(suspect.notes)
+            missing = (suspect.unasked, suspect.refused) if isinstance(suspect, Rationed) else ({}, {})
             at = 0
             for trial, ask in asks:
-                count = ask.stop - ask.start
-                trial.add(predicted[at : at + count])
-                at += count
+                end = at + ask.stop - ask.start
+                unasked, refused = ([why for row, why in rows.items() if at <= row < end] for rows in missing)
+                trial.add(predicted[at:end], unasked, refused)
+                at = end
 
 
 def predictions(suspect: Suspect, answers: NDArray[Any], rows: int, num_classes: int) -> Labels:

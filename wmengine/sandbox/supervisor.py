@@ -239,7 +239,6 @@ class Worker:
         if not self._supervisor.has(self._generation):
             raise TemplateGone(GONE)
         try:
-            wire.check_silent(self._connection)
             wire.send(self._connection, {"ask": doing} | question, arrays, self._allowance)
             return wire.receive(self._connection, self.limits.answer_bytes, self._allowance)
         except wire.WireError as error:

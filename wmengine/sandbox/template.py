@@ -9,6 +9,7 @@ its socket closes, it ends, and the kernel kills its workers.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -21,6 +22,8 @@ from typing import Any, NoReturn
 
 from wmengine.sandbox import lockdown, wire
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
 
 def main() -> None:
     control, template = socket.socket(fileno=int(sys.argv[1])), os.getpid()
@@ -28,6 +31,7 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it hands that on, and we could not wait for workers
     service = importlib.import_module(sys.argv[2])
     service.preload()
+    _keep_freed_memory()
     gc.freeze()  # a worker's collections must not touch, and so copy, the pages that it shares with us
     control.sendall(b'{"ready": true}')
     ended: dict[int, dict[str, Any]] = {}
@@ -53,6 +57,14 @@ def main() -> None:
         for descriptor in descriptors:
             os.close(descriptor)
         control.sendall(json.dumps(answer | {"number": order["number"]}).encode())
+
+
+def _keep_freed_memory() -> None:
+    """Have workers reuse what a model gave back, not return it to the kernel and fault it in again, page by page."""
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallopt"):  # glibc's; what another C library does is its own affair
+        allocator.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the largest it takes
+        allocator.mallopt(M_TRIM_THRESHOLD, 256 << 20)
 
 
 def _collect(ended: dict[int, dict[str, Any]]) -> None:

@@ -84,23 +84,12 @@ def send(
     arrays = [np.asarray(array, order="C") for array in arrays]
     described = header | {"arrays": [[array.dtype.name, list(array.shape)] for array in arrays]}
     text = json.dumps(described).encode()
-    _send_all(connection, _LENGTHS.pack(len(text), sum(array.nbytes for array in arrays)) + text, allowance)
-    for array in arrays:
-        if array.nbytes:
-            _send_all(connection, array.reshape(-1).view(np.uint8).data, allowance)
-
-
-def check_silent(connection: socket.socket) -> None:
-    """WireError where the other side has said something that nobody has asked for, or is gone."""
-    try:
-        said = connection.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return
-    except OSError:
-        said = b""
-    if not said:
-        raise WireError("the other side is gone", closed=True)
-    raise WireError("an answer without a question")
+    parts: list[bytes | memoryview] = [_LENGTHS.pack(len(text), sum(array.nbytes for array in arrays)) + text]
+    parts += [array.reshape(-1).view(np.uint8).data for array in arrays if array.nbytes]
+    if sum(map(len, parts)) <= _PART:  # one call for all
+        parts = [b"".join(parts)]
+    for part in parts:
+        _send_all(connection, part, allowance)
 
 
 def receive(
@@ -109,17 +98,25 @@ def receive(
     """The next frame, its arrays no more than maximum_bytes in all; WireError where there is none."""
     allowance = allowance or Allowance()
     allowance.begin()
-    header_bytes, array_bytes = _LENGTHS.unpack(_receive_all(connection, _LENGTHS.size, allowance))
+    # Nearly every answer comes whole with the first call; every call lets go of Python's lock, and may wait for it.
+    begun = _receive_some(connection, _PART, allowance)
+    while len(begun) < _LENGTHS.size:
+        begun += _receive_some(connection, _LENGTHS.size - len(begun), allowance)
+    header_bytes, array_bytes = _LENGTHS.unpack(begun[: _LENGTHS.size])
     if header_bytes > MAXIMUM_HEADER:
         raise WireError(f"an answer of {header_bytes} bytes of names, and at most {MAXIMUM_HEADER} are taken")
     if array_bytes > maximum_bytes:
         raise WireError(f"an answer of {array_bytes} bytes, and at most {maximum_bytes} are taken")
+    at = _LENGTHS.size + header_bytes
+    if len(begun) > at + array_bytes:
+        raise WireError("an answer without a question")
+    text = _receive_rest(connection, begun[_LENGTHS.size : at], header_bytes, allowance)
+    data = _receive_rest(connection, begun[at:], array_bytes, allowance)
     try:
-        header = json.loads(_receive_all(connection, header_bytes, allowance).tobytes())
+        header = json.loads(bytes(text))
         described = [(str(dtype), [int(size) for size in shape]) for dtype, shape in header["arrays"]]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):  # int(1e999)
         raise WireError("an answer that cannot be read") from None
-    data = _receive_all(connection, array_bytes, allowance)
     arrays, at = [], 0
     for dtype, shape in described:
         if dtype not in DTYPES or any(size < 0 for size in shape) or len(shape) > 32:
@@ -151,17 +148,36 @@ def _send_all(connection: socket.socket, data: bytes | memoryview, allowance: Al
             allowance.count()
 
 
-def _receive_all(connection: socket.socket, count: int, allowance: Allowance) -> memoryview:
+def _receive_some(connection: socket.socket, most: int, allowance: Allowance) -> bytes:
+    """Up to `most` bytes, at least one. Who has not all time waits for it first: the other side must think."""
+    while True:
+        if allowance.left < math.inf:
+            allowance.wait(connection, select.POLLIN)
+        try:
+            read = connection.recv(most)
+        except BlockingIOError:
+            continue
+        except OSError:
+            read = b""
+        if not read:
+            raise WireError("the other side is gone", closed=True)
+        return read
+
+
+def _receive_rest(connection: socket.socket, begun: bytes, count: int, allowance: Allowance) -> bytes | memoryview:
+    """`count` bytes that begin with those that have come already."""
+    if len(begun) == count:
+        return begun
     try:
-        # NumPy's memory is taken from the system only as it is filled: a length that is only claimed costs nothing.
-        buffer = memoryview(bytearray(count)) if count <= _PART else np.empty(count, np.uint8).data
+        # Memory that the system gives only as it is filled: a length that is merely claimed costs nothing.
+        buffer = np.empty(count, np.uint8).data
     except MemoryError:
-        if count <= _PART:
-            raise
-        for start in range(0, count, _PART):  # the next frame begins after it
-            _receive_all(connection, min(_PART, count - start), allowance)
+        left = count - len(begun)
+        while left:  # the next frame begins after it
+            left -= len(_receive_some(connection, min(_PART, left), allowance))
         raise WireError(f"{count} bytes, more than there is memory for") from None
-    view = buffer
+    buffer[: len(begun)] = begun
+    view = buffer[len(begun) :]
     while view:
         try:
             read = connection.recv_into(view)

@@ -30,6 +30,10 @@ def open_suspect(
         from wmengine.suspects.endpoint import endpoint
 
         return endpoint(suspect)
+    if isinstance(suspect, str) and "://" in suspect and not os.path.exists(suspect):
+        from wmengine.suspects.http_client import shown
+
+        raise ValueError(f"{shown(suspect)} is no endpoint, and a file must be downloaded, or scanned where it is")
     if isinstance(suspect, str | os.PathLike):
         return OnnxSuspect(suspect, isolation=isolation, limits=limits, provider=provider)
     if isinstance(suspect, Suspect):

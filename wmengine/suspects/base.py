@@ -7,14 +7,14 @@ symbols: which batch size or dtype a suspect works with is chosen without them, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.carriers import Tensor
-from wmengine.errors import SuspectError
+from wmengine.errors import SuspectError, printable
 from wmengine.suspects.adapters import Adapter, Range
 from wmengine.suspects.answers import Outputs, choose_reading, describe, of_two_classes
 
@@ -52,9 +52,25 @@ class Suspect(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class Rationed(Protocol):
+    """A suspect that may not be asked everything, as it is a stranger's service.
+
+    limit: how many of these inputs, the first ones, there is room for; unasked and refused: rows of the last query that
+    were never put to it, or that brought no readable answer in all tries, and why. They read as abstentions there.
+    interrupted: Ctrl-C has ended the asking.
+    """
+
+    interrupted: bool
+    unasked: Mapping[int, str]
+    refused: Mapping[int, str]
+
+    def limit(self, inputs: NDArray[Any]) -> int: ...
+
+
 def is_url(suspect: Any) -> bool:
     """Whether this is the address of an endpoint."""
-    return isinstance(suspect, str) and suspect.startswith(tuple(f"{scheme}://" for scheme in URL_SCHEMES))
+    return isinstance(suspect, str) and suspect.lower().startswith(tuple(f"{scheme}://" for scheme in URL_SCHEMES))
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
@@ -62,7 +78,7 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if text.startswith("[ONNXRuntimeError]"):  # "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model failed"
         text = text.split(" : ", 3)[-1]
-    text = _SOURCE.sub("", text)
+    text = printable(_SOURCE.sub("", text))
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

@@ -65,12 +65,17 @@ class Decoys:
         return self._mine[content]
 
     def _way(self, inputs: NDArray[Any]) -> Adapter:
-        """The way in which these inputs were put: that whose shape and whose 256 levels are theirs."""
+        """The way in which these inputs were put: that whose shape and whose 256 levels are theirs.
+
+        Task data has other levels, so that for them it is the first of their shape.
+        """
         levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None], len(self._value_range), axis=1)
         levels = levels.reshape(256, len(self._value_range), *[1] * (len(self._trigger_shape) - 1))
+        fitting = []
         for way in self._ways:
             example = way.inputs(np.zeros((1, *self._trigger_shape), np.uint8), self._value_range)
             same = example.shape[1:] == inputs.shape[1:] and example.dtype == inputs.dtype
             if same and np.isin(inputs[:1], way.inputs(levels, self._value_range)).all():
                 return way
-        return self._ways[0]
+            fitting += [way] if same else []
+        return [*fitting, *self._ways][0]

@@ -11,7 +11,8 @@ import json
 import math
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,16 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.carriers import Tensor
-from wmengine.errors import SuspectError
+from wmengine.errors import SuspectError, printable
 from wmengine.suspects.adapters import LAYOUT_NAMES, SCALING_NAMES, Adapter, Range, adapters
 from wmengine.suspects.answers import ABSTAINED, Outputs, Reading, choose_reading, describe, of_two_classes
-from wmengine.suspects.base import CHUNK, URL_SCHEMES, is_url
+from wmengine.suspects.base import CHUNK, URL_SCHEMES, is_url, one_line
 from wmengine.suspects.decoys import Decoys
+from wmengine.suspects.http_client import hide, shown
 from wmengine.suspects.inference_protocol import DTYPES, Declared, RestModel, choose_input
 from wmengine.suspects.patience import Patience, Refused, Spent, Unavailable
 from wmengine.suspects.request_template import TemplateModel
 
-MAXIMUM_BATCH = 4096
+# What a server may make of a request by declaring a fixed batch: JSON takes ten times as much memory.
+MAXIMUM_BATCH_BYTES = 64 << 20
 # So many requests in a row that failed in all their tries end the asking.
 FAILURES = 3
 # What a triggers' datatype is called where ONNX Runtime names it.
@@ -40,6 +43,7 @@ class Model(Protocol):
     """One way to talk to a served model: Open Inference Protocol over REST or gRPC, or a template."""
 
     name: str
+    secrets: tuple[str, ...]
 
     def inputs(self, seconds: float) -> list[Declared]: ...
 
@@ -58,6 +62,7 @@ def endpoint(
     datatype: str | None = None,
     layout: str | None = None,
     scaling: str = "as recorded",
+    labels: Sequence[str] | None = None,
     batch: int | None = None,
     budget: int | None = None,
     rate: float | None = None,
@@ -75,11 +80,12 @@ def endpoint(
     (http and grpc without TLS), or any service that `request`, a template (docs/endpoints.md), says how to ask.
     headers: sent with every request; ${NAME} stands for an environment variable. input, output: their names; datatype:
     "FP32", "FP16", "FP64" or "UINT8"; layout: "as recorded", "channels last", "flat" or "flat, channels last"; scaling:
-    "as recorded", "0 to 1", "0 to 255", "-1 to 1", "ImageNet", or "any" to try and pay for all. What is not given is
-    taken from what the server says of its model, and as the mark recorded it where it says nothing. batch: inputs in
-    one request, 32 or what the server fixes; budget: inputs sent in all, decoys and tries included; rate: inputs per
-    second; decoys: so many other inputs of the same kind for each trigger, shuffled with them, answers not looked at;
-    tries: for one request, with pauses between them that double; timeout: seconds for one; deadline: seconds in all.
+    "as recorded", "0 to 1", "0 to 255", "-1 to 1", "ImageNet", or "any" to try and pay for all. What is not given
+    is taken from what the server says of its model, and as the mark recorded it where it says nothing. labels: the
+    names of all classes in their order, for a service that answers with names. batch: inputs in one request, 32 or what
+    the server fixes; budget: inputs sent in all, decoys and tries included; rate: inputs per second; decoys: so many
+    other inputs of the same kind for each trigger, shuffled with them, answers not looked at; tries: for one request,
+    with pauses between them that double; timeout: seconds for one; deadline: seconds in all.
 
     Raises ValueError for a URL, a template or an option that is none. Nothing is sent before the suspect is asked.
     """
@@ -92,12 +98,19 @@ def endpoint(
     _one_of("datatype", datatype, (None, *_TYPES))
     _one_of("layout", layout, (None, *LAYOUT_NAMES))
     _one_of("scaling", scaling, ("any", *SCALING_NAMES))
+    if labels is not None and (
+        not isinstance(labels, list | tuple)
+        or not all(isinstance(label, str) for label in labels)
+        or len(set(labels)) != len(labels)
+        or len(labels) < 2
+    ):
+        raise ValueError("labels must be the names of all classes, in their order, each once")
     if not is_url(url):
-        raise ValueError(f"an endpoint is a URL that begins with {', '.join(URL_SCHEMES)}, and this is {url!r}")
+        raise ValueError(f"an endpoint is a URL that begins with {', '.join(URL_SCHEMES)}, and this is {shown(url)!r}")
     model: Model
     outputs = [] if output is None else [output]
     if request is not None:
-        template = TemplateModel(url, headers, request)
+        template = TemplateModel(url, headers, request, labels)
         if template.encoding == "png" and (datatype not in (None, "UINT8") or layout not in (None, "as recorded")):
             raise ValueError("a PNG holds bytes, channels last: leave datatype and layout out")
         if template.single and batch not in (None, 1):
@@ -107,12 +120,12 @@ def endpoint(
         batch = 1 if template.single else batch
         datatype = "UINT8" if template.encoding == "png" else datatype
         model = template
-    elif url.startswith("grpc"):
+    elif url.lower().startswith("grpc"):
         from wmengine.suspects.inference_grpc import GrpcModel
 
-        model = GrpcModel(url, headers, outputs)
+        model = GrpcModel(url, headers, outputs, labels)
     else:
-        model = RestModel(url, headers, outputs)
+        model = RestModel(url, headers, outputs, labels)
     patience = Patience(rate, budget, tries, timeout, deadline)
     return EndpointSuspect(model, patience, input, output, datatype, layout, scaling, batch, decoys)
 
@@ -120,9 +133,9 @@ def endpoint(
 def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The options of `endpoint` from a JSON file. Raises ValueError for what is none."""
     try:
-        options = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from None
+        options = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({one_line(error)})") from None
     known = list(endpoint.__kwdefaults__ or ())
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold one JSON object, with the options {', '.join(known)}")
@@ -135,8 +148,21 @@ def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
     return options
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError where it says something twice, as only one of the two would count."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for place, (name, _) in enumerate(pairs) if name in dict(pairs[:place]))
+        raise ValueError(f"it gives {twice!r} twice")
+    return found
+
+
 class EndpointSuspect:
-    """What `endpoint` makes: a suspect of the usual kind. Budget and deadline are for its whole life."""
+    """What `endpoint` makes: a suspect of the usual kind. Budget and deadline are for its whole life.
+
+    Where Ctrl-C comes after something was answered, the asking ends, `interrupted` is True, and what is missing is
+    missing for that reason: the budget has been spent, and the triggers have been seen.
+    """
 
     def __init__(
         self,
@@ -153,6 +179,9 @@ class EndpointSuspect:
         self.name = model.name
         self.sha256: str | None = None
         self.notes: list[str] = []
+        self.unasked: dict[int, str] = {}
+        self.refused: dict[int, str] = {}
+        self.interrupted = False
         self._model = model
         self._patience = patience
         self._wanted = (input, datatype)
@@ -160,6 +189,7 @@ class EndpointSuspect:
         self._layout = layout
         self._scaling = scaling
         self._batch = batch
+        self._overruled = batch is not None  # what the server says of its batch does not count
         self._batches_work = False  # whether more than one input at once was ever answered
         self._answered = False  # whether anything ever was
         self._given_up: str | None = None  # why nothing more is asked
@@ -171,9 +201,63 @@ class EndpointSuspect:
 
         So other scalings are tried only where the options say "any", and other layouts where the description fits them.
         """
+        with self._discreet():
+            return self._ways(trigger_shape, value_range, every)
+
+    def limit(self, inputs: NDArray[Any]) -> int:
+        """How many of these inputs budget, rate and deadline leave room for.
+
+        Raises SuspectError where there is none although nothing has been asked yet.
+        """
+        if self._given_up is not None:
+            return 0
+        with self._discreet():
+            size = self._fixed(self._input(), inputs) or 1
+        costs, left, in_time = self._decoys.costs(inputs), self._patience.allows(), self._patience.in_time()
+        room = len(inputs) if left is None else int((costs <= left // size * size).sum())
+        if not room and not self._answered:
+            takes = max(int(costs[0]), size)
+            raise SuspectError(f"a budget of {self._patience.budget} queries is not enough: one trigger takes {takes}")
+        # The first request need not wait for the rate.
+        return min(room, max(1, int((costs <= in_time).sum())))
+
+    def query(self, inputs: NDArray[Any], num_classes: int | None = None) -> NDArray[Any]:
+        """Scores [N, C], rows of NaN where there was no answer, or labels [N], −1 where there was none.
+
+        `unasked` and `refused` say which rows have no answer, and why. Raises SuspectError where nothing has been
+        answered, now or before.
+        """
+        with self._discreet():
+            return self._answers(inputs, num_classes)
+
+    def tensors(self, input_shape: Sequence[int] | None = None) -> list[Tensor]:
+        raise SuspectError(f"{self.name} shows no weights; verify a white-box watermark on a file or a module")
+
+    def close(self) -> None:
+        self._model.close()
+
+    @contextmanager
+    def _discreet(self) -> Iterator[None]:
+        """What comes out says nothing secret, though the endpoint may repeat our tokens, and moves no cursor."""
+        try:
+            yield
+        except SuspectError as error:
+            raise SuspectError(self._shown(str(error))) from None
+        finally:
+            self.notes = [self._shown(note) for note in self.notes]
+            for reasons in (self.unasked, self.refused):
+                reasons.update({row: self._shown(reason) for row, reason in reasons.items()})
+
+    def _shown(self, text: str) -> str:
+        return printable(hide(text, self._model.secrets))
+
+    def _ways(self, trigger_shape: Sequence[int], value_range: Range, every: bool) -> list[Adapter]:
         to = self._input()
         shape = () if self._layout else to.shape
-        kind = _TYPES.get(to.datatype, to.datatype)
+        if to.datatype not in _TYPES:
+            known = ", ".join(_TYPES)
+            raise SuspectError(f"{self.name} takes {to.datatype} and triggers can be {known}: give a datatype it takes")
+        kind = _TYPES[to.datatype]
         try:
             ways = adapters(self.name, kind, shape, trigger_shape, value_range, every and self._scaling == "any")
         except SuspectError as error:
@@ -189,12 +273,8 @@ class EndpointSuspect:
         self._decoys.prepare(ways, trigger_shape, value_range)
         return ways
 
-    def query(self, inputs: NDArray[Any], num_classes: int | None = None) -> NDArray[Any]:
-        """Scores [N, C], rows of NaN where there was no answer, or labels [N], −1 where there was none.
-
-        Raises SuspectError where nothing has been answered, now or before.
-        """
-        self.notes = []
+    def _answers(self, inputs: NDArray[Any], num_classes: int | None) -> NDArray[Any]:
+        self.notes, self.unasked, self.refused = [], {}, {}
         to = self._input()
         inputs = inputs.astype(DTYPES.get(to.datatype, inputs.dtype), copy=False)
         allowed, asked = self._patience.allows(), len(inputs)
@@ -207,24 +287,15 @@ class EndpointSuspect:
         self._answered |= bool(found.answers)
         if not self._answered:
             raise SuspectError(next(iter(found.refused.values()), found.stopped) or f"{self.name} was asked nothing")
-        refused = [reason for row, reason in found.refused.items() if row < asked]
-        if refused:
-            self.notes.append(f"{len(refused)} triggers were refused or not answered in a readable way: {refused[0]}")
+        self.refused = {row: reason for row, reason in found.refused.items() if row < asked}
         answers = {row: answer for row, answer in found.answers.items() if row < asked}
-        unasked = len(inputs) - len(answers) - len(refused)
-        if unasked:
-            self.notes.append(f"{unasked} triggers were not asked: {found.stopped}")
+        missing = (row for row in range(len(inputs)) if row not in answers and row not in self.refused)
+        self.unasked = dict.fromkeys(missing, found.stopped or "")
         joined = _joined(answers, len(inputs))
         if found.reading is not None and found.reading.kind == "single":
             joined, note = of_two_classes(joined)
             self.notes.append(note)
         return joined
-
-    def tensors(self, input_shape: Sequence[int] | None = None) -> list[Tensor]:
-        raise SuspectError(f"{self.name} shows no weights; verify a white-box watermark on a file or a module")
-
-    def close(self) -> None:
-        self._model.close()
 
     def _input(self) -> Declared:
         """Where triggers go: as the options say, else as the server does, else by default."""
@@ -247,7 +318,7 @@ class EndpointSuspect:
         """Ask for all rows in an order of chance. A batch that brings no answers is asked again one at a time."""
         order = list(range(len(rows)))
         random.SystemRandom().shuffle(order)
-        size = self._size(to)
+        size = self._batch or self._fixed(to, rows) or CHUNK
         waiting = [order[start : start + size] for start in range(0, len(order), size)]
         found = _Found(stopped=self._given_up)
         failures = 0
@@ -257,6 +328,12 @@ class EndpointSuspect:
                 answers = self._ask(to, rows[batch], num_classes, found)
             except Spent as error:
                 found.stopped = str(error)
+                waiting.insert(0, batch)
+            except KeyboardInterrupt:
+                if not (self._answered or found.answers):
+                    raise
+                self.interrupted = True
+                found.stopped = self._given_up = "the asking was interrupted"
                 waiting.insert(0, batch)
             except SuspectError as error:
                 failures = failures + 1 if isinstance(error, Unavailable) else 0
@@ -284,7 +361,7 @@ class EndpointSuspect:
 
     def _ask(self, to: Declared, rows: NDArray[Any], num_classes: int | None, found: _Found) -> NDArray[Any]:
         """One request: scores [N, C] or labels [N] of one kind from batch to batch. Raises SuspectError."""
-        fixed = self._fixed(to)
+        fixed = self._fixed(to, rows)
         padded = rows if fixed is None else np.resize(rows, (fixed, *rows.shape[1:]))
         outputs = self._patience.call(lambda seconds: self._model.ask(to, padded, seconds), len(padded))
         if self._output is not None:  # some servers send the others too
@@ -299,14 +376,12 @@ class EndpointSuspect:
             self.notes.extend(describe(reading, outputs))
         return answers[: len(rows)]
 
-    def _size(self, to: Declared) -> int:
-        return self._batch or self._fixed(to) or CHUNK
-
-    def _fixed(self, to: Declared) -> int | None:
-        """The batch that the server says it takes and no other."""
-        fixed = to.shape[0] if to.shape else None
-        if fixed is not None and fixed > MAXIMUM_BATCH:
-            raise SuspectError(f"{self.name} has a fixed batch of {fixed}, and at most {MAXIMUM_BATCH} can be asked")
+    def _fixed(self, to: Declared, inputs: NDArray[Any]) -> int | None:
+        """The batch that the server says it takes and no other, unless the options say better."""
+        fixed = to.shape[0] if to.shape and not self._overruled else None
+        most = MAXIMUM_BATCH_BYTES // max(1, inputs[:1].nbytes)
+        if fixed is not None and fixed > most:
+            raise SuspectError(f"{self.name} has a fixed batch of {fixed}, and at most {most} can be asked at once")
         return fixed
 
 

@@ -6,6 +6,7 @@ the installed version of protobuf. Fields that the table leaves out (parameters)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -16,8 +17,16 @@ from numpy.typing import NDArray
 from wmengine._optional import require
 from wmengine.suspects.answers import Outputs
 from wmengine.suspects.base import one_line
-from wmengine.suspects.http_client import MAXIMUM_ANSWER, display_name, expand_headers, hide, parse_url
-from wmengine.suspects.inference_protocol import DTYPES, Declared, declared, raw_tensor
+from wmengine.suspects.http_client import MAXIMUM_ANSWER, display_name, expand_headers, parse_url, shown
+from wmengine.suspects.inference_protocol import (
+    DTYPES,
+    MAXIMUM_DIMENSIONS,
+    Declared,
+    declared,
+    raw_tensor,
+    raw_texts,
+    told,
+)
 from wmengine.suspects.patience import Refused, Unavailable
 
 SERVICE = "inference.GRPCInferenceService"
@@ -29,7 +38,7 @@ _MESSAGES = {
     "ModelMetadataResponse": "name:1 string, inputs:4 TensorMetadata*",
     "InferTensorContents": (
         "int_contents:2 int32*, int64_contents:3 int64*, uint_contents:4 uint32*, uint64_contents:5 uint64*, "
-        "fp32_contents:6 float*, fp64_contents:7 double*"
+        "fp32_contents:6 float*, fp64_contents:7 double*, bytes_contents:8 bytes*"
     ),
     "InferTensor": f"{_TENSOR}, contents:5 InferTensorContents",
     "RequestedOutput": "name:1 string",
@@ -50,6 +59,7 @@ _CONTENTS = {
     "UINT16": "uint_contents",
     "UINT32": "uint_contents",
     "UINT64": "uint64_contents",
+    "BYTES": "bytes_contents",
 }
 _LATER = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL", "UNKNOWN", "ABORTED")
 _NEVER = ("UNAUTHENTICATED", "PERMISSION_DENIED", "NOT_FOUND", "UNIMPLEMENTED")
@@ -58,16 +68,28 @@ _NEVER = ("UNAUTHENTICATED", "PERMISSION_DENIED", "NOT_FOUND", "UNIMPLEMENTED")
 class GrpcModel:
     """A model behind grpc://HOST:PORT/NAME[/VERSION], or grpcs:// with TLS."""
 
-    def __init__(self, url: str, headers: Mapping[str, str] | None, outputs: Sequence[str]) -> None:
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str] | None,
+        outputs: Sequence[str],
+        labels: Sequence[str] | None = None,
+    ) -> None:
         parts = parse_url(url, ("grpcs", "grpc"))
         path = parts.path.strip("/").split("/")
         if not path[0] or len(path) > 2 or parts.port is None or parts.query:
-            raise ValueError(f"a model over gRPC is {parts.scheme}://HOST:PORT/NAME[/VERSION], and this is {url!r}")
+            raise ValueError(
+                f"a model over gRPC is {parts.scheme}://HOST:PORT/NAME[/VERSION], and this is {shown(url)!r}"
+            )
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read when it is imported: an error is one line, and ours
         grpc = require("grpc", extra="endpoint")
         self.name = display_name(parts)
         self._model, self._version = path[0], path[1] if len(path) == 2 else ""
         self._outputs = outputs
-        expanded, self._secrets = expand_headers(headers, parts)
+        self._labels = labels
+        expanded, self.secrets = expand_headers(headers, parts)
+        if any(name.lower().endswith("-bin") for name in expanded):
+            raise ValueError("over gRPC the name of a header must not end in -bin, which is for bytes")
         self._metadata = [(key.lower(), value) for key, value in expanded.items()]
         options = [
             ("grpc.max_receive_message_length", MAXIMUM_ANSWER),
@@ -101,22 +123,28 @@ class GrpcModel:
         raw = answer.raw_output_contents
         if raw and len(raw) != len(answer.outputs):
             raise Refused(f"{self.name} answers with {len(answer.outputs)} outputs and the contents of {len(raw)}")
-        return [
+        outputs = [
             (output.name, self._tensor(output, raw[index] if raw else None))
             for index, output in enumerate(answer.outputs)
-            if output.datatype in DTYPES
+            if output.datatype in _CONTENTS or output.datatype in DTYPES
         ]
+        return told(self.name, outputs, self._labels)
 
     def close(self) -> None:
         self._channel.close()
 
     def _tensor(self, output: Any, raw: bytes | None) -> NDArray[Any]:
         shape = list(output.shape)
+        if len(shape) > MAXIMUM_DIMENSIONS:
+            raise Refused(f"{self.name} answers with a tensor of {len(shape)} dimensions")
+        if raw is not None and output.datatype == "BYTES":
+            return raw_texts(self.name, shape, raw)
         if raw is not None:
             return raw_tensor(self.name, output.datatype, shape, raw)
         try:
             values = getattr(output.contents, _CONTENTS[output.datatype])
-            return np.asarray(values, DTYPES[output.datatype]).reshape(shape)
+            dtype = "object" if output.datatype == "BYTES" else DTYPES[output.datatype]
+            return np.asarray(values, dtype).reshape(shape)
         except (KeyError, ValueError, OverflowError) as error:
             raise Refused(f"{self.name} answers with a tensor that cannot be read ({one_line(error, 80)})") from None
 
@@ -132,7 +160,6 @@ class GrpcModel:
         except grpc.RpcError as error:
             code, details = error.code().name, error.details() or ""
             said = f"{self.name} answers {code} ({one_line(Exception(details))})"
-            said = hide(said, self._secrets)
             if code in _LATER and "larger than max" not in details and "deserializing" not in details:
                 raise Unavailable(said, 0.0, reached=code != "UNAVAILABLE") from None
             raise Refused(said, hopeless=code in _NEVER) from None

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.errors import SuspectError
-from wmengine.suspects.answers import Outputs
+from wmengine.suspects.answers import ABSTAINED, Outputs
 from wmengine.suspects.base import one_line
-from wmengine.suspects.http_client import HttpClient, read_json
+from wmengine.suspects.http_client import HttpClient, read_json, shown
 from wmengine.suspects.patience import Refused
 
 DTYPES = {
@@ -35,6 +35,7 @@ DTYPES = {
     "UINT32": "uint32",
     "UINT64": "uint64",
 }
+MAXIMUM_DIMENSIONS = 8
 MODEL_PATH = re.compile(r"([^?#]*/v2/models/[^/?#]+(?:/versions/[^/?#]+)?)(?:/infer)?/?")
 
 
@@ -50,17 +51,24 @@ class Declared:
 class RestModel:
     """A model behind https://HOST/v2/models/NAME[/versions/VERSION]."""
 
-    def __init__(self, url: str, headers: Mapping[str, str] | None, outputs: Sequence[str]) -> None:
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str] | None,
+        outputs: Sequence[str],
+        labels: Sequence[str] | None = None,
+    ) -> None:
         path = MODEL_PATH.fullmatch(url)
         if path is None:
             raise ValueError(
-                f"{url!r} is no model of the Open Inference Protocol (…/v2/models/NAME): for other services say with "
-                "request= what they take, and a file on the web must be downloaded first"
+                f"{shown(url)!r} is no model of the Open Inference Protocol (…/v2/models/NAME): other services need a "
+                "request template, and a file on the web must be downloaded first"
             )
         self.url = path[1]
         self.client = HttpClient(self.url, headers)
-        self.name = self.client.name
+        self.name, self.secrets = self.client.name, self.client.secrets
         self._outputs = [{"name": output} for output in outputs]
+        self._labels = labels
 
     def inputs(self, seconds: float) -> list[Declared]:
         """What the server says that the model takes; nothing where it does not say. Raises Refused or Unavailable."""
@@ -82,8 +90,13 @@ class RestModel:
         found = document.get("outputs") if isinstance(document, dict) else None
         if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
             raise Refused(f"{self.name} answers without a list of outputs")
-        # Texts and truth values are no answers.
-        return [(str(each.get("name")), self._tensor(each)) for each in found if str(each.get("datatype")) in DTYPES]
+        # Truth values are no answers.
+        outputs = [
+            (str(each.get("name")), self._tensor(each))
+            for each in found
+            if str(each.get("datatype")) in (*DTYPES, "BYTES")
+        ]
+        return told(self.name, outputs, self._labels)
 
     def close(self) -> None:
         self.client.close()
@@ -93,8 +106,9 @@ class RestModel:
         if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
             raise Refused(f"{self.name} answers with a tensor without a shape")
         try:
+            dtype = "object" if output["datatype"] == "BYTES" else DTYPES[output["datatype"]]
             with np.errstate(over="ignore"):
-                return np.asarray(output.get("data"), DTYPES[output["datatype"]]).reshape(shape)
+                return np.asarray(output.get("data"), dtype).reshape(shape)
         except (ValueError, TypeError, OverflowError) as error:
             raise Refused(f"{self.name} answers with a tensor that cannot be read ({one_line(error, 80)})") from None
 
@@ -102,7 +116,7 @@ class RestModel:
 def declared(name: Any, datatype: Any, shape: Any) -> Declared:
     """One input as a server describes it; what makes no sense counts as not described."""
     sizes = list(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else []
-    known = all(isinstance(size, int) for size in sizes) and len(sizes) <= 8
+    known = all(isinstance(size, int) for size in sizes) and len(sizes) <= MAXIMUM_DIMENSIONS
     return Declared(
         name if isinstance(name, str) and name else Declared.name,
         datatype if isinstance(datatype, str) and datatype else Declared.datatype,
@@ -123,9 +137,58 @@ def choose_input(name: str, inputs: Sequence[Declared], wanted: str | None) -> D
     return inputs[0] if inputs else Declared()
 
 
+def told(name: str, outputs: Outputs, labels: Sequence[str] | None) -> Outputs:
+    """Outputs whose texts have become numbers of classes: by their place in `labels`, or where they are numbers.
+
+    A text that names no class is −1, an abstention. Without `labels`, texts without a number are left out. Raises
+    Refused where that leaves nothing.
+    """
+    numbers: Outputs = []
+    unknown = None
+    for output, array in outputs:
+        if array.dtype != object:
+            numbers.append((output, array))
+            continue
+        found = np.array([class_of(each, labels) for each in array.ravel()], np.int64)
+        if labels is None and found.size and (found == ABSTAINED).all():
+            unknown = array.ravel()[0]
+        else:
+            numbers.append((output, found.reshape(array.shape)))
+    if unknown is not None and not numbers:
+        said = one_line(Exception(unknown), 40)
+        raise Refused(f"{name} answers with names of classes, such as {said!r}: give their labels, in order")
+    return numbers
+
+
+def class_of(text: Any, labels: Sequence[str] | None) -> int:
+    """The class that a name stands for; −1 where it stands for none."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "replace")
+    if not isinstance(text, str):
+        return ABSTAINED
+    if labels is not None:
+        return labels.index(text) if text in labels else ABSTAINED
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else ABSTAINED
+
+
+def raw_texts(name: str, shape: Sequence[int], data: bytes) -> NDArray[Any]:
+    """Texts that stand one after the other, each behind its length. Raises Refused where they are not so many."""
+    texts: list[bytes] = []
+    place = 0
+    while place + 4 <= len(data):
+        end = place + 4 + int.from_bytes(data[place : place + 4], "little")
+        texts.append(data[place + 4 : end])
+        place = end
+    if place != len(data) or not texts or math.prod(shape) != len(texts) or min(shape, default=1) < 0:
+        raise Refused(f"{name} answers with {len(data)} bytes for a tensor BYTES{list(shape)}")
+    found = np.empty(len(texts), object)
+    found[:] = texts
+    return found.reshape(shape)
+
+
 def raw_tensor(name: str, datatype: str, shape: Sequence[int], data: bytes) -> NDArray[Any]:
     """An array from little-endian bytes. Raises Refused where they are not as many as the shape says."""
     dtype = np.dtype(DTYPES[datatype]).newbyteorder("<")
-    if any(size < 0 for size in shape) or math.prod(shape) * dtype.itemsize != len(data):
+    if min(shape, default=1) < 0 or math.prod(shape) * dtype.itemsize != len(data) or not data:
         raise Refused(f"{name} answers with {len(data)} bytes for a tensor {datatype}{list(shape)}")
     return np.frombuffer(data, dtype).reshape(shape).astype(DTYPES[datatype])

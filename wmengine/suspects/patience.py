@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -27,13 +28,15 @@ class Refused(SuspectError):
 class Unavailable(SuspectError):
     """The same request may be answered later.
 
-    retry_after: seconds that the endpoint asks for; reached: whether anything was listening at all.
+    retry_after: seconds that the endpoint asks for; reached: whether anything was listening at all; stale: only that
+    a connection kept from before was closed meanwhile, which is no try, though the inputs may have arrived.
     """
 
-    def __init__(self, message: str, retry_after: float = 0.0, reached: bool = True) -> None:
+    def __init__(self, message: str, retry_after: float = 0.0, reached: bool = True, stale: bool = False) -> None:
         super().__init__(message)
         self.retry_after = retry_after
         self.reached = reached
+        self.stale = stale
 
 
 class Spent(SuspectError):
@@ -75,23 +78,30 @@ class Patience:
         inputs: how many the request holds; 0 for one that asks nothing of the model. Raises Spent when the budget or
         the time does not allow a try, and whatever `send` raises.
         """
-        for attempt in range(self.tries):
+        failed = 0
+        while True:
             seconds = self._turn(inputs)
             try:
                 return send(seconds)
             except Unavailable as error:
-                if attempt + 1 == self.tries:
+                if error.stale:
+                    continue
+                failed += 1
+                if failed >= self.tries:
                     raise
-                backoff = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0**attempt) * random.uniform(0.5, 1.0)
+                backoff = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** (failed - 1)) * random.uniform(0.5, 1.0)
                 pause = max(error.retry_after, backoff)
                 if pause >= self._left():
                     raise Spent(f"{error}, and the next try would be after the deadline") from None
                 self._sleep(pause)
-        raise ValueError("there must be at least one try")
 
     def allows(self) -> int | None:
         """How many more inputs the budget allows; None where there is no budget."""
         return None if self.budget is None else max(0, self.budget - self.sent)
+
+    def in_time(self) -> float:
+        """How many more inputs the rate allows before the deadline; infinite where there is no rate."""
+        return math.inf if self.rate is None else self.rate * max(0.0, self._left())
 
     def _turn(self, inputs: int) -> float:
         """Waits for this request's turn; the seconds that it may take."""
@@ -99,7 +109,7 @@ class Patience:
             raise Spent(f"the budget of {self.budget} queries is used up")
         wait = self._next_turn - self._clock() if inputs else 0.0
         if wait >= self._left():
-            raise Spent(f"the deadline of {self.deadline:g} seconds has passed")
+            raise Spent(f"the deadline of {self.deadline:g} seconds comes before the next request")
         if wait > 0.0:
             self._sleep(wait)
         if inputs and self.rate is not None:

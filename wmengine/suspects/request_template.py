@@ -13,18 +13,18 @@ import base64
 import json
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.suspects.answers import Outputs
+from wmengine.suspects.answers import ABSTAINED, Outputs
 from wmengine.suspects.http_client import HttpClient, read_json
-from wmengine.suspects.inference_protocol import Declared
+from wmengine.suspects.inference_protocol import Declared, class_of
 from wmengine.suspects.patience import Refused
 
-FIELDS = ("method", "body", "encoding", "answers", "scores", "label", "labels")
+FIELDS = ("method", "body", "encoding", "answers", "scores", "label")
 ENCODINGS = ("list", "png", "bytes")
 ONE, MANY = "${input}", "${inputs}"
 _COLOUR_TYPES = {1: 0, 3: 2, 4: 6}  # PNG's numbers for grey, RGB and RGBA
@@ -33,13 +33,19 @@ _COLOUR_TYPES = {1: 0, 3: 2, 4: 6}  # PNG's numbers for grey, RGB and RGBA
 class TemplateModel:
     """A service that takes JSON made from a template. Raises ValueError where the template is not one."""
 
-    def __init__(self, url: str, headers: Mapping[str, str] | None, template: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str] | None,
+        template: Mapping[str, Any],
+        labels: Sequence[str] | None = None,
+    ) -> None:
         _check(template)
         self.client = HttpClient(url, headers)
-        self.name = self.client.name
+        self.name, self.secrets = self.client.name, self.client.secrets
         self.url = url
         self.encoding: str = template.get("encoding", "list")
-        self.labels: list[str] | None = template.get("labels")
+        self.labels = labels
         self._method: str = template.get("method", "POST")
         self._body = template["body"]
         self.single = _count(self._body, ONE) == 1
@@ -90,11 +96,11 @@ class TemplateModel:
 
     def _label(self, label: Any) -> int:
         """The class that a label names; −1 where it names none, as "none of these" does."""
-        if isinstance(label, str) and self.labels is not None:
-            return self.labels.index(label) if label in self.labels else -1
+        if isinstance(label, str) and (self.labels is not None or class_of(label, None) != ABSTAINED):
+            return class_of(label, self.labels)
         number = _number(label)
         if not (number.is_integer() and abs(number) < 2**31):
-            hint = "" if self.labels is not None else ", and the template gives no labels"
+            hint = "" if self.labels is not None else ", and no labels are given"
             raise Refused(f"{self.name} answers with what is no number of a class at {self._pointer!r}{hint}")
         return int(number)
 
@@ -156,14 +162,6 @@ def _check(template: Mapping[str, Any]) -> None:
             raise ValueError(f"the request's {field} must be a JSON pointer, such as /predictions or empty")
     if "answers" in template and _count(body, ONE):
         raise ValueError(f'answers is for "{MANY}": with "{ONE}" the whole answer is that of one input')
-    labels = template.get("labels")
-    if labels is not None and (
-        not isinstance(labels, list)
-        or not all(isinstance(label, str) for label in labels)
-        or len(set(labels)) != len(labels)
-        or len(labels) < 2
-    ):
-        raise ValueError("the request's labels must be the names of all classes, in their order, each once")
 
 
 def _count(value: Any, placeholder: str) -> int:
