@@ -549,6 +549,15 @@ def five_hundred_outputs():
     return classifier(*nodes, node("Identity", "s", "y"), outputs=[*map(value, names), value("y")])
 
 
+@hostile("1001 outputs, and at most 1000", weights="1001 outputs, and at most 1000")
+def a_thousand_and_one_outputs():
+    """Class numbers all of them: whoever looks which ones belong together compares each with every other."""
+    names = [f"y{index}" for index in range(1001)]
+    nodes = [node("TopK", "s ten", "v i", axis=1), *[node("Identity", "i", name) for name in names]]
+    outputs = [value(name, INT64) for name in names]
+    return classifier(*nodes, initializers=[constant("ten", np.array([CLASSES]))], outputs=outputs)
+
+
 @hostile("of names, and at most")
 def outputs_with_megabytes_of_names():
     names = [f"{index}" * (1 << 17) for index in range(10)]
