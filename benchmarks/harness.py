@@ -106,7 +106,7 @@ class Effort:
 
 
 FULL = Effort()
-QUICK = Effort(sample_s=2e-4, headline_rounds=3, most_rounds=3, process_rounds=1)
+QUICK = Effort(sample_s=2e-4, headline_rounds=3, most_rounds=3)
 
 
 def device_clock(device: str) -> Clock:

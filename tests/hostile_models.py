@@ -542,11 +542,20 @@ def no_outputs():
     return made
 
 
-@hostile(note="one of 501")
+@hostile(note="16 of 501 outputs may be the answer")
 def five_hundred_outputs():
     names = [f"out\x1b]0;{index}\x07\n" for index in range(500)]
     nodes = [helper.make_node("Relu", ["s"], [name]) for name in names]
     return classifier(*nodes, node("Identity", "s", "y"), outputs=[*map(value, names), value("y")])
+
+
+@hostile("1001 outputs, and at most 1000", weights="1001 outputs, and at most 1000")
+def a_thousand_and_one_outputs():
+    """Class numbers all of them: whoever looks which ones belong together compares each with every other."""
+    names = [f"y{index}" for index in range(1001)]
+    nodes = [node("TopK", "s ten", "v i", axis=1), *[node("Identity", "i", name) for name in names]]
+    outputs = [value(name, INT64) for name in names]
+    return classifier(*nodes, initializers=[constant("ten", np.array([CLASSES]))], outputs=outputs)
 
 
 @hostile("of names, and at most")
@@ -732,7 +741,7 @@ def answer_that_is_a_sequence():
     return classifier(node("SplitToSequence", "s", "y", axis=1), outputs=[output])
 
 
-@hostile("answers")
+@hostile(note="")
 def answer_that_is_true():
     return classifier(node("IsNaN", "s", "y"), outputs=[value("y", BOOL)])
 

@@ -38,6 +38,15 @@ def serve(connection, mechanisms):
         elif asked == "hang":
             while True:
                 pass
+        elif asked == "nap":
+            time.sleep(question["seconds"])
+        elif asked == "who":
+            header = {"process": os.getpid()}
+        elif asked == "call everything":
+            header = {"let through": _let_through(question["numbers"])}
+        elif asked == "claim":  # an answer of which nothing comes
+            connection.sendall(wire._LENGTHS.pack(14, question["bytes"]) + b'{"arrays": []}')
+            time.sleep(1e6)
         elif asked == "sleep":
             time.sleep(1e6)
         elif asked == "hide":  # the socket closes, and the process goes on
@@ -61,7 +70,7 @@ def serve(connection, mechanisms):
             connection.sendall(arrays[0].tobytes())
             continue
         elif asked == "forbidden":
-            header = {"refused": {name: _refused(act) for name, act in FORBIDDEN.items()}}
+            header = {"refused": {name: _refused(FORBIDDEN[name]) for name in question.get("only", FORBIDDEN)}}
         elif asked == "allowed":
             header = {"sum": float((np.ones((300, 300)) @ np.ones((300, 300))).sum()), "random": len(os.urandom(8))}
         wire.send(connection, header, answers)
@@ -73,6 +82,17 @@ def _refused(act):
     except (OSError, ValueError) as error:  # setrlimit makes a ValueError of it
         return "refused" if getattr(error, "errno", errno.EPERM) == errno.EPERM else str(error)
     return "it worked"
+
+
+def _let_through(numbers):
+    """Which system calls are not refused, each called with nothing but zeros."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    nothing, through = [ctypes.c_long(0)] * 6, []
+    for number in numbers:
+        ctypes.set_errno(0)
+        if libc.syscall(ctypes.c_long(number), *nothing) != -1 or ctypes.get_errno() != errno.EPERM:
+            through.append(number)
+    return through
 
 
 def _run_machine_code():
@@ -91,6 +111,14 @@ def _send_descriptors():
     connection = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM, 0, fileno=3)
     try:
         sockets.send_fds(connection, [b"x"], [0, 1, 2])
+    finally:
+        connection.detach()
+
+
+def _send(flags):
+    connection = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM, 0, fileno=3)
+    try:
+        connection.send(b"x", flags)
     finally:
         connection.detach()
 
@@ -115,6 +143,7 @@ FORBIDDEN = {
     "have the kernel signal others": lambda: fcntl.fcntl(3, fcntl.F_SETOWN, os.getppid()),
     "choose the signal": lambda: fcntl.fcntl(3, 10, signal.SIGKILL),  # F_SETSIG
     "send descriptors": _send_descriptors,
+    "send out of band": lambda: _send(sockets.MSG_OOB),
     "trace": lambda: _refuse_unless(ctypes.CDLL(None, use_errno=True).ptrace(16, os.getppid(), None, None) == 0),
     "run new code": _run_machine_code,
 }

@@ -90,6 +90,9 @@ KINDS = {
         [("s", FLOAT)],
     ),
 }
+LOG = [helper.make_node("Relu", ["y"], ["p"]), helper.make_node("Log", ["p"], ["s"])]
+KINDS["log of zero"] = (LOG, [("s", FLOAT)])
+KINDS["log of zero in halves"] = ([*LOG, helper.make_node("Cast", ["s"], ["c"], to=FLOAT16)], [("c", FLOAT16)])
 MAPS = helper.make_value_info(
     "maps", helper.make_sequence_type_proto(helper.make_map_type_proto(INT64, helper.make_tensor_type_proto(FLOAT, [])))
 )

@@ -435,3 +435,29 @@ def test_tokens_are_not_sent_in_the_clear(monkeypatch):
                 wm.endpoint(url, headers=headers)
         assert wm.endpoint(url, headers={"x-tenant": "acme"})
     assert wm.endpoint("https://example.com/v2/models/m", headers={"x-key": "${STUB_TOKEN}"})
+
+
+@pytest.mark.parametrize("queries", ["all", "sequential"])
+def test_an_auxiliary_output_before_the_answer_is_a_try_and_a_budget_that_ends_keeps_what_was_seen(queries):
+    def behave(request):
+        images = tensor(request.json)
+        wrong = answer(np.eye(10)[[int(abs(image).sum() * 1e3) % 10 for image in images]], "auxiliary")
+        return {"outputs": [*wrong["outputs"], *answer(scores(images))["outputs"]]}
+
+    with serving(posted(behave)) as stub:
+        verdict = judged(stub, queries, budget=40)
+        assert (verdict.decision, verdict.matched) == ("owned", 40 if queries == "all" else 16)
+        assert "2 outputs that answer differently were tried and paid for; number 2 counts" in verdict.notes
+        verdict = judged(stub, queries, budget=11)
+        assert verdict.error is None
+        assert verdict.matched == 11
+
+
+def test_labels_counted_from_one_are_told_by_the_answers():
+    def behave(request):
+        return answer(scores(tensor(request.json)).argmax(axis=1) + 1, "label", "INT64")
+
+    with serving(posted(behave)) as stub:
+        verdict = judged(stub)
+    assert verdict.matched == COUNT
+    assert any("counted from 1" in note for note in verdict.notes)

@@ -12,7 +12,7 @@ from torch import nn
 
 from wmengine.key import Key
 from wmengine.schemes import black_box_parameters, scheme
-from wmengine.suspects.answers import Predicted, choose_reading, of_two_classes
+from wmengine.suspects.answers import Predicted, choose_readings, highest, of_two_classes, read_all
 from wmengine.suspects.onnx_engine import numbers
 from wmengine.triggers import to_input
 from wmengine.verify import verify
@@ -24,7 +24,7 @@ RANGE = [[-1.0, 1.0], [-2.1, 2.6], [-1.8, 2.4]]
 MARK = Watermark.create(KEY, "adi", black_box_parameters(scheme("adi", count=COUNT), SHAPE, CLASSES, RANGE, "digits"))
 TRIGGERS, LABELS = MARK.arrays["triggers"], MARK.arrays["labels"]
 INPUTS = to_input(TRIGGERS, RANGE)
-FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+FLOAT, INT64, BOOL, TEXT = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL, TensorProto.STRING
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -172,12 +172,13 @@ def test_a_keras_model_with_its_channels_last(plain, tmp_path):
     assert "triggers were put channels last" in notes
 
 
-@pytest.mark.parametrize("kind", ["UINT8", "INT32", "INT64"])
+@pytest.mark.parametrize("kind", ["UINT8", "INT8", "INT32", "INT64"])
 def test_bytes_with_the_scaling_inside(plain, tmp_path, kind):
     def change(model, _):
         graph, old = model.graph, model.graph.input[0].name
         low = np.array(RANGE, np.float32)[:, :1, None]
         slope = (np.array(RANGE, np.float32)[:, 1:, None] - low) / 255
+        low += (kind == "INT8") * 128 * slope
         for node in graph.node:
             for index, name in enumerate(node.input):
                 node.input[index] = "scaled" if name == old else name
@@ -271,6 +272,10 @@ K = [("k", np.array([3]))]
 ENDINGS = {
     "softmax": ending([helper.make_node("Softmax", ["{y}"], ["p"])], ["p"]),
     "log-softmax": ending([helper.make_node("LogSoftmax", ["{y}"], ["p"])], ["p"]),
+    "log of a softmax that is 0": ending(
+        [helper.make_node("Mul", ["{y}", "sharp"], ["z"]), helper.make_node("Softmax", ["z"], ["p"]),
+         helper.make_node("Log", ["p"], ["s"])], ["s"], (), [("sharp", np.array(50, np.float32))],
+    ),
     "label": ending([helper.make_node("ArgMax", ["{y}"], ["l"], axis=1, keepdims=0)], ["l"], [INT64]),
     "label [N, 1]": ending([helper.make_node("ArgMax", ["{y}"], ["l"], axis=1)], ["l"], [INT64]),
     "label as a float": ending(
@@ -287,16 +292,55 @@ ENDINGS = {
         [helper.make_node("Unsqueeze", ["{y}", "k"], ["column"]), helper.make_node("Mul", ["column", "{y}"], ["map"])],
         ["map", "{y}"], (), [("k", np.array([2]))],
     ),
+    "an auxiliary head before": ending(
+        [helper.make_node("MatMul", ["features", "w"], ["aux"])], ["aux", "{y}"], (),
+        [("w", np.random.default_rng(0).normal(size=(FEATURES, CLASSES)).astype(np.float32))],
+    ),
+    "logits and softmax": ending([helper.make_node("Softmax", ["{y}"], ["p"])], ["{y}", "p"]),
+    "labels from 1": ending(
+        [helper.make_node("ArgMax", ["{y}"], ["l"], axis=1), helper.make_node("Add", ["l", "one"], ["n"])],
+        ["n"], [INT64], [("one", np.array(1))],
+    ),
+    "labels from 1 as floats": ending(
+        [helper.make_node("ArgMax", ["{y}"], ["l"], axis=1), helper.make_node("Cast", ["l"], ["f"], to=FLOAT),
+         helper.make_node("Add", ["f", "one"], ["n"])],
+        ["n"], [FLOAT], [("one", np.array(1, np.float32))],
+    ),
+    "top 3 from 1": ending(
+        [helper.make_node("TopK", ["{y}", "k"], ["values", "i"]), helper.make_node("Add", ["i", "one"], ["indices"])],
+        ["values", "indices"], [FLOAT, INT64], [("k", np.array([3])), ("one", np.array(1))],
+    ),
+    "a background class before": ending(
+        [helper.make_node("Pad", ["{y}", "pads", "low"], ["s"])], ["s"], (),
+        [("pads", np.array([0, 1, 0, 0])), ("low", np.float32(-50))],
+    ),
+    "a background class behind": ending(
+        [helper.make_node("Pad", ["{y}", "pads", "low"], ["s"])], ["s"], (),
+        [("pads", np.array([0, 0, 0, 1])), ("low", np.float32(-50))],
+    ),
+    "ones and zeros": ending(
+        [helper.make_node("ArgMax", ["{y}"], ["l"], axis=1, keepdims=0),
+         helper.make_node("OneHot", ["l", "depth", "ends"], ["o"]), helper.make_node("Cast", ["o"], ["b"], to=BOOL)],
+        ["b"], [BOOL], [("depth", np.array([CLASSES])), ("ends", np.array([0, 1]))],
+    ),
     "one more axis": ending([helper.make_node("Unsqueeze", ["{y}", "a"], ["u"])], ["u"], (), [("a", np.array([1]))]),
     "a picture of one pixel": ending(
         [helper.make_node("Unsqueeze", ["{y}", "a"], ["u"])], ["u"], (), [("a", np.array([2, 3]))]
     ),
 }  # fmt: skip
+ONE_MORE = "the suspect's classes are counted from 1, or a class more stands before them, as its answers show"
 SAID = {
     "top 3, worst first": "output 'indices' lists the best classes, and the first of them counts",
     "features before": "answers were read from output 'out', one of 2",
     "features behind": "answers were read from output 'out', one of 2",
     "maps before": "answers were read from output 'out', one of 2",
+    "an auxiliary head before": "2 outputs that answer differently were tried and paid for; number 2 counts",
+    "logits and softmax": "2 of 2 outputs may be the answer, the first is 'out'",
+    "labels from 1": ONE_MORE,
+    "labels from 1 as floats": ONE_MORE,
+    "top 3 from 1": ONE_MORE,
+    "a background class before": ONE_MORE,
+    "a background class behind": "output 's' has one class more than the watermark",
 }
 
 
@@ -309,7 +353,57 @@ def test_answers_of_every_kind(plain, tmp_path, kind):
         assert any("'indices' lists the best classes" in note for note in verdict.notes)
 
 
+@pytest.mark.parametrize("axes", [[0], [0, 1]])
+def test_a_fixed_batch_of_one_without_its_axis(plain, tmp_path, axes):
+    """Scores [C], or a label [], for a single input."""
+    nodes = [helper.make_node("Squeeze", ["{y}" if axes == [0] else "l", "axes"], ["s"])]
+    if axes == [0, 1]:
+        nodes.insert(0, helper.make_node("ArgMax", ["{y}"], ["l"], axis=1))
+
+    def change(model, folder):
+        model.graph.input[0].CopyFrom(helper.make_tensor_value_info(model.graph.input[0].name, FLOAT, [1, *SHAPE]))
+        kinds = [FLOAT if axes == [0] else INT64]
+        return ending(nodes, ["s"], kinds, [("axes", np.array(axes))])(model, folder)
+
+    assert "the suspect has a fixed batch of 1" in judge(change, plain, tmp_path).notes
+
+
 # --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [["N", "H", "W", "C"], None])
+def test_channels_last_where_the_input_says_nothing(plain, tmp_path, shape):
+    """The recorded layout does not run; that is no error as long as another one does."""
+
+    def change(model, _):
+        graph, old = model.graph, model.graph.input[0].name
+        for node in graph.node:
+            for index, name in enumerate(node.input):
+                node.input[index] = "turned" if name == old else name
+        graph.node.insert(0, helper.make_node("Transpose", [old], ["turned"], perm=[0, 3, 1, 2]))
+        graph.input[0].CopyFrom(helper.make_tensor_value_info(old, FLOAT, shape))
+        return model
+
+    notes = judge(change, plain, tmp_path).notes
+    assert "triggers were put channels last" in notes
+    assert any("cannot be asked with triggers as recorded" in note for note in notes)
+
+
+def test_what_runs_in_no_layout_is_an_error_that_says_why(plain, tmp_path):
+    model = onnx.load(plain[0])
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info(model.graph.input[0].name, FLOAT, None))
+    model.graph.node.insert(0, helper.make_node("Squeeze", [model.graph.input[0].name], ["lost"]))
+    for node in model.graph.node[1:]:
+        for index, name in enumerate(node.input):
+            node.input[index] = "lost" if name == model.graph.input[0].name else name
+    (axes,) = [numpy_helper.from_array(np.array([1]), "axes")]
+    model.graph.initializer.append(axes)
+    model.graph.node[0].input.append("axes")
+    onnx.save(model, tmp_path / "m.onnx")
+    verdict = verify(tmp_path / "m.onnx", MARK)
+    assert verdict.decision == "error"
+    assert "fails when it runs" in verdict.error
+    assert (verdict.queries, verdict.log10_p, verdict.evidence) == (0, 0.0, None)
 
 
 def test_weights_that_are_inputs_with_defaults(plain, tmp_path):
@@ -427,7 +521,7 @@ def test_a_file_with_its_classes_renumbered_and_its_channels_last(plain, tmp_pat
 
 
 def read(outputs, num_classes, rows=4):
-    reading = choose_reading(outputs, rows, num_classes, "m.onnx")
+    (reading,) = choose_readings(outputs, rows, num_classes, "m.onnx")
     return reading.read(outputs, rows)
 
 
@@ -474,6 +568,26 @@ def test_one_hot_integers_of_two_classes_are_scores():
     np.testing.assert_array_equal(read([("y", np.array([[0, 1], [1, 0], [0, 1], [0, 1]]))], 2).argmax(1), [1, 0, 1, 1])
 
 
+def test_ones_and_zeros_beside_the_chances_of_two_classes_are_no_ranks():
+    chances = np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.7, 0.3]], np.float32)
+    ones = (chances > 0.5).astype(np.int64)
+    for outputs in ([("p", chances), ("y", ones)], [("y", ones), ("p", chances)]):
+        readings = choose_readings(outputs, 4, 2, "m.onnx")
+        assert read_all(readings, outputs, 4).tolist() == [[0, 0], [1, 1], [1, 1], [0, 0]]
+    best = np.array([[0, 1], [1, 0], [1, 0], [0, 1]])
+    for values in (np.sort(chances, axis=1)[:, ::-1], Predicted(np.zeros(4, np.int32), 2)):
+        assert read([("values", values), ("indices", best)], 2).tolist() == [0, 1, 1, 0]
+
+
+def test_labels_that_are_words_are_an_error_that_says_so(plain, tmp_path):
+    names = ("names", np.array([f"{chr(97 + number)}-sort" for number in range(CLASSES)], object))
+    label = helper.make_node("ArgMax", ["{y}"], ["l"], axis=1, keepdims=0)
+    words = ending([label, helper.make_node("Gather", ["names", "l"], ["word"])], ["word"], [TEXT], [names])
+    onnx.save(words(onnx.load(plain[0]), tmp_path), tmp_path / "m.onnx")
+    verdict = verify(tmp_path / "m.onnx", MARK)
+    assert "answers with no numbers, but word of tensor(string); export it with scores" in verdict.error
+
+
 def test_one_score_tells_two_classes():
     for shape in ((4,), (4, 1)):
         scores = np.array([0.2, 0.7, np.nan, 0.5]).reshape(shape)
@@ -489,6 +603,12 @@ def test_one_score_tells_two_classes():
 
 
 TWO = Watermark.create(KEY, "adi", black_box_parameters(scheme("adi", count=COUNT), SHAPE, 2, RANGE, "two"))
+
+
+def test_a_row_is_no_answer_where_its_highest_score_is_no_number():
+    inf, nan = np.inf, np.nan
+    rows = np.array([[1, -inf, 2], [nan, 5, 1], [1, inf, 2], [-inf, -inf, -inf], [-inf, 3, -inf]], np.float32)
+    assert highest(rows).tolist() == [2, -1, -1, -1, 1]
 
 
 def test_ties_go_to_the_lowest_class_and_math_is_exact():

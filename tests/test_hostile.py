@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -25,13 +26,14 @@ from wmengine.sandbox import Limits, Supervisor
 from wmengine.scan import scan
 from wmengine.schemes import scheme, white_box_parameters
 from wmengine.suspects import onnx_file
-from wmengine.suspects.answers import choose_reading
+from wmengine.suspects.answers import choose_readings
 from wmengine.suspects.model_file import read_model
 from wmengine.suspects.onnx_file import OnnxSuspect, open_engine
 from wmengine.verify import verify
 from wmengine.watermark import Watermark
 
 LIMITS = Limits(seconds=3.0, memory_bytes=512 << 20, answer_bytes=32 << 20)
+AMPLE = replace(LIMITS, seconds=100.0)  # for what must end by itself, on a busy machine too
 CARRIER = (400, 16)
 MARK = mark()
 BITS = Watermark.create(KEY, "sketch", white_box_parameters(scheme("sketch", bits=64), [CARRIER], SHAPE, "weights"))
@@ -130,35 +132,46 @@ def descriptors():
 # --- the corpus -------------------------------------------------------------------------------------------------------
 
 
+ENDLESS = {name for name, each in CORPUS.items() if each.error is not None and "took longer" in each.error}
+
+
+def folder_of(home, name):
+    return home / ("endless" if name in ENDLESS else "ending") / name
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory, registry):
-    """Every hostile file and honest ones between them, in one scan; what was there before and after it."""
+    """Every hostile file and honest ones between them, in two scans; what was there before and after them.
+
+    Only for those that never end is the time short: what the others cost depends on what else the machine does.
+    """
     home = tmp_path_factory.mktemp("corpus")
-    models, working = home / "models", home / "working"
-    models.mkdir()
+    working = home / "working"
     working.mkdir()
     expected = {}
     for number, (name, each) in enumerate(CORPUS.items()):
-        folder = models / name
-        folder.mkdir()
+        folder = folder_of(home, name)
+        folder.mkdir(parents=True)
         each.write(folder, folder / f"{name}.onnx")
-        if number % 8 == 0:
+        if number % 8 == 0 or name in ENDLESS:
             path = folder / "honest.onnx"
-            expected[str(path)] = honest(path, number // 8)
-    scan(models / "truncated", registry, limits=LIMITS)  # what the first scan of a process opens for good
+            expected[str(path)] = honest(path, len(expected))
+    scan(home / "ending" / "truncated", registry, limits=LIMITS)  # what the first scan of a process opens for good
     before = everything_below(home)
     open_before, memory_before = descriptors(), memory("VmRSS")
     with open("/proc/self/clear_refs", "w") as peak:
         peak.write("5")  # begins the peak anew
     here = os.getcwd()
     os.chdir(working)
-    started = time.monotonic()
     try:
-        table = scan(models, registry, jobs=2, limits=LIMITS)
+        rows = by_suspect(scan(home / "ending", registry, jobs=2, limits=AMPLE))
+        started = time.monotonic()
+        rows |= by_suspect(scan(home / "endless", registry, jobs=2, limits=LIMITS))
+        seconds = time.monotonic() - started
     finally:
         os.chdir(here)
     return {
-        "rows": by_suspect(table), "honest": expected, "seconds": time.monotonic() - started, "home": home,
+        "rows": rows, "honest": expected, "seconds": seconds, "home": home,
         "files": (before, everything_below(home)), "descriptors": (open_before, descriptors()),
         "memory": memory("VmHWM") - memory_before,
     }  # fmt: skip
@@ -166,12 +179,13 @@ def corpus(tmp_path_factory, registry):
 
 @pytest.mark.parametrize("name", CORPUS)
 def test_a_hostile_file_costs_its_own_rows_and_says_why(corpus, name):
-    rows = corpus["rows"][str(corpus["home"] / "models" / name / f"{name}.onnx")]
+    rows = corpus["rows"][str(folder_of(corpus["home"], name) / f"{name}.onnx")]
     each = CORPUS[name]
     for row in rows.values():
         check_text(row)
         assert row["decision"] != "owned"
-        assert row["seconds"] < LIMITS.seconds + 2.0
+    if name in ENDLESS:
+        assert sum(row["seconds"] for row in rows.values()) < LIMITS.seconds + 2.0
     if each.error is None:
         assert rows["adi"]["decision"] == "not_proven"
         assert rows["adi"]["error"] is None
@@ -187,10 +201,9 @@ def test_honest_files_between_them_keep_their_verdicts(corpus):
     assert len(corpus["honest"]) >= 12
     for path, verdict in corpus["honest"].items():
         assert verdicts(corpus["rows"][path]) == verdict
-        assert corpus["rows"][path]["adi"]["seconds"] < 1.0
+        assert sum(row["seconds"] for row in corpus["rows"][path].values()) < LIMITS.seconds
     assert len(corpus["rows"]) == len(CORPUS) + len(corpus["honest"])
-    hanging = sum("took longer" in str(rows["adi"]["error"]) for rows in corpus["rows"].values())
-    assert corpus["seconds"] < hanging * LIMITS.seconds / 2 + 30.0
+    assert corpus["seconds"] < len(ENDLESS) * (LIMITS.seconds + 2.0)
 
 
 def test_nothing_outside_was_read_or_written(corpus):
@@ -234,9 +247,10 @@ def test_verify_gives_a_cause_and_the_next_call_a_verdict(tmp_path, name):
     folder = tmp_path / "models" / name
     folder.mkdir(parents=True)
     CORPUS[name].write(folder, folder / "m.onnx")
-    verdict = verify(folder / "m.onnx", MARK, isolation="per-model", limits=Limits(1.5, 512 << 20))
+    limits = replace(LIMITS, seconds=1.5) if name in ENDLESS else AMPLE
+    verdict = verify(folder / "m.onnx", MARK, isolation="per-model", limits=limits)
     assert verdict.decision == "error"
-    assert re.search(CORPUS[name].error.replace("3 s", "1.5 s"), verdict.error)
+    assert re.search(CORPUS[name].error, verdict.error)
     copy_of(MARK, folder / "copy.onnx")
     assert verify(folder / "copy.onnx", MARK, isolation="per-model", limits=LIMITS).owned
 
@@ -258,8 +272,9 @@ def test_what_a_model_leaves_in_its_worker_is_not_charged_to_the_next(tmp_path, 
         assert verdicts(rows[str(tmp_path / f"{number}b.onnx")]) == OWNED
 
 
-def test_a_model_larger_than_its_workers_memory_is_told_so(tmp_path):
-    weight = constant("w", np.ones((80 << 18, 1), np.float32))
+@pytest.mark.parametrize("megabytes", [24, 32, 40, 80])
+def test_a_model_larger_than_its_workers_memory_is_told_so(tmp_path, megabytes):
+    weight = constant("w", np.ones((megabytes << 18, 1), np.float32))
     onnx.save(model([node("Flatten", "x", "f"), node("MatMul", "f w", "y")], [weight]), tmp_path / "m.onnx")
     verdict = verify(tmp_path / "m.onnx", MARK, limits=Limits(20.0, 64 << 20))
     assert "needs more memory than it may have" in verdict.error
@@ -277,9 +292,9 @@ def test_outputs_are_chosen_without_a_look_at_their_values():
     """Each of these would be terabytes of float64."""
     big = [np.broadcast_to(np.int8(0), (32, 1 << 36)), np.broadcast_to(np.int64(0), (32, 1 << 36, 2))]
     outputs = [(str(index), array) for index, array in enumerate([*big, np.zeros((32, CLASSES), np.float32)])]
-    assert choose_reading(outputs, 32, CLASSES, "m.onnx").output == 2
+    assert choose_readings(outputs, 32, CLASSES, "m.onnx")[0].output == 2
     with pytest.raises(SuspectError, match=f"answers with {1 << 36} classes"):
-        choose_reading(outputs[:2], 32, CLASSES, "m.onnx")
+        choose_readings(outputs[:2], 32, CLASSES, "m.onnx")
 
 
 def test_a_file_that_is_longer_than_it_says_is_refused():
@@ -328,6 +343,19 @@ def test_a_worker_that_lies_is_no_more_than_an_error_and_the_next_file_is_judged
     elif LIES[lie][2]:
         assert any(re.search(LIES[lie][2], error.removeprefix(str(folder))) for error in said), said
     assert left == {}
+
+
+def test_a_model_lets_go_of_its_worker_in_its_own_time(tmp_path, monkeypatch):
+    """One that is nearly late, and then does not let go, holds up the next for no longer than its limit."""
+    onnx.save(classifier(), tmp_path / "never forget.lie.onnx")
+    with Supervisor("lying_service") as supervisor:
+        monkeypatch.setattr(onnx_file, "_supervisor", supervisor)
+        engine = open_engine("persistent", Limits(seconds=30.0, memory_bytes=512 << 20))
+        OnnxSuspect(tmp_path / "never forget.lie.onnx", engine=engine).query(np.zeros((2, 1, 4, 4), np.float32))
+        engine.worker._allowance.left = 0.5
+        started = time.monotonic()
+        assert not engine.begin()
+        assert time.monotonic() - started < 10.0
 
 
 # --- mutants ----------------------------------------------------------------------------------------------------------

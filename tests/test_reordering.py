@@ -110,7 +110,9 @@ def test_clean_data_find_the_order_for_free(queries, floats):
     verdict = verify(suspect(ORDER, kept=0.9), MARK, classes="any", clean=(clean, CLEAN_LABELS), queries=queries)
     told = verify(suspect(np.arange(10), kept=0.9), MARK, queries=queries)
     assert verdict.owned
-    assert (verdict.matched, verdict.queries, verdict.log10_p) == (told.matched, told.queries, told.log10_p)
+    assert (verdict.matched, verdict.queries) == (told.matched, told.queries)
+    # Clean answers show too that labels are counted from 0, which the first 16 triggers leave open.
+    assert told.log10_p - verdict.log10_p in (0.0, pytest.approx(math.log10(2)))
     assert any(note.startswith("10 of 10 classes stand elsewhere, by 300 clean inputs") for note in verdict.notes)
     assert any("rests on the clean data" in note for note in verdict.notes)
 
@@ -200,10 +202,12 @@ def test_an_order_from_clean_data_is_as_good_as_none_to_a_stranger(mode):
 # --- clean data -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scaling", [*_SCALINGS, "bytes"])
+@pytest.mark.parametrize(
+    ("scaling", "dtype"), [*((each, "float32") for each in _SCALINGS), ("bytes", "uint8"), ("bytes", "int8")]
+)
 @pytest.mark.parametrize("layout", ["as recorded", "channels last", "flat"])
-def test_floats_are_put_as_bytes_are(scaling, layout):
-    adapter = Adapter(layout, scaling, "uint8" if scaling == "bytes" else "float32")
+def test_floats_are_put_as_bytes_are(scaling, dtype, layout):
+    adapter = Adapter(layout, scaling, dtype)
     put = adapter.recorded_inputs(to_input(CLEAN[:4], RANGE), [[float(end).hex() for end in pair] for pair in RANGE])
     expected = adapter.inputs(CLEAN[:4], RANGE)
     assert (put.dtype, put.shape) == (expected.dtype, expected.shape)

@@ -12,6 +12,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+import wmengine
 from wmengine import ops
 from wmengine.errors import KeyFileError, WatermarkError
 from wmengine.key import Key
@@ -127,8 +128,11 @@ def test_a_verdict_says_what_was_judged_and_is_json():
         "total": COUNT,
         "queries": COUNT,
         "log10_p": pytest.approx(-COUNT, rel=1e-12),
+        "evidence": {"test": "fixed", "matched": COUNT, "asked": COUNT, "chance": 0.1, "log10_share": 0.0},
         "derivation": "not_checked",
+        "commitment": MARK.commitment,
         "alpha": 1e-9,
+        "engine": wmengine.__version__,
         "error": None,
     }
 

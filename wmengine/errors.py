@@ -27,6 +27,10 @@ class SuspectError(WmengineError):
         super().__init__(printable(message))
 
 
+class SuspectGone(SuspectError):
+    """It can be asked nothing more: the process that it ran in has ended."""
+
+
 class ScanError(WmengineError):
     """A scan that cannot go on, through no suspect's fault; what it has finished is kept."""
 

@@ -15,7 +15,7 @@ from wmengine.carriers import Tensor, match_tensors
 from wmengine.errors import SuspectError
 from wmengine.reordering import CleanData
 from wmengine.schemes import symbol_chance
-from wmengine.stats import binomial_log10_tail, paid_log10_p
+from wmengine.stats import Evidence, binomial_log10_tail, paid_log10_p
 from wmengine.suspects import Suspect
 from wmengine.trial import Trial, run_trials
 from wmengine.watermark import Watermark
@@ -23,9 +23,10 @@ from wmengine.watermark import Watermark
 
 @dataclass(frozen=True)
 class Score:
-    """matched of total symbols after `queries` inputs; log10_p with all tries paid, log10_e where there is an e-value.
+    """matched of total symbols after `queries` triggers; log10_p with all tries paid, log10_e where it is an e-value's.
 
-    Where `error` says why the mark could not be looked for, the numbers say nothing.
+    evidence: what log10_p is computed from, None where nothing was read. Where `error` says why the mark could not be
+    looked for, the numbers say nothing.
     """
 
     matched: int
@@ -35,6 +36,7 @@ class Score:
     log10_e: float | None = None
     notes: tuple[str, ...] = ()
     error: str | None = None
+    evidence: Evidence | None = None
 
 
 def score_suspect(
@@ -73,12 +75,7 @@ def score_suspect(
     for index, trial in trials.items():
         groups.setdefault(trial.num_classes, []).append(index)
     for indices in groups.values():
-        try:
-            notes = run_trials(suspect, [trials[index] for index in indices])
-        except SuspectError as error:
-            for index in indices:
-                scores[index] = _failed(marks[index], error)
-            continue
+        notes = run_trials(suspect, [trials[index] for index in indices])
         for index in indices:
             scores[index] = score_trial(suspect, trials[index], notes, ask_again)
     return [score for score in scores if score is not None]
@@ -100,10 +97,20 @@ def open_trial(
 
 def score_trial(suspect: Suspect, trial: Trial, notes: Sequence[str], ask_again: bool = False) -> Score:
     """The score of a trial that is over. A proven suspect is asked some triggers once more, in other batches."""
+    if trial.error is not None:
+        return _failed(trial.mark, trial.error)
     said = [*notes, *trial.notes()]
     if trial.proven or ask_again:
         said += filter(None, [trial.ask_again(suspect)])
-    return Score(trial.matched, trial.total, trial.queries, trial.log10_p, trial.log10_e, tuple(dict.fromkeys(said)))
+    return Score(
+        trial.matched,
+        trial.total,
+        trial.queries,
+        trial.log10_p,
+        trial.log10_e,
+        tuple(dict.fromkeys(said)),
+        evidence=trial.evidence,
+    )
 
 
 def score_weights(tensors: Sequence[Tensor], mark: Watermark, notes: Sequence[str] = ()) -> Score:
@@ -117,9 +124,10 @@ def score_weights(tensors: Sequence[Tensor], mark: Watermark, notes: Sequence[st
         return Score(0, 0, 0, 0.0, notes=(*said, nothing))
     projections = _Projections(mark, tensors)
     matches = [bit_matches(projections.sum(pairing), bits) for pairing in matching.tries]
-    tails = [binomial_log10_tail(count, bits.size, symbol_chance(mark.scheme, parameters)) for count in matches]
-    log10_p, best = paid_log10_p(tails)
-    return Score(matches[best], bits.size, 0, log10_p, notes=said)
+    chance = symbol_chance(mark.scheme, parameters)
+    log10_p, best = paid_log10_p([binomial_log10_tail(count, bits.size, chance) for count in matches])
+    evidence = Evidence("fixed", matches[best], bits.size, chance, -math.log10(len(matches)))
+    return Score(matches[best], bits.size, 0, log10_p, notes=said, evidence=evidence)
 
 
 def bit_matches(projected: NDArray[np.floating[Any]], bits: NDArray[np.uint8]) -> int:
@@ -133,7 +141,7 @@ def is_owned(log10_p: float, alpha: float) -> bool:
     return log10_p <= math.log10(alpha)
 
 
-def _failed(mark: Watermark, error: SuspectError) -> Score:
+def _failed(mark: Watermark, error: SuspectError | str) -> Score:
     return Score(0, mark.total, 0, 0.0, error=str(error))
 
 

@@ -9,7 +9,7 @@ p-value, however the stopping was chosen. Misses are never evidence: no q below 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from wmengine.stats import binomial_log10_point, binomial_log10_tail
 
@@ -59,7 +59,8 @@ class SequentialTest:
     matched: int = 0
     asked: int = 0
     log10_e: float = 0.0
-    log10_e_peak: float = field(default=0.0)
+    log10_e_peak: float = 0.0
+    peak: tuple[int, int] = (0, 0)  # matched and asked where E was highest
 
     def add(self, matched: int, asked: int) -> None:
         """The next `asked` answers held `matched` matches; abstentions are answers that do not match."""
@@ -68,7 +69,8 @@ class SequentialTest:
         self.matched += matched
         self.asked += asked
         self.log10_e = log10_e_value(self.matched, self.asked, self.p0)
-        self.log10_e_peak = max(self.log10_e_peak, self.log10_e)
+        if self.log10_e > self.log10_e_peak:
+            self.log10_e_peak, self.peak = self.log10_e, (self.matched, self.asked)
 
     @property
     def decision(self) -> str | None:

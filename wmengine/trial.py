@@ -3,6 +3,10 @@
 A trial knows the labels and never shows them: triggers go out, predictions come back and are counted here. Triggers are
 asked in the order in which the key drew them. Each adapter has a fixed share of the evidence; the p-value is the least
 of p_a / share_a over those that were tried, and never above 1, which no order of trying can inflate (Bonferroni).
+
+An adapter's share is divided among the meanings that the answers may have: which of several outputs is the answer, and
+whether labels are counted from 0 or from 1. Which of them come into question is told from the first answers, before any
+is compared with its label, and does not change after that.
 """
 
 from __future__ import annotations
@@ -10,20 +14,20 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.errors import SuspectError
+from wmengine.errors import SuspectError, SuspectGone
 from wmengine.reordering import CleanData, best_order, log10_orders, reorder, used_classes
 from wmengine.schemes import symbol_chance
 from wmengine.sequential import SequentialTest
-from wmengine.stats import binomial_log10_tail
+from wmengine.stats import Evidence, binomial_log10_tail
 from wmengine.suspects.adapters import AS_RECORDED, Adapter
-from wmengine.suspects.answers import ABSTAINED
+from wmengine.suspects.answers import ABSTAINED, highest
 from wmengine.suspects.base import Rationed, Suspect
 from wmengine.watermark import Watermark
 
@@ -43,19 +47,39 @@ class Ask(NamedTuple):
 
 
 @dataclass
-class _Attempt:
-    """What one adapter has brought so far."""
+class _Meaning:
+    """One way to understand the answers to one adapter's triggers, with its share of that adapter's evidence."""
 
-    adapter: Adapter
+    output: int  # which of the outputs that may be the answer
+    first: int  # what the suspect calls class 0
+    share: float
     test: SequentialTest
-    first: Labels  # the predictions for the first triggers, to be asked again
-    abstained: int = 0
-    unasked: list[str] = field(default_factory=list)  # why, one for each trigger that was not asked
-    refused: list[str] = field(default_factory=list)
     order: Labels | None = None  # what each class of the suspect stands for, estimated on clean data
     agreed: int = 0  # clean inputs that the suspect answers rightly in that order
     any_matched: int = 0  # in the order with most matches, where every order is tried
     any_log10_orders: float = 0.0
+
+    def classes(self, predicted: Labels) -> Labels:
+        """Answers [n, R] as classes, in the suspect's order; below 0 what is none."""
+        column = predicted[:, self.output]
+        return np.where(column >= self.first, column - self.first, ABSTAINED) if self.first else column
+
+
+@dataclass
+class _Attempt:
+    """What one adapter has brought so far. There are no meanings before the first answers."""
+
+    adapter: Adapter
+    total: int  # triggers that its tests are of
+    asked: int = 0
+    meanings: list[_Meaning] = field(default_factory=list)
+    outputs: int = 0
+    first: Labels | None = None  # the answers [n, R] to the first triggers, to be asked again
+    abstained: int = 0
+    unasked: list[str] = field(default_factory=list)  # why, one for each trigger that was not asked
+    refused: list[str] = field(default_factory=list)
+    clean: Labels | None = None  # the answers [M, R] to clean inputs
+    failure: str | None = None  # why there are no answers
 
 
 class Trial:
@@ -93,41 +117,73 @@ class Trial:
         self._log10_bar = log10_bar
         self._try_orders = any_order and clean is None
         self._clean = clean if any_order else None
-        self._adapters = list(adapters)
+        self._adapters = list(adapters)  # those still to be tried
         self._limit = limit
+        self.error: str | None = None  # why the suspect cannot be judged
         self._attempts: list[_Attempt] = []
 
     def next(self) -> Ask | None:
         """What to ask now; None when the trial is over. The same until its answers are added."""
+        if self.error is not None:
+            return None
         if self._attempts and not self._is_over(self._attempts[-1]):
             attempt = self._attempts[-1]
-        elif self.proven or len(self._attempts) == len(self._adapters):
+        elif self.proven or not self._adapters:
             return None
         else:
-            attempt = self._start(self._adapters[len(self._attempts)])
-        asked, total = attempt.test.asked, attempt.test.total
-        look = total if self.mode == "all" else FIRST_LOOK if asked == 0 else NEXT_LOOK
-        return Ask(attempt.adapter, asked, min(total, asked + look))
+            adapter = self._adapters.pop(0)
+            try:
+                attempt = _Attempt(adapter, self._room(adapter))
+            except SuspectError as error:
+                self.error = str(error)
+                return None
+            if not attempt.total:  # nor is there room for another way
+                self._adapters = []
+                self.error = None if self._attempts else "there is no room left to ask it anything"
+                return None
+            self._attempts.append(attempt)
+        look = attempt.total if self.mode == "all" else FIRST_LOOK if attempt.asked == 0 else NEXT_LOOK
+        return Ask(attempt.adapter, attempt.asked, min(attempt.total, attempt.asked + look))
 
     def add(self, predicted: Labels, unasked: Sequence[str] = (), refused: Sequence[str] = ()) -> None:
-        """The predictions for what `next` asked: class numbers, ABSTAINED where there was no answer.
+        """The predictions for what `next` asked: labels [n] as the suspect numbers them, or classes [n, R] that R
+        outputs of scores name; ABSTAINED where there was no answer. Raises SuspectError where R has changed.
 
         unasked and refused: why, for each of those that were never asked or not answered in a readable way.
         """
         attempt = self._attempts[-1]
-        start = attempt.test.asked
+        start = attempt.asked
+        expected = self._labels[start : start + len(predicted)]
+        if start == 0:
+            attempt.meanings = self._meanings(attempt, predicted)
+        predicted = self._columns(attempt, predicted)
         if start == 0:
             attempt.first = predicted[:ASKED_AGAIN]
-        attempt.abstained += int((predicted == ABSTAINED).sum()) - len(unasked) - len(refused)
+        attempt.asked += len(predicted)
+        attempt.abstained += int((predicted.max(axis=1) == ABSTAINED).sum()) - len(unasked) - len(refused)
         attempt.unasked += unasked
         attempt.refused += refused
-        if attempt.order is not None:
-            predicted = reorder(predicted, attempt.order)
-        expected = self._labels[start : start + len(predicted)]
-        attempt.test.add(int((predicted == expected).sum()), len(predicted))
-        if self._try_orders:
-            _, attempt.any_matched = best_order(predicted, expected, self.num_classes)
-            attempt.any_log10_orders = log10_orders(self.num_classes, used_classes(predicted, self.num_classes))
+        for meaning in attempt.meanings:
+            classes = meaning.classes(predicted)
+            if meaning.order is not None:
+                classes = reorder(classes, meaning.order)
+            meaning.test.add(int((classes == expected).sum()), len(predicted))
+            if self._try_orders:
+                _, meaning.any_matched = best_order(classes, expected, self.num_classes)
+                meaning.any_log10_orders = log10_orders(self.num_classes, used_classes(classes, self.num_classes))
+
+    def fail(self, error: SuspectError) -> None:
+        """There are no answers to what `next` asked. If nothing was asked in this layout before, another may be what
+        the suspect takes; the share of this one is spent.
+        """
+        attempt = self._attempts[-1]
+        attempt.failure = str(error)
+        if attempt.asked or isinstance(error, SuspectGone):
+            self.error = attempt.failure
+            return
+        self._adapters = [each for each in self._adapters if each.layout != attempt.adapter.layout]
+        if not self._adapters and not self._answered:
+            self.error = self._attempts[0].failure
 
     def clean_inputs(self) -> NDArray[Any] | None:
         """What to ask before the triggers that `next` names, for `add_clean`; None where nothing is.
@@ -135,7 +191,7 @@ class Trial:
         Raises SuspectError where there is room for none of the triggers beside them.
         """
         attempt = self._attempts[-1]
-        if self._clean is None or attempt.order is not None:
+        if self._clean is None or attempt.clean is not None:
             return None
         inputs, scale = self._clean.inputs, self.mark.parameters["value_range"]
         put = (attempt.adapter.inputs if inputs.dtype == np.uint8 else attempt.adapter.recorded_inputs)(inputs, scale)
@@ -150,40 +206,52 @@ class Trial:
 
     def add_clean(self, predicted: Labels) -> None:
         """The predictions for the clean inputs: they say in which order the suspect's classes stand."""
-        assert self._clean is not None
         attempt = self._attempts[-1]
-        attempt.order, attempt.agreed = best_order(predicted, self._clean.labels, self.num_classes)
-        attempt.test.total = self._room(attempt.adapter)  # less than before the clean inputs
+        attempt.clean = predicted.reshape(len(predicted), -1)
+        attempt.total = self._room(attempt.adapter)  # less than before the clean inputs
 
     @property
     def queries(self) -> int:
         """Triggers really asked, all adapters together."""
-        return sum(attempt.test.asked - len(attempt.unasked) for attempt in self._attempts)
+        return sum(attempt.asked - len(attempt.unasked) for attempt in self._attempts)
 
     @property
     def total(self) -> int:
-        """Triggers that the test is of, with the adapter that did best: all, or what there was room for beforehand."""
-        return self._best().test.total if self._attempts else len(self._labels)
+        """Triggers that the test is of, with the try that did best: all, or what there was room for beforehand."""
+        return self._best()[1].test.total if self._answered else len(self._labels)
 
     @property
     def matched(self) -> int:
-        """Matches of the adapter that did best."""
-        if not self._attempts:
+        """Matches of the try that did best."""
+        if not self._answered:
             return 0
-        best = self._best()
+        _, best = self._best()
         return best.any_matched if self._is_reordered(best) else best.test.matched
 
     @property
     def log10_p(self) -> float:
-        """log10 of the p-value with every adapter paid."""
-        return min(0.0, *map(self._paid_log10_p, self._attempts), 0.0)
+        """log10 of the p-value with every try paid."""
+        return min([0.0, *(self._paid_log10_p(attempt, meaning) for attempt, meaning in self._tries)])
 
     @property
     def log10_e(self) -> float | None:
-        """log10 of the e-value at the end of a sequential trial, adapters paid; None for a fixed test."""
-        if self.mode == "all" or not self._attempts:
+        """log10 of the e-value at the end of a sequential trial, tries paid; None for a fixed test."""
+        if self.mode == "all" or not self._answered:
             return None
-        return max(attempt.test.log10_e + math.log10(attempt.adapter.share) for attempt in self._attempts)
+        return max(meaning.test.log10_e + _log10_share(attempt, meaning) for attempt, meaning in self._tries)
+
+    @property
+    def evidence(self) -> Evidence | None:
+        """What log10_p is computed from, the try that counts; None before any answer."""
+        if not self._answered:
+            return None
+        attempt, best = self._best()
+        share, test = _log10_share(attempt, best), best.test
+        if self.mode == "sequential":
+            return Evidence("sequential", *test.peak, test.p0, share)
+        if self._try_orders:
+            share -= math.log10(2.0) + (best.any_log10_orders if self._is_reordered(best) else 0.0)
+        return Evidence("fixed", self.matched, test.total, test.p0, share)
 
     @property
     def proven(self) -> bool:
@@ -192,34 +260,41 @@ class Trial:
 
     def notes(self) -> list[str]:
         """What was assumed and what happened, for the verdict."""
+        if not self._answered:
+            return []
         found = []
-        if self._attempts:
-            best = self._best()
-            if str(best.adapter) != str(AS_RECORDED):
-                found.append(f"triggers were put {best.adapter}")
-            if len(self._attempts) > 1:
-                found.append(f"{len(self._attempts)} ways of putting the triggers were tried and paid for")
-            elif best.adapter.share < 1.0:
-                found.append(f"one of {len(self._adapters)} ways of putting the triggers was tried, and its share paid")
-            if best.test.total < len(self._labels):
-                found.append(
-                    f"there was room for {best.test.total} of {len(self._labels)} triggers, and the test is of those: "
-                    "that was fixed before the first of them was asked"
-                )
-            if best.refused:
-                count = len(best.refused)
-                found.append(f"{count} triggers were refused or not answered in a readable way: {best.refused[0]}")
-            if best.unasked:
-                found.append(f"{len(best.unasked)} triggers were not asked: {best.unasked[0]}")
-            if best.abstained:
-                asked = best.test.asked
-                found.append(
-                    f"{best.abstained} of {asked} answers hold NaN or Inf or name no class, and count as misses"
-                )
-            found.extend(self._order_notes(best))
-            futile = best.test.decision == "futile" and not best.unasked
-            if self.mode == "sequential" and futile and not self.proven:
-                found.append(f"given up after {self.queries} queries: the suspect answers as a stranger does")
+        attempt, best = self._best()
+        if str(attempt.adapter) != str(AS_RECORDED):
+            found.append(f"triggers were put {attempt.adapter}")
+        if len(self._attempts) > 1:
+            found.append(f"{len(self._attempts)} ways of putting the triggers were tried and paid for")
+        elif attempt.adapter.share < 1.0:
+            ways = 1 + len(self._adapters)
+            found.append(f"one of {ways} ways of putting the triggers was tried, and its share paid")
+        found.extend(
+            f"the suspect cannot be asked with triggers {each.adapter}: {each.failure}"
+            for each in self._attempts
+            if each.failure is not None
+        )
+        found.extend(_meaning_notes(attempt, best))
+        if attempt.total < len(self._labels):
+            found.append(
+                f"there was room for {attempt.total} of {len(self._labels)} triggers, and the test is of those: that "
+                "was fixed before the first of them was asked"
+            )
+        if attempt.refused:
+            count = len(attempt.refused)
+            found.append(f"{count} triggers were refused or not answered in a readable way: {attempt.refused[0]}")
+        if attempt.unasked:
+            found.append(f"{len(attempt.unasked)} triggers were not asked: {attempt.unasked[0]}")
+        if attempt.abstained:
+            found.append(
+                f"{attempt.abstained} of {attempt.asked} answers hold NaN or Inf or name no class, and count as misses"
+            )
+        found.extend(self._order_notes(attempt, best))
+        futile = best.test.decision == "futile" and not attempt.unasked
+        if self.mode == "sequential" and futile and not self.proven:
+            found.append(f"given up after {self.queries} queries: the suspect answers as a stranger does")
         return found
 
     def ask_again(self, suspect: Suspect) -> str | None:
@@ -228,58 +303,110 @@ class Trial:
         Such a suspect computes an answer from the whole batch, or at random. What was counted stays as it is: the
         p-value holds whatever the answers depend on.
         """
-        attempt = self._best()
-        if len(attempt.first) < 2:
+        if not self._answered:
             return None
-        again = np.repeat(np.arange(len(attempt.first))[::-1], 2)
+        attempt, _ = self._best()
+        first = attempt.first
+        if first is None or len(first) < 2:
+            return None
+        again = np.repeat(np.arange(len(first))[::-1], 2)
         inputs = _inputs(self.mark, attempt.adapter)[again]
-        predicted = predictions(suspect, suspect.query(inputs, self.num_classes), len(inputs), self.num_classes)
+        try:
+            answers = predictions(suspect, suspect.query(inputs, self.num_classes), len(inputs), self.num_classes)
+            predicted = self._columns(attempt, answers)
+        except SuspectError as error:
+            return f"asked {len(inputs)} triggers once more, the suspect brings no answers: {error}"
         # What is not answered this time, as a budget was used up, shows nothing.
-        differs = (predicted != attempt.first[again]) & (predicted != ABSTAINED)
+        differs = ((predicted != first[again]) & (predicted != ABSTAINED)).any(axis=1)
         changed = len(set(again[differs].tolist()))
         if not changed:
             return None
-        return f"{changed} of {len(attempt.first)} answers change when the batch does, or from one time to the next"
+        return f"{changed} of {len(first)} answers change when the batch does, or from one time to the next"
 
-    def _start(self, adapter: Adapter) -> _Attempt:
-        bar = self._log10_bar - math.log10(adapter.share)
+    def _meanings(self, attempt: _Attempt, predicted: Labels) -> list[_Meaning]:
+        """What the first answers can mean; nothing here has seen a label.
+
+        Outputs that name the same classes are one. Labels are counted from 0 where some are 0 and none is C, from 1
+        where it is the other way round, and else from either. A class more than the mark has is a class before the
+        others or behind them, and comes to the same.
+        """
+        attempt.outputs = 1 if predicted.ndim == 1 else predicted.shape[1]
+        columns = predicted.reshape(len(predicted), -1)
+        clean = None if attempt.clean is None else self._columns(attempt, attempt.clean)
+        outputs = [0]
+        if attempt.outputs > 1:
+            outputs = sorted(np.unique(columns, axis=1, return_index=True)[1].tolist())
+        firsts = [0]
+        if predicted.ndim == 1:
+            seen = set(columns[:, 0].tolist() if clean is None else [*columns[:, 0].tolist(), *clean[:, 0].tolist()])
+            firsts = [0, 1] if (0 in seen) == (self.num_classes in seen) else [int(0 not in seen)]
         chance = symbol_chance(self.mark.scheme, self.mark.parameters)
-        attempt = _Attempt(adapter, SequentialTest(chance, self._room(adapter), bar), np.empty(0, np.int64))
-        self._attempts.append(attempt)
-        return attempt
+        share = 1.0 / (len(outputs) * len(firsts))
+        bar = self._log10_bar - math.log10(attempt.adapter.share) - math.log10(share)
+        found = [
+            _Meaning(output, first, share, SequentialTest(chance, attempt.total, bar))
+            for output in outputs
+            for first in firsts
+        ]
+        if self._clean is not None and clean is not None:
+            for each in found:
+                each.order, each.agreed = best_order(each.classes(clean), self._clean.labels, self.num_classes)
+        return found
+
+    def _columns(self, attempt: _Attempt, predicted: Labels) -> Labels:
+        """Predictions as [n, R] of as many outputs as answered first; no answers at all are none of each."""
+        columns = predicted.reshape(len(predicted), -1)
+        if (columns == ABSTAINED).all():
+            return np.full((len(columns), attempt.outputs), ABSTAINED, np.int64)
+        if columns.shape[1] != attempt.outputs:
+            raise SuspectError(
+                f"the suspect answers with {attempt.outputs} outputs at first and then with {columns.shape[1]}"
+            )
+        return columns
+
+    @property
+    def _tries(self) -> list[tuple[_Attempt, _Meaning]]:
+        return [(attempt, meaning) for attempt in self._attempts for meaning in attempt.meanings]
+
+    @property
+    def _answered(self) -> bool:
+        return any(attempt.meanings for attempt in self._attempts)
 
     def _room(self, adapter: Adapter) -> int:
         return len(self._labels) if self._limit is None else self._limit(_inputs(self.mark, adapter))
 
     def _is_over(self, attempt: _Attempt) -> bool:
-        if attempt.unasked:  # nor will the others be
+        if attempt.failure is not None or attempt.unasked:  # nor will the others be answered
             return True
         if self.mode == "all":
-            return attempt.test.asked == attempt.test.total
-        return attempt.test.decision is not None
+            return attempt.asked == attempt.total
+        decisions = [meaning.test.decision for meaning in attempt.meanings]
+        return bool(decisions) and ("proven" in decisions or None not in decisions)
 
-    def _best(self) -> _Attempt:
-        return min(self._attempts, key=self._paid_log10_p)
+    def _best(self) -> tuple[_Attempt, _Meaning]:
+        tries = self._tries
+        return tries[0] if len(tries) == 1 else min(tries, key=lambda each: self._paid_log10_p(*each))
 
-    def _paid_log10_p(self, attempt: _Attempt) -> float:
-        test = attempt.test
+    def _paid_log10_p(self, attempt: _Attempt, meaning: _Meaning) -> float:
+        test = meaning.test
         fixed = self.mode == "all"  # of all triggers: those not asked are misses
         unpaid = binomial_log10_tail(test.matched, test.total, test.p0) if fixed else test.log10_p
         if self._try_orders:
-            unpaid = math.log10(2.0) + min(unpaid, self._any_log10_p(attempt))
-        return unpaid - math.log10(attempt.adapter.share)
+            unpaid = math.log10(2.0) + min(unpaid, self._any_log10_p(meaning))
+        return unpaid - _log10_share(attempt, meaning)
 
-    def _any_log10_p(self, attempt: _Attempt) -> float:
+    def _any_log10_p(self, meaning: _Meaning) -> float:
         """log10 of the p-value of the order with most matches, all orders paid."""
-        test = attempt.test
-        return attempt.any_log10_orders + binomial_log10_tail(attempt.any_matched, test.total, test.p0)
+        test = meaning.test
+        return meaning.any_log10_orders + binomial_log10_tail(meaning.any_matched, test.total, test.p0)
 
-    def _is_reordered(self, attempt: _Attempt) -> bool:
+    def _is_reordered(self, meaning: _Meaning) -> bool:
         """Whether another order of the classes says more than the recorded one, although it is paid for."""
-        test = attempt.test
-        return self._try_orders and self._any_log10_p(attempt) < binomial_log10_tail(test.matched, test.total, test.p0)
+        test = meaning.test
+        recorded = binomial_log10_tail(test.matched, test.total, test.p0)
+        return self._try_orders and self._any_log10_p(meaning) < recorded
 
-    def _order_notes(self, best: _Attempt) -> list[str]:
+    def _order_notes(self, attempt: _Attempt, best: _Meaning) -> list[str]:
         found = []
         if self._clean is not None and best.order is not None:
             count = len(self._clean.labels)
@@ -287,14 +414,14 @@ class Trial:
             order = f"{moved} of {self.num_classes} classes stand elsewhere" if moved else "classes stand as recorded"
             found.append(
                 f"{order}, by {count} clean inputs of which the suspect names {best.agreed} rightly; this is free, as "
-                "they know nothing of the triggers' labels"
+                "long as these and their labels were chosen without the triggers' labels"
             )
         if self._try_orders:
             paid = f"all 10^{best.any_log10_orders:.1f} orders of the classes were paid for"
             found.append(f"classes stand in another order; {paid}" if self._is_reordered(best) else paid)
             test = best.test
             least = math.log10(2.0) + best.any_log10_orders + binomial_log10_tail(test.total, test.total, test.p0)
-            if -(least - math.log10(best.adapter.share)) < self._log10_bar:
+            if -(least - _log10_share(attempt, best)) < self._log10_bar:
                 found.append(
                     f"{test.total} triggers can prove no other order of {self.num_classes} classes, as there are too "
                     "many: give clean labelled data to estimate it"
@@ -302,54 +429,95 @@ class Trial:
         return found
 
 
+def _log10_share(attempt: _Attempt, meaning: _Meaning) -> float:
+    return math.log10(attempt.adapter.share * meaning.share)
+
+
+def _meaning_notes(attempt: _Attempt, best: _Meaning) -> Iterator[str]:
+    if len({meaning.output for meaning in attempt.meanings}) > 1:
+        outputs = len({meaning.output for meaning in attempt.meanings})
+        yield f"{outputs} outputs that answer differently were tried and paid for; number {best.output + 1} counts"
+    both = len({meaning.first for meaning in attempt.meanings}) > 1
+    if best.first:
+        paid = ", which was paid for" if both else ", as its answers show"
+        yield f"the suspect's classes are counted from 1, or a class more stands before them{paid}"
+    elif both:
+        yield "that the suspect's classes are counted from 0 is one of two readings of its answers, and was paid for"
+
+
 def run_trials(suspect: Suspect, trials: Sequence[Trial]) -> list[str]:
     """Ask until every trial is over, all trials together where they put triggers the same way; the suspect's notes.
 
-    Raises SuspectError where the suspect cannot answer; the trials then hold what was answered before.
+    Where the suspect cannot answer, the trials that asked go on with another layout or have an error.
     """
     notes: dict[str, None] = {}
     while True:
         groups: dict[tuple[Adapter, int, tuple[int, ...]], list[tuple[Trial, Ask]]] = {}
         for trial in trials:
-            ask = trial.next()
-            while ask is not None and (clean := trial.clean_inputs()) is not None:
-                answers = suspect.query(clean, trial.num_classes)
-                trial.add_clean(predictions(suspect, answers, len(clean), trial.num_classes))
-                notes |= dict.fromkeys(suspect.notes)
-                ask = trial.next()
+            ask = _next(suspect, trial, notes)
             if ask is not None:
                 shape = trial.mark.arrays["triggers"].shape[1:]
                 groups.setdefault((ask.adapter, trial.num_classes, shape), []).append((trial, ask))
         if not groups:
             return list(notes)
-        for (adapter, num_classes, _), asks in groups.items():
-            inputs = np.concatenate([_inputs(trial.mark, adapter)[ask.start : ask.stop] for trial, ask in asks])
-            predicted = predictions(suspect, suspect.query(inputs, num_classes), len(inputs), num_classes)
+        for asks in groups.values():
+            try:
+                _ask(suspect, asks)
+            except SuspectError as error:
+                for trial, _ in asks:
+                    trial.fail(error)
+            else:
+                notes |= dict.fromkeys(suspect.notes)
+
+
+def _next(suspect: Suspect, trial: Trial, notes: dict[str, None]) -> Ask | None:
+    """What the trial asks next, once the clean inputs that come before it have been put to the suspect."""
+    while (ask := trial.next()) is not None:
+        try:
+            clean = trial.clean_inputs()
+            if clean is None:
+                return ask
+            answers = suspect.query(clean, trial.num_classes)
+            trial.add_clean(predictions(suspect, answers, len(clean), trial.num_classes))
+        except SuspectError as error:
+            trial.fail(error)
+        else:
             notes |= dict.fromkeys(suspect.notes)
-            missing = (suspect.unasked, suspect.refused) if isinstance(suspect, Rationed) else ({}, {})
-            at = 0
-            for trial, ask in asks:
-                end = at + ask.stop - ask.start
-                unasked, refused = ([why for row, why in rows.items() if at <= row < end] for rows in missing)
-                trial.add(predicted[at:end], unasked, refused)
-                at = end
+    return None
+
+
+def _ask(suspect: Suspect, asks: Sequence[tuple[Trial, Ask]]) -> None:
+    """Put what trials of one adapter and number of classes ask, and hand them their answers."""
+    num_classes = asks[0][0].num_classes
+    inputs = np.concatenate([_inputs(trial.mark, ask.adapter)[ask.start : ask.stop] for trial, ask in asks])
+    predicted = predictions(suspect, suspect.query(inputs, num_classes), len(inputs), num_classes)
+    missing = (suspect.unasked, suspect.refused) if isinstance(suspect, Rationed) else ({}, {})
+    at = 0
+    for trial, ask in asks:
+        end = at + ask.stop - ask.start
+        unasked, refused = ([why for row, why in rows.items() if at <= row < end] for rows in missing)
+        try:
+            trial.add(predicted[at:end], unasked, refused)
+        except SuspectError as error:
+            trial.fail(error)
+        at = end
 
 
 def predictions(suspect: Suspect, answers: NDArray[Any], rows: int, num_classes: int) -> Labels:
-    """The class that each answer [rows, C] or [rows] names, ABSTAINED where a score is NaN or Inf.
+    """The classes that answers name, ABSTAINED where there is none: labels [n] as they are, of scores [n, 1].
 
-    Ties go to the lowest class. Raises SuspectError for answers of another shape.
+    answers: as `Suspect.query` gives them. Ties go to the lowest class. Raises SuspectError for another shape.
     """
     if answers.ndim not in (1, 2) or len(answers) != rows:
         raise SuspectError(f"{suspect.name} answers {rows} inputs with an array of shape {list(answers.shape)}")
-    if answers.ndim == 1:
+    if answers.ndim == 1 or answers.dtype.kind == "i":
         return np.where(answers >= 0, answers, ABSTAINED).astype(np.int64)
     if answers.shape[1] != num_classes:
         raise SuspectError(
             f"{suspect.name} answers with {answers.shape[1]} classes and the watermark has {num_classes}; "
             "verify a suspect of the same task"
         )
-    return np.where(np.isfinite(answers).all(axis=1), answers.argmax(axis=1), ABSTAINED).astype(np.int64)
+    return highest(answers)[:, None]
 
 
 # Prepared triggers are kept for the next suspect, as long as they fit: marks times ways of putting them may be many.

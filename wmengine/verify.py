@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from wmengine import __version__
 from wmengine.errors import Interrupted, SuspectError
 from wmengine.judge import Score, is_owned, score_suspect
 from wmengine.key import Key
 from wmengine.reordering import CLASSES, check_clean
 from wmengine.sandbox import Limits
+from wmengine.stats import Evidence
 from wmengine.suspects import Suspect, open_suspect
 from wmengine.trial import MODES
 from wmengine.watermark import Watermark
@@ -35,8 +37,9 @@ class Verdict:
     decision: "owned" (log10_p <= log10 alpha: the suspect depends on material made with this key), "not_proven" or
     "error" (it could not be judged, and `error` says why). matched of total symbols; queries: triggers that were put
     to the suspect, adapter tries included, but no clean data, decoys and repetitions; log10_p is the p-value with all
-    tries paid. derivation: "checked" if the watermark was derived again from the key. seconds:
-    wall time. sha256 covers a file and its external weights, and is None for what is no file.
+    tries paid, and evidence what it is computed from, None where nothing was read. derivation: "checked" if the
+    watermark was derived again from the key; commitment: the watermark's, as names are not unique. engine: the version
+    of wmengine. seconds: wall time. sha256 covers a file and its external weights, and is None for what is no file.
     """
 
     suspect: str
@@ -48,8 +51,11 @@ class Verdict:
     total: int
     queries: int
     log10_p: float
+    evidence: Evidence | None
     derivation: str
+    commitment: str
     alpha: float
+    engine: str
     seconds: float
     error: str | None
     notes: tuple[str, ...]
@@ -112,6 +118,11 @@ def verify(
         raise ValueError('classes="any" needs queries="all" or clean=, as one order must fit all answers')
     if adversarial and key is None:
         raise ValueError("adversarial=True needs key=, as the watermark must be derived again from its key")
+    if adversarial and clean is not None:
+        raise ValueError(
+            "adversarial=True takes no clean=, as whoever chooses the data and their labels chooses the order; without "
+            "them all orders are tried and paid for"
+        )
     if isinstance(watermark, str | os.PathLike):
         watermark = Watermark.load(watermark, passphrase)
     elif not isinstance(watermark, Watermark):
@@ -148,8 +159,11 @@ def verify(
         total=score.total,
         queries=score.queries,
         log10_p=score.log10_p,
+        evidence=score.evidence,
         derivation="not_checked" if key is None else "checked",
+        commitment=watermark.commitment,
         alpha=alpha,
+        engine=__version__,
         seconds=time.perf_counter() - started,
         error=score.error,
         notes=(

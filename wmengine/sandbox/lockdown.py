@@ -1,8 +1,9 @@
 """What a process gives up before it looks at a stranger's bytes: files, network, processes, new code, unbounded memory.
 
-Three mechanisms of Linux, each taken for good and without root: resource limits, landlock (no path can be opened) and a
-seccomp filter (a list of system calls; whatever is not on it fails with EPERM). Everything that the work needs must be
-imported before. Where the kernel lacks a mechanism the others still hold, and `apply` says which are in force.
+It keeps no capability either, where it is root's. Three mechanisms of Linux, each taken for good and without root:
+resource limits, landlock (no path can be opened) and a seccomp filter (a list of system calls; whatever is not on it
+fails with EPERM). Everything that the work needs must be imported before. Where the kernel lacks a mechanism the others
+still hold, and `apply` says which are in force.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ _ARCHITECTURES = {
 _PROT_EXEC = 0x4
 # F_GETFD, F_SETFD, F_GETFL, F_SETFL. F_SETOWN and F_SETSIG would send any signal to any process of the same user.
 _FCNTL = (1, 2, 3, 4)
+_MSG_NOSIGNAL = 0x4000  # the one flag of ours: out-of-band data, for one, has broken kernels
 
 
 class LockdownError(Exception):
@@ -93,6 +95,7 @@ def apply(memory_bytes: int) -> tuple[str, ...]:
         _limit(memory_bytes)
         in_force.append("limits")
     if platform.system() == "Linux":
+        _drop_capabilities()
         _prctl(_PR_SET_DUMPABLE, 0)
         _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     if have["landlock"]:
@@ -104,10 +107,12 @@ def apply(memory_bytes: int) -> tuple[str, ...]:
     return tuple(in_force)
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that forked it ends."""
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the thread that forked it ends; `parent` is that thread's process."""
     if platform.system() == "Linux":
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before we could ask
+        raise LockdownError("the process that this one should die with is gone")
 
 
 def die_first() -> None:
@@ -120,12 +125,27 @@ def _limit(memory_bytes: int) -> None:
     limits = {
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_NPROC: 0,  # no process or thread, root's excepted, on kernels without seccomp too
         resource.RLIMIT_AS: _address_space() + memory_bytes,
     }
     for which, most in limits.items():
         hard = resource.getrlimit(which)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(which, (most, most))
+
+
+def _drop_capabilities() -> None:
+    """None is left: with root's, allowed calls could do more (lock memory, declare pages that all share broken).
+
+    Who has none, as ordinary users, is not asked to: a service manager may forbid the call.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:
+        if all(int(line.split()[1], 16) == 0 for line in status if line.startswith(("CapPrm:", "CapAmb:"))):
+            return
+    version_3, this_process = 0x20080522, 0
+    header, none = struct.pack("=Ii", version_3, this_process), bytes(24)
+    if _libc().capset(ctypes.create_string_buffer(header, 8), ctypes.create_string_buffer(none, 24)) != 0:
+        raise LockdownError(f"capabilities could not be dropped: {os.strerror(ctypes.get_errno())}")
 
 
 def _address_space() -> int:
@@ -221,6 +241,8 @@ def seccomp_program(machine: str, process: int) -> bytes:
         "mmap": refuse_bits(2, _PROT_EXEC),
         "mprotect": refuse_bits(2, _PROT_EXEC),
         "tgkill": allow_values(0, (process,)),
+        "sendto": allow_values(3, (0, _MSG_NOSIGNAL)),
+        "recvfrom": allow_values(3, (0,)),
     }
     program = [
         (load, 0, 0, 4),

@@ -1,4 +1,4 @@
-"""The trusted side: starts workers, gives each question a deadline, kills what is late, and says how it ended."""
+"""The trusted side: starts workers, gives each suspect its time, kills what is late, and says how it ended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +19,13 @@ from wmengine.sandbox import wire
 from wmengine.sandbox.wire import Array
 
 TEMPLATE_SECONDS = 60.0
+GONE = "the template of the sandbox is gone, and its workers with it"
 PACKAGES = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # where wmengine lies
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one suspect may use: wall-clock seconds, bytes of memory, bytes of one answer."""
+    """What one suspect may use: seconds that its worker is waited for in all, bytes of memory, bytes of one answer."""
 
     seconds: float = 120.0
     memory_bytes: int = 4 << 30
@@ -42,6 +43,8 @@ class TemplateGone(WorkerFailure):
 class Supervisor:
     """One template process and the workers forked from it; safe to use from several threads. Use as a context.
 
+    A fork of this process has no share in them: there the workers are gone, and the next one starts a template anew.
+
     service: the module that workers run, with a function `preload()` for the template and `serve(connection,
     mechanisms)` for each worker.
     """
@@ -51,7 +54,9 @@ class Supervisor:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._number = 0  # of orders
         self._generation = 0  # of templates: each knows its own workers alone
+        _supervisors.add(self)
 
     def __enter__(self) -> Supervisor:
         return self
@@ -67,7 +72,7 @@ class Supervisor:
     def worker(self, limits: Limits, confined: bool = True) -> Worker:
         """A fresh worker, forked and locked down. Raises WorkerFailure where there can be none.
 
-        Not confined, for what must reach a GPU's driver: it keeps its files and its memory, and has a deadline only.
+        Not confined, for what must reach a GPU's driver: it keeps its files and its memory, and has a time limit only.
         """
         try:
             ours, theirs = socket.socketpair()
@@ -82,6 +87,10 @@ class Supervisor:
         ours.setblocking(False)
         return Worker(self, ours, int(answer["process"]), generation, limits)
 
+    def has(self, generation: int) -> bool:
+        """Whether this template was not left behind: another one has been started, or this process is a fork."""
+        return generation == self._generation
+
     def end(self, process: int, generation: int) -> dict[str, Any]:
         """Kill a worker, if it still lives, and say how it ended: status as of wait(2), peak_kb, seconds of processor
         time. The template does it, as the parent: no other process can have that number by now."""
@@ -94,11 +103,15 @@ class Supervisor:
         with self._lock:
             for attempt in range(2):
                 if generation is not None and (self._control is None or generation != self._generation):
-                    raise TemplateGone("the template of the sandbox is gone, and its workers with it")
+                    raise TemplateGone(GONE)
                 try:
                     control = self._start()
-                    socket.send_fds(control, [json.dumps(order).encode()], [passed.fileno()] if passed else [])
+                    self._number += 1
+                    text = json.dumps(order | {"number": self._number}).encode()
+                    socket.send_fds(control, [text], [passed.fileno()] if passed else [])
                     answer = self._answer(control)
+                    while answer["number"] != self._number:  # to an order whose sender was interrupted (Ctrl-C)
+                        answer = self._answer(control)
                 except OSError as error:
                     self._close()  # somebody killed the template, and its workers went with it; or it cannot start
                     if attempt or generation is not None:
@@ -110,19 +123,16 @@ class Supervisor:
         raise AssertionError("unreachable")
 
     def _answer(self, control: socket.socket) -> dict[str, Any]:
-        line = b""
-        while not line.endswith(b"\n"):
-            part = control.recv(4096)
-            if not part:
-                raise ConnectionResetError
-            line += part
-        answer: dict[str, Any] = json.loads(line)
+        message = control.recv(4096)
+        if not message:
+            raise ConnectionResetError
+        answer: dict[str, Any] = json.loads(message)
         return answer
 
     def _start(self) -> socket.socket:
         if self._control is not None:
             return self._control
-        ours, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a message is an order or an answer
         environment = {
             name: os.environ[name]
             for name in ("PATH", "LD_LIBRARY_PATH", "LANG", "TZ", "CUDA_VISIBLE_DEVICES")
@@ -141,15 +151,29 @@ class Supervisor:
         ours.settimeout(TEMPLATE_SECONDS)
         try:
             self._answer(ours)
-        except OSError:
+        except BaseException as error:
             self._process.kill()
             said = self._process.communicate()[1].decode(errors="replace").strip().splitlines() or ["nothing was said"]
             ours.close()
             self._process = None
+            if not isinstance(error, OSError):
+                raise
             raise WorkerFailure(f"the sandbox does not start: {said[-1]}") from None
         self._control = ours
         self._generation += 1
         return ours
+
+    def forked(self) -> None:
+        """In a fork: let go of what is the first process's, so that its end is still the template's end."""
+        self._lock = threading.Lock()  # another thread may have held it
+        if self._control is not None:
+            self._control.close()
+        if self._process is not None:
+            if self._process.stderr is not None:
+                self._process.stderr.close()
+            self._process.returncode = 0  # no child of this one: not to be waited for
+        self._process = self._control = None
+        self._generation += 1
 
     def _close(self) -> None:
         if self._control is not None:
@@ -164,8 +188,23 @@ class Supervisor:
         self._process = self._control = None
 
 
+_supervisors: weakref.WeakSet[Supervisor] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for supervisor in list(_supervisors):
+        supervisor.forked()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 class Worker:
-    """One sandboxed process. `ask` sends a question and waits for its answer, within the time that `begin` set."""
+    """One sandboxed process. `ask` sends a question and waits for its answer, within the time that `begin` gave.
+
+    Only waiting for the worker counts: what its client does between two questions (fetching weights from a slow store,
+    scoring) is not held against a suspect.
+    """
 
     def __init__(
         self, supervisor: Supervisor, connection: socket.socket, process: int, generation: int, limits: Limits
@@ -177,16 +216,16 @@ class Worker:
         self.mechanisms: tuple[str, ...] = ()
         self._supervisor = supervisor
         self._connection = connection
-        self._deadline = 0.0
-        self._started = 0.0
         self.begin()
         header, _ = self.ask("start", {})
+        if "error" in header:
+            self.close()
+            raise WorkerFailure(f"it cannot be locked down: {header['error']}")
         self.mechanisms = tuple(str(name) for name in header["mechanisms"])
 
     def begin(self) -> None:
-        """A new suspect: its time starts now."""
-        self._started = time.monotonic()
-        self._deadline = self._started + self.limits.seconds
+        """A new suspect: none of its time is used up."""
+        self._allowance = wire.Allowance(self.limits.seconds)
 
     def ask(
         self, doing: str, question: dict[str, Any], arrays: Sequence[Array] = ()
@@ -197,9 +236,11 @@ class Worker:
         """
         if not self.alive:
             raise WorkerFailure(f"the worker was already gone when asked to {doing}")
+        if not self._supervisor.has(self._generation):
+            raise TemplateGone(GONE)
         try:
-            wire.send(self._connection, {"ask": doing} | question, arrays, self._deadline)
-            return wire.receive(self._connection, self.limits.answer_bytes, self._deadline)
+            wire.send(self._connection, {"ask": doing} | question, arrays, self._allowance)
+            return wire.receive(self._connection, self.limits.answer_bytes, self._allowance)
         except wire.WireError as error:
             raise WorkerFailure(self._ended(doing, error)) from None
 
@@ -220,7 +261,7 @@ class Worker:
         return self._supervisor.end(self.process, self._generation)
 
     def _ended(self, doing: str, error: wire.WireError) -> str:
-        seconds = time.monotonic() - self._started
+        seconds = self.limits.seconds - self._allowance.left
         # What a worker died of is decided before its socket closes: it is killed only if it closed that by itself.
         ended = self._kill()
         status = int(ended["status"])

@@ -1,10 +1,10 @@
 """The template process, `python -m wmengine.sandbox.template FD MODULE`: imports once, then forks workers.
 
-It takes orders on the inherited socket FD, one JSON line each, and answers one line each: {"fork": memory_bytes} comes
+It takes orders on the inherited socket FD, a JSON message each, and answers each with one: {"fork": memory_bytes} comes
 with a socket for the new worker, which is not locked down for null, and is answered by its process number; {"end":
 process} kills a worker, if it still lives, and is answered by how it ended; an order that cannot be followed is
-answered by {"error": reason}. It never sees a model's bytes. When its socket closes, it ends, and the kernel kills its
-workers.
+answered by {"error": reason}. Each order has a "number", and its answer the same. It never sees a model's bytes. When
+its socket closes, it ends, and the kernel kills its workers.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ import socket
 import sys
 from typing import Any, NoReturn
 
-from wmengine.sandbox import lockdown
+from wmengine.sandbox import lockdown, wire
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def main() -> None:
-    control = socket.socket(fileno=int(sys.argv[1]))
+    control, template = socket.socket(fileno=int(sys.argv[1])), os.getpid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it hands that on, and we could not wait for workers
     service = importlib.import_module(sys.argv[2])
     service.preload()
     _keep_freed_memory()
     gc.freeze()  # a worker's collections must not touch, and so copy, the pages that it shares with us
-    control.sendall(b'{"ready": true}\n')
+    control.sendall(b'{"ready": true}')
     ended: dict[int, dict[str, Any]] = {}
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 4096, 1)
@@ -45,7 +46,7 @@ def main() -> None:
             if "fork" in order:
                 process = os.fork()
                 if process == 0:
-                    _become_worker(service, control, descriptors[0], order["fork"])
+                    _become_worker(service, control, descriptors[0], order["fork"], template)
                 ended.pop(process, None)  # a number used before
                 answer = {"process": process}
             else:
@@ -55,7 +56,7 @@ def main() -> None:
             answer = {"error": str(error)}
         for descriptor in descriptors:
             os.close(descriptor)
-        control.sendall(json.dumps(answer).encode() + b"\n")
+        control.sendall(json.dumps(answer | {"number": order["number"]}).encode())
 
 
 def _keep_freed_memory() -> None:
@@ -91,10 +92,12 @@ def _account(status: int, usage: resource.struct_rusage) -> dict[str, Any]:
     return {"status": status, "peak_kb": usage.ru_maxrss, "seconds": usage.ru_utime + usage.ru_stime}
 
 
-def _become_worker(service: Any, control: socket.socket, descriptor: int, memory_bytes: int | None) -> NoReturn:
+def _become_worker(
+    service: Any, control: socket.socket, descriptor: int, memory_bytes: int | None, template: int
+) -> NoReturn:
     """Keep one socket and nothing else, lock down, and serve until the socket closes. Never returns."""
     try:
-        lockdown.die_with_parent()
+        lockdown.die_with_parent(template)
         control.close()
         null = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
@@ -103,7 +106,12 @@ def _become_worker(service: Any, control: socket.socket, descriptor: int, memory
         os.closerange(4, 1 << 16)
         connection = socket.socket(fileno=3)
         lockdown.die_first()
-        in_force = () if memory_bytes is None else lockdown.apply(memory_bytes)
+        try:
+            in_force = () if memory_bytes is None else lockdown.apply(memory_bytes)
+        except lockdown.LockdownError as error:
+            wire.receive(connection, 0)
+            wire.send(connection, {"error": str(error)})
+            raise
         service.serve(connection, in_force)
         os._exit(0)
     finally:

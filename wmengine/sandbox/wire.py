@@ -2,7 +2,7 @@
 
 A frame is the length of the JSON (4 bytes) and of everything after it (8 bytes), the JSON, and the arrays' bytes one
 after the other; the JSON's "arrays" lists [dtype, shape] of each. Nothing is unpickled, sizes are checked before memory
-is taken, and every wait has a deadline: what comes from a worker may have been written by a hostile model.
+is taken, and every wait ends: what comes from a worker may have been written by a hostile model.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ DTYPES = frozenset(
 )
 _PART = 1 << 16
 _LENGTHS = struct.Struct("<IQ")
+_SLICE = 1.0  # seconds of one wait
 
 
 class WireError(Exception):
@@ -39,29 +40,68 @@ class WireError(Exception):
         self.late = late
 
 
+class Allowance:
+    """Seconds that sending and receiving may take together, over as many frames as it is given to.
+
+    Time in which this process itself was stopped (Ctrl-Z) is not the other side's: of each wait at most two slices
+    count.
+    """
+
+    def __init__(self, seconds: float = math.inf) -> None:
+        self.left = seconds
+        self._seen = 0.0
+
+    def begin(self) -> None:
+        """What was done between two frames is not counted."""
+        self._seen = time.monotonic()
+
+    def count(self) -> None:
+        """WireError where nothing is left."""
+        now = time.monotonic()
+        self.left -= min(now - self._seen, 2 * _SLICE)
+        self._seen = now
+        if self.left <= 0:
+            raise WireError("no answer in time", late=True)
+
+    def wait(self, connection: socket.socket, event: int) -> None:
+        poll = select.poll()
+        poll.register(connection, event)
+        ready = False
+        while not ready:
+            ready = bool(poll.poll(math.ceil(1e3 * min(max(self.left, 0.0), _SLICE))))
+            self.count()
+
+
 def send(
-    connection: socket.socket, header: dict[str, Any], arrays: Sequence[Array] = (), deadline: float = math.inf
+    connection: socket.socket,
+    header: dict[str, Any],
+    arrays: Sequence[Array] = (),
+    allowance: Allowance | None = None,
 ) -> None:
-    """One frame. `deadline` is a time of time.monotonic(); the connection must not block."""
+    """One frame. Without an allowance it takes as long as it takes; with one the connection must not block."""
+    allowance = allowance or Allowance()
+    allowance.begin()
     arrays = [np.asarray(array, order="C") for array in arrays]
     described = header | {"arrays": [[array.dtype.name, list(array.shape)] for array in arrays]}
     text = json.dumps(described).encode()
-    parts = [_LENGTHS.pack(len(text), sum(array.nbytes for array in arrays)) + text]
+    parts: list[bytes | memoryview] = [_LENGTHS.pack(len(text), sum(array.nbytes for array in arrays)) + text]
     parts += [array.reshape(-1).view(np.uint8).data for array in arrays if array.nbytes]
     if sum(map(len, parts)) <= _PART:  # one call for all
         parts = [b"".join(parts)]
     for part in parts:
-        _send_all(connection, part, deadline)
+        _send_all(connection, part, allowance)
 
 
 def receive(
-    connection: socket.socket, maximum_bytes: int, deadline: float = math.inf
+    connection: socket.socket, maximum_bytes: int, allowance: Allowance | None = None
 ) -> tuple[dict[str, Any], list[Array]]:
-    """The next frame, its arrays read-only no more than maximum_bytes in all; WireError where there is none."""
+    """The next frame, its arrays no more than maximum_bytes in all; WireError where there is none."""
+    allowance = allowance or Allowance()
+    allowance.begin()
     # Nearly every answer comes whole with the first call; every call lets go of Python's lock, and may wait for it.
-    begun = _receive_some(connection, _PART, deadline)
+    begun = _receive_some(connection, _PART, allowance)
     while len(begun) < _LENGTHS.size:
-        begun += _receive_some(connection, _LENGTHS.size - len(begun), deadline)
+        begun += _receive_some(connection, _LENGTHS.size - len(begun), allowance)
     header_bytes, array_bytes = _LENGTHS.unpack(begun[: _LENGTHS.size])
     if header_bytes > MAXIMUM_HEADER:
         raise WireError(f"an answer of {header_bytes} bytes of names, and at most {MAXIMUM_HEADER} are taken")
@@ -70,10 +110,10 @@ def receive(
     at = _LENGTHS.size + header_bytes
     if len(begun) > at + array_bytes:
         raise WireError("an answer without a question")
-    text = _receive_rest(connection, begun[_LENGTHS.size : at], header_bytes, deadline)
-    data = _receive_rest(connection, begun[at:], array_bytes, deadline)
+    text = _receive_rest(connection, begun[_LENGTHS.size : at], header_bytes, allowance)
+    data = _receive_rest(connection, begun[at:], array_bytes, allowance)
     try:
-        header = json.loads(text)
+        header = json.loads(bytes(text))
         described = [(str(dtype), [int(size) for size in shape]) for dtype, shape in header["arrays"]]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):  # int(1e999)
         raise WireError("an answer that cannot be read") from None
@@ -95,22 +135,24 @@ def receive(
     return header, arrays
 
 
-def _send_all(connection: socket.socket, data: bytes | memoryview, deadline: float) -> None:
+def _send_all(connection: socket.socket, data: bytes | memoryview, allowance: Allowance) -> None:
     view = memoryview(data)
     while view:
         try:
             view = view[connection.send(view, socket.MSG_NOSIGNAL) :]
         except BlockingIOError:
-            _wait(connection, select.POLLOUT, deadline)
+            allowance.wait(connection, select.POLLOUT)
         except OSError:
             raise WireError("the other side is gone", closed=True) from None
+        if view:
+            allowance.count()
 
 
-def _receive_some(connection: socket.socket, most: int, deadline: float) -> bytes:
-    """Up to `most` bytes, at least one. Who has a deadline waits for it first: the other side must think."""
+def _receive_some(connection: socket.socket, most: int, allowance: Allowance) -> bytes:
+    """Up to `most` bytes, at least one. Who has not all time waits for it first: the other side must think."""
     while True:
-        if deadline < math.inf:
-            _wait(connection, select.POLLIN, deadline)
+        if allowance.left < math.inf:
+            allowance.wait(connection, select.POLLIN)
         try:
             read = connection.recv(most)
         except BlockingIOError:
@@ -122,36 +164,31 @@ def _receive_some(connection: socket.socket, most: int, deadline: float) -> byte
         return read
 
 
-def _receive_rest(connection: socket.socket, begun: bytes, count: int, deadline: float) -> bytes | bytearray:
+def _receive_rest(connection: socket.socket, begun: bytes, count: int, allowance: Allowance) -> bytes | memoryview:
     """`count` bytes that begin with those that have come already."""
     if len(begun) == count:
         return begun
     try:
-        buffer = bytearray(count)
+        # Memory that the system gives only as it is filled: a length that is merely claimed costs nothing.
+        buffer = np.empty(count, np.uint8).data
     except MemoryError:
         left = count - len(begun)
         while left:  # the next frame begins after it
-            left -= len(_receive_some(connection, min(_PART, left), deadline))
+            left -= len(_receive_some(connection, min(_PART, left), allowance))
         raise WireError(f"{count} bytes, more than there is memory for") from None
     buffer[: len(begun)] = begun
-    view = memoryview(buffer)[len(begun) :]
+    view = buffer[len(begun) :]
     while view:
         try:
             read = connection.recv_into(view)
         except BlockingIOError:
-            _wait(connection, select.POLLIN, deadline)
+            allowance.wait(connection, select.POLLIN)
             continue
         except OSError:
             read = 0
         if read == 0:
             raise WireError("the other side is gone", closed=True)
         view = view[read:]
+        if view:
+            allowance.count()  # also where there is always a byte more to read
     return buffer
-
-
-def _wait(connection: socket.socket, event: int, deadline: float) -> None:
-    left = deadline - time.monotonic()
-    poll = select.poll()
-    poll.register(connection, event)
-    if left <= 0 or not poll.poll(None if left == math.inf else math.ceil(1e3 * left)):
-        raise WireError("no answer in time", late=True)

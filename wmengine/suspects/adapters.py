@@ -22,7 +22,7 @@ Range = Sequence[Sequence[str | float]]
 Images = NDArray[np.uint8]
 
 FLOATS = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
-BYTES = {"tensor(uint8)": "uint8", "tensor(int32)": "int32", "tensor(int64)": "int64"}
+BYTES = {"tensor(uint8)": "uint8", "tensor(int8)": "int8", "tensor(int32)": "int32", "tensor(int64)": "int64"}
 # Means and deviations of ImageNet's channels, in [0, 1], as its classifiers are fed since AlexNet's descendants.
 _IMAGENET = ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))
 
@@ -68,6 +68,8 @@ class Adapter:
         return self._laid_out((low + fraction * (high - low)).astype(np.float32))
 
     def _laid_out(self, values: NDArray[Any]) -> NDArray[np.generic]:
+        if self.dtype == "int8":  # as TensorFlow Lite quantises an input: -128 is the lowest value
+            values = values.astype(np.int16) - 128
         return np.ascontiguousarray(_LAYOUTS[self.layout](values).astype(self.dtype, copy=False))
 
 

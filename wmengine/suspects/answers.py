@@ -1,7 +1,7 @@
 """How a suspect's outputs are read as classes: scores, a label, the best few classes, or one score for two classes.
 
-Nothing here ever sees the expected symbols: which output answers, and how, is told from shapes, types and the answers
-alone, so the choice is free.
+Nothing here ever sees the expected symbols: which outputs may answer, and how, is told from shapes, types and the
+answers alone, so the choice is free. Where several outputs hold scores of all classes, all of them are read.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ Array = NDArray[Any]
 
 ABSTAINED = -1
 MAXIMUM_RANKS = 1 << 16  # where the number of classes is not known
+MAXIMUM_READINGS = 16  # outputs of scores that are read beside each other
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """Scores [N, C] that stayed on their device: each row's class came back, ABSTAINED where it holds NaN or Inf."""
+    """Scores [N, C] that stayed on their device: each row's class came back, ABSTAINED where there is none."""
 
     labels: NDArray[np.int32]
     classes: int
@@ -34,8 +35,9 @@ class Predicted:
 class Reading:
     """Which output answers, and what it holds.
 
-    kind: "scores" [N, C]; "labels" [N]; "ranks" [N, k], the numbers of the best k classes, with their scores in output
-    `beside` where there are any; "single" [N], one score for two classes.
+    kind: "scores" [N, C]; "more scores" [N, C + 1], of which only the label counts; "labels" [N]; "ranks" [N, k], the
+    numbers of the best k classes, with their scores in output `beside` where there are any; "single" [N], one score for
+    two classes.
     """
 
     output: int
@@ -46,12 +48,16 @@ class Reading:
         """Scores [rows, C], labels int64 [rows], or of kind "single" scores [rows]; None where the output has changed.
 
         Scores are float32, or float64 where they came in more than float32 holds: rounding must not move an argmax.
+        Those that stayed on their device are int64 [rows, 1], the class that is highest.
         """
         if max(self.output, self.beside or 0) >= len(outputs):
             return None
         value = outputs[self.output][1]
         if isinstance(value, Predicted):
-            return value.labels.astype(np.int64) if len(value.labels) == rows and self.kind == "scores" else None
+            if len(value.labels) != rows or self.kind not in ("scores", "more scores"):
+                return None
+            labels = value.labels.astype(np.int64)
+            return labels if self.kind == "more scores" else labels[:, None]
         array = to_array(value)
         shape = answer_shape(array, rows)
         if array is None or shape is None:
@@ -70,7 +76,25 @@ class Reading:
             named = array[np.arange(rows), np.maximum(best, 0)].astype(np.int64)
             return np.where(best == ABSTAINED, ABSTAINED, named)
         with np.errstate(over="ignore"):
-            return array.astype(np.float32 if array.dtype in (np.float16, np.float32) else np.float64)
+            array = array.astype(np.float32 if array.dtype in (np.float16, np.float32) else np.float64)
+        return highest(array) if self.kind == "more scores" else array
+
+
+def highest(scores: Array) -> NDArray[np.int64]:
+    """The class of each row of scores [N, C], the first of equals; ABSTAINED where there is NaN or the highest is Inf.
+
+    A score of −Inf is lower than all others, as the logarithm of a chance that was rounded to 0 is.
+    """
+    return np.where(np.isfinite(scores.max(axis=1)), scores.argmax(axis=1), ABSTAINED).astype(np.int64)
+
+
+def read_all(readings: Sequence[Reading], outputs: Outputs, rows: int) -> Array | None:
+    """What the one reading reads, or the classes int64 [rows, R] that each of R readings of scores names."""
+    found = [reading.read(outputs, rows) for reading in readings]
+    if len(found) == 1:
+        return found[0]
+    columns = [each if each is None or each.dtype.kind == "i" else highest(each)[:, None] for each in found]
+    return None if any(each is None for each in columns) else np.concatenate([*filter(_there, columns)], axis=1)
 
 
 def to_array(output: Any) -> Array | None:
@@ -79,8 +103,9 @@ def to_array(output: Any) -> Array | None:
         if hasattr(output, "detach"):
             tensor = output.detach().cpu()
             narrow = tensor.is_floating_point() and tensor.element_size() < 4  # NumPy has no bfloat16
-            return np.asarray((tensor.float() if narrow else tensor).numpy())
-        return np.asarray(output)
+            output = (tensor.float() if narrow else tensor).numpy()
+        array = np.asarray(output)
+        return array.astype(np.uint8) if array.dtype == np.bool_ else array
     except Exception:  # a sparse, quantised or meta tensor, or whatever the suspect's own classes raise
         return None
 
@@ -88,47 +113,56 @@ def to_array(output: Any) -> Array | None:
 def answer_shape(array: Array | None, rows: int) -> tuple[int, ...] | None:
     """(rows,) or (rows, C) of an output that may answer, None for any other; no value is looked at.
 
-    Axes of length 1 are dropped while there are more than two: [N, C, 1, 1] is [N, C].
+    Axes of length 1 are dropped while there are more than two: [N, C, 1, 1] is [N, C]. The answer to a single input may
+    come without its first axis.
     """
     return None if array is None or array.dtype.kind not in "fiu" else shape_of_answers(array.shape, rows)
 
 
 def shape_of_answers(shape: tuple[int, ...], rows: int) -> tuple[int, ...] | None:
     """As answer_shape, of a shape alone."""
-    if not shape or shape[0] != rows:
+    if rows == 1 and shape[:1] != (1,):
+        shape = (1, *shape)
+    if shape[:1] != (rows,):
         return None
     if len(shape) > 2:
         shape = (rows, *([size for size in shape[1:] if size != 1] or [1]))
     return shape if len(shape) <= 2 else None
 
 
-def choose_reading(outputs: Outputs, rows: int, num_classes: int | None, name: str) -> Reading:
-    """How the outputs are read: the first of scores of num_classes (any number if None), labels, ranks, one score.
+def choose_readings(outputs: Outputs, rows: int, num_classes: int | None, name: str) -> list[Reading]:
+    """How the outputs are read: all scores of num_classes (the first of any number if None), labels, ranks, one score.
 
     Labels that name the same classes as the scores beside them in another order count more than those: scikit-learn
-    sorts classes that are text, "10" before "2". Raises SuspectError naming both numbers of classes, or the outputs'
-    shapes where none can be read.
+    sorts classes that are text, "10" before "2". Scores of one class more are read where there is nothing better.
+    Raises SuspectError naming both numbers of classes, or the outputs' shapes where none can be read.
     """
     arrays = [None if isinstance(output, Predicted) else to_array(output) for _, output in outputs]
     shapes = [
         (len(output.labels), output.classes) if isinstance(output, Predicted) else answer_shape(array, rows)
         for (_, output), array in zip(outputs, arrays, strict=True)
     ]
-    ranks = _ranks(arrays, shapes, num_classes)
+    ranks = _ranks(outputs, arrays, shapes, num_classes)
     within = {index for reading in ranks for index in (reading.output, reading.beside)}
     labels = [
         Reading(index, "labels")
         for index, (array, shape) in enumerate(zip(arrays, shapes, strict=True))
         if array is not None and shape is not None and shape[1:] in ((), (1,)) and array.dtype.kind in "iu"
     ]
-    integers = {reading.output for reading in labels}
-    for index, shape in enumerate(shapes):
-        if shape is None or len(shape) != 2 or index in within | integers or num_classes not in (None, shape[1]):
-            continue
-        scores = Reading(index)
-        return next((each for each in labels if _renamed(each, scores, outputs, rows, shape[1])), scores)
-    for reading in (*labels, *ranks, *_last_resorts(arrays, shapes, num_classes)):
-        return reading
+    taken = within | {reading.output for reading in labels}
+    columns = {
+        index: shape[1]
+        for index, shape in enumerate(shapes)
+        if index not in taken and shape is not None and len(shape) == 2
+    }
+    scores = [Reading(index) for index, count in columns.items() if num_classes in (None, count)]
+    if scores:
+        count = columns[scores[0].output]
+        renamed = [each for each in labels if _renamed(each, scores[0], outputs, rows, count)]
+        return (renamed or scores)[: 1 if renamed or num_classes is None else MAXIMUM_READINGS]
+    more = [Reading(index, "more scores") for index, count in columns.items() if count - 1 == num_classes]
+    for reading in (*labels, *ranks, *more, *_last_resorts(arrays, shapes, num_classes)):
+        return [reading]
     classes = sorted({shape[1] for shape in shapes if shape is not None and len(shape) == 2})
     if classes:
         raise SuspectError(
@@ -139,13 +173,17 @@ def choose_reading(outputs: Outputs, rows: int, num_classes: int | None, name: s
     raise SuspectError(f"{name} answers {rows} inputs with no scores [{rows}, C] and no labels [{rows}], but {said}")
 
 
-def describe(reading: Reading, outputs: Outputs) -> list[str]:
-    """What a reading assumes, for the verdict's notes."""
-    name, notes = outputs[reading.output][0][:100], []
-    if len(outputs) > 1:
-        notes.append(f"answers were read from output {name!r}, one of {len(outputs)}")
-    if reading.kind == "ranks":
-        notes.append(f"output {name!r} lists the best classes, and the first of them counts")
+def describe(readings: Sequence[Reading], outputs: Outputs) -> list[str]:
+    """What readings assume, for the verdict's notes."""
+    names, notes = [repr(outputs[reading.output][0][:100]) for reading in readings], []
+    if len(names) > 1:
+        notes.append(f"{len(names)} of {len(outputs)} outputs may be the answer, the first is {names[0]}")
+    elif len(outputs) > 1:
+        notes.append(f"answers were read from output {names[0]}, one of {len(outputs)}")
+    if readings[0].kind == "ranks":
+        notes.append(f"output {names[0]} lists the best classes, and the first of them counts")
+    if readings[0].kind == "more scores":
+        notes.append(f"output {names[0]} has one class more than the watermark")
     return notes
 
 
@@ -158,22 +196,25 @@ def of_two_classes(scores: Array) -> tuple[NDArray[np.int64], str]:
 
 
 def _ranks(
-    arrays: Sequence[Array | None], shapes: Sequence[tuple[int, ...] | None], num_classes: int | None
+    outputs: Outputs,
+    arrays: Sequence[Array | None],
+    shapes: Sequence[tuple[int, ...] | None],
+    num_classes: int | None,
 ) -> list[Reading]:
-    """The integer outputs [N, k] whose rows name k different classes each, as TopK's do."""
+    """The integer outputs [N, k] whose rows name k different classes each, from 0 or from 1, as TopK's do."""
     found = []
     for index, (array, shape) in enumerate(zip(arrays, shapes, strict=True)):
         if array is None or shape is None or len(shape) != 2 or shape[1] < 2 or array.dtype.kind not in "iu":
             continue
-        if shape[1] > (MAXIMUM_RANKS if num_classes is None else num_classes):
+        if shape[1] > (MAXIMUM_RANKS if num_classes is None else num_classes + 1):
             continue
         near = sorted((each for each in range(len(shapes)) if each != index), key=lambda each: abs(each - index))
         beside = next((each for each in near if shapes[each] == shape and _is_score(arrays[each])), None)
-        if beside is None and num_classes is not None and shape[1] == num_classes == 2:
+        if shape[1] == num_classes == 2 and (beside is None or not _sorted(outputs[beside][1], shape)):
             continue  # ones and zeros may as well be scores
         ordered = np.sort(array.reshape(shape), axis=1)
-        highest = np.iinfo(np.int64).max if num_classes is None else num_classes - 1
-        if (ordered[:, 1:] > ordered[:, :-1]).all() and (ordered >= 0).all() and (ordered <= highest).all():
+        last = np.iinfo(np.int64).max if num_classes is None else num_classes  # where they are counted from 1
+        if (ordered[:, 1:] > ordered[:, :-1]).all() and (ordered >= 0).all() and (ordered <= last).all():
             found.append(Reading(index, "ranks", beside))
     return found
 
@@ -188,7 +229,7 @@ def _last_resorts(
         finite = array[np.isfinite(array)]
         if num_classes == 2:
             return [Reading(index, "single")]
-        if finite.size and bool(((finite == np.floor(finite)) & (finite >= 0) & (finite < num_classes)).all()):
+        if finite.size and bool(((finite == np.floor(finite)) & (finite >= 0) & (finite <= num_classes)).all()):
             return [Reading(index, "labels")]
     return []
 
@@ -198,9 +239,19 @@ def _renamed(labels: Reading, scores: Reading, outputs: Outputs, rows: int, clas
     named, answered = labels.read(outputs, rows), scores.read(outputs, rows)
     if named is None or answered is None:
         return False
-    column = answered if answered.ndim == 1 else answered.argmax(axis=1)
+    column = answered[:, 0] if answered.dtype.kind == "i" else answered.argmax(axis=1)
     order = np.array(sorted(range(classes), key=str))
     return bool((named == order[column]).all() and (named != column).any())
+
+
+def _sorted(scores: Any, shape: tuple[int, ...]) -> bool:
+    """Whether these scores are highest at one place in all rows, as those of the best classes in their order are."""
+    best = _best(scores, shape)
+    return best is not None and len(np.unique(best)) == 1
+
+
+def _there(array: Array | None) -> bool:
+    return array is not None
 
 
 def _is_score(array: Array | None) -> bool:
@@ -209,14 +260,13 @@ def _is_score(array: Array | None) -> bool:
 
 
 def _best(output: Any, shape: tuple[int, ...]) -> NDArray[np.int64] | None:
-    """Where each row of scores of this shape is highest, ABSTAINED for a row with NaN or Inf."""
+    """Where each row of scores of this shape is highest, ABSTAINED where that is no class."""
     if isinstance(output, Predicted):
         return output.labels.astype(np.int64) if (len(output.labels), output.classes) == shape else None
     array = to_array(output)
     if array is None or answer_shape(array, shape[0]) != shape:
         return None
-    array = array.reshape(shape)
-    return np.where(np.isfinite(array).all(axis=1), array.argmax(axis=1), ABSTAINED)
+    return highest(array.reshape(shape))
 
 
 def _labels(values: Array) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError, printable
 from wmengine.suspects.adapters import Adapter, Range
-from wmengine.suspects.answers import Outputs, choose_reading, describe, of_two_classes
+from wmengine.suspects.answers import Outputs, choose_readings, describe, of_two_classes, read_all
 
 # As fast per input as larger batches, in a tenth of their memory (measured with ONNX Runtime on CPUs).
 CHUNK = 32
@@ -34,9 +34,10 @@ class Suspect(Protocol):
 
     adapters: the ways to put triggers of this shape to it that its declared input leaves open, all of them or (not
     every) the likely ones. query: inputs as an adapter made them [N, ...] → scores float32 or float64 [N, C], or labels
-    int64 [N]; num_classes says which output answers, where there are several. tensors: its weights in order of
-    execution; input_shape is one input's, for suspects that must run to tell that order. All raise SuspectError, one
-    sentence, when the suspect cannot answer. close gives back what it holds.
+    int64 [N] as the suspect numbers them, or int64 [N, R], the classes that R outputs of scores name; num_classes says
+    which outputs answer, where there are several. tensors: its weights in order of execution; input_shape is one
+    input's, for suspects that must run to tell that order. All raise SuspectError, one sentence, when the suspect
+    cannot answer. close gives back what it holds.
     """
 
     name: str
@@ -105,18 +106,18 @@ def ask_in_chunks(
         fixed_batch = chunk = 1
         first = run(inputs[:1])
         notes.append("the suspect answers only one input at a time")
-    reading = choose_reading(first, min(chunk, len(inputs)) if fixed_batch is None else chunk, num_classes, name)
-    notes.extend(describe(reading, first))
+    readings = choose_readings(first, min(chunk, len(inputs)) if fixed_batch is None else chunk, num_classes, name)
+    notes.extend(describe(readings, first))
     parts: list[NDArray[Any]] = []
     for start in range(0, len(inputs), chunk):
         rows = inputs[start : start + chunk]
         outputs = first if start == 0 else run(_padded(rows, fixed_batch))
-        answer = reading.read(outputs, fixed_batch or len(rows))
+        answer = read_all(readings, outputs, fixed_batch or len(rows))
         if answer is None or (parts and answer.shape[1:] != parts[0].shape[1:]):
             raise SuspectError(f"{name} changes the shape of its answers from one batch to the next")
         parts.append(answer[: len(rows)])
     answers = np.concatenate(parts)
-    if reading.kind == "single":
+    if readings[0].kind == "single":
         answers, note = of_two_classes(answers)
         notes.append(note)
     return answers

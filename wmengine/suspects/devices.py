@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine._optional import require
-from wmengine.suspects.answers import Outputs, Predicted, shape_of_answers
+from wmengine.suspects.answers import Outputs, Predicted, highest, shape_of_answers
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DEVICE = 0  # the first that CUDA_VISIBLE_DEVICES leaves
@@ -76,8 +76,9 @@ def can_stay(session: Any) -> bool:
 def run_bound(session: Any, feeds: Mapping[str, NDArray[Any]], device: str, module: ModuleType | None) -> Outputs:
     """The outputs for a batch, run with inputs and outputs on a device ("cpu" or "cuda").
 
-    Scores [N, C] of float32, float16 or bfloat16 become `Predicted` by `module`, wmengine._cuda; without one, and of
-    any other type, they are copied back. What has more axes than answers have stays where it is and is left out.
+    Scores [N, C] of float32, float16 or bfloat16 become `Predicted` by `module`, wmengine._cuda; without one, of any
+    other type, and where a row holds NaN or Inf, they are copied back. What has more axes than answers have stays where
+    it is and is left out.
     """
     binding, values = session.io_binding(), require("onnxruntime", extra="cpu").OrtValue
     for name, rows in feeds.items():
@@ -94,7 +95,12 @@ def run_bound(session: Any, feeds: Mapping[str, NDArray[Any]], device: str, modu
         if shape is None:
             continue
         if module is not None and len(shape) == 2 and shape[1] > 1 and value.data_type() in _SCORES:
-            found.append((output.name, predict(module, value, shape, device)))
+            predicted = predict(module, value, shape, device)
+            if (predicted.labels < 0).any() and value.data_type() != "tensor(bfloat16)":
+                # The kernel takes no row with an infinite score; one of −Inf only is lower than the others.
+                scores = value.numpy().reshape(shape)
+                predicted = Predicted(highest(scores).astype(np.int32), predicted.classes)
+            found.append((output.name, predicted))
         else:
             found.append((output.name, value.numpy()))
     return found

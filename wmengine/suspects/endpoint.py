@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError, printable
 from wmengine.suspects.adapters import LAYOUT_NAMES, SCALING_NAMES, Adapter, Range, adapters
-from wmengine.suspects.answers import ABSTAINED, Outputs, Reading, choose_reading, describe, of_two_classes
+from wmengine.suspects.answers import ABSTAINED, Outputs, Reading, choose_readings, describe, of_two_classes, read_all
 from wmengine.suspects.base import CHUNK, URL_SCHEMES, is_url, one_line
 from wmengine.suspects.decoys import Decoys
 from wmengine.suspects.http_client import hide, shown
@@ -222,7 +222,7 @@ class EndpointSuspect:
         return min(room, max(1, int((costs <= in_time).sum())))
 
     def query(self, inputs: NDArray[Any], num_classes: int | None = None) -> NDArray[Any]:
-        """Scores [N, C], rows of NaN where there was no answer, or labels [N], −1 where there was none.
+        """Scores [N, C], rows of NaN where there was no answer, or labels [N] or [N, R], −1 where there was none.
 
         `unasked` and `refused` say which rows have no answer, and why. Raises SuspectError where nothing has been
         answered, now or before.
@@ -292,7 +292,7 @@ class EndpointSuspect:
         missing = (row for row in range(len(inputs)) if row not in answers and row not in self.refused)
         self.unasked = dict.fromkeys(missing, found.stopped or "")
         joined = _joined(answers, len(inputs))
-        if found.reading is not None and found.reading.kind == "single":
+        if found.readings and found.readings[0].kind == "single":
             joined, note = of_two_classes(joined)
             self.notes.append(note)
         return joined
@@ -366,14 +366,14 @@ class EndpointSuspect:
         outputs = self._patience.call(lambda seconds: self._model.ask(to, padded, seconds), len(padded))
         if self._output is not None:  # some servers send the others too
             outputs = [each for each in outputs if each[0] == self._output]
-        reading = found.reading or choose_reading(outputs, len(padded), num_classes, self.name)
-        answers = reading.read(outputs, len(padded))
-        kind = ("", ()) if answers is None else (outputs[reading.output][0], answers.shape[1:])
-        if answers is None or (found.reading is not None and kind != found.kind):
+        readings = found.readings or choose_readings(outputs, len(padded), num_classes, self.name)
+        answers = read_all(readings, outputs, len(padded))
+        kind = ("", ()) if answers is None else (outputs[readings[0].output][0], answers.shape[1:])
+        if answers is None or (found.readings and kind != found.kind):
             raise Refused(f"{self.name} changes the shape of its answers from one batch to the next")
-        if found.reading is None:
-            found.reading, found.kind = reading, kind
-            self.notes.extend(describe(reading, outputs))
+        if not found.readings:
+            found.readings, found.kind = readings, kind
+            self.notes.extend(describe(readings, outputs))
         return answers[: len(rows)]
 
     def _fixed(self, to: Declared, inputs: NDArray[Any]) -> int | None:
@@ -392,7 +392,7 @@ class _Found:
     answers: dict[int, NDArray[Any]] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     stopped: str | None = None
-    reading: Reading | None = None
+    readings: list[Reading] = field(default_factory=list)
     kind: tuple[str, tuple[int, ...]] = ("", ())
 
 
@@ -400,7 +400,7 @@ def _joined(answers: Mapping[int, NDArray[Any]], rows: int) -> NDArray[Any]:
     """One array for all rows; NaN or −1 where there is no answer."""
     some = next(iter(answers.values()), None)
     if some is None or some.dtype.kind == "i":
-        joined: NDArray[Any] = np.full(rows, ABSTAINED, np.int64)
+        joined: NDArray[Any] = np.full((rows, *(() if some is None else some.shape)), ABSTAINED, np.int64)
     else:
         dtype = np.result_type(*{answer.dtype for answer in answers.values()})
         joined = np.full((rows, *some.shape), np.nan, dtype)

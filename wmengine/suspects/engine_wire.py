@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.carriers import Tensor
-from wmengine.errors import SuspectError, printable
+from wmengine.errors import SuspectError, SuspectGone, printable
 from wmengine.sandbox import MECHANISMS, wire
 from wmengine.sandbox.supervisor import TemplateGone, Worker, WorkerFailure
 from wmengine.suspects.answers import Outputs, Predicted
 from wmengine.suspects.base import one_line
+from wmengine.suspects.graph_limits import MAXIMUM_OUTPUTS
 from wmengine.suspects.onnx_engine import Input, OnnxEngine, preload
 
 __all__ = ["RemoteEngine", "preload", "serve"]
@@ -63,6 +64,7 @@ def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechan
         return {"locations": engine.locations(question["name"], arrays[0].tobytes())}, ()
     if asked == LOAD:
         contents = [array.tobytes() for array in arrays]
+        arrays.clear()  # large models have room once less
         engine.load(question["name"], contents[0], dict(zip(question["locations"], contents[1:], strict=True)))
         return {}, ()
     if asked == OPEN:
@@ -126,13 +128,13 @@ class RemoteEngine:
     def begin(self) -> bool:
         """The time of the next suspect starts now; False where the worker is gone, or fit for no other suspect.
 
-        It is asked to let go of the model before, so that what a model does as it goes is not put down to the next one,
-        and to say a word that it cannot know: what else it has said is not taken for an answer to the next question. A
-        model that failed may have left its memory behind: its worker serves no other.
+        It is asked to let go of the model before, in what is left of that one's time, so that what a model does as it
+        goes is not put down to the next one, and to say a word that it cannot know: what else it has said is not taken
+        for an answer to the next question. A model that failed may have left its memory behind: its worker serves no
+        other.
         """
         if self._spent or self._failure is not None:
             return False
-        self.worker.begin()
         word = secrets.token_hex(16)
         try:
             header, _ = self.worker.ask(FORGET, {"word": word})
@@ -156,13 +158,13 @@ class RemoteEngine:
         arrays: Sequence[Any] = (),
     ) -> Result:
         if self._failure is not None:
-            raise SuspectError(self._failure)
+            raise SuspectGone(self._failure)
         try:
             header, answers = self.worker.ask(asked, dict(question or {}), arrays)
         except WorkerFailure as error:
             self.abandoned = isinstance(error, TemplateGone)
             self._failure = f"{self._name} cannot be judged: {error}"
-            raise SuspectError(self._failure) from None
+            raise SuspectGone(self._failure) from None
         if "error" in header:
             self._spent |= asked not in (LIST, LOAD)
             raise SuspectError(printable(str(header["error"]), 500))
@@ -171,7 +173,7 @@ class RemoteEngine:
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             self.worker.close()
             self._failure = f"{self._name} cannot be judged: it gave no answer that can be read while asked to {asked}"
-            raise SuspectError(self._failure) from None
+            raise SuspectGone(self._failure) from None
 
 
 def _conditions(worker: Worker, provider: str) -> Iterator[str]:
@@ -207,6 +209,8 @@ def _read_inputs(header: dict[str, Any], arrays: Arrays) -> list[Input]:
 
 
 def _read_outputs(header: dict[str, Any], arrays: Arrays) -> Outputs:
+    if len(arrays) > MAXIMUM_OUTPUTS:
+        raise ValueError("not what a graph is let through with")
     stayed = header.get("classes", [None] * len(arrays))
     return [
         (str(output), array if classes is None else _read_predicted(array, classes))

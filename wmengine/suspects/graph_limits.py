@@ -1,4 +1,4 @@
-"""What a graph may be before ONNX Runtime sees it: known operators, and no more nodes than a real network has.
+"""What a graph may be before ONNX Runtime sees it: known operators, and no more nodes or outputs than a network has.
 
 Nodes inside a function count as often as the function is used, because ONNX Runtime inlines it there: a kilobyte of
 functions that call each other twice would otherwise keep it busy for ever.
@@ -14,6 +14,7 @@ from wmengine.errors import SuspectError
 MAXIMUM_NODES = 200_000
 MAXIMUM_DEPTH = 8  # of graphs inside If, Loop and Scan
 MAXIMUM_CALLS = 32  # of functions that call functions
+MAXIMUM_OUTPUTS = 1000  # whoever looks for the answer among them compares them with each other
 
 Called = tuple[str, str, str]  # a function's domain, name and overload
 
@@ -34,6 +35,8 @@ MICROSOFT = frozenset(_MICROSOFT.split())
 
 def check_graph(name: str, model: Any) -> None:
     """Raises SuspectError, naming the limit, for an onnx.ModelProto that is over one."""
+    if len(model.graph.output) > MAXIMUM_OUTPUTS:
+        raise SuspectError(f"{name} has {len(model.graph.output)} outputs, and at most {MAXIMUM_OUTPUTS} are looked at")
     functions: dict[Called, Any] = {}
     for each in model.functions:
         if functions.setdefault(_called(each.domain, each.name, each.overload), each) is not each:

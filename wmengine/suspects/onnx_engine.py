@@ -67,12 +67,18 @@ class OnnxEngine:
         """The external files that a model names, sorted; without the word `location` in it, it is not even parsed."""
         if b"location" not in data:
             return []
-        return sorted({entries(name, tensor).get("location", "") for tensor in external_tensors(parse(name, data))})
+        return named_locations(name, parse(name, data))
 
     def load(self, name: str, data: bytes, external: Mapping[str, bytes]) -> None:
-        """Take a model's bytes, and those of its external files by location; the one before is forgotten."""
+        """Take a model's bytes, and those of its external files by location; the one before is forgotten.
+
+        The files must be those that the model names: which they are may have been said by a worker that lied, and the
+        hash is over them.
+        """
         self._name, self._data, self._external, self._session = name, data, external, None
         model = parse(name, data)
+        if b"location" in data and named_locations(name, model) != sorted(external):
+            raise SuspectError(f"{name} names other external files than were read for it")
         check_graph(name, model)
         self._rescaled = rescaled_inputs(model)
 
@@ -98,6 +104,8 @@ class OnnxEngine:
         try:
             self._session = ort.InferenceSession(self._data, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions share no base of their own
+            if "bad_alloc" in str(error) or "allocate memory" in str(error):
+                raise SuspectError(f"{self._name} needs more memory than it may have ({one_line(error)})") from None
             raise SuspectError(
                 f"{self._name} is not a model that ONNX Runtime can load ({one_line(error)}); export it to ONNX again"
             ) from None
@@ -124,6 +132,12 @@ class OnnxEngine:
             array = numbers(value)
             if array is not None:
                 found.append((output.name, array))
+        if not found:
+            said = ", ".join(f"{output.name[:100]} of {output.type}" for output in self._session.get_outputs()[:8])
+            raise SuspectError(
+                f"{self._name} answers with no numbers, but {said}; export it with scores, or with labels that end in "
+                "the numbers of their classes"
+            )
         return found
 
     def _module(self) -> Any:
@@ -246,10 +260,25 @@ def parse(name: str, data: bytes) -> Any:
     try:
         model = onnx.ModelProto.FromString(data)
     except Exception:  # protobuf's DecodeError, or whatever else these bytes make it do
+        if not _room_for(2 * len(data)):  # protobuf says nothing else where there is none
+            raise SuspectError(f"{name} needs more memory than it may have") from None
         raise SuspectError(f"{name} is not an ONNX model, or truncated; export or copy it again") from None
     if not model.HasField("graph"):
         raise SuspectError(f"{name} is not an ONNX model: it has no graph; export or copy it again")
     return model
+
+
+def _room_for(count: int) -> bool:
+    try:
+        np.empty(count, np.uint8)
+    except MemoryError:
+        return False
+    return True
+
+
+def named_locations(name: str, model: Any) -> list[str]:
+    """The external files that an onnx.ModelProto names, sorted."""
+    return sorted({entries(name, tensor).get("location", "") for tensor in external_tensors(model)})
 
 
 def external_tensors(message: Any) -> Iterator[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -145,18 +144,13 @@ class OnnxSuspect:
         return self._inputs[0]
 
 
-_lock = threading.Lock()
-_supervisor: Supervisor | None = None
+_supervisor = Supervisor(SERVICE)
+atexit.register(_supervisor.close)
 
 
 def shared_supervisor() -> Supervisor:
     """This process's template of sandboxed workers: started at the first use, ended with the process."""
-    global _supervisor
-    with _lock:
-        if _supervisor is None:
-            _supervisor = Supervisor(SERVICE)
-            atexit.register(_supervisor.close)
-        return _supervisor
+    return _supervisor
 
 
 def open_engine(isolation: str, limits: Limits, provider: str = "cpu") -> Engine:
