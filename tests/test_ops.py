@@ -206,6 +206,27 @@ def test_operators_work_in_a_forked_child():
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors")
+def test_a_thread_bound_to_one_processor_binds_neither_the_pool_nor_its_size():
+    code = (
+        "import os, threading, numpy as np\n"
+        "from wmengine import ops\n"
+        "allowed, made = os.sched_getaffinity(0), []\n"
+        "def bound():\n"
+        "    os.sched_setaffinity(0, {min(allowed)})\n"
+        "    before = set(os.listdir('/proc/self/task'))\n"
+        "    ops.sketch(np.ones(1 << 20, dtype=np.float32), 1, 64)\n"
+        "    made.extend(set(os.listdir('/proc/self/task')) - before)\n"
+        "caller = threading.Thread(target=bound)\n"
+        "caller.start(); caller.join()\n"
+        "assert ops.get_num_threads() == len(allowed) == len(made) + 1, (allowed, made)\n"
+        "seen = [os.sched_getaffinity(int(thread)) for thread in made]\n"
+        "assert any(mask != {min(allowed)} for mask in seen), seen\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], timeout=60, check=False, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_float64_goes_to_the_reference_and_float16_is_widened():
     w = np.random.default_rng(6).normal(size=500)
     np.testing.assert_array_equal(ops.sketch(w, 9, 64), reference.sketch(w, 9, 64))

@@ -34,6 +34,7 @@ from wmengine.scan.listing import list_suspects
 from wmengine.scan.pool import judge_locally
 from wmengine.scan.results import log10_calibrated
 from wmengine.schemes import black_box_parameters, scheme, white_box_parameters
+from wmengine.suspects.engine_wire import RemoteEngine
 from wmengine.triggers import to_input
 from wmengine.verify import verify
 from wmengine.watermark import Watermark
@@ -165,6 +166,28 @@ def test_every_isolation_gives_the_same_rows(bucket, isolation):
 
     usual = facts(scan(bucket / "models", bucket / "registry", jobs=1))
     assert facts(scan(bucket / "models", bucket / "registry", isolation=isolation)) == usual
+
+
+def test_a_judge_and_its_worker_share_a_processor_and_the_caller_keeps_all(bucket, monkeypatch):
+    processors = sorted(os.sched_getaffinity(0))
+    places = {}
+    receive = RemoteEngine.load
+
+    def load(engine, *arguments):
+        thread, worker = os.sched_getaffinity(0), os.sched_getaffinity(engine.worker.process)
+        places.setdefault(threading.current_thread().name, []).append((thread, worker))
+        return receive(engine, *arguments)
+
+    monkeypatch.setattr(RemoteEngine, "load", load)
+    scan(bucket, bucket, jobs=len(processors))
+    assert places
+    for name, seen in places.items():
+        number = int(name.removeprefix("scan-"))
+        assert all(thread == worker == {processors[number]} for thread, worker in seen)
+    assert sorted(os.sched_getaffinity(0)) == processors
+    places.clear()
+    scan(bucket, bucket, jobs=len(processors) + 1)
+    assert all(len(thread) == len(worker) == len(processors) for seen in places.values() for thread, worker in seen)
 
 
 def test_a_row_says_what_verify_says(bucket):

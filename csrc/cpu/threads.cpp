@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -76,9 +77,11 @@ private:
 
     void work() {
         uint64_t seen = 0;
+        // Where the process may run: the thread that happened to start this one may be bound to a single processor.
         cpu_set_t allowed;
         CPU_ZERO(&allowed);
-        sched_getaffinity(0, sizeof allowed, &allowed);
+        sched_getaffinity(getpid(), sizeof allowed, &allowed);
+        sched_setaffinity(0, sizeof allowed, &allowed);
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
             wake_.wait(lock, [&] { return generation_ != seen; });
@@ -138,7 +141,7 @@ Pool& the_pool() {
 
 int available_processors() {
     cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) {
+    if (sched_getaffinity(getpid(), sizeof set, &set) == 0) {
         return std::max(1, CPU_COUNT(&set));
     }
     return std::max(1u, std::thread::hardware_concurrency());

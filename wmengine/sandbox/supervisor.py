@@ -70,7 +70,9 @@ class Supervisor:
             self._close()
 
     def worker(self, limits: Limits, confined: bool = True) -> Worker:
-        """A fresh worker, forked and locked down. Raises WorkerFailure where there can be none.
+        """A fresh worker, forked and locked down, on the processors of the thread that asks.
+
+        Raises WorkerFailure where there can be none.
 
         Not confined, for what must reach a GPU's driver: it keeps its files and its memory, and has a time limit only.
         """
@@ -80,7 +82,9 @@ class Supervisor:
             raise WorkerFailure(f"there is no socket for a worker: {error}") from None
         try:
             with theirs:
-                answer, generation = self._order({"fork": limits.memory_bytes if confined else None}, theirs)
+                processors = sorted(os.sched_getaffinity(0))
+                order = {"fork": limits.memory_bytes if confined else None, "processors": processors}
+                answer, generation = self._order(order, theirs)
         except BaseException:
             ours.close()
             raise

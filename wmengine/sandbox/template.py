@@ -1,10 +1,10 @@
 """The template process, `python -m wmengine.sandbox.template FD MODULE`: imports once, then forks workers.
 
-It takes orders on the inherited socket FD, a JSON message each, and answers each with one: {"fork": memory_bytes} comes
-with a socket for the new worker, which is not locked down for null, and is answered by its process number; {"end":
-process} kills a worker, if it still lives, and is answered by how it ended; an order that cannot be followed is
-answered by {"error": reason}. Each order has a "number", and its answer the same. It never sees a model's bytes. When
-its socket closes, it ends, and the kernel kills its workers.
+It takes orders on the inherited socket FD, a JSON message each, and answers each with one: {"fork": memory_bytes,
+"processors": numbers} comes with a socket for the new worker, which may use these processors, is not locked down for
+null, and is answered by its process number; {"end": process} kills a worker, if it still lives, and is answered by how
+it ended; an order that cannot be followed is answered by {"error": reason}. Each order has a "number", and its answer
+the same. It never sees a model's bytes. When its socket closes, it ends, and the kernel kills its workers.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def main() -> None:
             if "fork" in order:
                 process = os.fork()
                 if process == 0:
+                    os.sched_setaffinity(0, order["processors"])
                     _become_worker(service, control, descriptors[0], order["fork"], template)
                 ended.pop(process, None)  # a number used before
                 answer = {"process": process}
