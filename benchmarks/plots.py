@@ -232,7 +232,8 @@ def _curve_panel(axes: Axes, curve: tables.Curve, inches: float) -> None:
     per_inch = math.log10(high / low) / inches
     ordered = sorted(drawn, key=lambda line: line[3][-1])
     wanted = [math.log10(line[3][-1] / low) / per_inch for line in ordered]
-    for (label, colour, _, _), place in zip(ordered, apart(wanted, 0.29, 0.0, inches), strict=True):
+    # Two lines high: its middle stays so far below the top that a long title has the room above to itself.
+    for (label, colour, _, _), place in zip(ordered, apart(wanted, 0.29, 0.0, inches - 0.14), strict=True):
         axes.annotate(
             label,
             (1.03, place / inches),
