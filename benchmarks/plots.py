@@ -26,6 +26,7 @@ WIDTH = 8.8  # inches; README shows it at about 96 pixels an inch
 LINE = 0.19  # inches between two labels
 
 _PLACES = re.compile(r'\b(?:d|x|y)="[^"]*"|translate\([^)]*\)', re.DOTALL)  # in an SVG; scales keep all their digits
+_DIRECTIONS = re.compile(r", forward \+ [^,]*")  # in a row's name; a dtype behind them stays
 
 _STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -73,8 +74,8 @@ def roofline(measured: Sequence[tables.Result]) -> str:
         top = height - 0.5
         if computing:
             top -= above
-            axes = figure.add_axes((0.65 / WIDTH, top / height, 5.2 / WIDTH, above / height))
-            _roofline_panel(axes, computing, roofs, (5.2, above))
+            axes = figure.add_axes((0.65 / WIDTH, top / height, 5.0 / WIDTH, above / height))
+            _roofline_panel(axes, computing, roofs, (5.0, above))
             top -= 0.6
         if moving:
             top -= 0.3 + below
@@ -125,7 +126,7 @@ def _roofline_panel(
             textcoords="offset points",
             rotation=slant,
             rotation_mode="anchor",
-            fontsize=8,
+            fontsize=7.5,
             va="bottom" if side > 0 else "top",
         )
     for name, peak in peaks.items():
@@ -266,8 +267,8 @@ def _time(milliseconds: float, _: object) -> str:
 
 def _label(row: tables.Row) -> str:
     """What is done, without its directions, and the size; as much of it as there is room for."""
-    text = f"{row['what'].partition(', forward')[0]}, {row['size']}"
-    return text if len(text) <= 46 else f"{text[:45]}…"
+    text = f"{_DIRECTIONS.sub('', row['what'])}, {row['size']}"
+    return text if len(text) <= 50 else f"{text[:49].rstrip(' ,')}…"
 
 
 def apart(wanted: Sequence[float], gap: float, least: float, most: float) -> list[float]:
