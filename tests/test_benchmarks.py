@@ -437,7 +437,8 @@ def test_a_quick_run_writes_one_complete_result_file_per_operator(quick_results:
             for timed in (row["ours"], row["floor"], *row["peers"]):
                 assert 0 < timed["ms"]["p20"] <= timed["ms"]["median"] <= timed["ms"]["p80"]
             assert row["floor"]["ratio"]["median"] > 0
-            assert row["peers"], "a row without an opponent proves nothing"
+            scores = row["what"].startswith("scores beside inference")  # bounded in milliseconds: nobody else has them
+            assert row["peers"] or scores, "a row without an opponent proves nothing"
 
 
 def test_a_quick_run_is_kept_out_of_the_tables(quick_results: Path) -> None:
