@@ -143,11 +143,13 @@ def _panel(
     title: str, mark: Watermark, judged: list[tuple[Row, Verdict]], kind: int, result: DemoResult
 ) -> pictures.MatchRates:
     chance = symbol_chance(mark.scheme, mark.parameters)
+    # Where a file leaves open how to read it, the way that the mark recorded has a share of the evidence only.
+    paid = [verdict.evidence.log10_share for _, verdict in judged if verdict.owned and verdict.evidence is not None]
     return pictures.MatchRates(
         title=title,
         total=mark.total,
         chance=chance,
-        threshold=threshold(mark.total, chance, math.log10(judged[0][1].alpha)),
+        threshold=threshold(mark.total, chance, math.log10(judged[0][1].alpha) + min(paid, default=0.0)),
         suspects=[(row.model, verdict.matched, verdict.decision) for row, verdict in judged],
         others=[matched[kind] for matched in result.others],
     )
