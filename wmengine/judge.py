@@ -126,7 +126,7 @@ def score_weights(tensors: Sequence[Tensor], mark: Watermark, notes: Sequence[st
     matches = [bit_matches(projections.sum(pairing), bits) for pairing in matching.tries]
     chance = symbol_chance(mark.scheme, parameters)
     log10_p, best = paid_log10_p([binomial_log10_tail(count, bits.size, chance) for count in matches])
-    evidence = Evidence("fixed", matches[best], bits.size, chance, -math.log10(len(matches)))
+    evidence = Evidence("fixed", matches[best], bits.size, chance, math.log10(1 / len(matches)))
     return Score(matches[best], bits.size, 0, log10_p, notes=said, evidence=evidence)
 
 
