@@ -295,6 +295,10 @@ class Trial:
         futile = best.test.decision == "futile" and not attempt.unasked
         if self.mode == "sequential" and futile and not self.proven:
             found.append(f"given up after {self.queries} queries: the suspect answers as a stranger does")
+        if self.mode == "sequential" and self.proven and attempt.asked < attempt.total and not attempt.unasked:
+            found.append(
+                f"stopped after {self.queries} queries, as the answer was clear: what was not asked is no miss"
+            )
         return found
 
     def ask_again(self, suspect: Suspect) -> str | None:
