@@ -25,6 +25,7 @@ import pyarrow.parquet as parquet
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from wmengine.cli import main
 from wmengine.errors import ScanError, SuspectError, WatermarkError
 from wmengine.key import Key
 from wmengine.sandbox import Limits, Supervisor, TemplateGone, WorkerFailure
@@ -237,6 +238,17 @@ def test_a_scan_that_was_stopped_goes_on_where_it_stopped(bucket, tmp_path):
     assert len(judged) == len(set(judged)) == 9
     assert by_pair(table).keys() == by_pair(scan(bucket / "models", bucket / "registry")).keys()
     assert not (tmp_path / "rows.parquet.journal").exists()
+
+
+def test_the_summary_says_what_it_counts(bucket, tmp_path, capsys):
+    out = tmp_path / "rows.parquet"
+    assert main(["scan", str(bucket / "models"), "--watermarks", str(bucket / "registry"), "--out", str(out)]) == 0
+    *owned, counts, table = capsys.readouterr().out.splitlines()
+    assert len(owned) == 4
+    assert re.fullmatch(
+        r"9 suspects, 18 pairs in \d+\.\d s: 4 owned, 12 not proven, 2 error; 1 suspect could not be judged", counts
+    )
+    assert table == f"{out}: every pair with its p-value, paid for all pairs of the scan, or its error"
 
 
 def test_kill_minus_nine_loses_nothing_that_was_finished(bucket, tmp_path):

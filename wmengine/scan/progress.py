@@ -68,9 +68,17 @@ class Report:
             print(f"{printable(row['suspect'])}: owned, {mark}, log10 p {log10_p:.2f}")
         said = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
         failed = len({name for name, decision in zip(names, decisions, strict=True) if decision == "error"})
-        before = f", {resumed} of them before it was interrupted" if resumed else ""
-        print(f"{suspects} suspects in {seconds:.1f} s{before}: {said}; {failed} could not be judged")
-        print(f"{out}: every pair with its p-value, paid for all pairs of the scan")
+        before = f", {_counted(resumed, 'suspect')} before it was interrupted" if resumed else ""
+        print(
+            f"{_counted(suspects, 'suspect')}, {_counted(len(names), 'pair')} in {seconds:.1f} s{before}: {said}; "
+            f"{_counted(failed, 'suspect')} could not be judged"
+        )
+        or_error = ", or its error" if failed else ""
+        print(f"{out}: every pair with its p-value, paid for all pairs of the scan{or_error}")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _bar() -> Any:
