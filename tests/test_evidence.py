@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -15,6 +17,8 @@ from wmengine.triggers import to_input
 from wmengine.verify import verify
 from wmengine.watermark import Watermark
 
+DESIGN = (Path(__file__).resolve().parent.parent / "docs" / "design.md").read_text(encoding="utf-8")
+(EXAMPLE,) = re.findall(r"```python\n(.*?)```", DESIGN, re.DOTALL)
 KEY = Key("ACME Vision", bytes(range(32)))
 SHAPE, RANGE = (1, 6, 6), [[-1.0, 1.0]]
 
@@ -85,6 +89,22 @@ def test_black_box(queries, kept, options):
     verdict = verify(Suspect(mark(), kept, **options), mark(), queries=queries)
     assert recomputed(verdict.to_json()) == pytest.approx(verdict.log10_p, abs=1e-10 * max(1, -verdict.log10_p))
     assert verdict.evidence.test == ("fixed" if queries == "all" else "sequential")
+
+
+@pytest.mark.parametrize("queries", ["all", "sequential"])
+@pytest.mark.parametrize("kept", [1.0, 0.3, 0.0])
+def test_the_example_of_the_documents_computes_it_again(queries, kept, tmp_path, monkeypatch, capsys):
+    verdict = verify(Suspect(mark(), kept, ways=2), mark(), queries=queries)
+    monkeypatch.chdir(tmp_path)
+    Path("verdict.json").write_text(verdict.to_json(), encoding="utf-8")
+    exec(EXAMPLE, {})
+    assert float(capsys.readouterr().out) == pytest.approx(verdict.log10_p, abs=1e-10)
+
+
+def test_a_test_that_stopped_early_says_that_the_rest_was_not_asked():
+    verdict = verify(Suspect(mark()), mark(), queries="sequential")
+    assert (verdict.matched, verdict.total) == (16, 60)
+    assert "stopped after 16 queries, as the answer was clear: what was not asked is no miss" in verdict.notes
 
 
 @pytest.mark.parametrize("order", [None, ORDER])

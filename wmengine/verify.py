@@ -39,7 +39,8 @@ class Verdict:
     to the suspect, adapter tries included, but no clean data, decoys and repetitions; log10_p is the p-value with all
     tries paid, and evidence what it is computed from, None where nothing was read. derivation: "checked" if the
     watermark was derived again from the key; commitment: the watermark's, as names are not unique. engine: the version
-    of wmengine. seconds: wall time. sha256 covers a file and its external weights, and is None for what is no file.
+    of wmengine. seconds: wall time. sha256 covers a file and its external weights, and is None for what is no file
+    or could not be opened.
     """
 
     suspect: str
