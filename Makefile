@@ -28,10 +28,11 @@ format: $(STAMP)
 bench: $(PEERS)
 	$(BIN)/python -m benchmarks
 
-# The same on a processor with AVX-512, with everyone held to AVX2 who lets himself be held.
+# The same on a processor with AVX-512, with everyone held to AVX2 who lets himself be held. torch.compile keeps its
+# kernels apart: those that it made for AVX-512 crash beside a torch held to AVX2.
 bench-avx2: $(PEERS)
 	WMENGINE_INSTRUCTION_SET=x86-64-v3 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
-	FAISS_OPT_LEVEL=avx2 $(BIN)/python -m benchmarks
+	FAISS_OPT_LEVEL=avx2 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/inductor-avx2 $(BIN)/python -m benchmarks
 
 # A served model for tests/test_mlserver.py, in an environment of its own: its pins and ours exclude each other.
 mlserver: .mlserver/.installed

@@ -239,14 +239,27 @@ def git_commit() -> str:
 
 
 def other_seconds() -> float | None:
-    """Processor seconds that processes other than this and its ended children have used; None where nobody tells."""
+    """Processor seconds that processes other than this and its children have used; None where nobody tells."""
     try:
         ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        own = own_seconds()
     except (OSError, ValueError, IndexError):
         return None
     idle, waiting = ticks[3:5]
-    ours = os.times()
-    return (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK") - sum(ours[:4])
+    return (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK") - own
+
+
+def own_seconds() -> float:
+    """Processor seconds of this process and all below it: those that run, and those that ended and were waited for.
+
+    Raises OSError where the kernel does not tell.
+    """
+    family = [os.getpid()]
+    for process in family:  # grows while it is walked
+        for thread in Path(f"/proc/{process}/task").iterdir():
+            family.extend(map(int, (thread / "children").read_text().split()))
+    ticks = [Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:15] for process in family]
+    return sum(int(part) for parts in ticks for part in parts) / os.sysconf("SC_CLK_TCK")
 
 
 def version(package: str) -> str | None:

@@ -380,6 +380,18 @@ def test_rows_measured_beside_other_work_are_marked() -> None:
         assert text.count("†") == 2
 
 
+def test_what_children_and_their_children_use_is_our_own() -> None:
+    spin = "import sys, time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\nsys.stdin.read()"
+    before = environment.own_seconds()
+    shell = ["sh", "-c", '"$@"; true', "sh", sys.executable, "-c", spin]
+    with subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert environment.own_seconds() - before >= 0.45  # they run
+        child.communicate(b"")
+    assert environment.own_seconds() - before >= 0.45  # they have ended
+
+
 def test_only_the_text_between_the_markers_is_replaced() -> None:
     text = f"# Title\n\n{tables.BEGIN}\nold numbers\n{tables.END}\n\nafter\n"
     new = tables.replace_between_markers(text, "| new |")
