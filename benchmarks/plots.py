@@ -82,7 +82,9 @@ def roofline(measured: Sequence[tables.Result]) -> str:
             axes = figure.add_axes((3.95 / WIDTH, top / height, 4.6 / WIDTH, below / height))
             _bandwidth_panel(axes, moving, roofs)
         described = measured[0]["environment"]
-        text = figure.text(0.12 / WIDTH, 1 - 0.2 / height, described["device"], weight="bold", va="center")
+        held = f", held to {'/'.join(described['instruction_sets']).upper()}" if described.get("capped") else ""
+        title = f"{described['device']}{held}"
+        text = figure.text(0.12 / WIDTH, 1 - 0.2 / height, title, weight="bold", va="center")
         for label, colour in (("● wmengine", OURS), ("○ the fastest peer that ran", PEER)):
             text = figure.axes[0].annotate(
                 label, (1, 0.5), xycoords=text, xytext=(12, 0), textcoords="offset points", va="center", color=colour
