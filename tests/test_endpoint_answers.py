@@ -260,7 +260,9 @@ def test_names_of_classes_are_answers_where_their_order_is_given():
         return names[number] if number else "none of these"
 
     with serving(posted(behave)) as stub:
-        assert judged(stub, labels=names).matched == (MARK.arrays["labels"] > 0).sum()
+        named = judged(stub, labels=names)
+        assert named.matched == (MARK.arrays["labels"] > 0).sum()
+        assert named.evidence.log10_share == 0.0  # no answer is 0, and yet it is clear from where they count
         assert "answers with names of classes, such as" in judged(stub).error
         name = str  # and numbers need no names
         assert judged(stub).matched == COUNT

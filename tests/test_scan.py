@@ -17,6 +17,7 @@ import tracemalloc
 import urllib.error
 import urllib.request
 from collections import Counter
+from dataclasses import asdict
 
 import fsspec
 import numpy as np
@@ -35,6 +36,7 @@ from wmengine.scan.listing import list_suspects
 from wmengine.scan.pool import judge_locally
 from wmengine.scan.results import log10_calibrated
 from wmengine.schemes import black_box_parameters, scheme, white_box_parameters
+from wmengine.sequential import log10_e_value
 from wmengine.suspects.engine_wire import RemoteEngine
 from wmengine.triggers import to_input
 from wmengine.verify import verify
@@ -43,8 +45,8 @@ from wmengine.watermark import Watermark
 KEY = Key("ACME Vision", bytes(range(32)))
 SHAPE, CLASSES, COUNT = (1, 4, 4), 10, 60
 COLUMNS = [
-    *("suspect", "sha256", "watermark", "scheme", "decision", "matched", "total", "queries", "log10_p"),
-    *("log10_p_corrected", "q_value", "seconds", "error", "notes"),
+    *("suspect", "sha256", "watermark", "commitment", "scheme", "decision", "matched", "total", "queries"),
+    *("log10_p", "log10_p_corrected", "q_value", "evidence", "seconds", "error", "notes"),
 ]
 
 
@@ -196,7 +198,20 @@ def test_a_row_says_what_verify_says(bucket):
     for name in ("copy.onnx", "stranger1.onnx"):
         verdict = verify(bucket / "models" / name, bucket / "registry" / "first.wm")
         row = rows[name, "detector"]
-        assert (row["matched"], row["total"], row["sha256"]) == (verdict.matched, verdict.total, verdict.sha256)
+        for said in ("matched", "total", "sha256", "commitment"):
+            assert row[said] == getattr(verdict, said)
+        # A scan tries fewer ways, so its one has all of the evidence.
+        assert row["evidence"] == asdict(verdict.evidence) | {"log10_share": 0.0}
+        assert row["log10_p"] == pytest.approx(verdict.log10_p + verdict.evidence.log10_share)
+
+
+def test_every_p_value_follows_from_its_rows_evidence(bucket):
+    rows = [row for row in scan(bucket / "models", bucket / "registry").to_pylist() if row["error"] is None]
+    assert {row["evidence"]["test"] for row in rows} == {"sequential"}
+    for row in rows:
+        found = row["evidence"]
+        evidence = log10_e_value(found["matched"], found["asked"], found["chance"])
+        assert row["log10_p"] == pytest.approx(min(0.0, -evidence - found["log10_share"]), abs=1e-9)
 
 
 def test_white_box_marks_are_read_in_the_same_scan(bucket, tmp_path):
@@ -243,8 +258,9 @@ def test_a_scan_that_was_stopped_goes_on_where_it_stopped(bucket, tmp_path):
 def test_the_summary_says_what_it_counts(bucket, tmp_path, capsys):
     out = tmp_path / "rows.parquet"
     assert main(["scan", str(bucket / "models"), "--watermarks", str(bucket / "registry"), "--out", str(out)]) == 0
-    *owned, counts, table = capsys.readouterr().out.splitlines()
+    *owned, failed, counts, table = capsys.readouterr().out.splitlines()
     assert len(owned) == 4
+    assert re.fullmatch(r".*broken\.onnx: .*broken\.onnx is not an ONNX model, or truncated; .*", failed)
     assert re.fullmatch(
         r"9 suspects, 18 pairs in \d+\.\d s: 4 owned, 12 not proven, 2 error; 1 suspect could not be judged", counts
     )

@@ -12,6 +12,9 @@ from wmengine.errors import ScanError, printable
 from wmengine.scan.results import DECISIONS
 
 
+NAMED = 10  # suspects with an error
+
+
 class Report:
     """What is said while suspects are judged. Use as a context around the scan, and `summarise` afterwards."""
 
@@ -67,11 +70,15 @@ class Report:
             mark, log10_p = f"{row['watermark']} ({row['scheme']})", row["log10_p_corrected"]
             print(f"{printable(row['suspect'])}: owned, {mark}, log10 p {log10_p:.2f}")
         said = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
-        failed = len({name for name, decision in zip(names, decisions, strict=True) if decision == "error"})
+        failed = dict.fromkeys(name for name, decision in zip(names, decisions, strict=True) if decision == "error")
+        for name in list(failed)[:NAMED]:
+            print(f"{printable(name)}: {table.column('error')[names.index(name)]}")
+        if len(failed) > NAMED:
+            print(f"… and {_counted(len(failed) - NAMED, 'suspect')} more with an error")
         before = f", {_counted(resumed, 'suspect')} before it was interrupted" if resumed else ""
         print(
             f"{_counted(suspects, 'suspect')}, {_counted(len(names), 'pair')} in {seconds:.1f} s{before}: {said}; "
-            f"{_counted(failed, 'suspect')} could not be judged"
+            f"{_counted(len(failed), 'suspect')} could not be judged"
         )
         or_error = ", or its error" if failed else ""
         print(f"{out}: every pair with its p-value, paid for all pairs of the scan{or_error}")

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from wmengine.errors import ScanError, printable
@@ -27,6 +28,7 @@ def rows_of(
             "suspect": shown(suspect),
             "sha256": sha256,
             "watermark": mark.name,
+            "commitment": mark.commitment,
             "scheme": mark.scheme,
             "decision": decision(score, plan),
             "matched": score.matched,
@@ -34,6 +36,7 @@ def rows_of(
             "queries": score.queries,
             "log10_p": score.log10_p,
             "log10_p_corrected": corrected(score.log10_p, plan),
+            "evidence": None if score.evidence is None else asdict(score.evidence),
             "seconds": seconds / len(marks),
             "error": score.error,
             "notes": list(score.notes),
@@ -140,10 +143,14 @@ def _schema() -> Any:
     import pyarrow
 
     text, whole, real = pyarrow.string(), pyarrow.int64(), pyarrow.float64()
+    evidence = pyarrow.struct(
+        [("test", text), ("matched", whole), ("asked", whole), ("chance", real), ("log10_share", real)]
+    )
     return pyarrow.schema(
         [
-            ("suspect", text), ("sha256", text), ("watermark", text), ("scheme", text), ("decision", text),
-            ("matched", whole), ("total", whole), ("queries", whole), ("log10_p", real), ("log10_p_corrected", real),
-            ("q_value", real), ("seconds", real), ("error", text), ("notes", pyarrow.list_(text)),
+            ("suspect", text), ("sha256", text), ("watermark", text), ("commitment", text), ("scheme", text),
+            ("decision", text), ("matched", whole), ("total", whole), ("queries", whole), ("log10_p", real),
+            ("log10_p_corrected", real), ("q_value", real), ("evidence", evidence), ("seconds", real), ("error", text),
+            ("notes", pyarrow.list_(text)),
         ]
     )  # fmt: skip

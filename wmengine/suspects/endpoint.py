@@ -195,6 +195,7 @@ class EndpointSuspect:
         self._given_up: str | None = None  # why nothing more is asked
         self._declared: Declared | None = None
         self._decoys = Decoys(decoys)
+        self._named = labels is not None
 
     def adapters(self, trigger_shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:
         """The ways that the options and the server's description leave open; unlike a file's, every one costs queries.
@@ -295,7 +296,8 @@ class EndpointSuspect:
         if found.readings and found.readings[0].kind == "single":
             joined, note = of_two_classes(joined)
             self.notes.append(note)
-        return joined
+        # A class that was named has a place of its own; only a bare number may be counted from 0 or from 1.
+        return joined[:, None] if self._named and joined.ndim == 1 else joined
 
     def _input(self) -> Declared:
         """Where triggers go: as the options say, else as the server does, else by default."""
