@@ -267,6 +267,18 @@ def test_another_number_of_outputs_in_between_is_an_error():
         trial.add(np.zeros((8, 3), np.int64))
 
 
+def test_clean_data_that_leave_no_room_for_a_trigger_are_an_error_that_says_so():
+    clean, room = CleanData(np.zeros((20, *SHAPE), np.uint8), np.arange(20) % 10), [COUNT]
+    trial = Trial(MARK, [Adapter()], "all", 9.0, any_order=True, clean=clean, limit=lambda inputs: room[0])
+    trial.next()
+    room[0] = 0
+    with pytest.raises(SuspectError, match="20 clean inputs have left no room for a trigger") as caught:
+        trial.add_clean(np.arange(20) % 10)
+    trial.fail(caught.value)
+    assert trial.next() is None
+    assert trial.error == str(caught.value)
+
+
 def test_no_answers_in_between_are_misses_of_every_output():
     trial = Trial(MARK, [Adapter()], "sequential", 12.0)
     trial.next()

@@ -139,7 +139,8 @@ class Trial:
                 return None
             if not attempt.total:  # nor is there room for another way
                 self._adapters = []
-                self.error = None if self._attempts else "there is no room left to ask it anything"
+                if not self._answered:
+                    self.error = self._attempts[0].failure if self._attempts else "there is no room to ask it anything"
                 return None
             self._attempts.append(attempt)
         look = attempt.total if self.mode == "all" else FIRST_LOOK if attempt.asked == 0 else NEXT_LOOK
@@ -205,10 +206,15 @@ class Trial:
         return put
 
     def add_clean(self, predicted: Labels) -> None:
-        """The predictions for the clean inputs: they say in which order the suspect's classes stand."""
+        """The predictions for the clean inputs: they say in which order the suspect's classes stand.
+
+        Raises SuspectError where they have left no room for a trigger.
+        """
         attempt = self._attempts[-1]
         attempt.clean = predicted.reshape(len(predicted), -1)
         attempt.total = self._room(attempt.adapter)  # less than before the clean inputs
+        if not attempt.total:
+            raise SuspectError(f"{len(predicted)} clean inputs have left no room for a trigger: give fewer of them")
 
     @property
     def queries(self) -> int:
