@@ -366,6 +366,15 @@ def test_a_fork_that_fails_is_an_error_and_the_other_workers_go_on(tmp_path, mon
             assert worker.ask("echo", {}, [np.ones(3)])[1][0].sum() == 3
 
 
+@pytest.mark.parametrize("processors", [range(4096), [4095]], ids=["thousands", "one that is gone"])
+def test_a_worker_that_cannot_be_kept_to_its_processors_serves_all_the_same(monkeypatch, processors):
+    monkeypatch.setattr("wmengine.sandbox.supervisor.available", lambda: list(processors))
+    with Supervisor("sandbox_service") as supervisor:
+        workers = [supervisor.worker(LIMITS) for _ in range(3)]
+        assert {worker.ask("echo", {}, [np.ones(3)])[1][0].sum() for worker in workers} == {3}
+        assert supervisor._generation == 1
+
+
 @pytest.mark.skipif(not all(supported().values()), reason=f"this kernel lacks some of {supported()}")
 @pytest.mark.parametrize(
     ("missing", "older"), [("landlock", "_landlock_version = lambda: 0"), ("seccomp", "_has_seccomp = lambda: False")]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from wmengine._processors import available
 from wmengine.sandbox import wire
 from wmengine.sandbox.wire import Array
 
@@ -82,8 +83,7 @@ class Supervisor:
             raise WorkerFailure(f"there is no socket for a worker: {error}") from None
         try:
             with theirs:
-                processors = sorted(os.sched_getaffinity(0))
-                order = {"fork": limits.memory_bytes if confined else None, "processors": processors}
+                order = {"fork": limits.memory_bytes if confined else None, "processors": available()}
                 answer, generation = self._order(order, theirs)
         except BaseException:
             ours.close()
