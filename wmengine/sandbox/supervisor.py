@@ -247,6 +247,9 @@ class Worker:
             return wire.receive(self._connection, self.limits.answer_bytes, self._allowance)
         except wire.WireError as error:
             raise WorkerFailure(self._ended(doing, error)) from None
+        except BaseException:  # Ctrl-C, or no memory: an answer that is still to come would pass for the next one's
+            self.close()
+            raise
 
     def interrupt(self) -> None:
         """From any thread: whoever waits for an answer learns at once that there is none."""
