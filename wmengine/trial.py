@@ -196,7 +196,7 @@ class Trial:
             return None
         inputs, scale = self._clean.inputs, self.mark.parameters["value_range"]
         put = (attempt.adapter.inputs if inputs.dtype == np.uint8 else attempt.adapter.recorded_inputs)(inputs, scale)
-        if self._limit is not None and len(self._attempts) == 1:
+        if self._limit is not None:
             room = self._limit(np.concatenate([put, put[:1]]))
             if room <= len(put):
                 raise SuspectError(
