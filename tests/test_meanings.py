@@ -272,8 +272,8 @@ def test_clean_data_that_leave_no_room_for_a_trigger_are_an_error_that_says_so()
     trial = Trial(MARK, [Adapter()], "all", 9.0, any_order=True, clean=clean, limit=lambda inputs: room[0])
     trial.next()
     room[0] = 0
-    with pytest.raises(SuspectError, match="20 clean inputs have left no room for a trigger") as caught:
-        trial.add_clean(np.arange(20) % 10)
+    with pytest.raises(SuspectError, match="20 clean inputs have left no room for a trigger: interrupted") as caught:
+        trial.add_clean(np.arange(20) % 10, ["interrupted"])
     trial.fail(caught.value)
     assert trial.next() is None
     assert trial.error == str(caught.value)

@@ -205,16 +205,17 @@ class Trial:
                 )
         return put
 
-    def add_clean(self, predicted: Labels) -> None:
+    def add_clean(self, predicted: Labels, unasked: Iterable[str] = ()) -> None:
         """The predictions for the clean inputs: they say in which order the suspect's classes stand.
 
-        Raises SuspectError where they have left no room for a trigger.
+        unasked: see `add`. Raises SuspectError where there is no room for a trigger any more.
         """
         attempt = self._attempts[-1]
         attempt.clean = predicted.reshape(len(predicted), -1)
         attempt.total = self._room(attempt.adapter)  # less than before the clean inputs
         if not attempt.total:
-            raise SuspectError(f"{len(predicted)} clean inputs have left no room for a trigger: give fewer of them")
+            why = next(iter(unasked), "give fewer of them")
+            raise SuspectError(f"{len(predicted)} clean inputs have left no room for a trigger: {why}")
 
     @property
     def queries(self) -> int:
@@ -484,7 +485,8 @@ def _next(suspect: Suspect, trial: Trial, notes: dict[str, None]) -> Ask | None:
             if clean is None:
                 return ask
             answers = suspect.query(clean, trial.num_classes)
-            trial.add_clean(predictions(suspect, answers, len(clean), trial.num_classes))
+            predicted = predictions(suspect, answers, len(clean), trial.num_classes)
+            trial.add_clean(predicted, getattr(suspect, "unasked", {}).values())
         except SuspectError as error:
             trial.fail(error)
         else:
