@@ -257,6 +257,15 @@ def test_what_is_refused_in_every_way_is_an_error_with_the_servers_reason(querie
     assert f"status {status} (a reason)" in verdict.error
 
 
+def test_an_endpoint_whose_budget_is_used_up_cannot_be_judged_with_another_mark():
+    with serving() as stub:
+        suspect = wm.endpoint(stub.url, budget=30)
+        assert wm.verify(suspect, MARK).matched == 30
+        second = wm.verify(suspect, MARK)
+    assert (second.decision, second.queries) == ("error", 0)
+    assert second.error.startswith("there is no room left to ask it anything: its budget")
+
+
 def test_a_request_that_is_lost_with_its_connection_is_paid_twice():
     def behave(request):
         if len(stub.questions) == 2:

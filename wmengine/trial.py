@@ -34,6 +34,7 @@ from wmengine.watermark import Watermark
 MODES = ("all", "sequential")
 FIRST_LOOK, NEXT_LOOK = 16, 8
 ASKED_AGAIN = 8
+NO_ROOM = "there is no room left to ask it anything: its budget or its time is used up, or it was given up before"
 
 Labels = NDArray[np.int64]
 
@@ -140,7 +141,7 @@ class Trial:
             if not attempt.total:  # nor is there room for another way
                 self._adapters = []
                 if not self._answered:
-                    self.error = self._attempts[0].failure if self._attempts else "there is no room to ask it anything"
+                    self.error = self._attempts[0].failure if self._attempts else NO_ROOM
                 return None
             self._attempts.append(attempt)
         look = attempt.total if self.mode == "all" else FIRST_LOOK if attempt.asked == 0 else NEXT_LOOK
