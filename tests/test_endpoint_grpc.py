@@ -203,14 +203,14 @@ def test_a_slow_answer_is_cut_off_in_time():
     released = threading.Event()
 
     def infer(request, context):
-        released.wait(5)
+        released.wait(20)
         return raw_answer(scores(images(request)))
 
     with serving(infer) as (url, _):
         verdict = judged(url, timeout=0.2, deadline=0.5)
         released.set()
     assert "DEADLINE_EXCEEDED" in verdict.error
-    assert verdict.seconds < 2
+    assert verdict.seconds < 10
 
 
 def test_without_grpc_the_extra_is_named(monkeypatch):

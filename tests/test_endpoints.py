@@ -240,6 +240,32 @@ def test_a_budget_below_one_request_is_an_error_that_says_so():
     assert not stub.questions
 
 
+@pytest.mark.parametrize("queries", ["all", "sequential"])
+@pytest.mark.parametrize("budget", [None, 10, 40])
+@pytest.mark.parametrize("status", [400, 401, 503])
+def test_what_is_refused_in_every_way_is_an_error_with_the_servers_reason(queries, budget, status):
+    """Two layouts fit what it describes, and there is not always room, or hope, for the second."""
+
+    def behave(request):
+        if request.method == "GET":
+            return {"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, -1, -1, -1]}]}
+        return status, {}, b'{"error": "a reason"}'
+
+    with serving(behave) as stub:
+        verdict = judged(stub, queries, budget=budget, tries=2)
+    assert (verdict.decision, verdict.queries) == ("error", 0)
+    assert f"status {status} (a reason)" in verdict.error
+
+
+def test_an_endpoint_whose_budget_is_used_up_cannot_be_judged_with_another_mark():
+    with serving() as stub:
+        suspect = wm.endpoint(stub.url, budget=30)
+        assert wm.verify(suspect, MARK).matched == 30
+        second = wm.verify(suspect, MARK)
+    assert (second.decision, second.queries) == ("error", 0)
+    assert second.error.startswith("there is no room left to ask it anything: its budget")
+
+
 def test_a_request_that_is_lost_with_its_connection_is_paid_twice():
     def behave(request):
         if len(stub.questions) == 2:

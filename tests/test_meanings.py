@@ -267,6 +267,34 @@ def test_another_number_of_outputs_in_between_is_an_error():
         trial.add(np.zeros((8, 3), np.int64))
 
 
+def test_clean_data_that_leave_no_room_for_a_trigger_are_an_error_that_says_so():
+    clean, room = CleanData(np.zeros((20, *SHAPE), np.uint8), np.arange(20) % 10), [COUNT]
+    trial = Trial(MARK, [Adapter()], "all", 9.0, any_order=True, clean=clean, limit=lambda inputs: room[0])
+    trial.next()
+    room[0] = 0
+    with pytest.raises(SuspectError, match="20 clean inputs have left no room for a trigger: interrupted") as caught:
+        trial.add_clean(np.arange(20) % 10, ["interrupted"])
+    trial.fail(caught.value)
+    assert trial.next() is None
+    assert trial.error == str(caught.value)
+
+
+def test_clean_data_that_do_not_fit_a_later_way_are_not_asked_in_vain():
+    clean, room = CleanData(np.zeros((20, *SHAPE), np.uint8), np.arange(20) % 10), [COUNT]
+    trial = Trial(MARK, HALVES, "all", 9.0, any_order=True, clean=clean, limit=lambda inputs: min(len(inputs), room[0]))
+    trial.next()
+    assert len(trial.clean_inputs()) == 20
+    trial.add_clean(np.arange(20) % 10)
+    trial.add((LABELS + 1) % 10)
+    room[0] = 10
+    assert trial.next().adapter == HALVES[1]
+    with pytest.raises(SuspectError, match="there is room for 10 inputs, and 20 are clean ones") as caught:
+        trial.clean_inputs()
+    trial.fail(caught.value)
+    assert trial.next() is None
+    assert (trial.error, trial.matched, trial.queries) == (None, 0, COUNT)
+
+
 def test_no_answers_in_between_are_misses_of_every_output():
     trial = Trial(MARK, [Adapter()], "sequential", 12.0)
     trial.next()

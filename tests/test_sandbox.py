@@ -43,6 +43,21 @@ def gone(process):
     return False
 
 
+def ends_soon(process):
+    """Within ten seconds; whether it is collected is for whoever inherits it, which some containers' first process
+    never does."""
+    waited = time.monotonic() + 10.0
+    while time.monotonic() < waited:
+        try:
+            with open(f"/proc/{process}/stat") as status:
+                if status.read().rpartition(")")[2].split()[0] in "ZX":
+                    return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def test_a_worker_reports_every_mechanism_of_this_kernel(worker):
     assert worker.mechanisms == tuple(name for name, there in supported().items() if there)
 
@@ -158,13 +173,13 @@ def test_an_answer_that_is_only_claimed_takes_no_memory(supervisor):
 
 
 def test_only_waiting_for_a_worker_counts(supervisor):
-    worker = supervisor.worker(Limits(seconds=1.0, memory_bytes=256 << 20))
+    worker = supervisor.worker(Limits(seconds=2.0, memory_bytes=256 << 20))
     worker.begin()
-    time.sleep(1.2)
+    time.sleep(2.2)
     worker.ask("nap", {"seconds": 0.3})
-    time.sleep(1.0)
-    with pytest.raises(WorkerFailure, match=r"took longer than 1 s while asked to nap, after 1\.\d s"):
-        worker.ask("nap", {"seconds": 0.9})
+    assert 0.2 < worker._allowance.left < 1.75
+    with pytest.raises(WorkerFailure, match="took longer than 2 s while asked to nap"):
+        worker.ask("nap", {"seconds": 1.9})
 
 
 def test_time_in_which_we_were_stopped_ourselves_is_not_the_workers(monkeypatch):
@@ -258,6 +273,22 @@ def test_an_interrupted_order_is_not_answered_to_the_next_one(monkeypatch):
             assert worker.ask("who", {})[0]["process"] == worker.process
 
 
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, MemoryError])
+def test_an_answer_that_was_not_waited_for_is_not_taken_for_the_next_one(supervisor, monkeypatch, interruption):
+    worker = supervisor.worker(LIMITS)
+
+    def interrupted(*_):
+        raise interruption
+
+    with monkeypatch.context() as patched:
+        patched.setattr(wire, "receive", interrupted)
+        with pytest.raises(interruption):
+            worker.ask("echo", {}, [np.zeros(3)])
+    with pytest.raises(WorkerFailure, match="already gone"):
+        worker.ask("echo", {}, [np.ones(3)])
+    assert gone(worker.process)
+
+
 def test_an_interrupt_while_the_template_starts_leaves_nothing_behind(monkeypatch):
     with Supervisor("sandbox_service") as supervisor:
         with monkeypatch.context() as patch:
@@ -316,10 +347,7 @@ def test_a_fork_that_lives_on_does_not_keep_the_workers_of_a_process_that_was_ki
         worker, child = map(int, process.stdout.readline().split())
         process.kill()
         try:
-            waited = time.monotonic() + 10.0
-            while not gone(worker) and time.monotonic() < waited:
-                time.sleep(0.05)
-            assert gone(worker)
+            assert ends_soon(worker)
         finally:
             os.kill(child, signal.SIGKILL)
 
@@ -364,6 +392,15 @@ def test_a_fork_that_fails_is_an_error_and_the_other_workers_go_on(tmp_path, mon
             supervisor.worker(LIMITS)
         for worker in (first, supervisor.worker(LIMITS)):
             assert worker.ask("echo", {}, [np.ones(3)])[1][0].sum() == 3
+
+
+@pytest.mark.parametrize("processors", [range(4096), [4095]], ids=["thousands", "one that is gone"])
+def test_a_worker_that_cannot_be_kept_to_its_processors_serves_all_the_same(monkeypatch, processors):
+    monkeypatch.setattr("wmengine.sandbox.supervisor.available", lambda: list(processors))
+    with Supervisor("sandbox_service") as supervisor:
+        workers = [supervisor.worker(LIMITS) for _ in range(3)]
+        assert {worker.ask("echo", {}, [np.ones(3)])[1][0].sum() for worker in workers} == {3}
+        assert supervisor._generation == 1
 
 
 @pytest.mark.skipif(not all(supported().values()), reason=f"this kernel lacks some of {supported()}")
@@ -418,10 +455,7 @@ def test_workers_die_with_the_process_that_asked_for_them():
         number = int(process.stdout.readline())
         assert not gone(number)
         process.kill()
-    waited = time.monotonic() + 10.0
-    while not gone(number) and time.monotonic() < waited:
-        time.sleep(0.05)
-    assert gone(number)
+    assert ends_soon(number)
 
 
 def test_a_service_that_does_not_start_says_why():

@@ -265,7 +265,7 @@ def verify(
     else:
         _print_verdict(verdict)
     if interrupted:
-        return 130
+        return INTERRUPTED
     return {"owned": 0, "not_proven": 1}.get(verdict.decision, 2)
 
 

@@ -12,6 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from wmengine import __version__
+from wmengine._processors import available
 from wmengine.sandbox import supported
 
 LIBRARIES = (
@@ -75,7 +76,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _processor(problems: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "instruction_set": None, "threads": None}
+    found: dict[str, Any] = {"cores": len(available()), "instruction_set": None, "threads": None}
     try:
         from wmengine import _cpu, ops
     except ImportError as error:

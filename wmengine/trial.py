@@ -34,6 +34,7 @@ from wmengine.watermark import Watermark
 MODES = ("all", "sequential")
 FIRST_LOOK, NEXT_LOOK = 16, 8
 ASKED_AGAIN = 8
+NO_ROOM = "there is no room left to ask it anything: its budget or its time is used up, or it was given up before"
 
 Labels = NDArray[np.int64]
 
@@ -139,7 +140,8 @@ class Trial:
                 return None
             if not attempt.total:  # nor is there room for another way
                 self._adapters = []
-                self.error = None if self._attempts else "there is no room left to ask it anything"
+                if not self._answered:
+                    self.error = self._attempts[0].failure if self._attempts else NO_ROOM
                 return None
             self._attempts.append(attempt)
         look = attempt.total if self.mode == "all" else FIRST_LOOK if attempt.asked == 0 else NEXT_LOOK
@@ -195,7 +197,7 @@ class Trial:
             return None
         inputs, scale = self._clean.inputs, self.mark.parameters["value_range"]
         put = (attempt.adapter.inputs if inputs.dtype == np.uint8 else attempt.adapter.recorded_inputs)(inputs, scale)
-        if self._limit is not None and len(self._attempts) == 1:
+        if self._limit is not None:
             room = self._limit(np.concatenate([put, put[:1]]))
             if room <= len(put):
                 raise SuspectError(
@@ -204,11 +206,17 @@ class Trial:
                 )
         return put
 
-    def add_clean(self, predicted: Labels) -> None:
-        """The predictions for the clean inputs: they say in which order the suspect's classes stand."""
+    def add_clean(self, predicted: Labels, unasked: Iterable[str] = ()) -> None:
+        """The predictions for the clean inputs: they say in which order the suspect's classes stand.
+
+        unasked: see `add`. Raises SuspectError where there is no room for a trigger any more.
+        """
         attempt = self._attempts[-1]
         attempt.clean = predicted.reshape(len(predicted), -1)
         attempt.total = self._room(attempt.adapter)  # less than before the clean inputs
+        if not attempt.total:
+            why = next(iter(unasked), "give fewer of them")
+            raise SuspectError(f"{len(predicted)} clean inputs have left no room for a trigger: {why}")
 
     @property
     def queries(self) -> int:
@@ -482,7 +490,8 @@ def _next(suspect: Suspect, trial: Trial, notes: dict[str, None]) -> Ask | None:
             if clean is None:
                 return ask
             answers = suspect.query(clean, trial.num_classes)
-            trial.add_clean(predictions(suspect, answers, len(clean), trial.num_classes))
+            predicted = predictions(suspect, answers, len(clean), trial.num_classes)
+            trial.add_clean(predicted, getattr(suspect, "unasked", {}).values())
         except SuspectError as error:
             trial.fail(error)
         else:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from wmengine._processors import available
 from wmengine.sandbox import wire
 from wmengine.sandbox.wire import Array
 
@@ -82,8 +83,7 @@ class Supervisor:
             raise WorkerFailure(f"there is no socket for a worker: {error}") from None
         try:
             with theirs:
-                processors = sorted(os.sched_getaffinity(0))
-                order = {"fork": limits.memory_bytes if confined else None, "processors": processors}
+                order = {"fork": limits.memory_bytes if confined else None, "processors": available()}
                 answer, generation = self._order(order, theirs)
         except BaseException:
             ours.close()
@@ -247,6 +247,9 @@ class Worker:
             return wire.receive(self._connection, self.limits.answer_bytes, self._allowance)
         except wire.WireError as error:
             raise WorkerFailure(self._ended(doing, error)) from None
+        except BaseException:  # Ctrl-C, or no memory: an answer that is still to come would pass for the next one's
+            self.close()
+            raise
 
     def interrupt(self) -> None:
         """From any thread: whoever waits for an answer learns at once that there is none."""

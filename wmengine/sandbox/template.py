@@ -20,8 +20,10 @@ import socket
 import sys
 from typing import Any, NoReturn
 
+from wmengine._processors import keep_to
 from wmengine.sandbox import lockdown, wire
 
+MAXIMUM_ORDER = 1 << 16  # the numbers of a thousand processors are some thousand bytes
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -36,7 +38,7 @@ def main() -> None:
     control.sendall(b'{"ready": true}')
     ended: dict[int, dict[str, Any]] = {}
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 4096, 1)
+        message, descriptors, _, _ = socket.recv_fds(control, MAXIMUM_ORDER, 1)
         if not message:
             return
         order = json.loads(message)
@@ -46,8 +48,7 @@ def main() -> None:
             if "fork" in order:
                 process = os.fork()
                 if process == 0:
-                    os.sched_setaffinity(0, order["processors"])
-                    _become_worker(service, control, descriptors[0], order["fork"], template)
+                    _become_worker(service, control, descriptors[0], order, template)
                 ended.pop(process, None)  # a number used before
                 answer = {"process": process}
             else:
@@ -94,12 +95,13 @@ def _account(status: int, usage: resource.struct_rusage) -> dict[str, Any]:
 
 
 def _become_worker(
-    service: Any, control: socket.socket, descriptor: int, memory_bytes: int | None, template: int
+    service: Any, control: socket.socket, descriptor: int, order: dict[str, Any], template: int
 ) -> NoReturn:
     """Keep one socket and nothing else, lock down, and serve until the socket closes. Never returns."""
     try:
         lockdown.die_with_parent(template)
         control.close()
+        keep_to(order["processors"])
         null = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
             os.dup2(null, standard)
@@ -108,7 +110,7 @@ def _become_worker(
         connection = socket.socket(fileno=3)
         lockdown.die_first()
         try:
-            in_force = () if memory_bytes is None else lockdown.apply(memory_bytes)
+            in_force = () if order["fork"] is None else lockdown.apply(order["fork"])
         except lockdown.LockdownError as error:
             wire.receive(connection, 0)
             wire.send(connection, {"error": str(error)})

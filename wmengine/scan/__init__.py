@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import Any
 
 from wmengine import __version__
+from wmengine._processors import available
 from wmengine.reordering import CLASSES
 from wmengine.sandbox import Limits
 from wmengine.scan.journal import Journal, Plan
@@ -108,7 +109,7 @@ def scan(
         left = [place for place in range(len(plan.suspects)) if place not in finished]
         hashes = Hashes(journal.hashes())
         if ray is None:
-            jobs = jobs or len(os.sched_getaffinity(0))
+            jobs = jobs or len(available())
             judged = judge_locally(plan, marks, left, hashes, jobs, limits or Limits())
         else:
             from wmengine.scan.ray_pool import judge_on_ray

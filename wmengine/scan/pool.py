@@ -8,7 +8,6 @@ worker: one that an earlier model had corrupted could have made it up.
 from __future__ import annotations
 
 import math
-import os
 import queue
 import threading
 import time
@@ -16,6 +15,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from wmengine._processors import available, keep_to
 from wmengine.errors import ScanError, SuspectError, printable
 from wmengine.judge import Score, score_suspect
 from wmengine.sandbox import Limits
@@ -160,13 +160,13 @@ def judge_locally(
     judges = [Judge(plan, marks, limits, hashes) for _ in range(jobs)]
 
     # A judge and its worker take turns, so a processor for both of them costs nothing and keeps their caches warm.
-    processors = sorted(os.sched_getaffinity(0))
+    processors = available()
     bound = jobs == len(processors) and plan.isolation != "none" and plan.provider == "cpu"
 
     def work(judge: Judge, number: int) -> None:
         try:
             if bound:
-                os.sched_setaffinity(0, {processors[number]})
+                keep_to({processors[number]})
             while not stop.is_set():
                 try:
                     place = waiting.get_nowait()

@@ -23,6 +23,7 @@ from typing import Any
 
 from wmengine import __version__
 from wmengine._optional import require
+from wmengine._processors import available
 from wmengine.errors import ScanError, SuspectError
 from wmengine.judge import Score
 from wmengine.sandbox import Limits
@@ -353,7 +354,7 @@ def _connected(address: str, jobs: int | None) -> Iterator[Any]:
     if address == "local":
         # Ray's sockets lie deep below this folder, and their paths must be short.
         folder = tempfile.mkdtemp(prefix="wmengine-ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
-        cores = jobs or len(os.sched_getaffinity(0))
+        cores = jobs or len(available())
         options |= {"num_cpus": cores, "include_dashboard": False, "_temp_dir": folder}
     try:
         try:

@@ -208,7 +208,7 @@ class EndpointSuspect:
     def limit(self, inputs: NDArray[Any]) -> int:
         """How many of these inputs budget, rate and deadline leave room for.
 
-        Raises SuspectError where there is none although nothing has been asked yet.
+        Raises SuspectError where there is none although nothing has been sent yet.
         """
         if self._given_up is not None:
             return 0
@@ -216,7 +216,7 @@ class EndpointSuspect:
             size = self._fixed(self._input(), inputs) or 1
         costs, left, in_time = self._decoys.costs(inputs), self._patience.allows(), self._patience.in_time()
         room = len(inputs) if left is None else int((costs <= left // size * size).sum())
-        if not room and not self._answered:
+        if not room and not self._patience.sent:
             takes = max(int(costs[0]), size)
             raise SuspectError(f"a budget of {self._patience.budget} queries is not enough: one trigger takes {takes}")
         # The first request need not wait for the rate.
@@ -287,7 +287,8 @@ class EndpointSuspect:
             found.stopped = f"the budget of {self._patience.budget} queries is used up"
         self._answered |= bool(found.answers)
         if not self._answered:
-            raise SuspectError(next(iter(found.refused.values()), found.stopped) or f"{self.name} was asked nothing")
+            reasons = dict.fromkeys(filter(None, (found.trouble, found.stopped)))
+            raise SuspectError("; ".join(reasons) or f"{self.name} was asked nothing")
         self.refused = {row: reason for row, reason in found.refused.items() if row < asked}
         answers = {row: answer for row, answer in found.answers.items() if row < asked}
         missing = (row for row in range(len(inputs)) if row not in answers and row not in self.refused)
@@ -339,6 +340,7 @@ class EndpointSuspect:
                 waiting.insert(0, batch)
             except SuspectError as error:
                 failures = failures + 1 if isinstance(error, Unavailable) else 0
+                found.trouble = found.trouble or str(error)
                 found.refused |= dict.fromkeys(batch, str(error))
                 gone = isinstance(error, Unavailable) and not error.reached
                 hopeless = isinstance(error, Refused) and error.hopeless and not (self._answered or found.answers)
@@ -389,11 +391,15 @@ class EndpointSuspect:
 
 @dataclass
 class _Found:
-    """What came back: an answer or a refusal for each row that was asked, and why the asking ended early."""
+    """What came back: an answer or a refusal for each row that was asked, and why the asking ended early.
+
+    trouble: what went wrong first, also where it was asked again.
+    """
 
     answers: dict[int, NDArray[Any]] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     stopped: str | None = None
+    trouble: str | None = None
     readings: list[Reading] = field(default_factory=list)
     kind: tuple[str, tuple[int, ...]] = ("", ())
 

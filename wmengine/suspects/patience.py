@@ -78,15 +78,18 @@ class Patience:
         inputs: how many the request holds; 0 for one that asks nothing of the model. Raises Spent when the budget or
         the time does not allow a try, and whatever `send` raises.
         """
-        failed = 0
+        failed, before = 0, ""
         while True:
-            seconds = self._turn(inputs)
+            try:
+                seconds = self._turn(inputs)
+            except Spent as error:
+                raise Spent(f"{before}{error}") from None
             try:
                 return send(seconds)
             except Unavailable as error:
                 if error.stale:
                     continue
-                failed += 1
+                failed, before = failed + 1, f"{error}; "
                 if failed >= self.tries:
                     raise
                 backoff = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** (failed - 1)) * random.uniform(0.5, 1.0)
