@@ -424,7 +424,7 @@ def test_strangers_with_any_budget_are_accused_no_more_often_than_p_says():
         asking = Patience(None, budget, 3, 30.0, 600.0, sleep=lambda seconds: None)
         scaling, decoys = ("as recorded", "any")[number % 2], float(chance.choice([0, 0.5, 1]))
         batch = int(chance.integers(1, 20))
-        suspect = EndpointSuspect(stranger, asking, None, None, None, None, scaling, batch, decoys)
+        suspect = EndpointSuspect(stranger, asking, None, None, None, None, scaling, batch, decoys, False)
         verdict = wm.verify(suspect, mark, queries=("all", "sequential")[number // 2 % 2])
         assert verdict.matched <= verdict.total <= min(40, budget) or verdict.error
         assert verdict.queries <= stranger.sent <= budget

@@ -543,10 +543,11 @@ def test_an_agent_refuses_another_version_and_a_node_without_the_files(tmp_path)
         agent.start(__version__, [str(here), "/nowhere/b.onnx"])
 
 
-def test_a_missing_ray_is_named_with_its_extra(bucket, monkeypatch):
+def test_a_missing_ray_is_named_with_its_extra(bucket, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"ray is not installed: pip install 'wmengine\[ray\]'"):
-        scan(bucket / "models", bucket / "registry", ray="local")
+        scan(bucket / "models", bucket / "registry", ray="local", out=tmp_path / "rows.parquet")
+    assert not list(tmp_path.iterdir())
 
 
 def test_rays_client_is_refused(bucket):

@@ -11,7 +11,6 @@ from typing import Any
 from wmengine.errors import ScanError, printable
 from wmengine.scan.results import DECISIONS
 
-
 NAMED = 10  # suspects with an error
 
 

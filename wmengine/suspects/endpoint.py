@@ -127,7 +127,7 @@ def endpoint(
     else:
         model = RestModel(url, headers, outputs, labels)
     patience = Patience(rate, budget, tries, timeout, deadline)
-    return EndpointSuspect(model, patience, input, output, datatype, layout, scaling, batch, decoys)
+    return EndpointSuspect(model, patience, input, output, datatype, layout, scaling, batch, decoys, labels is not None)
 
 
 def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -175,6 +175,7 @@ class EndpointSuspect:
         scaling: str,
         batch: int | None,
         decoys: float,
+        named: bool,
     ) -> None:
         self.name = model.name
         self.sha256: str | None = None
@@ -195,7 +196,7 @@ class EndpointSuspect:
         self._given_up: str | None = None  # why nothing more is asked
         self._declared: Declared | None = None
         self._decoys = Decoys(decoys)
-        self._named = labels is not None
+        self._named = named  # classes, by the caller, in their order
 
     def adapters(self, trigger_shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:
         """The ways that the options and the server's description leave open; unlike a file's, every one costs queries.
