@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from importlib.util import find_spec
 from typing import Any
 
 from wmengine import __version__
-from wmengine._optional import require
 from wmengine._processors import available
 from wmengine.reordering import CLASSES
 from wmengine.sandbox import Limits
@@ -75,8 +73,10 @@ def scan(
         raise ValueError(f"isolation must be one of {', '.join(ISOLATION)}, and it is {isolation!r}")
     if ray is not None and provider != "cpu":
         raise ValueError(f"provider={provider!r} is for this machine's own GPU: leave ray= out, or the provider")
-    if ray is not None and find_spec("ray") is None:
-        require("ray", extra="ray")  # says what to install, before there is a journal
+    if ray is not None:
+        from wmengine.scan.ray_pool import check_ray
+
+        check_ray(ray)  # before there is a journal
     check_provider(provider)
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"alpha must be between 0 and 1, and it is {alpha}")

@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from wmengine import __version__
@@ -327,13 +328,19 @@ class _Driver:
             )
 
 
-@contextlib.contextmanager
-def _connected(address: str, jobs: int | None) -> Iterator[Any]:
-    """Ray, connected as asked, with its own statistics and chatter off; a cluster that was started here ends here."""
+def check_ray(address: str) -> None:
+    """Raises ValueError for an address that cannot do, ImportError, with the mend, where there is no Ray."""
     if address.startswith("ray://"):
         raise ValueError(
             f"{address}: Ray's client cannot stream; run the scan on a node of the cluster, with its HOST:PORT"
         )
+    if find_spec("ray") is None:
+        require("ray", extra="ray")
+
+
+@contextlib.contextmanager
+def _connected(address: str, jobs: int | None) -> Iterator[Any]:
+    """Ray, connected as asked, with its own statistics and chatter off; a cluster that was started here ends here."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if "ray" not in sys.modules:  # which reads these when it is imported
         # Ray writes what it has to say of lost nodes to stdout, where the rows are.
