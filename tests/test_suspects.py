@@ -7,11 +7,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from wmengine.errors import SuspectError
-from wmengine.suspects import OnnxSuspect, open_suspect
+from wmengine.suspects import OnnxSuspect, onnx_engine, open_suspect
 from wmengine.suspects.base import CHUNK
 
 FEATURES, CLASSES = 6, 4
@@ -456,3 +458,15 @@ def test_a_function_cannot_change_our_inputs():
     kept = INPUTS.copy()
     open_suspect(in_place).query(INPUTS, CLASSES)
     assert np.array_equal(INPUTS, kept)
+
+
+@given(st.binary(max_size=60), st.binary(max_size=60), st.sampled_from([b"location", b"locatio", b"", b"\0location"]))
+def test_whether_a_model_may_name_files_is_what_its_bytes_say(before, after, word):
+    data = before + word + after
+    assert onnx_engine.may_name_files(data) == (b"location" in data)
+
+
+def test_a_c_library_without_a_search_costs_only_time(monkeypatch):
+    monkeypatch.setattr(onnx_engine, "_memmem", None)
+    assert onnx_engine.may_name_files(b"\0a location\0")
+    assert not onnx_engine.may_name_files(b"\0a locatio\0n")

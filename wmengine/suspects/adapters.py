@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -105,18 +106,19 @@ def adapters(
     trigger, channels first. scalings: whether to try others than the recorded one. The recorded way has half of the
     evidence, the others share the rest. Raises SuspectError where no way fits.
     """
-    layouts = [layout for layout in _LAYOUTS if _fits(input_shape, _shape_of(layout, trigger_shape))]
-    layouts = _distinct(layouts, trigger_shape)
+    layouts = [layout for layout, shape in _layouts(tuple(trigger_shape)) if _fits(input_shape, shape)]
     if not layouts:
         takes = ["N", *("any" if size is None else str(size) for size in input_shape[1:])]
         raise SuspectError(
             f"{name} takes inputs [{', '.join(takes)}] and the watermark's triggers are "
             f"[{', '.join(['N', *map(str, trigger_shape)])}]; verify a suspect of the same input shape"
         )
+    ranges: tuple[str, ...]
     if input_type in BYTES:
-        ranges, dtype = ["bytes"], BYTES[input_type]
+        ranges, dtype = ("bytes",), BYTES[input_type]
     elif input_type in FLOATS:
-        ranges, dtype = _distinct_scalings(value_range) if scalings else ["as recorded"], FLOATS[input_type]
+        recorded = tuple((low, high) for low, high in value_range)
+        ranges, dtype = _distinct_scalings(recorded) if scalings else ("as recorded",), FLOATS[input_type]
     else:
         known = ", ".join([*FLOATS, *BYTES])
         raise SuspectError(f"{name} takes {input_type}, and triggers can be {known}")
@@ -131,10 +133,6 @@ def _ends(value_range: Range) -> tuple[NDArray[np.float64], NDArray[np.float64]]
     return np.array([low for low, _ in ends]), np.array([high for _, high in ends])
 
 
-def _shape_of(layout: str, shape: Sequence[int]) -> tuple[int, ...]:
-    return _LAYOUTS[layout](np.empty((1, *shape), np.uint8)).shape[1:]
-
-
 def _fits(declared: Sequence[int | None], shape: tuple[int, ...]) -> bool:
     if not declared:
         return True
@@ -143,17 +141,20 @@ def _fits(declared: Sequence[int | None], shape: tuple[int, ...]) -> bool:
     )
 
 
-def _distinct(layouts: list[str], shape: Sequence[int]) -> list[str]:
-    """Without those that put the same numbers at the same places as one before."""
+@lru_cache(maxsize=64)
+def _layouts(shape: tuple[int, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Every layout and the shape that it gives a trigger of this one, without those that put the same numbers at the
+    same places as one before."""
     places = np.arange(int(np.prod(shape))).reshape(1, *shape)
     kept: dict[tuple[tuple[int, ...], bytes], str] = {}
-    for layout in layouts:
-        moved = _LAYOUTS[layout](places)
-        kept.setdefault((moved.shape, moved.tobytes()), layout)
-    return list(kept.values())
+    for layout, lay_out in _LAYOUTS.items():
+        moved = lay_out(places)
+        kept.setdefault((moved.shape[1:], moved.tobytes()), layout)
+    return tuple((layout, laid_out) for (laid_out, _), layout in kept.items())
 
 
-def _distinct_scalings(recorded: Range) -> list[str]:
+@lru_cache(maxsize=64)
+def _distinct_scalings(recorded: tuple[tuple[str | float, str | float], ...]) -> tuple[str, ...]:
     """Without those that are the recorded one within a hundredth of its span."""
     levels = np.zeros((1, len(recorded), 2), np.uint8)
     levels[..., 1] = 255
@@ -164,4 +165,4 @@ def _distinct_scalings(recorded: Range) -> list[str]:
             continue
         if np.abs(to_input(levels, ends(recorded)) - own).max() > 0.01 * np.abs(own[..., 1] - own[..., 0]).max():
             kept.append(scaling)
-    return kept
+    return tuple(kept)

@@ -21,7 +21,7 @@ from wmengine.sandbox.supervisor import TemplateGone, Worker, WorkerFailure
 from wmengine.suspects.answers import Outputs, Predicted
 from wmengine.suspects.base import one_line
 from wmengine.suspects.graph_limits import MAXIMUM_OUTPUTS
-from wmengine.suspects.onnx_engine import Input, OnnxEngine, preload
+from wmengine.suspects.onnx_engine import Input, OnnxEngine, may_name_files, preload
 
 __all__ = ["RemoteEngine", "preload", "serve"]
 
@@ -105,7 +105,7 @@ class RemoteEngine:
 
     def locations(self, name: str, data: bytes) -> list[str]:
         self._name = name
-        if b"location" not in data:
+        if not may_name_files(data):
             return []
         return self._ask(LIST, _read_locations, {"name": name}, [_bytes(data)])
 

@@ -6,6 +6,7 @@ This is the part that runs in a sandboxed worker, or with isolation "none" in th
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,7 +66,7 @@ class OnnxEngine:
 
     def locations(self, name: str, data: bytes) -> list[str]:
         """The external files that a model names, sorted; without the word `location` in it, it is not even parsed."""
-        if b"location" not in data:
+        if not may_name_files(data):
             return []
         return named_locations(name, parse(name, data))
 
@@ -77,7 +78,7 @@ class OnnxEngine:
         """
         self._name, self._data, self._external, self._session = name, data, external, None
         model = parse(name, data)
-        if b"location" in data and named_locations(name, model) != sorted(external):
+        if may_name_files(data) and named_locations(name, model) != sorted(external):
             raise SuspectError(f"{name} names other external files than were read for it")
         check_graph(name, model)
         self._rescaled = rescaled_inputs(model)
@@ -274,6 +275,27 @@ def _room_for(count: int) -> bool:
     except MemoryError:
         return False
     return True
+
+
+def may_name_files(data: bytes) -> bool:
+    """Whether a model's bytes hold the word without which no tensor says where its data lie.
+
+    The C library searches faster than Python, and lets other threads run meanwhile.
+    """
+    if _memmem is None:
+        return b"location" in data
+    return _memmem(data, len(data), b"location", 8) is not None
+
+
+def _search() -> Any:
+    found = getattr(ctypes.CDLL(None), "memmem", None)
+    if found is not None:
+        found.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t]
+        found.restype = ctypes.c_void_p
+    return found
+
+
+_memmem = _search()
 
 
 def named_locations(name: str, model: Any) -> list[str]:
