@@ -111,7 +111,8 @@ class Judge:
         fresh = self._plan.isolation == "per-model" or self._served == SUSPECTS_A_WORKER
         if self._engine is None or fresh or not self._engine.begin():
             self._discard()
-            self._engine = open_engine(self._plan.isolation, self._limits, self._plan.provider)
+            weights = any(mark.kind == "white-box" for mark in self._marks)
+            self._engine = open_engine(self._plan.isolation, self._limits, self._plan.provider, weights)
         self._served += 1
         return self._engine
 

@@ -163,13 +163,22 @@ class OnnxEngine:
 
 
 def preload() -> None:
-    """Import, and use once, what reading and running models needs: a sandboxed worker can open no file any more."""
-    import onnx_ir  # noqa: F401
+    """Import, and use once, what running models needs: a sandboxed worker can open no file any more."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    engine = _warm_engine()
+    engine.open()
+    engine.run("x", np.ones((1, 2), np.float32))
+
+
+def preload_weights() -> None:
+    """The same for what reading weights needs."""
+    _warm_engine().tensors()
+
+
+def _warm_engine() -> OnnxEngine:
+    """An engine with the smallest model that has a weight."""
     from onnx import TensorProto, helper
 
-    from wmengine.suspects import onnx_tensors  # noqa: F401
-
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     value = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2])
     weight = helper.make_tensor("w", TensorProto.FLOAT, [2, 2], [1.0, 0.0, 0.0, 1.0])
     graph = helper.make_graph(
@@ -179,9 +188,7 @@ def preload() -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     engine = OnnxEngine()
     engine.load("warm", model.SerializeToString(), {})
-    engine.open()
-    engine.run("x", np.ones((1, 2), np.float32))
-    engine.tensors()
+    return engine
 
 
 # What a value passes unchanged, rounding and order aside, and what rescales it.
