@@ -15,7 +15,8 @@ import numpy as np
 
 from wmengine.sandbox import wire
 from wmengine.suspects import engine_wire
-from wmengine.suspects.engine_wire import FORGET, LIST, LOAD, OPEN, READ, RUN, preload
+from wmengine.suspects.engine_wire import FORGET, LIST, LOAD, OPEN, READ, RUN
+from wmengine.suspects.weights_wire import preload
 
 __all__ = ["LIES", "preload", "serve"]
 

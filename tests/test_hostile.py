@@ -217,10 +217,11 @@ def test_nothing_outside_was_read_or_written(corpus):
 def test_the_scan_leaves_no_process_descriptor_or_memory_behind(corpus):
     before, after = corpus["descriptors"]
     assert len(after) <= len(before), set(after.values()) - set(before.values())
-    onnx_file.shared_supervisor().worker(LIMITS).close()  # the template looks for ended workers when it is asked
-    template = onnx_file.shared_supervisor()._process.pid
     assert "Z" not in children(os.getpid()).values()
-    assert children(template) == {}
+    for weights in (True, False):
+        template = onnx_file.shared_supervisor(weights)
+        template.worker(LIMITS).close()  # it looks for ended workers when it is asked
+        assert children(template._process.pid) == {}
     assert corpus["memory"] < 300 << 20
 
 
@@ -317,7 +318,7 @@ def lies(tmp_path_factory, registry):
         expected[lie] = str(path), honest(path, number)
     patch = pytest.MonkeyPatch()
     with Supervisor("lying_service") as supervisor:
-        patch.setattr(onnx_file, "_supervisor", supervisor)
+        patch.setattr(onnx_file, "shared_supervisor", lambda weights: supervisor)
         try:
             limits = Limits(seconds=2.0, memory_bytes=512 << 20, answer_bytes=16 << 20)
             rows = by_suspect(scan(folder, registry, jobs=1, limits=limits))
@@ -349,7 +350,7 @@ def test_a_model_lets_go_of_its_worker_in_its_own_time(tmp_path, monkeypatch):
     """One that is nearly late, and then does not let go, holds up the next for no longer than its limit."""
     onnx.save(classifier(), tmp_path / "never forget.lie.onnx")
     with Supervisor("lying_service") as supervisor:
-        monkeypatch.setattr(onnx_file, "_supervisor", supervisor)
+        monkeypatch.setattr(onnx_file, "shared_supervisor", lambda weights: supervisor)
         engine = open_engine("persistent", Limits(seconds=30.0, memory_bytes=512 << 20))
         OnnxSuspect(tmp_path / "never forget.lie.onnx", engine=engine).query(np.zeros((2, 1, 4, 4), np.float32))
         engine.worker._allowance.left = 0.5
