@@ -22,6 +22,7 @@ from dataclasses import asdict
 import fsspec
 import numpy as np
 import onnx
+import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -34,6 +35,7 @@ from wmengine.scan import listing, scan
 from wmengine.scan.journal import Journal, Plan
 from wmengine.scan.listing import list_suspects
 from wmengine.scan.pool import judge_locally
+from wmengine.scan.progress import Report
 from wmengine.scan.results import log10_calibrated
 from wmengine.schemes import black_box_parameters, scheme, white_box_parameters
 from wmengine.sequential import log10_e_value
@@ -307,6 +309,19 @@ def test_the_summary_says_what_it_counts(bucket, tmp_path, capsys):
         r"9 suspects, 18 pairs in \d+\.\d s: 4 owned, 12 not proven, 2 error; 1 suspect could not be judged", counts
     )
     assert table == f"{out}: every pair with its p-value, paid for all pairs of the scan, or its error"
+
+
+def test_the_summary_gives_the_error_of_the_pair_that_has_one(capsys):
+    rows = [
+        {"suspect": "a.onnx", "decision": "not_proven", "error": None},
+        {"suspect": "a.onnx", "decision": "error", "error": "it fails"},
+        *({"suspect": f"{n}.onnx", "decision": "error", "error": "no model"} for n in range(11)),
+    ]
+    Report(as_json=False).summarise(pyarrow.Table.from_pylist(rows), "rows.parquet")
+    first, *others, counts, _ = capsys.readouterr().out.splitlines()
+    assert first == "a.onnx: it fails"
+    assert others == [*(f"{n}.onnx: no model" for n in range(9)), "… and 2 suspects more with an error"]
+    assert counts.endswith("12 suspects could not be judged")
 
 
 def test_kill_minus_nine_loses_nothing_that_was_finished(bucket, tmp_path):

@@ -69,9 +69,12 @@ class Report:
             mark, log10_p = f"{row['watermark']} ({row['scheme']})", row["log10_p_corrected"]
             print(f"{printable(row['suspect'])}: owned, {mark}, log10 p {log10_p:.2f}")
         said = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
-        failed = dict.fromkeys(name for name, decision in zip(names, decisions, strict=True) if decision == "error")
+        failed: dict[str, str] = {}
+        for name, error in zip(names, table.column("error").to_pylist(), strict=True):
+            if error is not None:
+                failed.setdefault(name, error)
         for name in list(failed)[:NAMED]:
-            print(f"{printable(name)}: {table.column('error')[names.index(name)]}")
+            print(f"{printable(name)}: {failed[name]}")
         if len(failed) > NAMED:
             print(f"… and {_counted(len(failed) - NAMED, 'suspect')} more with an error")
         before = f", {_counted(resumed, 'suspect')} before it was interrupted" if resumed else ""
