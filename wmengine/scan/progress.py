@@ -74,7 +74,8 @@ class Report:
             if error is not None:
                 failed.setdefault(name, error)
         for name in list(failed)[:NAMED]:
-            print(f"{printable(name)}: {failed[name]}")
+            suspect = printable(name)
+            print(failed[name] if suspect in failed[name] else f"{suspect}: {failed[name]}")
         if len(failed) > NAMED:
             print(f"… and {_counted(len(failed) - NAMED, 'suspect')} more with an error")
         before = f", {_counted(resumed, 'suspect')} before it was interrupted" if resumed else ""
