@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.errors import SuspectError
+from wmengine.facts import Fact, fact
 
 Outputs = list[tuple[str, Any]]
 Array = NDArray[Any]
@@ -85,6 +86,8 @@ def highest(scores: Array) -> NDArray[np.int64]:
 
     A score of −Inf is lower than all others, as the logarithm of a chance that was rounded to 0 is.
     """
+    if not scores.shape[1]:
+        return np.full(len(scores), ABSTAINED, np.int64)
     return np.where(np.isfinite(scores.max(axis=1)), scores.argmax(axis=1), ABSTAINED).astype(np.int64)
 
 
@@ -173,26 +176,26 @@ def choose_readings(outputs: Outputs, rows: int, num_classes: int | None, name: 
     raise SuspectError(f"{name} answers {rows} inputs with no scores [{rows}, C] and no labels [{rows}], but {said}")
 
 
-def describe(readings: Sequence[Reading], outputs: Outputs) -> list[str]:
-    """What readings assume, for the verdict's notes."""
-    names, notes = [repr(outputs[reading.output][0][:100]) for reading in readings], []
+def describe(readings: Sequence[Reading], outputs: Outputs) -> list[Fact]:
+    """What readings assume, for the verdict's facts."""
+    names, facts = [repr(outputs[reading.output][0][:100]) for reading in readings], []
     if len(names) > 1:
-        notes.append(f"{len(names)} of {len(outputs)} outputs may be the answer, the first is {names[0]}")
+        facts.append(fact("outputs", count=len(names), of=len(outputs), name=names[0]))
     elif len(outputs) > 1:
-        notes.append(f"answers were read from output {names[0]}, one of {len(outputs)}")
+        facts.append(fact("output", name=names[0], of=len(outputs)))
     if readings[0].kind == "ranks":
-        notes.append(f"output {names[0]} lists the best classes, and the first of them counts")
+        facts.append(fact("ranks", name=names[0]))
     if readings[0].kind == "more scores":
-        notes.append(f"output {names[0]} has one class more than the watermark")
-    return notes
+        facts.append(fact("class_more", name=names[0]))
+    return facts
 
 
-def of_two_classes(scores: Array) -> tuple[NDArray[np.int64], str]:
-    """Labels from one score for each input, and a note: class 1 above 0.5 for probabilities, above 0 for logits."""
+def of_two_classes(scores: Array) -> tuple[NDArray[np.int64], Fact]:
+    """Labels from one score for each input, and a fact: class 1 above 0.5 for probabilities, above 0 for logits."""
     finite = scores[np.isfinite(scores)]
     threshold = 0.5 if ((finite >= 0.0) & (finite <= 1.0)).all() else 0.0
     labels = np.where(np.isfinite(scores), scores > threshold, ABSTAINED).astype(np.int64)
-    return labels, f"the suspect gives one score, read as class 1 where it is above {threshold:g}"
+    return labels, fact("one_score", threshold=threshold)
 
 
 def _ranks(

@@ -1,22 +1,23 @@
 """What a suspect is: anything that answers inputs or shows its tensors, and how it is asked.
 
-Black-box verification knows only `query`, white-box verification only `tensors`. Nothing here ever sees the expected
-symbols: which batch size or dtype a suspect works with is chosen without them, so the choice is free.
+Black-box verification knows only `answer`, white-box verification only `tensors` and `activations`. Nothing here ever
+sees the expected symbols: which batch size or dtype a suspect works with is chosen without them, so the choice is free.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError, printable
+from wmengine.facts import Fact, fact
 from wmengine.suspects.adapters import Adapter, Range
-from wmengine.suspects.answers import Outputs, choose_readings, describe, of_two_classes, read_all
+from wmengine.suspects.answers import ABSTAINED, Outputs, choose_readings, describe, of_two_classes, read_all
 
 # As fast per input as larger batches, in a tenth of their memory (measured with ONNX Runtime on CPUs).
 CHUNK = 32
@@ -27,46 +28,102 @@ URL_SCHEMES = ("https", "http", "grpcs", "grpc")
 # A place in ONNX Runtime's source, which stands before what went wrong there: file, line, the function's signature.
 _SOURCE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\) (?:\[with .*?\] )?")
 
+Inputs = Mapping[str, NDArray[Any]]  # by name, each [N, ...]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of a model without its batch axis; dtype as NumPy names it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+Signature = Mapping[str, InputSpec]
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """One weight of a suspect: values float32 [O, I/groups, *kernel], O filters, and its name there, only for notes.
+
+    factors: float32 [O], what the normalisation behind it multiplies its filters by; None where there is none.
+    """
+
+    values: NDArray[np.float32]
+    source: str
+    factors: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a suspect answered N inputs with.
+
+    kind "scores": values float [N, C]; "labels": int64 [N], as the suspect numbers them; "classes": int64 [N, R], the
+    classes that R outputs of scores name. Rows without an answer hold NaN or ABSTAINED: `unasked` were never put to it,
+    `refused` brought no readable answer, and both say why.
+    """
+
+    kind: Literal["scores", "labels", "classes"]
+    values: NDArray[Any]
+    unasked: Mapping[int, str] = field(default_factory=dict)
+    refused: Mapping[int, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
 
 @runtime_checkable
 class Suspect(Protocol):
-    """A suspect: its name, its hash (None where it is no file), and notes on what its last call assumed.
+    """A suspect: its name, its hash (None where it is no file), and facts on what its last call assumed.
 
-    adapters: the ways to put triggers of this shape to it that its declared input leaves open, all of them or (not
-    every) the likely ones. query: inputs as an adapter made them [N, ...] → scores float32 or float64 [N, C], or labels
-    int64 [N] as the suspect numbers them, or int64 [N, R], the classes that R outputs of scores name; num_classes says
-    which outputs answer, where there are several. tensors: its weights in order of execution; input_shape is one
-    input's, for suspects that must run to tell that order. All raise SuspectError, one sentence, when the suspect
-    cannot answer. close gives back what it holds.
+    settings: how it is asked, where its caller chose that; empty for a file. adapters: the ways to put images of this
+    shape to it that its declared input leaves open, all of them or (not every) the likely ones. answer: inputs by the
+    names that the mark has for them; num_classes says which outputs answer, where there are several. limit: how many of
+    these inputs, the first ones, there is room for. tensors: its weights in order of execution; signature is the
+    inputs', for suspects that must run to tell that order. activations: float32 [N, F], what goes into the weight at
+    `place` in that order. All raise SuspectError, one sentence, when the suspect cannot do it. close gives back what it
+    holds.
     """
 
     name: str
     sha256: str | None
-    notes: list[str]
+    facts: list[Fact]
+    settings: Mapping[str, Any]
 
-    def adapters(self, trigger_shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]: ...
+    def adapters(self, shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]: ...
 
-    def query(self, inputs: NDArray[Any], num_classes: int | None = None) -> NDArray[Any]: ...
+    def answer(self, inputs: Inputs, num_classes: int | None = None) -> Answers: ...
 
-    def tensors(self, input_shape: Sequence[int] | None = None) -> list[Tensor]: ...
+    def limit(self, inputs: Inputs) -> int: ...
+
+    def tensors(self, signature: Signature | None = None) -> list[Tensor]: ...
+
+    def activations(self, place: int, inputs: Inputs) -> NDArray[np.float32]: ...
 
     def close(self) -> None: ...
 
 
-@runtime_checkable
-class Rationed(Protocol):
-    """A suspect that may not be asked everything, as it is a stranger's service.
+def rows_of(inputs: Inputs) -> int:
+    """N of inputs [N, ...] by name."""
+    return len(next(iter(inputs.values())))
 
-    limit: how many of these inputs, the first ones, there is room for; unasked and refused: rows of the last query that
-    were never put to it, or that brought no readable answer in all tries, and why. They read as abstentions there.
-    interrupted: Ctrl-C has ended the asking.
+
+def part_of(inputs: Inputs, start: int, stop: int) -> dict[str, NDArray[Any]]:
+    """Rows start … stop of every input."""
+    return {name: rows[start:stop] for name, rows in inputs.items()}
+
+
+def by_declared_names(name: str, declared: Sequence[str], inputs: Inputs) -> dict[str, NDArray[Any]]:
+    """A mark's inputs under the names that the suspect `name` has for them: the same names, or else the same order.
+
+    Raises SuspectError where it takes another number of inputs.
     """
-
-    interrupted: bool
-    unasked: Mapping[int, str]
-    refused: Mapping[int, str]
-
-    def limit(self, inputs: NDArray[Any]) -> int: ...
+    if len(declared) != len(inputs):
+        takes = f"{len(declared)} inputs ({', '.join(declared) or 'none'})"
+        raise SuspectError(f"{name} needs {takes}, and the watermark has {len(inputs)} ({', '.join(inputs)})")
+    if set(declared) == set(inputs):
+        return {each: inputs[each] for each in declared}
+    return dict(zip(declared, inputs.values(), strict=True))
 
 
 def is_url(suspect: Any) -> bool:
@@ -84,49 +141,77 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 
 
 def ask_in_chunks(
-    run: Callable[[NDArray[Any]], Outputs],
-    inputs: NDArray[Any],
+    run: Callable[[dict[str, NDArray[Any]]], Outputs],
+    inputs: Inputs,
     num_classes: int | None,
     name: str,
-    notes: list[str],
+    facts: list[Fact],
     fixed_batch: int | None = None,
     chunk: int = CHUNK,
-) -> NDArray[Any]:
+) -> Answers:
     """Ask `run` for all inputs, a chunk at a time, and join the answers of one output.
 
     A fixed batch is honoured by padding the last chunk with its first rows. A suspect that fails on its first chunk is
-    asked one input at a time instead (a batch of 1 is baked into many exports), and `notes` say so.
+    asked one input at a time instead (a batch of 1 is baked into many exports), and `facts` say so.
     """
-    chunk = fixed_batch or chunk
+    count, chunk = rows_of(inputs), fixed_batch or chunk
     try:
-        first = run(_padded(inputs[:chunk], fixed_batch))
+        first = run(_padded(part_of(inputs, 0, chunk), fixed_batch))
     except SuspectError:
-        if fixed_batch is not None or len(inputs) == 1:
+        if fixed_batch is not None or count == 1:
             raise
         fixed_batch = chunk = 1
-        first = run(inputs[:1])
-        notes.append("the suspect answers only one input at a time")
-    readings = choose_readings(first, min(chunk, len(inputs)) if fixed_batch is None else chunk, num_classes, name)
-    notes.extend(describe(readings, first))
+        first = run(part_of(inputs, 0, 1))
+        facts.append(fact("one_at_a_time"))
+    readings = choose_readings(first, min(chunk, count) if fixed_batch is None else chunk, num_classes, name)
+    facts.extend(describe(readings, first))
     parts: list[NDArray[Any]] = []
-    for start in range(0, len(inputs), chunk):
-        rows = inputs[start : start + chunk]
+    for start in range(0, count, chunk):
+        rows = part_of(inputs, start, start + chunk)
         outputs = first if start == 0 else run(_padded(rows, fixed_batch))
-        answer = read_all(readings, outputs, fixed_batch or len(rows))
+        answer = read_all(readings, outputs, fixed_batch or rows_of(rows))
         if answer is None or (parts and answer.shape[1:] != parts[0].shape[1:]):
             raise SuspectError(f"{name} changes the shape of its answers from one batch to the next")
-        parts.append(answer[: len(rows)])
+        parts.append(answer[: rows_of(rows)])
     answers = np.concatenate(parts)
     if readings[0].kind == "single":
         answers, note = of_two_classes(answers)
-        notes.append(note)
-    return answers
+        facts.append(note)
+    return tagged(answers, name, num_classes)
 
 
-def _padded(rows: NDArray[Any], batch: int | None) -> NDArray[Any]:
-    if batch is None or len(rows) == batch:
-        return rows
-    return np.resize(rows, (batch, *rows.shape[1:]))
+def tagged(
+    values: NDArray[Any],
+    name: str,
+    num_classes: int | None = None,
+    unasked: Mapping[int, str] | None = None,
+    refused: Mapping[int, str] | None = None,
+) -> Answers:
+    """Answers of a suspect `name`, by their type: labels [N], classes [N, R] of integers, or scores [N, C].
+
+    Raises SuspectError where scores are of another number of classes.
+    """
+    missing: tuple[Mapping[int, str], ...] = (unasked or {}, refused or {})
+    if values.ndim == 1:
+        return Answers("labels", _or_none(values), *missing)
+    if values.dtype.kind == "i":
+        return Answers("classes", _or_none(values), *missing)
+    if num_classes not in (None, values.shape[1]):
+        raise SuspectError(
+            f"{name} answers with {values.shape[1]} classes and the watermark has {num_classes}; "
+            "verify a suspect of the same task"
+        )
+    return Answers("scores", values, *missing)
+
+
+def _or_none(labels: NDArray[Any]) -> NDArray[np.int64]:
+    return np.where(labels >= 0, labels, ABSTAINED).astype(np.int64)
+
+
+def _padded(inputs: dict[str, NDArray[Any]], batch: int | None) -> dict[str, NDArray[Any]]:
+    if batch is None or rows_of(inputs) == batch:
+        return inputs
+    return {name: np.resize(rows, (batch, *rows.shape[1:])) for name, rows in inputs.items()}
 
 
 def check_input_shape(name: str, expected: Sequence[int | None], inputs: NDArray[Any]) -> None:

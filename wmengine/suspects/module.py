@@ -8,11 +8,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.carriers import ModuleTensor, Tensor, evaluating, module_tensors, unwrap
 from wmengine.errors import SuspectError
+from wmengine.facts import Fact, fact
 from wmengine.suspects.adapters import AS_RECORDED, Adapter, Range
 from wmengine.suspects.answers import Outputs
-from wmengine.suspects.base import ask_in_chunks, one_line
+from wmengine.suspects.base import (
+    Answers,
+    Inputs,
+    Signature,
+    Tensor,
+    ask_in_chunks,
+    one_line,
+    part_of,
+    rows_of,
+)
+from wmengine.suspects.weights import (
+    ModuleTensor,
+    call,
+    evaluating,
+    going_into,
+    live_factors,
+    live_filters,
+    module_tensors,
+    unwrap,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -21,87 +40,146 @@ if TYPE_CHECKING:
 class ModuleSuspect:
     """A torch module. Its training flags, buffers, device and dtype are left as they were.
 
-    Zeros of the input shape are run through it to find its weights in order of execution; without a shape, or where
-    that fails, they come in order of registration, and the notes say so.
+    Zeros of the mark's inputs are run through it to find its weights in order of execution; without them, or where
+    that fails, they come in order of registration, and the facts say so. One input is passed by place, several by name
+    where its forward takes these names.
     """
+
+    settings: Mapping[str, Any] = {}
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = unwrap(module)
         self.name = f"module {type(self.module).__name__}"
         self.sha256: str | None = None
-        self.notes: list[str] = []
+        self.facts: list[Fact] = []
 
-    def adapters(self, trigger_shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:
+    def adapters(self, shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:
         return [AS_RECORDED]  # it is called as its owner's loop calls it
 
+    def limit(self, inputs: Inputs) -> int:
+        return rows_of(inputs)
+
     def close(self) -> None:
-        pass
+        """Nothing is held."""
 
-    def query(self, inputs: NDArray[np.float32], num_classes: int | None = None) -> NDArray[Any]:
-        self.notes = []
+    def answer(self, inputs: Inputs, num_classes: int | None = None) -> Answers:
+        self.facts = []
 
-        def run(rows: NDArray[np.float32]) -> Outputs:
+        def run(rows: dict[str, NDArray[Any]]) -> Outputs:
             try:
-                return _outputs(self.module(self._input(rows)))
+                return _outputs(call(self.module, self._tensors_of(rows)))
             except Exception as error:  # whatever the module's own code raises
-                raise SuspectError(f"{self.name} fails on inputs {list(rows.shape)} ({one_line(error)})") from None
+                raise SuspectError(f"{self.name} fails on {_said(rows)} ({one_line(error)})") from None
 
         with evaluating(self.module):
-            return ask_in_chunks(run, inputs, num_classes, self.name, self.notes)
+            return ask_in_chunks(run, inputs, num_classes, self.name, self.facts)
 
-    def tensors(self, input_shape: Sequence[int] | None = None) -> list[Tensor]:
-        self.notes = []
-        return [
-            Tensor(np.ascontiguousarray(filters(weight.detach()).float().cpu().numpy()), path)
-            for path, weight, filters in self._weights(input_shape)
-        ]
+    def tensors(self, signature: Signature | None = None) -> list[Tensor]:
+        self.facts = []
+        import torch
 
-    def _weights(self, input_shape: Sequence[int] | None) -> list[ModuleTensor]:
-        reason = "no input shape is known"
-        if input_shape is not None:
+        found = []
+        with torch.no_grad():
+            for each in self._weights(signature):
+                factors = live_factors(self.module, each)
+                found.append(
+                    Tensor(
+                        np.ascontiguousarray(live_filters(self.module, each).float().cpu().numpy()),
+                        each.path,
+                        None if factors is None else factors.float().cpu().numpy(),
+                    )
+                )
+        return found
+
+    def activations(self, place: int, inputs: Inputs) -> NDArray[np.float32]:
+        self.facts = []
+        try:
+            tensors = self._tensors_of(part_of(inputs, 0, 1))
+            weights = module_tensors(self.module, tensors)
+            if place >= len(weights):
+                raise SuspectError(f"{self.name} has {len(weights)} weights, and the mark is in number {place + 1}")
+            parts = []
+            with evaluating(self.module):
+                for start in range(0, rows_of(inputs), 32):
+                    rows = self._tensors_of(part_of(inputs, start, start + 32))
+                    parts.append(going_into(self.module, weights[place].path, rows).float().cpu().numpy())
+        except SuspectError:
+            raise
+        except Exception as error:  # whatever the module's own code raises
+            raise SuspectError(f"{self.name} fails on {_said(inputs)} ({one_line(error)})") from None
+        return np.concatenate(parts)
+
+    def _weights(self, signature: Signature | None) -> list[ModuleTensor]:
+        reason = "no inputs are known"
+        if signature is not None:
+            zeros = {name: np.zeros((1, *spec.shape), _numpy(spec.dtype)) for name, spec in signature.items()}
             try:
-                return module_tensors(self.module, self._input(np.zeros((1, *input_shape), np.float32)))
+                return module_tensors(self.module, self._tensors_of(zeros))
             except Exception as error:  # whatever the module's own code raises
-                reason = f"it fails on zeros of shape {list(input_shape)}: {one_line(error)}"
-        self.notes.append(f"weights were read in order of registration, as {reason}")
+                reason = f"it fails on zeros, {_said(zeros)}: {one_line(error)}"
+        self.facts.append(fact("registration_order", reason=reason))
         return module_tensors(self.module)
 
-    def _input(self, rows: NDArray[np.float32]) -> torch.Tensor:
+    def _tensors_of(self, inputs: Inputs) -> dict[str, torch.Tensor]:
+        """Copies, as the module may write into them: floats in its own dtype, on its device."""
         import torch
 
         like = next((value for value in self.module.parameters() if value.is_floating_point()), None)
-        batch = torch.from_numpy(rows)
-        return batch if like is None else batch.to(device=like.device, dtype=like.dtype)
+        found = {}
+        for name, rows in inputs.items():
+            batch = torch.tensor(rows)
+            if like is not None:
+                batch = batch.to(like.device, like.dtype if batch.is_floating_point() else None)
+            found[name] = batch
+        return found
 
 
 class CallableSuspect:
-    """A function from float32 [N, ...] to scores [N, C] or labels [N], as a NumPy array or a torch tensor."""
+    """A function from one input [N, ...], or a dict of several by name, to scores [N, C] or labels [N], as a NumPy
+    array or a torch tensor."""
 
-    def __init__(self, function: Callable[[NDArray[np.float32]], Any]) -> None:
+    settings: Mapping[str, Any] = {}
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
         self.function = function
         self.name = f"callable {getattr(function, '__name__', type(function).__name__)}"
         self.sha256: str | None = None
-        self.notes: list[str] = []
+        self.facts: list[Fact] = []
 
-    def adapters(self, trigger_shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:
+    def adapters(self, shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:
         return [AS_RECORDED]  # it is documented to take what the mark recorded
 
+    def limit(self, inputs: Inputs) -> int:
+        return rows_of(inputs)
+
     def close(self) -> None:
-        pass
+        """Nothing is held."""
 
-    def query(self, inputs: NDArray[np.float32], num_classes: int | None = None) -> NDArray[Any]:
-        self.notes = []
+    def answer(self, inputs: Inputs, num_classes: int | None = None) -> Answers:
+        self.facts = []
 
-        def run(rows: NDArray[np.float32]) -> Outputs:
+        def run(rows: dict[str, NDArray[Any]]) -> Outputs:
+            given = {name: values.copy() for name, values in rows.items()}  # it may work in place
             try:
-                return _outputs(self.function(rows.copy()))  # a copy: it may work in place
+                return _outputs(self.function(given if len(given) > 1 else next(iter(given.values()))))
             except Exception as error:  # whatever the function raises
-                raise SuspectError(f"{self.name} fails on inputs {list(rows.shape)} ({one_line(error)})") from None
+                raise SuspectError(f"{self.name} fails on {_said(rows)} ({one_line(error)})") from None
 
-        return ask_in_chunks(run, inputs, num_classes, self.name, self.notes)
+        return ask_in_chunks(run, inputs, num_classes, self.name, self.facts)
 
-    def tensors(self, input_shape: Sequence[int] | None = None) -> list[Tensor]:
+    def tensors(self, signature: Signature | None = None) -> list[Tensor]:
         raise SuspectError(f"{self.name} shows no weights; verify a white-box watermark on a file or a module")
+
+    def activations(self, place: int, inputs: Inputs) -> NDArray[np.float32]:
+        raise SuspectError(f"{self.name} shows no activations; verify a white-box watermark on a file or a module")
+
+
+def _numpy(dtype: str) -> str:
+    return "float32" if dtype == "bfloat16" else dtype
+
+
+def _said(inputs: Inputs) -> str:
+    return "inputs " + ", ".join(str(list(rows.shape)) for rows in inputs.values())
 
 
 def _outputs(result: Any) -> Outputs:

@@ -66,24 +66,6 @@ def abstract_images(philox_key: int, count: int, shape: Sequence[int]) -> NDArra
     return images
 
 
-def to_input(triggers: NDArray[np.uint8], value_range: Sequence[Sequence[str | float]]) -> NDArray[np.float32]:
-    """Triggers as a network reads them: 0 … 255 becomes lo … hi of its channel, float32, same shape.
-
-    triggers: uint8[N, C, ...]; value_range: [lo, hi] per channel, numbers or float.hex strings as a mark's parameters
-    hold them. lo + (hi − lo)·q/255 is computed as (lo·(255−q) + hi·q)/255 in float64, which gives both ends exactly.
-    """
-    if triggers.dtype != np.uint8 or triggers.ndim < 2 or triggers.shape[1] != len(value_range):
-        raise ValueError(
-            f"triggers must be uint8[N, {len(value_range)}, ...] for a value_range of {len(value_range)} channels, "
-            f"not {triggers.dtype}{list(triggers.shape)}"
-        )
-    ends = [[float.fromhex(end) if isinstance(end, str) else float(end) for end in pair] for pair in value_range]
-    levels = np.arange(256, dtype=np.float64)
-    table = np.array([(low * (255.0 - levels) + high * levels) / 255.0 for low, high in ends]).astype(np.float32)
-    channel = np.arange(len(ends)).reshape(1, -1, *[1] * (triggers.ndim - 2))
-    return np.asarray(table[channel, triggers], dtype=np.float32)
-
-
 def _words(philox_key: int, indices: Int64, count: int) -> Int64:
     """The first `count` words of each image's stream: int64[B, count] in [0, 2^32)."""
     counter = np.zeros((len(indices), -(-count // 4), 4), dtype=np.uint32)

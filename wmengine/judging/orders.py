@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.suspects.adapters import Adapter
-from wmengine.watermark import Watermark
+from wmengine.marks.watermark import Watermark
 
 CLASSES = ("same", "any")
 
@@ -42,7 +42,10 @@ def check_clean(clean: Any, mark: Watermark) -> CleanData:
         inputs, labels = (np.asarray(part) for part in clean)
     except (TypeError, ValueError):
         raise TypeError("clean must be a pair of arrays, inputs and labels") from None
-    shape, classes = mark.arrays["triggers"].shape[1:], int(mark.parameters["num_classes"])
+    if "value_range" not in mark.parameters:
+        raise ValueError(f"clean data are for marks of one floating input, and {mark.name} takes others")
+    (given,) = mark.parameters["inputs"].values()
+    shape, classes = tuple(given["shape"]), int(mark.parameters["num_classes"])
     if inputs.dtype.kind != "f" and inputs.dtype != np.uint8:
         raise TypeError(f"clean's inputs must be uint8 or floats, and they are {inputs.dtype}")
     if inputs.shape[1:] != shape or len(inputs) == 0:

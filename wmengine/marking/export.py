@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wmengine._optional import require
-from wmengine.carriers import evaluating, unwrap
+from wmengine.suspects.weights import evaluating, unwrap
 
 if TYPE_CHECKING:
     import torch

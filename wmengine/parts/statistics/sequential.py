@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from wmengine.stats import binomial_log10_point, binomial_log10_tail
+from wmengine.parts.statistics.tails import binomial_log10_point, binomial_log10_tail
 
 FUTILE_RATE = 0.5  # q_min: copies that keep fewer of their triggers may be given up
 FUTILE_BETA = 1e-3  # the chance that a copy at q_min is given up
@@ -62,7 +62,7 @@ class SequentialTest:
     log10_e_peak: float = 0.0
     peak: tuple[int, int] = (0, 0)  # matched and asked where E was highest
 
-    def add(self, matched: int, asked: int) -> None:
+    def count(self, matched: int, asked: int) -> None:
         """The next `asked` answers held `matched` matches; abstentions are answers that do not match."""
         if not 0 <= matched <= asked or self.asked + asked > self.total:
             raise ValueError(f"{matched} matches of {asked} more answers do not fit {self.asked} of {self.total}")
@@ -105,7 +105,7 @@ def operating_point(
         for k, chance in enumerate(chances[: asked + 1]):
             if chance > 0.0:
                 test = SequentialTest(p0, total, log10_bar)
-                test.add(k, asked)
+                test.count(k, asked)
                 # An earlier look that had proven it would have ended the test, so the peak is not needed here.
                 if test.decision is not None:
                     proven += chance if test.decision == "proven" else 0.0

@@ -11,29 +11,11 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 MAX_TRIALS = 10**12
 
 _LN10 = math.log(10.0)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """All that a p-value is computed from, so that anybody can do it again: p = min(1, p_test / 10^log10_share).
-
-    test: "fixed", p_test = P(Bin(asked, chance) >= matched); or "sequential", p_test = 1 / E(matched, asked), E the
-    e-value of `wmengine.sequential` after so many matches of so many answers, where it was highest. chance: p0, a
-    stranger's for one symbol. log10_share: of the share of the evidence that the try had which counts; tries that other
-    answers would have made count more had the rest.
-    """
-
-    test: str
-    matched: int
-    asked: int
-    chance: float
-    log10_share: float
 
 
 def binomial_log10_tail(k: int, n: int, p: float) -> float:

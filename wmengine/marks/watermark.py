@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime, timedelta
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,24 +21,29 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save as serialize
 
 from wmengine.errors import WatermarkError
-from wmengine.key import Key, canonical_json, check_name
-from wmengine.schemes import SCHEMES, array_layout, check_parameters, derive, scheme, subkey, symbol_count
-from wmengine.sealing import FORMAT, is_sealed, read_file, seal, unseal, write_file
+from wmengine.identity.canonical import canonical_digest, canonical_json, check_name
+from wmengine.identity.key import Key
+from wmengine.identity.sealing import FORMAT, is_sealed, read_file, seal, unseal, write_file
+from wmengine.marks.catalogue import find
+from wmengine.marks.preset import Preset
 
 _COMMITMENT_PREFIX = b"wmengine/1/watermark-commitment\0"
-_SAFETENSORS_TYPES = {"uint8": "U8", "uint64": "U64", "int64": "I64"}
-_REQUIRED = {  # and perhaps "control"
+_SAFETENSORS_TYPES = {"uint8": "U8", "uint64": "U64", "int64": "I64", "int32": "I32", "float32": "F32"}
+_REQUIRED = {
     *("arrays", "commitment", "created", "digest", "format", "kind"),
-    *("owner", "parameters", "salt", "scheme", "version"),
+    *("owner", "parameters", "record", "salt", "scheme", "version"),
 }
+_OPTIONAL = {"baseline", "message"}
+_BASELINE = {"matched": int, "total": int, "log10_p": str}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Watermark:
     """One mark. `Watermark.create` derives it from a key, `load` reads it from a file; both validate every field.
 
-    arrays: what `schemes.derive` gives (read-only). salt: 64 hex digits that blind the commitment. control: what the
-    mark scored on the unmarked model, in integers and strings. created: ISO date (UTC), its owner's word.
+    arrays: what the preset derives (read-only). message: who a copy is for, None where there is no such thing. salt: 64
+    hex digits that blind the commitment. created: ISO date (UTC); baseline: what the mark scored on the model before it
+    was embedded: both are the key holder's word, and `record`, which only the key makes, shows that it was his.
     """
 
     scheme: str
@@ -47,44 +53,66 @@ class Watermark:
     arrays: dict[str, NDArray[Any]]
     salt: str
     created: str
-    control: dict[str, Any] | None = None
+    record: str
+    message: str | None = None
+    baseline: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        preset = scheme(self.scheme)
-        if self.version != preset.version:
-            raise ValueError(
-                f"version {self.version!r} of scheme {self.scheme!r} is not this wmengine's {preset.version}"
-            )
-        check_name("owner", self.owner)
-        check_parameters(self.scheme, self.parameters)
-        if not isinstance(self.salt, str) or len(self.salt) != 64 or bytes.fromhex(self.salt).hex() != self.salt:
-            raise ValueError("salt must be 64 hex digits")
+        preset = find(self.scheme, self.version)
+        for what, name in {"owner": self.owner, "message": self.message}.items():
+            if name is not None and check_name(what, name) != name:
+                raise ValueError(f"the {what} {name!r} is not in NFC")
+        preset.check(self.parameters)
+        for what, digits in {"salt": self.salt, "record": self.record}.items():
+            if not isinstance(digits, str) or len(digits) != 64 or bytes.fromhex(digits).hex() != digits:
+                raise ValueError(f"{what} must be 64 hex digits")
         if not isinstance(self.created, str) or date.fromisoformat(self.created).isoformat() != self.created:
             raise ValueError(f"created must be an ISO date, and it is {self.created!r}")
-        if self.control is not None and type(self.control) is not dict:
-            raise TypeError(f"control must be a dict or None, and it is {type(self.control).__name__}")
+        if date.fromisoformat(self.created) > _today() + timedelta(days=1):  # a day for clocks that go wrong
+            raise ValueError(f"created is {self.created}, which is still to come")
+        if self.baseline is not None:
+            _check_baseline(self.baseline, preset.total(self.parameters))
         # Own copies: a caller's later change must not reach a mark that was checked.
         object.__setattr__(self, "parameters", json.loads(canonical_json(self.parameters)))
-        if self.control is not None:
-            object.__setattr__(self, "control", json.loads(canonical_json(self.control)))
-        object.__setattr__(self, "arrays", _checked_arrays(self.scheme, self.parameters, self.arrays))
+        if self.baseline is not None:
+            object.__setattr__(self, "baseline", json.loads(canonical_json(self.baseline)))
+        object.__setattr__(self, "arrays", _checked_arrays(preset, self.parameters, self.arrays))
 
     @classmethod
     def create(
-        cls, key: Key, scheme_name: str, parameters: Mapping[str, Any], control: dict[str, Any] | None = None
+        cls,
+        key: Key,
+        preset: Preset,
+        parameters: Mapping[str, Any],
+        *,
+        message: str | None = None,
+        baseline: dict[str, Any] | None = None,
+        created: str | None = None,
     ) -> Watermark:
-        """The mark that this key makes with these parameters (of `white_box_parameters` or `black_box_parameters`)."""
-        arrays = derive(key, scheme_name, parameters)
+        """The mark that this key makes with these parameters (of `Preset.describe`) and message.
+
+        created: today unless told, as an ISO date.
+        """
+        message = None if message is None else check_name("message", message)
+        subkeys = preset.subkeys(key, parameters, message)
+        created = created or _today().isoformat()
         return cls(
-            scheme=scheme_name,
-            version=SCHEMES[scheme_name].version,
+            scheme=preset.name,
+            version=preset.version,
             owner=key.owner,
             parameters=dict(parameters),
-            arrays=arrays,
-            salt=subkey(key, "commitment", scheme_name, parameters).hex(),
-            created=datetime.now(UTC).date().isoformat(),
-            control=control,
+            arrays=preset.derive(key, dict(parameters), message),
+            salt=subkeys.salt.hex(),
+            created=created,
+            record=subkeys.record(_recorded(created, baseline)),
+            message=message,
+            baseline=baseline,
         )
+
+    @cached_property
+    def preset(self) -> Preset:
+        """What it is made of."""
+        return find(self.scheme, self.version)
 
     @property
     def name(self) -> str:
@@ -93,42 +121,75 @@ class Watermark:
 
     @property
     def kind(self) -> str:
-        """ "white-box" (bits in the weights) or "black-box" (labels of triggers)."""
-        return SCHEMES[self.scheme].kind
+        """ "white-box" (in the network's inside) or "black-box" (in its answers)."""
+        return self.preset.kind
 
     @property
     def total(self) -> int:
         """The number of symbols it can test: T bits or N labels."""
-        return symbol_count(self.scheme, self.parameters)
+        return self.preset.total(self.parameters)
 
     @property
-    def commitment(self) -> str:
-        """64 hex digits, safe to publish, that bind owner, scheme, version, parameters, total and scoring rule.
+    def symbols(self) -> NDArray[Any]:
+        """The expected symbols [total]."""
+        return self.arrays[self.preset.symbols.name]
 
-        SHA-256 of a prefix, their canonical JSON, and the salt, which only the key's holder can give.
+    @cached_property
+    def commitment(self) -> str:
+        """64 hex digits, safe to publish, that bind owner, scheme, version, parameters, message and every array.
+
+        SHA-256 of a prefix, their canonical JSON, and the salt, which only the key's holder can give. It dates this
+        mark; a key's commitment dates none.
         """
         statement = {
+            "arrays": self._digests,
             "format": FORMAT,
             "owner": self.owner,
             "parameters": self.parameters,
             "scheme": self.scheme,
-            "scoring": SCHEMES[self.scheme].scoring,
             "total": self.total,
             "version": self.version,
         }
+        if self.message is not None:
+            statement["message"] = self.message
         return hashlib.sha256(_COMMITMENT_PREFIX + canonical_json(statement) + bytes.fromhex(self.salt)).hexdigest()
+
+    @cached_property
+    def geometry(self) -> str:
+        """64 hex digits, equal for marks that one observation of a suspect serves: all but the symbols are the same."""
+        arrays = {name: digest for name, digest in self._digests.items() if name != self.preset.symbols.name}
+        return canonical_digest(
+            {"arrays": arrays, "parameters": self.parameters, "scheme": self.scheme, "version": self.version}
+        )
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return {name: _array_digest(array) for name, array in self.arrays.items()}
 
     def __repr__(self) -> str:
         return f"Watermark(name={self.name!r}, scheme={self.scheme!r}, owner={self.owner!r}, total={self.total})"
 
+    def with_baseline(self, key: Key, baseline: dict[str, Any]) -> Watermark:
+        """The same mark with what it scored before it was embedded."""
+        subkeys = self.preset.subkeys(key, self.parameters, self.message)
+        record = subkeys.record(_recorded(self.created, baseline))
+        return replace(self, baseline=baseline, record=record)
+
     def check_derivation(self, key: Key) -> None:
-        """Raises WatermarkError, saying what differs, unless this key makes this very mark."""
+        """Raises WatermarkError, saying what differs, unless this key makes this very mark and wrote its record."""
         if key.owner != self.owner:
             raise WatermarkError(
                 f"the watermark of {self.name!r} belongs to {self.owner!r} and the key to {key.owner!r}; "
                 "give the key that it was made with"
             )
-        derived = Watermark.create(key, self.scheme, self.parameters)
+        derived = Watermark.create(
+            key,
+            self.preset,
+            self.parameters,
+            message=self.message,
+            baseline=self.baseline,
+            created=self.created,
+        )
         if derived.salt != self.salt:
             raise WatermarkError(
                 f"the watermark of {self.name!r} was not made with this key of {key.owner!r}; "
@@ -140,32 +201,43 @@ class Watermark:
                     f"the {name} of the watermark of {self.name!r} are not those that its key derives; "
                     "make the watermark again"
                 )
+        if derived.record != self.record:
+            raise WatermarkError(
+                f"the date or the baseline of the watermark of {self.name!r} was changed by somebody without its key; "
+                "take it from a backup"
+            )
 
-    def save(self, path: str | os.PathLike[str], passphrase: str | None = None) -> None:
-        """Writes a `.wm` file with mode 0600, in place of one that is there, and sealed when a passphrase is given."""
-        content = {
-            "arrays": {name: _array_digest(array) for name, array in self.arrays.items()},
+    def save(self, path: str | os.PathLike[str], passphrase: str | None = None, *, overwrite: bool = False) -> None:
+        """Writes a `.wm` file with mode 0600, sealed when a passphrase is given.
+
+        Raises WatermarkError where the file exists, unless it is to be overwritten.
+        """
+        content: dict[str, Any] = {
+            "arrays": self._digests,
             "commitment": self.commitment,
             "created": self.created,
             "format": FORMAT,
             "kind": "watermark",
             "owner": self.owner,
             "parameters": self.parameters,
+            "record": self.record,
             "salt": self.salt,
             "scheme": self.scheme,
             "version": self.version,
         }
-        if self.control is not None:
-            content["control"] = self.control
-        document = canonical_json({**content, "digest": _digest(content)}).decode("ascii")
+        for name in _OPTIONAL:
+            if getattr(self, name) is not None:
+                content[name] = getattr(self, name)
+        document = canonical_json({**content, "digest": canonical_digest(content)}).decode("ascii")
         data = serialize(self.arrays, metadata={"wmengine": document})
-        write_file(path, data if passphrase is None else seal(data, passphrase), WatermarkError, overwrite=True)
+        write_file(path, data if passphrase is None else seal(data, passphrase), WatermarkError, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], passphrase: str | None = None) -> Watermark:
-        """Reads a `.wm` file. Raises WatermarkError: missing, damaged, wrong passphrase, of another version."""
+        """Reads a `.wm` file. Raises WatermarkError: missing, readable by others, damaged, wrong passphrase, of another
+        version."""
         name = os.fspath(path)
-        data = read_file(path, "watermark file", WatermarkError)
+        data = read_file(path, "watermark file", WatermarkError, private=True)
         if is_sealed(data):
             if passphrase is None:
                 raise WatermarkError(f"{name} is sealed; give its passphrase")
@@ -183,14 +255,34 @@ class Watermark:
                 arrays=_read_arrays(data, document),
                 salt=document["salt"],
                 created=document["created"],
-                control=document.get("control"),
+                record=document["record"],
+                message=document.get("message"),
+                baseline=document.get("baseline"),
             )
-        except (KeyError, TypeError, ValueError, SafetensorError, RecursionError) as cause:
+        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError, RecursionError) as cause:
             what = f"it lacks {cause}" if isinstance(cause, KeyError) else cause
             raise WatermarkError(f"{name} cannot be used ({what}); take it from a backup or make it again") from None
         if mark.commitment != document["commitment"]:
             raise WatermarkError(f"{name} does not match its own commitment; take it from a backup or make it again")
         return mark
+
+
+def _today() -> date:
+    return datetime.now(UTC).date()
+
+
+def _recorded(created: str, baseline: dict[str, Any] | None) -> dict[str, Any]:
+    return {"created": created} if baseline is None else {"baseline": baseline, "created": created}
+
+
+def _check_baseline(baseline: Any, total: int) -> None:
+    if type(baseline) is not dict or set(baseline) != set(_BASELINE):
+        raise ValueError(f"baseline must hold {', '.join(_BASELINE)}")
+    for name, kind in _BASELINE.items():
+        if type(baseline[name]) is not kind:
+            raise ValueError(f"baseline's {name} must be {kind.__name__}, and it is {baseline[name]!r}")
+    if not 0 <= baseline["matched"] <= baseline["total"] <= total or not float(baseline["log10_p"]) <= 0.0:
+        raise ValueError(f"baseline must be matches of at most {total} symbols and their log10 p, not {baseline}")
 
 
 def _document(name: str, data: bytes) -> dict[str, Any]:
@@ -208,7 +300,7 @@ def _document(name: str, data: bytes) -> dict[str, Any]:
         )
     if document.get("kind") != "watermark":
         raise WatermarkError(f"{name} holds a {document.get('kind')!r}, not a watermark; give a .wm file")
-    unknown, missing = sorted(document.keys() - _REQUIRED - {"control"}), sorted(_REQUIRED - document.keys())
+    unknown, missing = sorted(document.keys() - _REQUIRED - _OPTIONAL), sorted(_REQUIRED - document.keys())
     if unknown:
         raise WatermarkError(f"{name} has an unknown field {unknown[0]!r}; use the wmengine that made it")
     if missing:
@@ -216,7 +308,7 @@ def _document(name: str, data: bytes) -> dict[str, Any]:
     content = {field: value for field, value in document.items() if field != "digest"}
     try:
         # Only the one canonical spelling counts, so no byte can change without being noticed.
-        intact = canonical_json(document).decode("ascii") == text and _digest(content) == document["digest"]
+        intact = canonical_json(document).decode("ascii") == text and canonical_digest(content) == document["digest"]
     except (TypeError, ValueError, RecursionError):
         intact = False
     if not intact:
@@ -239,10 +331,9 @@ def _metadata(data: bytes) -> str | None:
 
 
 def _read_arrays(data: bytes, document: dict[str, Any]) -> dict[str, NDArray[Any]]:
-    scheme_name, parameters = document["scheme"], document["parameters"]
-    scheme(scheme_name)
-    check_parameters(scheme_name, parameters)
-    layout = array_layout(scheme_name, parameters)
+    preset, parameters = find(document["scheme"], document["version"]), document["parameters"]
+    preset.check(parameters)
+    layout = preset.layout(parameters)
     stored = dict(deserialize(data))  # type: ignore[no-untyped-call]
     if set(stored) != set(layout) or not isinstance(document["arrays"], dict) or set(document["arrays"]) != set(layout):
         raise ValueError(f"its arrays must be {', '.join(layout)}")
@@ -259,12 +350,12 @@ def _read_arrays(data: bytes, document: dict[str, Any]) -> dict[str, NDArray[Any
 
 
 def _checked_arrays(
-    scheme_name: str, parameters: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
+    preset: Preset, parameters: dict[str, Any], arrays: Mapping[str, NDArray[Any]]
 ) -> dict[str, NDArray[Any]]:
-    layout = array_layout(scheme_name, parameters)
+    layout = preset.layout(parameters)
     if set(arrays) != set(layout):
         raise ValueError(
-            f"a mark of scheme {scheme_name!r} has the arrays {', '.join(layout)}, not {', '.join(arrays)}"
+            f"a mark of scheme {preset.name!r} has the arrays {', '.join(layout)}, not {', '.join(arrays)}"
         )
     checked = {}
     for name, (dtype, shape) in layout.items():
@@ -273,17 +364,12 @@ def _checked_arrays(
             raise ValueError(f"the array {name!r} must be {dtype}{list(shape)}, not {array.dtype}{list(array.shape)}")
         checked[name] = np.array(array, dtype=dtype, order="C")
         checked[name].flags.writeable = False
-    if "bits" in checked and checked["bits"].max() > 1:
-        raise ValueError("the array 'bits' must hold 0 and 1 only")
-    if "labels" in checked and not 0 <= checked["labels"].min() <= checked["labels"].max() < parameters["num_classes"]:
-        raise ValueError(f"the array 'labels' must hold classes from 0 to {parameters['num_classes'] - 1} only")
+    symbols, alphabet = checked[preset.symbols.name], preset.symbols.alphabet(parameters)
+    if not 0 <= symbols.min() <= symbols.max() < alphabet:
+        raise ValueError(f"the array {preset.symbols.name!r} must hold 0 to {alphabet - 1} only")
     return checked
 
 
 def _array_digest(array: NDArray[Any]) -> str:
     """SHA-256 of the array's bytes, little endian; its type and shape follow from the parameters."""
     return hashlib.sha256(array.astype(array.dtype.newbyteorder("<")).tobytes()).hexdigest()
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(content)).hexdigest()

@@ -1,0 +1,90 @@
+"""What is noted while a suspect is judged, as data; `str(fact)` is the sentence that people read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Value = str | int | float
+
+SENTENCES: dict[str, str] = {
+    # how it was asked
+    "inputs_cast": "inputs were cast to {dtype}",
+    "fixed_batch": "the suspect has a fixed batch of {batch}",
+    "one_at_a_time": "the suspect answers only one input at a time",
+    "put_otherwise": "triggers were put {adapter}",
+    "ways_paid": "{tried} of {possible} ways of putting the triggers were tried, and their shares paid",
+    "way_failed": "the suspect cannot be asked with triggers {adapter}: {reason}",
+    "room": "there was room for {asked} of {total} triggers, and the test is of those: that was fixed before the first "
+    "of them was asked",
+    "refused": "{count} triggers were refused or not answered in a readable way: {reason}",
+    "unasked": "{count} triggers were not asked: {reason}",
+    "abstained": "{count} of {asked} answers hold NaN or Inf or name no class, and count as misses",
+    "given_up": "given up after {queries} queries: the suspect answers as a stranger does",
+    "stopped": "stopped after {queries} queries, as the answer was clear: what was not asked is no miss",
+    "inconstant": "{changed} of {asked} answers change when the batch does, or from one time to the next",
+    "not_again": "asked {count} triggers once more, the suspect brings no answers: {reason}",
+    "shared": "{marks} watermarks share these triggers or carriers: they were observed once",
+    # how its answers were read
+    "outputs": "{count} of {of} outputs may be the answer, the first is {name}",
+    "output": "answers were read from output {name}, one of {of}",
+    "ranks": "output {name} lists the best classes, and the first of them counts",
+    "class_more": "output {name} has one class more than the watermark",
+    "one_score": "the suspect gives one score, read as class 1 where it is above {threshold:g}",
+    "outputs_paid": "{count} outputs that answer differently were tried and paid for; number {number} counts",
+    "from_one": "the suspect's classes are counted from 1, or a class more stands before them, as its answers show",
+    "from_one_paid": "the suspect's classes are counted from 1, or a class more stands before them, which was paid for",
+    "from_zero_paid": "that the suspect's classes are counted from 0 is one of two readings of its answers, and was "
+    "paid for",
+    "order_of_clean": "{moved} of {classes} classes stand elsewhere, by {count} clean inputs of which the suspect names "
+    "{agreed} rightly; this is free, as long as these and their labels were chosen without the triggers' labels",
+    "orders_paid": "all 10^{log10_orders:.1f} orders of the classes were paid for",
+    "reordered": "classes stand in another order; all 10^{log10_orders:.1f} orders were paid for",
+    "orders_too_many": "{total} triggers can prove no other order of {classes} classes, as there are too many: give "
+    "clean labelled data to estimate it",
+    "names_paid": "the order of the classes' names was given at verification: all 10^{log10_orders:.1f} orders were "
+    "paid for; a watermark that holds its class names pays nothing",
+    # what was read of its weights
+    "carriers": "{found} of {carriers} carriers matched to the suspect's tensors by shape and order",
+    "pairings": "{tried} of the {possible} possible orders of tensors of equal shape were tried and paid for",
+    "no_carrier": "no tensor of the suspect has the shape of a carrier: nothing to read",
+    "stored_as": "{count} of {of} weights are {kind}",
+    "blocked": "{count} convolutions in ONNX Runtime's blocked NCHWc layout were not read",
+    "registration_order": "weights were read in order of registration, as {reason}",
+    # where it ran
+    "gpu_sandbox": "the model ran on the GPU, where its sandbox is a process of its own with a time limit: {missing} "
+    "were left out, as CUDA does not work under them",
+    "sandbox_without": "this kernel has no {missing}: the sandbox was without",
+    # what a verdict leans on
+    "bar_of_dispute": "the bar is 2^-128, as no timestamp of the commitment is looked at",
+    "leans_on_date": "p is above 2^-128, so against a dispute this leans on the commitment being dated, by its owner's "
+    "word, {created}",
+    "leans_on_clean": "the order of the classes rests on the clean data, chosen by the claimant after marking: trying "
+    "several sets of them would be several tries",
+    "not_derived": "the watermark was not derived from its key again: its symbols could have been written to fit the "
+    "suspect",
+    "rank_only": "the null of this scheme is {null}: a p-value that only ranks is never proof",
+    "same_bytes": "the same bytes as {original}, judged once",
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """code: one of SENTENCES; values: what its sentence names. Raises KeyError for a code or a value unknown to it."""
+
+    code: str
+    values: Mapping[str, Value] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return SENTENCES[self.code].format(**self.values)
+
+    def __hash__(self) -> int:
+        return hash((self.code, tuple(self.values.items())))
+
+
+def fact(code: str, **values: Any) -> Fact:
+    """A fact, its sentence tried once."""
+    found = Fact(code, values)
+    str(found)
+    return found

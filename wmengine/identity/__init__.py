@@ -1,0 +1,1 @@
+"""Who owns a mark, and all that is derived from his secret."""

@@ -1,0 +1,477 @@
+"""One suspect against marks that ask: what to put to it next, and what its answers are worth.
+
+A trial knows the expected symbols and never shows them: questions go out, answers come back and are looked at here.
+Marks of one geometry (the same questions, other messages) are one trial. Questions are asked in the order in which the
+key drew them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmengine.errors import SuspectError, SuspectGone
+from wmengine.facts import Fact, fact
+from wmengine.judging.hypotheses import Hypothesis, reading_facts, readings_of
+from wmengine.judging.looks import looks_of_labels, looks_of_scores
+from wmengine.judging.orders import CleanData, best_order, log10_orders, reorder, used_classes
+from wmengine.judging.questions import put
+from wmengine.marks.watermark import Watermark
+from wmengine.parts.statistics.base import Evidence, Look
+from wmengine.suspects.adapters import AS_RECORDED, Adapter
+from wmengine.suspects.answers import ABSTAINED, highest
+from wmengine.suspects.base import Answers, Suspect, part_of, rows_of
+
+TESTS = ("fixed", "sequential")
+FIRST_LOOK, NEXT_LOOK = 16, 8
+ASKED_AGAIN = 8
+NO_ROOM = "there is no room left to ask it anything: its budget or its time is used up, or it was given up before"
+
+Labels = NDArray[np.int64]
+
+
+class Ask(NamedTuple):
+    """Questions `start` … `stop` of a geometry, to be put in this way."""
+
+    way: Adapter
+    start: int
+    stop: int
+
+
+@dataclass
+class _Round:
+    """What one way of putting questions has brought so far. There are no hypotheses before the first answers."""
+
+    way: Adapter
+    total: int  # questions that its tests are of
+    asked: int = 0
+    hypotheses: list[Hypothesis] = field(default_factory=list)
+    outputs: int = 0
+    first: Labels | None = None  # the answers [n, R] to the first questions, to be asked again
+    abstained: int = 0
+    unasked: list[str] = field(default_factory=list)  # why, one for each question that was not asked
+    refused: list[str] = field(default_factory=list)
+    clean: Labels | None = None  # the answers [M, R] to clean inputs
+    failure: str | None = None  # why there are no answers
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the tests of a suspect have in common, fixed before the first question.
+
+    sequential: stop when the answer is clear, else ask everything. log10_bar: −log10 of what p must reach, all tests of
+    the same scan paid. every_way: put questions in unlikely ways too. any_order: the suspect's classes may stand in
+    another order, which is estimated on clean data, or without them, in the fixed test, every order is tried and paid
+    for: half of the evidence is for them, half for the order recorded. ask_again: look whether answers depend on the
+    batch even where nothing is proven.
+    """
+
+    sequential: bool
+    log10_bar: float
+    every_way: bool = True
+    any_order: bool = False
+    clean: CleanData | None = None
+    ask_again: bool = False
+
+
+class Trial:
+    """One suspect, the marks of one geometry.
+
+    ways: to put the questions, in this order, each with its share of the evidence; the next is tried when the one
+    before has not proven every mark. names: the caller gave the suspect's class names an order at verification.
+    """
+
+    def __init__(self, marks: Sequence[Watermark], suspect: Suspect, terms: Terms) -> None:
+        self.marks = list(marks)
+        self.num_classes = marks[0].preset.symbols.alphabet(marks[0].parameters)
+        self.error: str | None = None  # why the suspect cannot be judged
+        self._suspect, self._terms = suspect, terms
+        self._ways: list[Adapter] = []  # those still to be tried
+        self._rounds: list[_Round] = []
+        names = suspect.settings.get("labels")
+        self._names_paid = names is not None and list(names) != marks[0].parameters.get("class_names")
+        try:
+            self._ways = marks[0].preset.source.ways(marks[0], suspect, terms.every_way)  # type: ignore[attr-defined]
+        except SuspectError as error:
+            self.error = str(error)
+        self._possible = len(self._ways)
+
+    def next(self) -> Ask | None:
+        """What to ask now; None when the trial is over. The same until its answers are added."""
+        if self.error is not None:
+            return None
+        if self._rounds and not self._is_over(self._rounds[-1]):
+            current = self._rounds[-1]
+        elif not self._ways or (self._rounds and all(map(self.proven, range(len(self.marks))))):
+            return None
+        else:
+            way = self._ways.pop(0)
+            try:
+                current = _Round(way, self._room(way))
+            except SuspectError as error:
+                self.error = str(error)
+                return None
+            if not current.total:  # nor is there room for another way
+                self._ways = []
+                if not self._answered:
+                    self.error = self._rounds[0].failure if self._rounds else NO_ROOM
+                return None
+            self._rounds.append(current)
+        look = current.total if not self._terms.sequential else FIRST_LOOK if current.asked == 0 else NEXT_LOOK
+        return Ask(current.way, current.asked, min(current.total, current.asked + look))
+
+    def expected(self, ask: Ask) -> list[Labels]:
+        """The labels of each mark for what is asked."""
+        return [mark.symbols[ask.start : ask.stop] for mark in self.marks]
+
+    def order(self) -> Labels | None:
+        """For each class of the mark the suspect's that stands for it, where clean data have said so."""
+        current = self._rounds[-1]
+        if current.hypotheses:
+            order = current.hypotheses[0].order
+        elif self._terms.clean is not None and current.clean is not None and current.clean.shape[1] == 1:
+            order = best_order(current.clean[:, 0], self._terms.clean.labels, self.num_classes)[0]
+        else:
+            return None
+        return None if order is None else np.argsort(order)
+
+    def add(self, answers: Answers, looks: list[Look] | None = None) -> None:
+        """The answers to what `next` asked; looks: where they are scores, what these say of each mark.
+
+        Raises SuspectError where the number of outputs has changed.
+        """
+        current = self._rounds[-1]
+        ask = Ask(current.way, current.asked, current.asked + len(answers))
+        expected = self.expected(ask)
+        predicted = classes_of(answers)
+        if ask.start == 0:
+            self._begin(current, predicted, single=answers.kind == "labels")
+        predicted = _columns(current, predicted)
+        if ask.start == 0:
+            current.first = predicted[:ASKED_AGAIN]
+        current.asked += len(predicted)
+        missing = len(answers.unasked) + len(answers.refused)
+        current.abstained += int((predicted.max(axis=1) == ABSTAINED).sum()) - missing
+        current.unasked += answers.unasked.values()
+        current.refused += answers.refused.values()
+        for hypothesis in current.hypotheses:
+            classes = hypothesis.classes(predicted)
+            if hypothesis.order is not None:
+                classes = reorder(classes, hypothesis.order)
+            hypothesis.named = np.union1d(hypothesis.named, classes)
+            hypothesis.add(looks if looks is not None else looks_of_labels(classes, expected, self.num_classes))
+            if self._terms.any_order and self._terms.clean is None:
+                hypothesis.try_orders(classes, expected, self.num_classes)
+
+    def fail(self, error: SuspectError) -> None:
+        """There are no answers to what `next` asked. If nothing was asked in this layout before, another may be what
+        the suspect takes; the share of this one is spent.
+        """
+        current = self._rounds[-1]
+        current.failure = str(error)
+        if current.asked or isinstance(error, SuspectGone):
+            self.error = current.failure
+            return
+        self._ways = [each for each in self._ways if each.layout != current.way.layout]
+        if not self._ways and not self._answered:
+            self.error = self._rounds[0].failure
+
+    def clean_inputs(self) -> dict[str, NDArray[Any]] | None:
+        """What to ask before the questions that `next` names, for `add_clean`; None where nothing is.
+
+        Raises SuspectError where there is room for none of the questions beside them.
+        """
+        current, clean = self._rounds[-1], self._terms.clean
+        if clean is None or current.clean is not None:
+            return None
+        scale = self.marks[0].parameters["value_range"]
+        (name,) = self.marks[0].parameters["inputs"]
+        way = current.way.inputs if clean.inputs.dtype == np.uint8 else current.way.recorded_inputs
+        rows = way(clean.inputs, scale)
+        room = self._suspect.limit({name: np.concatenate([rows, rows[:1]])})
+        if room <= len(rows):
+            raise SuspectError(
+                f"there is room for {room} inputs, and {len(rows)} are clean ones: give fewer of those, or a larger "
+                "budget"
+            )
+        return {name: rows}
+
+    def add_clean(self, answers: Answers) -> None:
+        """The answers to the clean inputs: they say in which order the suspect's classes stand.
+
+        Raises SuspectError where there is no room for a question any more.
+        """
+        current = self._rounds[-1]
+        current.clean = classes_of(answers)
+        current.total = self._room(current.way)  # less than before the clean inputs
+        if not current.total:
+            why = next(iter(answers.unasked.values()), "give fewer of them")
+            raise SuspectError(f"{len(answers)} clean inputs have left no room for a trigger: {why}")
+
+    @property
+    def queries(self) -> int:
+        """Questions really asked, in all ways together."""
+        return sum(current.asked - len(current.unasked) for current in self._rounds)
+
+    def total(self, mark: int) -> int:
+        """Symbols that the test is of, with the hypothesis that did best: all, or what there was room for."""
+        return self._best(mark)[1].tests[mark].total if self._answered else self.marks[mark].total
+
+    def matched(self, mark: int) -> int:
+        """Matches of the hypothesis that did best."""
+        return self._best(mark)[1].matched(mark) if self._answered else 0
+
+    def log10_p(self, mark: int) -> float:
+        """log10 of the p-value with every hypothesis paid."""
+        return min([0.0, *(self._paid_log10_p(*each, mark) for each in self._tried)])
+
+    def log10_e(self, mark: int) -> float | None:
+        """log10 of the e-value at the end of a sequential trial, hypotheses paid; None for a fixed test."""
+        if not self._terms.sequential or not self._answered:
+            return None
+        found = [(hypothesis.tests[mark].log10_e, self._log10_share(hypothesis)) for _, hypothesis in self._tried]
+        return max(log10_e + share for log10_e, share in found if log10_e is not None)
+
+    def evidence(self, mark: int) -> Evidence | None:
+        """What log10_p is computed from, the hypothesis that counts; None before any answer."""
+        if not self._answered:
+            return None
+        _, best = self._best(mark)
+        return best.evidence(mark, self._log10_share(best))
+
+    def proven(self, mark: int) -> bool:
+        """Whether the p-value has reached the bar."""
+        return -self.log10_p(mark) >= self._terms.log10_bar
+
+    def facts(self, mark: int) -> list[Fact]:
+        """What was assumed and what happened, for the verdict."""
+        if not self._answered:
+            return []
+        current, best = self._best(mark)
+        found = [fact("shared", marks=len(self.marks))] if len(self.marks) > 1 else []
+        if str(current.way) != str(AS_RECORDED):
+            found.append(fact("put_otherwise", adapter=str(current.way)))
+        if self._possible > 1:
+            found.append(fact("ways_paid", tried=len(self._rounds), possible=self._possible))
+        failed = [each for each in self._rounds if each.failure is not None]
+        found += [fact("way_failed", adapter=str(each.way), reason=each.failure) for each in failed]
+        found += reading_facts(current.hypotheses, best)
+        if current.total < self.marks[mark].total:
+            found.append(fact("room", asked=current.total, total=self.marks[mark].total))
+        for code, reasons in {"refused": current.refused, "unasked": current.unasked}.items():
+            if reasons:
+                found.append(fact(code, count=len(reasons), reason=reasons[0]))
+        if current.abstained:
+            found.append(fact("abstained", count=current.abstained, asked=current.asked))
+        found += self._order_facts(mark, best)
+        if self._terms.sequential and not current.unasked:
+            futile = best.tests[mark].decision == "futile"
+            if futile and not self.proven(mark):
+                found.append(fact("given_up", queries=self.queries))
+            if self.proven(mark) and current.asked < current.total:
+                found.append(fact("stopped", queries=self.queries))
+        return found
+
+    def ask_again(self) -> list[Fact]:
+        """A fact where the first questions, put in another order and twice over, are answered otherwise than before.
+
+        Such a suspect computes an answer from the whole batch, or at random. What was counted stays as it is: the
+        p-value holds whatever the answers depend on.
+        """
+        if not self._answered:
+            return []
+        current, _ = self._best(0)
+        first = current.first
+        if first is None or len(first) < 2:
+            return []
+        again = np.repeat(np.arange(len(first))[::-1], 2)
+        inputs = {name: rows[again] for name, rows in put(self.marks[0], current.way).items()}
+        try:
+            predicted = _columns(current, classes_of(self._suspect.answer(inputs, self.num_classes)))
+        except SuspectError as error:
+            return [fact("not_again", count=len(again), reason=str(error))]
+        # What is not answered this time, as a budget was used up, shows nothing.
+        differs = ((predicted != first[again]) & (predicted != ABSTAINED)).any(axis=1)
+        changed = len(set(again[differs].tolist()))
+        return [fact("inconstant", changed=changed, asked=len(first))] if changed else []
+
+    def _begin(self, current: _Round, predicted: Labels, single: bool) -> None:
+        """Fix the hypotheses of a round."""
+        current.outputs = predicted.shape[1]
+        clean = None if current.clean is None else _columns(current, current.clean)
+        seen = predicted[:, 0] if clean is None else np.concatenate([predicted[:, 0], clean[:, 0]])
+        preset, chance = self.marks[0].preset, 1.0 / self.num_classes
+        for output, first, share in readings_of(predicted, seen, self.num_classes, single):
+            share *= current.way.share
+            bar = self._terms.log10_bar - math.log10(share)
+            tests = [
+                preset.statistic.begin(chance, current.total, bar, self._terms.sequential) for _ in self.marks
+            ]
+            hypothesis = Hypothesis(share, output, first, chance, tests)
+            if self._terms.clean is not None and clean is not None:
+                found = best_order(hypothesis.classes(clean), self._terms.clean.labels, self.num_classes)
+                hypothesis.order, hypothesis.agreed = found
+            current.hypotheses.append(hypothesis)
+
+    @property
+    def _tried(self) -> list[tuple[_Round, Hypothesis]]:
+        return [(current, hypothesis) for current in self._rounds for hypothesis in current.hypotheses]
+
+    @property
+    def _answered(self) -> bool:
+        return any(current.hypotheses for current in self._rounds)
+
+    def _room(self, way: Adapter) -> int:
+        return min(self.marks[0].total, self._suspect.limit(put(self.marks[0], way)))
+
+    def _is_over(self, current: _Round) -> bool:
+        if current.failure is not None or current.unasked:  # nor will the others be answered
+            return True
+        if current.asked == current.total:
+            return True
+        return bool(current.hypotheses) and all(
+            any(hypothesis.tests[mark].decision == "proven" for hypothesis in current.hypotheses)
+            or all(hypothesis.is_over(mark) for hypothesis in current.hypotheses)
+            for mark in range(len(self.marks))
+        )
+
+    def _best(self, mark: int) -> tuple[_Round, Hypothesis]:
+        tried = self._tried
+        return tried[0] if len(tried) == 1 else min(tried, key=lambda each: self._paid_log10_p(*each, mark))
+
+    def _paid_log10_p(self, current: _Round, hypothesis: Hypothesis, mark: int) -> float:
+        return hypothesis.log10_p(mark) - self._log10_share(hypothesis)
+
+    def _log10_share(self, hypothesis: Hypothesis) -> float:
+        """Of the evidence, the order of classes paid where somebody has named them for this verification."""
+        share = math.log10(hypothesis.share)
+        return share - self._log10_names(hypothesis) if self._names_paid else share
+
+    def _log10_names(self, hypothesis: Hypothesis) -> float:
+        return log10_orders(self.num_classes, used_classes(hypothesis.named, self.num_classes))
+
+    def _order_facts(self, mark: int, best: Hypothesis) -> list[Fact]:
+        found = []
+        if self._terms.clean is not None and best.order is not None:
+            moved = int((best.order != np.arange(self.num_classes)).sum())
+            count, agreed = len(self._terms.clean.labels), best.agreed
+            found.append(
+                fact("order_of_clean", moved=moved, classes=self.num_classes, count=count, agreed=agreed)
+            )
+        if self._names_paid:
+            found.append(fact("names_paid", log10_orders=self._log10_names(best)))
+        if best.any_order:
+            orders, total = best.any_order[mark].log10_orders, best.tests[mark].total
+            found.append(fact("reordered" if best.reordered(mark) else "orders_paid", log10_orders=orders))
+            least = math.log10(2.0) + orders + total * math.log10(best.chance) - self._log10_share(best)
+            if -least < self._terms.log10_bar:
+                found.append(fact("orders_too_many", total=total, classes=self.num_classes))
+        return found
+
+
+def classes_of(answers: Answers) -> Labels:
+    """The classes [n, R] that answers name, ABSTAINED where there is none; of scores the highest, the first of equals."""
+    if answers.kind == "scores":
+        return highest(answers.values)[:, None]
+    return answers.values.reshape(len(answers), -1)
+
+
+def _columns(current: _Round, predicted: Labels) -> Labels:
+    """Predictions as [n, R] of as many outputs as answered first; no answers at all are none of each."""
+    if (predicted == ABSTAINED).all():
+        return np.full((len(predicted), current.outputs), ABSTAINED, np.int64)
+    if predicted.shape[1] != current.outputs:
+        raise SuspectError(
+            f"the suspect answers with {current.outputs} outputs at first and then with {predicted.shape[1]}"
+        )
+    return predicted
+
+
+def run_trials(suspect: Suspect, trials: Sequence[Trial]) -> list[Fact]:
+    """Ask until every trial is over, all trials together where they put questions the same way; the suspect's facts.
+
+    Where the suspect cannot answer, the trials that asked go on with another layout or have an error.
+    """
+    facts: dict[Fact, None] = {}
+    while True:
+        groups: dict[tuple[Any, ...], list[tuple[Trial, Ask]]] = {}
+        for trial in trials:
+            ask = _next(suspect, trial, facts)
+            if ask is not None:
+                inputs = put(trial.marks[0], ask.way)
+                like = tuple((name, rows.shape[1:], str(rows.dtype)) for name, rows in inputs.items())
+                groups.setdefault((ask.way, trial.num_classes, like), []).append((trial, ask))
+        if not groups:
+            return list(facts)
+        for asks in groups.values():
+            try:
+                _ask(suspect, asks)
+            except SuspectError as error:
+                for trial, _ in asks:
+                    trial.fail(error)
+            else:
+                facts |= dict.fromkeys(suspect.facts)
+
+
+def _next(suspect: Suspect, trial: Trial, facts: dict[Fact, None]) -> Ask | None:
+    """What the trial asks next, once the clean inputs that come before it have been put to the suspect."""
+    while (ask := trial.next()) is not None:
+        try:
+            clean = trial.clean_inputs()
+            if clean is None:
+                return ask
+            trial.add_clean(suspect.answer(clean, trial.num_classes))
+        except SuspectError as error:
+            trial.fail(error)
+        else:
+            facts |= dict.fromkeys(suspect.facts)
+    return None
+
+
+def _ask(suspect: Suspect, asks: Sequence[tuple[Trial, Ask]]) -> None:
+    """Put what trials of one way and number of classes ask, and hand them their answers."""
+    parts = [part_of(put(trial.marks[0], ask.way), ask.start, ask.stop) for trial, ask in asks]
+    # A copy, also of a single part: a model may write into what it is given.
+    inputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    answers = suspect.answer(inputs, asks[0][0].num_classes)
+    if len(answers) != rows_of(inputs):
+        raise SuspectError(f"{suspect.name} answers {rows_of(inputs)} inputs with {len(answers)} answers")
+    looks: list[list[Look] | None] = [None] * len(asks)
+    if answers.kind == "scores":
+        looks = [*_scored(answers.values, asks)]
+    at = 0
+    for (trial, ask), seen in zip(asks, looks, strict=True):
+        end = at + ask.stop - ask.start
+        try:
+            trial.add(_rows(answers, at, end), seen)
+        except SuspectError as error:
+            trial.fail(error)
+        at = end
+
+
+def _scored(scores: NDArray[Any], asks: Sequence[tuple[Trial, Ask]]) -> list[list[Look]]:
+    """What scores say of each trial's marks, in one pass; where clean data gave an order, in that order."""
+    orders = [trial.order() for trial, _ in asks]
+    if any(order is not None for order in orders):
+        scores, at = scores.copy(), 0
+        for (_, ask), order in zip(asks, orders, strict=True):
+            end = at + ask.stop - ask.start
+            if order is not None:
+                scores[at:end] = scores[at:end][:, order]
+            at = end
+    return [found.looks for found in looks_of_scores(scores, [trial.expected(ask) for trial, ask in asks])]
+
+
+def _rows(answers: Answers, start: int, stop: int) -> Answers:
+    if start == 0 and stop == len(answers):
+        return answers
+
+    def part(reasons: Mapping[int, str]) -> dict[int, str]:
+        return {row - start: why for row, why in reasons.items() if start <= row < stop}
+
+    return Answers(answers.kind, answers.values[start:stop], part(answers.unasked), part(answers.refused))

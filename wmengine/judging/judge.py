@@ -1,0 +1,132 @@
+"""What one suspect says about one mark or many: the findings behind a verdict and behind a scan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wmengine.errors import SuspectError
+from wmengine.facts import Fact
+from wmengine.judging.asking import Terms, Trial, run_trials
+from wmengine.judging.looks import looks_of_bits
+from wmengine.marks.watermark import Watermark
+from wmengine.parts.base import Need
+from wmengine.parts.statistics.base import Evidence, Test
+from wmengine.suspects.base import Suspect, one_line
+
+
+@dataclass(frozen=True)
+class Finding:
+    """matched of total symbols after `queries` questions; log10_p with all hypotheses paid, log10_e where it is an
+    e-value's.
+
+    evidence: what log10_p is computed from, None where nothing was read. Where `error` says why the mark could not be
+    looked for, the numbers say nothing.
+    """
+
+    matched: int
+    total: int
+    queries: int
+    log10_p: float
+    log10_e: float | None = None
+    facts: tuple[Fact, ...] = ()
+    error: str | None = None
+    evidence: Evidence | None = None
+
+
+def failed(mark: Watermark, error: BaseException | str) -> Finding:
+    """A mark that the suspect could not be judged by."""
+    return Finding(0, mark.total, 0, 0.0, error=str(error))
+
+
+def judge_suspect(suspect: Suspect, marks: Sequence[Watermark], terms: Terms) -> list[Finding]:
+    """One finding for each mark. A mark that the suspect cannot be judged by has an error, and the others go on.
+
+    Whatever goes wrong while a suspect is read or asked is that suspect's error.
+    """
+    findings: dict[int, Finding] = {}
+    geometries: dict[str, list[int]] = {}
+    for index, mark in enumerate(marks):
+        geometries.setdefault(mark.geometry, []).append(index)
+    asking: dict[int, list[list[int]]] = {}  # geometries of marks that ask, by number of classes
+    for indices in geometries.values():
+        mark = marks[indices[0]]
+        if mark.preset.source.needs == Need.ANSWERS:
+            asking.setdefault(mark.preset.symbols.alphabet(mark.parameters), []).append(indices)
+        else:
+            found = _read(suspect, [marks[index] for index in indices], terms)
+            findings.update(zip(indices, found, strict=True))
+    for together in asking.values():  # if the suspect fails one group, the others are still asked
+        found = _asked(suspect, [[marks[index] for index in indices] for indices in together], terms)
+        findings.update(zip((index for indices in together for index in indices), found, strict=True))
+    return [findings[index] for index in range(len(marks))]
+
+
+def _asked(suspect: Suspect, groups: Sequence[Sequence[Watermark]], terms: Terms) -> list[Finding]:
+    try:
+        trials = [Trial(marks, suspect, terms) for marks in groups]
+        facts = run_trials(suspect, trials)
+        return [found for trial in trials for found in _concluded(trial, facts, terms)]
+    except SuspectError as error:
+        reason = str(error)
+    except Exception as error:  # what a suspect makes our own code do is its fault too
+        reason = f"{suspect.name} cannot be judged ({one_line(error)})"
+    return [failed(mark, reason) for marks in groups for mark in marks]
+
+
+def _concluded(trial: Trial, facts: Sequence[Fact], terms: Terms) -> list[Finding]:
+    """The findings of a trial that is over. A proven suspect is asked some questions once more, in other batches."""
+    if trial.error is not None:
+        return [failed(mark, trial.error) for mark in trial.marks]
+    numbers = range(len(trial.marks))
+    again = trial.ask_again() if terms.ask_again or any(map(trial.proven, numbers)) else []
+    return [
+        Finding(
+            trial.matched(mark),
+            trial.total(mark),
+            trial.queries,
+            trial.log10_p(mark),
+            trial.log10_e(mark),
+            tuple(dict.fromkeys([*facts, *trial.facts(mark), *again])),
+            evidence=trial.evidence(mark),
+        )
+        for mark in numbers
+    ]
+
+
+def _read(suspect: Suspect, marks: Sequence[Watermark], terms: Terms) -> list[Finding]:
+    """Bits that are all there at once, in every way to find them; the best one counts, after paying for all."""
+    first = marks[0]
+    try:
+        observed = first.preset.source.observe(first, suspect, first.total)  # type: ignore[attr-defined]
+        facts = tuple(dict.fromkeys(observed.facts))
+        if not observed.found:
+            return [Finding(0, 0, 0, 0.0, facts=facts) for _ in marks]
+        tried: list[tuple[float, list[Test]]] = []
+        for observation in observed.found:
+            looks = looks_of_bits(observation.y, [mark.symbols for mark in marks])
+            tests = [_test_of(mark, terms) for mark in marks]
+            for test, look in zip(tests, looks, strict=True):
+                test.add(look)
+            tried.append((math.log10(observation.share), tests))
+        return [_best(tried, number, facts) for number in range(len(marks))]
+    except SuspectError as error:
+        reason = str(error)
+    except Exception as error:  # what a suspect makes our own code do is its fault too
+        reason = f"{suspect.name} cannot be judged ({one_line(error)})"
+    return [failed(mark, reason) for mark in marks]
+
+
+def _test_of(mark: Watermark, terms: Terms) -> Test:
+    preset = mark.preset
+    return preset.statistic.begin(preset.chance(mark.parameters), mark.total, terms.log10_bar, sequential=False)
+
+
+def _best(tried: Sequence[tuple[float, list[Test]]], number: int, facts: tuple[Fact, ...]) -> Finding:
+    log10_share, tests = min(tried, key=lambda each: each[1][number].log10_p - each[0])
+    best = tests[number]
+    log10_p = min(0.0, best.log10_p - log10_share)
+    return Finding(
+        best.matched, best.total, 0, log10_p, facts=facts, evidence=best.evidence(log10_share)
+    )

@@ -1,0 +1,1 @@
+"""Putting marks into models, and models into files."""

@@ -1,0 +1,164 @@
+"""The batches of a training loop: what a sample says of them, trigger rows appended, and clear words for wrong ones."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from wmengine.marks.watermark import Watermark
+from wmengine.parts.base import Course
+from wmengine.suspects.base import InputSpec
+
+IGNORE_INDEX = -100
+ONE = "input"  # what a single input is called that has no name
+
+
+class Batches:
+    """What a sample batch, a tensor or a dict of tensors by name, says of all batches."""
+
+    def __init__(self, sample: Any, num_classes: int | None, value_range: Any) -> None:
+        self._single = not isinstance(sample, Mapping)
+        given = {ONE: sample} if self._single else dict(sample)
+        if not given:
+            raise ValueError("sample must hold at least one input")
+        for name, rows in given.items():
+            _check_sample(name, rows, self._single)
+        self._sample: dict[str, torch.Tensor] = {name: rows[:2].detach() for name, rows in given.items()}
+        self.signature = {
+            str(name): InputSpec(tuple(rows.shape[1:]), str(rows.dtype).removeprefix("torch."))
+            for name, rows in given.items()
+        }
+        self.num_classes: int | None = None
+        if num_classes is not None:
+            self.num_classes = operator.index(num_classes)
+            if self.num_classes < 2:
+                raise ValueError(f"num_classes must be at least 2, and it is {num_classes}")
+        self.value_range = _ranges(next(iter(given.values())), value_range)
+
+    def fix_classes(self, classes: int, scheme: str) -> None:
+        """Take the number of classes that a mark has. Raises ValueError where another one was given."""
+        if self.num_classes not in (None, classes):
+            raise ValueError(f"the mark {scheme!r} is of {classes} classes, and num_classes is {self.num_classes}")
+        self.num_classes = classes
+
+    def check_mark(self, mark: Watermark) -> None:
+        """Raises ValueError unless a mark is for models of these inputs."""
+        inputs = {name: (tuple(given["shape"]), given["dtype"]) for name, given in mark.parameters["inputs"].items()}
+        mine = {name: (spec.shape, spec.dtype) for name, spec in self.signature.items()}
+        if inputs != mine:
+            raise ValueError(f"the mark {mark.scheme!r} is for inputs {inputs}, and the sample holds {mine}")
+
+    def example(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """A row of the sample on the model's device."""
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        return {name: rows[:1].to(device) for name, rows in self._sample.items()}
+
+    def mixed(
+        self, inputs: Any, labels: torch.Tensor, courses: Sequence[tuple[int, Course]]
+    ) -> tuple[Any, torch.Tensor]:
+        """The batch with the rows of courses appended, the labels of group g raised by g · num_classes."""
+        assert self.num_classes is not None
+        batch = self._checked(inputs, labels)
+        parts, ys = {name: [rows] for name, rows in batch.items()}, [labels]
+        wanted = max(2, len(labels) // 8)
+        for group, course in courses:
+            rows = course.rows(wanted, batch)
+            if rows is not None:
+                for name, values in rows[0].items():
+                    memory_format = _memory_format(batch[name])
+                    parts[name].append(values.contiguous(memory_format=memory_format))
+                ys.append(rows[1] + group * self.num_classes)
+        whole = {name: torch.cat(rows) for name, rows in parts.items()}
+        return (whole[ONE] if self._single else whole), torch.cat(ys)
+
+    def _checked(self, inputs: Any, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        check_hard(labels)
+        if self._single == isinstance(inputs, Mapping) or (not self._single and set(inputs) != set(self.signature)):
+            known = "a tensor" if self._single else f"a dict with {', '.join(self.signature)}"
+            raise TypeError(f"inputs must be {known}, as the sample was")
+        batch: dict[str, torch.Tensor] = {ONE: inputs} if self._single else dict(inputs)
+        for name, rows in batch.items():
+            if not isinstance(rows, torch.Tensor):
+                raise TypeError(f"inputs must be torch tensors, and {type(rows).__name__} is none: torch.from_numpy(...)")
+            shape = self.signature[name].shape
+            if tuple(rows.shape[1:]) != shape or len(rows) != len(labels):
+                raise ValueError(
+                    f"a batch must be [n, {', '.join(map(str, shape))}] with n labels, as the sample was, and "
+                    f"it is {list(rows.shape)} with {len(labels)} labels"
+                )
+            if rows.is_floating_point() != self._sample[name].is_floating_point():
+                kind = "floating" if self._sample[name].is_floating_point() else "integers"
+                raise TypeError(f"inputs must be {kind}, as the sample was, and they are {rows.dtype}")
+            if labels.device != rows.device:
+                raise ValueError(f"inputs are on {rows.device} and labels on {labels.device}; move both to one device")
+        in_range = ((labels >= 0) & (labels < self.num_classes)) | (labels == IGNORE_INDEX)
+        if labels.device.type == "cpu":
+            if not bool(in_range.all()):
+                wrong = labels[~in_range][0].item()
+                raise ValueError(f"labels must be from 0 to {(self.num_classes or 0) - 1}, and one is {wrong}")
+        else:
+            # As torch's own cross-entropy on a GPU: the device stops, and the host does not wait to see.
+            torch._assert_async(in_range.all(), f"labels must be from 0 to {(self.num_classes or 0) - 1}")
+        return batch
+
+
+def check_logits(logits: torch.Tensor, labels: torch.Tensor, num_classes: int | None) -> int:
+    """The number of classes of these logits. Raises ValueError or TypeError where they do not fit the labels."""
+    check_hard(labels)
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"logits must be a torch tensor [n, C], and they are {type(logits).__name__}")
+    classes = logits.shape[1] if num_classes is None and logits.ndim == 2 else num_classes
+    if logits.ndim != 2 or tuple(logits.shape) != (len(labels), classes):
+        raise ValueError(
+            f"logits must be [{len(labels)}, {classes}], a row for each label, and they are {list(logits.shape)}"
+        )
+    return int(classes or 0)
+
+
+def check_hard(labels: Any) -> None:
+    """Raises TypeError unless these are class numbers."""
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"labels must be an int64 tensor [n], and they are {type(labels).__name__}")
+    if labels.dtype != torch.int64 or labels.ndim != 1:
+        raise TypeError(
+            f"labels must be int64 class numbers [n], and they are {labels.dtype} {list(labels.shape)}; soft labels "
+            "have no room for a trigger's group"
+        )
+
+
+def _check_sample(name: str, sample: Any, single: bool) -> None:
+    what = "sample" if single else f"sample[{name!r}]"
+    if not isinstance(sample, torch.Tensor) or sample.is_complex():
+        kind = sample.dtype if isinstance(sample, torch.Tensor) else type(sample).__name__
+        raise TypeError(f"{what} must be a tensor, a batch as the loop feeds it, and it is {kind}")
+    if sample.ndim < 2 or sample.numel() == 0:
+        raise ValueError(
+            f"{what} must be a batch [n, ...] with at least one row, and its shape is {list(sample.shape)}"
+        )
+    if sample.is_floating_point() and not bool(torch.isfinite(sample).all()):
+        raise ValueError(f"{what} holds NaN or Inf; give clean inputs")
+
+
+def _ranges(sample: torch.Tensor, value_range: Any) -> list[tuple[float, float]]:
+    """[lo, hi] of every channel (axis 1), from the caller or from the sample; of integers one pair for all."""
+    if not sample.is_floating_point():
+        low, high = (int(sample.min()), int(sample.max())) if value_range is None else map(int, value_range)
+        return [(low, high)]
+    channels = sample.shape[1]
+    if value_range is None:
+        rows = sample.detach().float().transpose(0, 1).reshape(channels, -1)
+        return list(zip(rows.amin(dim=1).tolist(), rows.amax(dim=1).tolist(), strict=True))
+    ends = np.asarray(value_range, dtype=np.float32)
+    if ends.shape not in ((2,), (channels, 2)):
+        raise ValueError(f"value_range must be (lo, hi) or one pair for each of the {channels} channels")
+    return [(float(low), float(high)) for low, high in np.broadcast_to(ends, (channels, 2))]
+
+
+def _memory_format(inputs: torch.Tensor) -> torch.memory_format:
+    if inputs.ndim == 4 and not inputs.is_contiguous() and inputs.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format

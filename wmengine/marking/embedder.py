@@ -1,0 +1,310 @@
+"""Embed marks while a model trains: `mix` adds trigger rows to a batch, `loss` adds their loss and the white-box terms.
+
+    emb = Embedder(model, key, schemes=["sketch", "adi"], num_classes=10, sample=x[:64], name="detector-v3")
+    for x, y in loader:
+        x, y = emb.mix(x, y)
+        loss = emb.loss(model(x), y)
+        loss.backward(); optimizer.step(); optimizer.zero_grad()
+    marks = emb.watermarks()
+
+The two calls share no state: a trigger row of the mark numbered g carries its label + g · num_classes, and `loss`
+reads the group from that. So rows may be shuffled, split over micro-batches or devices, and the loop compiled.
+Nothing is hooked into the model, which stays the plain module it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from wmengine import ops
+from wmengine.identity.key import Key
+from wmengine.judging.asking import Terms
+from wmengine.judging.judge import Finding, judge_suspect
+from wmengine.judging.looks import looks_of_bits
+from wmengine.marking.batches import Batches, check_logits
+from wmengine.marks.catalogue import scheme
+from wmengine.marks.preset import Preset
+from wmengine.marks.watermark import Watermark
+from wmengine.parts.base import Course, Need, Setting, Task
+from wmengine.parts.statistics.tails import binomial_log10_tail
+from wmengine.suspects.module import ModuleSuspect
+from wmengine.suspects.weights import module_tensors, unwrap
+
+ALPHA = 1e-9
+
+ValueRange = tuple[float, float] | Sequence[tuple[float, float]]
+Sample = torch.Tensor | Mapping[str, torch.Tensor]
+
+
+@dataclass
+class _Mark:
+    """A mark under way. group: what its rows' labels are raised by, in units of num_classes; 0 without rows."""
+
+    watermark: Watermark
+    course: Course
+    group: int
+
+
+class Embedder:
+    """Embeds one or several marks into a model during its training.
+
+    model: any torch module, on any device; wrappers of torch.compile and data parallelism are looked through. It is run
+    once for each new mark, in eval mode, to find its weights and to measure what the mark scores before (`baseline`).
+    key: the owner's Key, or its file. schemes: names, or presets with options as `wmengine.scheme("sketch", bits=128)`
+    gives them. num_classes: the width C of the model's logits [N, C], for marks of triggers. sample: a batch [n, ...]
+    as the loop feeds it, or a dict of several inputs by name. Its shape is the triggers', and without `value_range=`,
+    (lo, hi) or one pair per channel (axis 1), its range is theirs too: both are part of the mark, so another sample may
+    make another one. name: the model's, another part of every derivation: two models of one owner share nothing.
+    class_names: in the order of the logits, so that answers that are names can be read. message: whom this copy is
+    for; symbols follow from it, triggers and projections do not.
+
+    To go on with marks, after an interruption or in the next training, give `marks=` (Watermarks or their files)
+    instead of key, schemes and name, and `load_state_dict` what `state_dict` gave.
+
+    Raises ValueError or TypeError for arguments that cannot work, for a model whose weights cannot hold the bits, and
+    for one that holds the mark already.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        key: Key | str | os.PathLike[str] | None = None,
+        schemes: Sequence[str | Preset] | None = None,
+        *,
+        sample: Sample,
+        num_classes: int | None = None,
+        name: str | None = None,
+        value_range: ValueRange | None = None,
+        class_names: Sequence[str] | None = None,
+        message: str | None = None,
+        marks: Sequence[Watermark | str | os.PathLike[str]] | None = None,
+    ) -> None:
+        self._model = unwrap(model)
+        self._batches = Batches(sample, num_classes, value_range)
+        registered: list[Watermark] = []
+        if marks is not None:
+            if key is not None or schemes is not None or name is not None or message is not None:
+                raise ValueError("marks= are whole: leave key, schemes, name and message out")
+            registered = [each if isinstance(each, Watermark) else Watermark.load(each) for each in marks]
+            if not registered:
+                raise ValueError("marks= is empty: give the marks to go on with")
+        else:
+            if key is None or schemes is None or name is None:
+                raise ValueError("a new mark needs key, schemes and name; or give marks= to go on with")
+            if not isinstance(key, Key):
+                key = Key.load(key)
+            task = self._task(class_names)
+            for preset in _presets(schemes):
+                parameters = preset.describe(task, name)
+                registered.append(Watermark.create(key, preset, parameters, message=message))
+        self._check_classes(registered)
+        self._marks: list[_Mark] = []
+        groups = 0
+        for watermark in registered:
+            course = self._course(watermark)
+            has_rows = watermark.preset.source.needs == Need.ANSWERS
+            groups += has_rows
+            self._marks.append(_Mark(watermark, course, groups if has_rows else 0))
+        if marks is None and isinstance(key, Key):
+            self._measure_baselines(key)
+        self._by_group = [mark for mark in self._marks if mark.group]
+        totals = [0, *(mark.watermark.total for mark in self._by_group)]
+        # Hits and rows [2, groups] since each mark's triggers began anew, and those of the last full pass; of fixed
+        # size, as torch.compile guards it.
+        self._passes = torch.tensor(totals)
+        self._seen = torch.zeros(2, len(totals), dtype=torch.int64)
+        self._full = torch.zeros(2, len(totals), dtype=torch.int64)
+
+    @property
+    def num_classes(self) -> int | None:
+        return self._batches.num_classes
+
+    def mix(self, inputs: Any, labels: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """The batch with max(2, batch // 8) trigger rows of each mark that has some appended; else as it is.
+
+        inputs: [n, ...] shaped like the sample, or a dict by name; labels: int64 [n] in [0, num_classes), or -100 for
+        rows that the loss ignores. Every trigger is drawn once before any is drawn again. Raises ValueError or
+        TypeError for other shapes and types, and for soft labels (apply mixup or cutmix to the batch before, keeping
+        hard labels, or not at all).
+        """
+        if not self._by_group:
+            return inputs, labels
+        return self._batches.mixed(inputs, labels, [(mark.group, mark.course) for mark in self._by_group])
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Mean cross-entropy over task and trigger rows alike, plus `regulariser()`; a scalar to call backward() on.
+
+        logits: [n, num_classes] of any floating type (float16 and bfloat16 are summed in float32); labels: int64 [n]
+        as `mix` returns them, in any order. A batch without trigger rows is fine.
+        """
+        classes = check_logits(logits, labels, self.num_classes)
+        group = (labels // classes).clamp(min=0)  # 0 for task rows, ignored ones among them
+        groups = 1 + len(self._by_group)
+        result = ops.marked_cross_entropy(
+            logits,
+            torch.sub(labels, group, alpha=classes),
+            None,
+            group,
+            groups=groups,
+            label_smoothing=label_smoothing,
+            ignore_index=-100,
+        )
+        if self._by_group and torch.is_grad_enabled():
+            rows = (group == torch.arange(groups, device=group.device)[:, None]).sum(dim=1)
+            seen = self._seen.to(group.device, non_blocking=True) + torch.stack([result.group_hits.detach(), rows])
+            full = seen[1] >= self._passes.to(group.device, non_blocking=True)
+            self._full = torch.where(full, seen, self._full.to(group.device, non_blocking=True))
+            self._seen = torch.where(full, 0, seen)
+        loss: torch.Tensor = result.loss
+        return loss + self.regulariser() if len(self._by_group) < len(self._marks) else loss
+
+    def regulariser(self) -> torch.Tensor:
+        """The terms of the marks that are no trigger rows, for a task loss of your own; of the live weights.
+
+        A scalar on the weights' device; 0 without such marks.
+        """
+        terms = [term for mark in self._marks if (term := mark.course.term(self._model)) is not None]
+        return sum(terms[1:], terms[0]) if terms else torch.zeros(())
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """How far each mark is, by scheme: `matched` of `total` symbols, and log10_p, what that is worth.
+
+        Of bits those at the last loss, of triggers those of the last pass through all of them (the rows as they were
+        trained on, in training mode); empty for marks that no loss has seen so far. Only reading this waits for the
+        device; the loop itself never does. `watermarks()` judges as verification does.
+        """
+        found: dict[str, dict[str, float]] = {}
+        hits, rows = self._full.tolist()
+        for mark in self._marks:
+            watermark = mark.watermark
+            chance = watermark.preset.chance(watermark.parameters)
+            if mark.group:
+                matched, total = hits[mark.group], rows[mark.group]
+            elif mark.course.projected is not None:
+                y = mark.course.projected.double().cpu().numpy()
+                matched, total = looks_of_bits(y, [watermark.symbols])[0].matched, watermark.total
+            else:
+                continue
+            if total:
+                log10_p = binomial_log10_tail(matched, total, chance)
+                found[watermark.scheme] = {"matched": matched, "total": total, "log10_p": log10_p}
+        return found
+
+    def watermarks(self) -> list[Watermark]:
+        """One watermark per scheme, to be saved and registered, each with its baseline.
+
+        Each is judged on the model as it is now, as `verify` does, in eval mode (the training flags come back), and a
+        mark that would not be `owned` at alpha = 1e-9 is warned about: it needs longer training, or more trigger rows.
+        """
+        marks = [mark.watermark for mark in self._marks]
+        for watermark, finding in zip(marks, self._judged(marks), strict=True):
+            if finding.log10_p > math.log10(ALPHA):
+                warnings.warn(
+                    f"the mark {watermark.scheme!r} does not prove itself on this model: {finding.matched} of "
+                    f"{watermark.total} symbols match, log10 p = {finding.log10_p:.1f} where {math.log10(ALPHA):.0f} "
+                    "is needed; train longer",
+                    stacklevel=2,
+                )
+        return marks
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where each mark's triggers stand in their order, for a checkpoint; beside it keep the marks themselves."""
+        return {mark.watermark.commitment: mark.course.state_dict() for mark in self._marks}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken. Raises ValueError for the state of other marks."""
+        known = {mark.watermark.commitment for mark in self._marks}
+        if set(state) != known:
+            raise ValueError("this state is of other marks: make the Embedder with marks= and those that it was taken of")
+        for mark in self._marks:
+            mark.course.load_state_dict(state[mark.watermark.commitment])
+
+    def _task(self, class_names: Sequence[str] | None) -> Task:
+        batches = self._batches
+        return Task(
+            inputs=batches.signature,
+            num_classes=batches.num_classes,
+            value_range=batches.value_range,
+            class_names=class_names,
+            weights=self._weights,
+        )
+
+    def _weights(self) -> tuple[list[list[int]], list[int]]:
+        every = module_tensors(self._model, self._batches.example(self._model))
+        shapes = [list(tensor.filters(tensor.weight).shape) for tensor in every]
+        return shapes, [index for index, tensor in enumerate(every) if tensor.weight.requires_grad]
+
+    def _check_classes(self, marks: Sequence[Watermark]) -> None:
+        for mark in marks:
+            classes = mark.parameters.get("num_classes")
+            if classes is not None:
+                self._batches.fix_classes(classes, mark.scheme)
+        names = [mark.scheme for mark in marks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"each scheme can be embedded once by an Embedder, and the schemes are {', '.join(names)}")
+
+    def _course(self, watermark: Watermark) -> Course:
+        preset = watermark.preset
+        self._batches.check_mark(watermark)
+        setting = Setting(
+            preset_name=preset.name,
+            mark=watermark,
+            source=preset.source,
+            symbols=preset.symbols,
+            model=self._model,
+            example=self._batches.example(self._model),
+            seed=_order_seed(watermark),
+        )
+        return preset.training.begin(setting)
+
+    def _judged(self, marks: Sequence[Watermark]) -> list[Finding]:
+        terms = Terms(sequential=False, log10_bar=-math.log10(ALPHA))
+        findings = judge_suspect(ModuleSuspect(self._model), marks, terms)
+        for mark, finding in zip(marks, findings, strict=True):
+            if finding.error is not None:
+                raise ValueError(
+                    f"the model cannot be judged by its mark {mark.scheme!r}: {finding.error}; is num_classes right, "
+                    "and do its answers hold logits?"
+                )
+        return findings
+
+    def _measure_baselines(self, key: Key) -> None:
+        for mark, finding in zip(self._marks, self._judged([each.watermark for each in self._marks]), strict=True):
+            if finding.log10_p <= math.log10(ALPHA):
+                raise ValueError(
+                    f"the model holds the mark {mark.watermark.scheme!r} already ({finding.matched} of {finding.total} "
+                    "symbols match): give marks= to go on with it"
+                )
+            baseline = {
+                "matched": finding.matched,
+                "total": finding.total,
+                "log10_p": f"{finding.log10_p:.4f}",
+            }
+            mark.watermark = mark.watermark.with_baseline(key, baseline)
+
+
+def _presets(schemes: Sequence[str | Preset]) -> list[Preset]:
+    if isinstance(schemes, str) or not schemes:
+        raise ValueError(f'schemes must be a list such as ["sketch", "adi"], and it is {schemes!r}')
+    presets = [scheme(given) if isinstance(given, str) else given for given in schemes]
+    for preset in presets:
+        if not isinstance(preset, Preset):
+            raise TypeError(f"schemes must hold names or wmengine.scheme(...), and one is {preset!r}")
+    return presets
+
+
+def _order_seed(watermark: Watermark) -> int:
+    """The seed of the order in which triggers are drawn; each process of a distributed run draws its own order."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if distributed else 0
+    digest = hashlib.sha256(f"{watermark.commitment}/{rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

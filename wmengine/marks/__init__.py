@@ -1,0 +1,1 @@
+"""Presets, and the watermarks that are made of them."""

@@ -1,0 +1,75 @@
+"""Finding presets: ours and those that other packages bring through the entry point "wmengine.presets"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from wmengine.marks.preset import Preset
+from wmengine.presets import PRESETS
+
+ENTRY_POINT = "wmengine.presets"
+
+
+class _Schemes(Mapping[str, Preset]):
+    """Every preset by name, in its newest version."""
+
+    def __getitem__(self, name: str) -> Preset:
+        return _newest()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_newest())
+
+    def __len__(self) -> int:
+        return len(_newest())
+
+
+SCHEMES: Mapping[str, Preset] = _Schemes()
+
+
+def scheme(name: str, /, **options: Any) -> Preset:
+    """The preset of that name, with some of its options replaced: `scheme("sketch", bits=64)`.
+
+    Raises ValueError for a name or an option that does not exist (listing those that do) and for a value out of range.
+    """
+    preset = SCHEMES.get(name) if isinstance(name, str) else None
+    if preset is None:
+        raise ValueError(f"there is no scheme {name!r}; the schemes are {', '.join(SCHEMES)}")
+    return preset.with_options(**options)
+
+
+def find(name: str, version: int) -> Preset:
+    """The preset of this name and version: marks of old versions verify for ever. Raises ValueError where none is."""
+    preset = _every().get((name, version))
+    if preset is None:
+        known = ", ".join(f"{each}/{number}" for each, number in _every())
+        raise ValueError(f"this wmengine has no scheme {name!r} of version {version!r}; it has {known}")
+    return preset
+
+
+@cache
+def _every() -> dict[tuple[str, int], Preset]:
+    found: dict[tuple[str, int], Preset] = {}
+    for preset in (*PRESETS, *_brought()):
+        if (preset.name, preset.version) in found:
+            raise ValueError(f"two presets are called {preset.full_name}; uninstall one of the packages that bring them")
+        found[preset.name, preset.version] = preset
+    return found
+
+
+@cache
+def _newest() -> dict[str, Preset]:
+    found: dict[str, Preset] = {}
+    for (name, version), preset in _every().items():
+        if name not in found or version > found[name].version:
+            found[name] = preset
+    return found
+
+
+def _brought() -> Iterator[Preset]:
+    """An entry point names a Preset, or a sequence of them."""
+    for point in entry_points(group=ENTRY_POINT):
+        brought = point.load()
+        yield from [brought] if isinstance(brought, Preset) else brought

@@ -1,0 +1,136 @@
+"""A published scheme is a preset, not a program: one short entry that names its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from numpy.typing import NDArray
+
+from wmengine.identity.canonical import check_name
+from wmengine.identity.key import Key
+from wmengine.identity.subkeys import Subkeys
+from wmengine.parts.base import Layout, Need, Parameters, Source, Symbols, Task, Training, options_of
+from wmengine.parts.fields import canonical_shape, one_of
+from wmengine.parts.statistics.base import Statistic
+
+NULLS = ("exact", "bound", "exchangeable", "rank")
+_OWN_FIELDS = ("name", "inputs", "statistic")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """source × symbols × statistic × training. null: what a p-value of this scheme is; "exact" and "bound" may prove.
+
+    The parameters of a mark are all that scoring needs beside the key: integers, strings, lists and dicts of them, each
+    owned by one part, and part of every derivation, so that nobody can change one after the fact. What only steers
+    training stays out of them.
+    """
+
+    name: str
+    version: int
+    source: Source
+    symbols: Symbols
+    statistic: Statistic
+    training: Training
+    null: str
+    paper: str
+
+    def __post_init__(self) -> None:
+        one_of("null", self.null, NULLS)
+        names = [name for name, _ in options_of(self._parts)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"preset {self.name!r} has two parts with an option {twice[0]!r}")
+
+    @property
+    def kind(self) -> str:
+        """ "black-box" where the suspect only has to answer, else "white-box"."""
+        return "black-box" if self.source.needs == Need.ANSWERS else "white-box"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every option of the parts with its value here."""
+        return {name: getattr(part, name) for name, part in options_of(self._parts)}
+
+    @property
+    def full_name(self) -> str:
+        """Name and version, as they enter derivations."""
+        return f"{self.name}/{self.version}"
+
+    @property
+    def _parts(self) -> tuple[Any, ...]:
+        return self.source, self.symbols, self.training
+
+    def with_options(self, **options: Any) -> Preset:
+        """The preset with some options of its parts replaced; ValueError for one that does not exist."""
+        for name in options:
+            if name not in self.options:
+                known = ", ".join(self.options)
+                raise ValueError(f"scheme {self.name!r} has no option {name!r}; its options are {known}")
+
+        def replaced(part: Any) -> Any:
+            own = {name: options[name] for name, owner in options_of([part]) if name in options}
+            return replace(part, **own) if own else part
+
+        source, symbols, training = map(replaced, self._parts)
+        return replace(self, source=source, symbols=symbols, training=training)
+
+    def describe(self, task: Task, name: str) -> Parameters:
+        """The canonical parameters of a mark in a model called `name`. Raises ValueError where the task does not fit."""
+        try:
+            parameters = self.symbols.describe(task)
+            parameters |= self.source.describe(task, self.symbols.total(parameters))
+        except ValueError as error:
+            raise ValueError(f"scheme {self.name!r}: {error}") from None
+        inputs = {each: {"dtype": spec.dtype, "shape": list(spec.shape)} for each, spec in task.inputs.items()}
+        parameters |= {"inputs": inputs, "name": check_name("name", name), "statistic": self.statistic.identifier}
+        self.check(parameters)
+        return parameters
+
+    def check(self, parameters: Parameters) -> None:
+        """Raises ValueError unless these are complete, in range and in canonical form."""
+        expected = (*_OWN_FIELDS, *self.symbols.fields, *self.source.fields)
+        for field in expected:
+            if field not in parameters:
+                raise ValueError(f"the parameters of {self.name!r} lack {field!r}")
+        for field in parameters:
+            if field not in expected:
+                raise ValueError(f"the parameters of {self.name!r} hold an unknown field {field!r}")
+        if check_name("name", parameters["name"]) != parameters["name"]:
+            raise ValueError(f"the name {parameters['name']!r} is not in NFC")
+        if parameters["statistic"] != self.statistic.identifier:
+            raise ValueError(f"its statistic is {parameters['statistic']!r}, and {self.statistic.identifier!r} here")
+        inputs = parameters["inputs"]
+        if type(inputs) is not dict or not inputs:
+            raise ValueError("inputs must name the model's inputs, at least one")
+        for name, given in inputs.items():
+            if type(given) is not dict or set(given) != {"dtype", "shape"} or type(given["dtype"]) is not str:
+                raise ValueError(f"inputs[{name!r}] must hold a dtype and a shape")
+            canonical_shape(f"inputs[{name!r}]", given["shape"], least=0)
+        self.symbols.check(parameters)
+        self.source.check(parameters)
+
+    def total(self, parameters: Parameters) -> int:
+        """The number of symbols that a mark can test."""
+        return self.symbols.total(parameters)
+
+    def chance(self, parameters: Parameters) -> float:
+        """The chance that a stranger matches one symbol: it comes from the key's alphabet, not from the suspect's."""
+        return 1.0 / self.symbols.alphabet(parameters)
+
+    def layout(self, parameters: Parameters) -> Layout:
+        """Name → (dtype, shape) of a mark's arrays, without drawing them."""
+        own = self.source.layout(parameters, self.total(parameters))
+        return own | self.symbols.layout(parameters)
+
+    def derive(self, key: Key, parameters: Parameters, message: str | None = None) -> dict[str, NDArray[Any]]:
+        """Everything that scoring needs, from key, parameters and message alone: marking and its check call this."""
+        self.check(parameters)
+        subkeys = self.subkeys(key, parameters, message)
+        drawn = self.source.draw(subkeys.geometry, parameters, self.total(parameters))
+        return drawn | {self.symbols.name: self.symbols.draw(subkeys.symbols, parameters)}
+
+    def subkeys(self, key: Key, parameters: Mapping[str, Any], message: str | None) -> Subkeys:
+        return Subkeys(key, self.full_name, parameters, message)

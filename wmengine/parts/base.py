@@ -1,0 +1,185 @@
+"""The contracts of parts: what a source, symbols and training must do for a preset to be one entry of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Flag, auto
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmengine.facts import Fact
+from wmengine.suspects.base import Adapter, InputSpec, Inputs, Suspect
+
+if TYPE_CHECKING:
+    import torch
+
+Parameters = dict[str, Any]
+Arrays = Mapping[str, NDArray[Any]]
+Layout = dict[str, tuple[str, tuple[int, ...]]]  # of each array its dtype and shape
+Draw = Callable[..., bytes]  # (purpose, place="") -> 32 bytes of the geometry
+
+
+class Need(Flag):
+    """What a source asks of a suspect."""
+
+    TENSORS = auto()
+    ANSWERS = auto()
+    ACTIVATIONS = auto()
+
+
+class Drawn(Protocol):
+    """What parts read of a mark: a Watermark."""
+
+    @property
+    def parameters(self) -> Parameters: ...
+
+    @property
+    def arrays(self) -> Arrays: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """What marking knows of a model before there is a mark: parts describe their parameters from it.
+
+    inputs: by name. num_classes: None where nothing says it. value_range: (lo, hi) per channel, or one pair of integers
+    for inputs that are such. weights: runs the model; the shapes of all its weights in order of execution, filters on
+    axis 0, and the places among them that may be marked.
+    """
+
+    inputs: Mapping[str, InputSpec]
+    num_classes: int | None = None
+    value_range: Sequence[Sequence[float]] | None = None
+    class_names: Sequence[str] | None = None
+    weights: Callable[[], tuple[list[list[int]], list[int]]] = lambda: ([], [])
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """All symbols as one hypothesis shows them: y [T], whose sign is the bit and whose size says how clearly.
+
+    share: of the evidence, fixed before anything was read; the shares of a mark's observations sum to at most 1.
+    """
+
+    y: NDArray[np.float64]
+    share: float = 1.0
+
+
+@dataclass
+class Observations:
+    """What a source found in a suspect: one observation for each hypothesis, and facts. None: there was nothing."""
+
+    found: list[Observation] = field(default_factory=list)
+    facts: list[Fact] = field(default_factory=list)
+
+
+class Source(Protocol):
+    """Where a mark lives. A frozen dataclass, its fields the preset's options.
+
+    fields: the parameters that are its own. `describe` gives them (Python lists, dicts, str and int only) and raises
+    ValueError where the task does not fit; `check` raises ValueError unless they are complete and canonical. `layout`
+    and `draw` are of its arrays; `draw` reads the key and the parameters, and nothing else. total: the mark's symbols.
+    """
+
+    @property
+    def needs(self) -> Need: ...
+
+    @property
+    def fields(self) -> tuple[str, ...]: ...
+
+    def describe(self, task: Task, total: int) -> Parameters: ...
+
+    def check(self, parameters: Parameters) -> None: ...
+
+    def layout(self, parameters: Parameters, total: int) -> Layout: ...
+
+    def draw(self, subkey: Draw, parameters: Parameters, total: int) -> dict[str, NDArray[Any]]: ...
+
+
+class Reads(Source, Protocol):
+    """A source of bits that are all there at once: in tensors, or in activations."""
+
+    def observe(self, mark: Drawn, suspect: Suspect, total: int) -> Observations: ...
+
+
+class Asks(Source, Protocol):
+    """A source that asks one question for each symbol, in the order in which the key drew them.
+
+    ways: how the suspect's declared inputs leave it open to put them, with shares of the evidence; every=False leaves
+    out the unlikely ones. inputs: all of them, put that way; examples: as the model's own training loop feeds them.
+    """
+
+    def ways(self, mark: Drawn, suspect: Suspect, every: bool) -> list[Adapter]: ...
+
+    def inputs(self, mark: Drawn, way: Adapter) -> Inputs: ...
+
+    def examples(self, mark: Drawn) -> Inputs: ...
+
+
+class Symbols(Protocol):
+    """The keyed symbols. name: of their array. alphabet: how many values each can have, all as likely."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fields(self) -> tuple[str, ...]: ...
+
+    def describe(self, task: Task) -> Parameters: ...
+
+    def check(self, parameters: Parameters) -> None: ...
+
+    def total(self, parameters: Parameters) -> int: ...
+
+    def alphabet(self, parameters: Parameters) -> int: ...
+
+    def layout(self, parameters: Parameters) -> Layout: ...
+
+    def draw(self, subkey: bytes, parameters: Parameters) -> NDArray[Any]: ...
+
+
+class Course(Protocol):
+    """One mark under way in one model. The order in which it draws trigger rows is its only state.
+
+    rows: the next `count` trigger rows (inputs by name, labels int64), or None where it has none; term: what is added
+    to the loss, or None. projected: y [T] of the last term, for metrics.
+    """
+
+    projected: torch.Tensor | None
+
+    def rows(self, count: int, like: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any] | None: ...
+
+    def term(self, model: torch.nn.Module) -> torch.Tensor | None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Training(Protocol):
+    """How a mark gets into a model. Its options steer training only: they are no part of the parameters, where a forger
+    could turn them for free."""
+
+    def begin(self, setting: Setting) -> Course: ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a course begins with. model: unwrapped; seed: of the order of its rows, another one for each process."""
+
+    preset_name: str
+    mark: Drawn
+    source: Any
+    symbols: Symbols
+    model: torch.nn.Module
+    example: Mapping[str, torch.Tensor]
+    seed: int
+
+
+def options_of(parts: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Every option of some parts, with the part that has it."""
+    for part in parts:
+        for name in getattr(part, "__dataclass_fields__", ()):
+            yield name, part

@@ -1,0 +1,125 @@
+"""How a mark's carriers are found again in a suspect: by shape and by place in the order of execution, never by name.
+
+Exporters rename, fold and transpose. What survives is a tensor's shape and its place in the order of execution. Where
+several pairings are possible, each one is a hypothesis that the p-value pays for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, islice, product
+
+from wmengine.facts import Fact, fact
+from wmengine.suspects.base import Tensor
+
+MAXIMUM_TRIES = 64
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Carriers paired with tensors: one tuple per try, its entry l the index of carrier l's tensor, or None.
+
+    `found` carriers have a tensor, whatever the try; `possible` counts the pairings there are, of which at most
+    MAXIMUM_TRIES are tried, and the one that the mark recorded; `facts` say what was assumed.
+    """
+
+    tries: tuple[tuple[int | None, ...], ...]
+    found: int
+    possible: int
+    facts: tuple[Fact, ...]
+
+
+def match_tensors(shapes: Sequence[Shape], tensors: Sequence[Tensor], indices: Sequence[int] | None = None) -> Matching:
+    """Pair a mark's carriers (their shapes, in order of execution) with a suspect's tensors (in order of execution).
+
+    Carriers of one shape and tensors of that shape are paired in order. As many of the one as of the other leave one
+    pairing; otherwise every pairing that keeps the order is a try, up to MAXIMUM_TRIES in all, and those that leave out
+    layers only before and after come first (a network inside a larger one, or cut short). Shapes must be equal, kernels
+    included; only a carrier whose shape the suspect lacks altogether is also looked for without the kernel's axes of
+    length 1 (a Linear [O, I] rewritten as a 1x1 convolution [O, I, 1, 1], a Conv1d as a Conv2d). indices: the carriers'
+    recorded places among all weights of their network, increasing; where the suspect has a tensor of the right shape at
+    every one of them, that pairing is the first try, beyond MAXIMUM_TRIES where it is not among the others. All of it
+    depends on shapes and places alone, never on the symbols; verification pays for every try.
+    """
+    groups = [_orders(carriers, candidates) for carriers, candidates in _groups(shapes, tensors)]
+    counts = [count for count, _ in groups]
+    possible = math.prod(counts)
+    share = max(  # of the tries, the same for every shape
+        share
+        for share in range(1, MAXIMUM_TRIES + 1)
+        if math.prod(min(count, share) for count in counts) <= MAXIMUM_TRIES
+    )
+    tries: list[tuple[int | None, ...]] = []
+    for pairing in product(*(list(islice(orders, share)) for _, orders in groups)):
+        assigned: list[int | None] = [None] * len(shapes)
+        for pairs in pairing:
+            for carrier, tensor in pairs:
+                assigned[carrier] = tensor
+        tries.append(tuple(assigned))
+    if indices is not None and _fits(indices, shapes, tensors):
+        recorded = tuple(indices)
+        tries = [recorded, *(pairing for pairing in tries if pairing != recorded)]
+    found = sum(tensor is not None for tensor in tries[0])
+    return Matching(tuple(tries), found, possible, tuple(_facts(len(shapes), found, possible, len(tries))))
+
+
+def _fits(indices: Sequence[int], shapes: Sequence[Shape], tensors: Sequence[Tensor]) -> bool:
+    """Whether the tensor at each carrier's recorded place has that carrier's shape."""
+    return len(indices) == len(shapes) and all(
+        index < len(tensors) and tensors[index].values.shape == tuple(shape)
+        for index, shape in zip(indices, shapes, strict=True)
+    )
+
+
+def _facts(carriers: int, found: int, possible: int, tried: int) -> Iterator[Fact]:
+    yield fact("carriers", found=found, carriers=carriers)
+    if tried > 1:
+        yield fact("pairings", tried=tried, possible=max(possible, tried))
+
+
+def _groups(shapes: Sequence[Shape], tensors: Sequence[Tensor]) -> list[tuple[list[int], list[int]]]:
+    """Carriers and candidate tensors (indices, in order) that may be paired with each other."""
+    carriers = _by_shape(shapes)
+    candidates = _by_shape([tensor.values.shape for tensor in tensors])
+    loose_carriers = _by_shape([_without_unit_kernel(shape) for shape in shapes])
+    loose_candidates = _by_shape([_without_unit_kernel(tensor.values.shape) for tensor in tensors])
+    groups: list[tuple[list[int], list[int]]] = []
+    for loose, members in loose_carriers.items():
+        exact = {shape for shape in carriers if _without_unit_kernel(shape) == loose}
+        if all(shape in candidates for shape in exact):
+            groups.extend((carriers[shape], candidates[shape]) for shape in carriers if shape in exact)
+        else:
+            groups.append((members, loose_candidates.get(loose, [])))
+    return groups
+
+
+def _by_shape(shapes: Sequence[Shape]) -> dict[Shape, list[int]]:
+    places: dict[Shape, list[int]] = {}
+    for index, shape in enumerate(shapes):
+        places.setdefault(tuple(shape), []).append(index)
+    return places
+
+
+def _without_unit_kernel(shape: Shape) -> Shape:
+    return (*shape[:2], *(size for size in shape[2:] if size != 1))
+
+
+def _orders(carriers: list[int], tensors: list[int]) -> tuple[int, Iterator[list[tuple[int, int]]]]:
+    """How many pairings keep the order of both, and the pairings themselves."""
+    if len(tensors) >= len(carriers):
+        chosen = _choices(tensors, len(carriers))
+        return math.comb(len(tensors), len(carriers)), (list(zip(carriers, some, strict=True)) for some in chosen)
+    chosen = _choices(carriers, len(tensors))
+    return math.comb(len(carriers), len(tensors)), (list(zip(some, tensors, strict=True)) for some in chosen)
+
+
+def _choices(items: list[int], count: int) -> Iterator[tuple[int, ...]]:
+    """Every choice of `count` items in order, those without gaps first."""
+    starts = range(min(len(items) - count + 1, MAXIMUM_TRIES))  # a hostile file may have a million layers
+    windows = dict.fromkeys(tuple(items[start : start + count]) for start in starts)
+    yield from windows
+    yield from (some for some in combinations(items, count) if some not in windows)

@@ -1,0 +1,1 @@
+"""Where marks live in a network that shows its inside."""

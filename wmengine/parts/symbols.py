@@ -1,0 +1,91 @@
+"""The keyed symbols: bits, or labels of the task's classes, iid uniform and drawn by SHAKE-256."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from wmengine.identity.canonical import check_name
+from wmengine.identity.subkeys import keyed_bits, keyed_labels
+from wmengine.parts.base import Layout, Parameters, Task
+from wmengine.parts.fields import MAX_BITS, MAX_CLASSES, MAX_TRIGGERS, canonical_integer, integer
+
+
+@dataclass(frozen=True)
+class Bits:
+    """T bits, uint8 in {0, 1}."""
+
+    bits: int = 256
+
+    name = "bits"
+    fields = ("bits",)
+
+    def __post_init__(self) -> None:
+        integer("bits", self.bits, 1, MAX_BITS)
+
+    def describe(self, task: Task) -> Parameters:
+        return {"bits": int(self.bits)}
+
+    def check(self, parameters: Parameters) -> None:
+        canonical_integer("bits", parameters["bits"], 1, MAX_BITS)
+
+    def total(self, parameters: Parameters) -> int:
+        return int(parameters["bits"])
+
+    def alphabet(self, parameters: Parameters) -> int:
+        return 2
+
+    def layout(self, parameters: Parameters) -> Layout:
+        return {"bits": ("uint8", (parameters["bits"],))}
+
+    def draw(self, subkey: bytes, parameters: Parameters) -> NDArray[Any]:
+        return keyed_bits(subkey, parameters["bits"])
+
+
+@dataclass(frozen=True)
+class Labels:
+    """N labels, int64 in [0, num_classes). Where the classes have names these are bound, and so is their order."""
+
+    count: int = 100
+
+    name = "labels"
+    fields = ("count", "num_classes", "class_names")
+
+    def __post_init__(self) -> None:
+        integer("count", self.count, 1, MAX_TRIGGERS)
+
+    def describe(self, task: Task) -> Parameters:
+        if task.num_classes is None:
+            raise ValueError("it needs num_classes, the width of the model's logits")
+        names = [] if task.class_names is None else [check_name("a class name", name) for name in task.class_names]
+        parameters = {
+            "count": int(self.count),
+            "num_classes": integer("num_classes", task.num_classes, 2, MAX_CLASSES),
+            "class_names": names,
+        }
+        self.check(parameters)
+        return parameters
+
+    def check(self, parameters: Parameters) -> None:
+        canonical_integer("count", parameters["count"], 1, MAX_TRIGGERS)
+        classes = canonical_integer("num_classes", parameters["num_classes"], 2, MAX_CLASSES)
+        names = parameters["class_names"]
+        if type(names) is not list or (names and len(names) != classes) or len(set(names)) != len(names):
+            raise ValueError(f"class_names must be none, or one name for each of the {classes} classes, all different")
+        for name in names:
+            if check_name("a class name", name) != name:
+                raise ValueError(f"class_names must be in NFC, and {name!r} is not")
+
+    def total(self, parameters: Parameters) -> int:
+        return int(parameters["count"])
+
+    def alphabet(self, parameters: Parameters) -> int:
+        return int(parameters["num_classes"])
+
+    def layout(self, parameters: Parameters) -> Layout:
+        return {"labels": ("int64", (parameters["count"],))}
+
+    def draw(self, subkey: bytes, parameters: Parameters) -> NDArray[Any]:
+        return keyed_labels(subkey, parameters["count"], parameters["num_classes"])

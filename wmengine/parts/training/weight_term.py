@@ -1,0 +1,106 @@
+"""The course of a mark in weights: the fused embedding loss of its carriers as they are at this step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from wmengine import ops
+from wmengine.ops.reference import padded_buckets
+from wmengine.parts.base import Setting
+from wmengine.parts.sources.weights import UNIT_CARRIERS, folded
+from wmengine.suspects.weights import live_factors, live_filters, module_tensors
+
+_MEAN_CARRIERS = ("filter_mean", "unit_filter_mean")
+
+
+class WeightTerm:
+    """See `Link`. Nothing is hooked into the model, and nothing of it is kept from one step to the next."""
+
+    def __init__(self, link: str, strength: float, margin: float, setting: Setting) -> None:
+        parameters = setting.mark.parameters
+        self._carrier, self._projection = parameters["carrier"], parameters["projection"]
+        self._link, self._strength, self._margin = link, strength, margin
+        shapes = parameters["carriers"]
+        _check_capacity(setting.preset_name, self._carrier, link, margin, shapes, parameters["bits"])
+        every = module_tensors(setting.model, setting.example)
+        places = parameters["carrier_indices"]
+        found = [every[place] if place < len(every) else None for place in places]
+        if any(
+            each is None or list(each.filters(each.weight).shape) != list(sizes)
+            for each, sizes in zip(found, shapes, strict=True)
+        ):
+            raise ValueError(
+                f"the mark {setting.preset_name!r} is of a model with other weights: go on with the model it is for"
+            )
+        self._carriers = [each for each in found if each is not None]
+        self._keys = [int(key) for key in setting.mark.arrays["carrier_keys"]]
+        self._bits = torch.from_numpy(setting.mark.arrays[setting.symbols.name].copy())
+        self._placed: dict[torch.device, torch.Tensor] = {}
+        self._scale = _standard_scale(self._carrier, self._projection, shapes, parameters["bits"])
+        self.projected: torch.Tensor | None = None
+
+    def rows(self, count: int, like: Mapping[str, torch.Tensor]) -> None:
+        return None
+
+    def term(self, model: torch.nn.Module) -> torch.Tensor:
+        weights = [
+            folded(live_filters(model, each), live_factors(model, each), self._carrier) for each in self._carriers
+        ]
+        device = weights[0].device
+        if device not in self._placed:
+            self._placed[device] = self._bits.to(device)
+        term, y = ops.embedding_loss(
+            weights,
+            self._keys,
+            self._placed[device],
+            carrier=self._carrier,
+            projection=self._projection,
+            link=self._link,
+            margin=self._margin,
+            scale=self._scale,
+        )
+        self.projected = y.detach()
+        result: torch.Tensor = self._strength * term
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """There is no state."""
+
+
+def _check_capacity(
+    name: str, carrier: str, link: str, margin: float, shapes: Sequence[Sequence[int]], bits: int
+) -> None:
+    """Raises ValueError where no weights could carry the bits.
+
+    T projections of M values can all be set only if M >= T. For unit filters a bucket's y is at most √(M/T) standard
+    deviations (all of its weights agreeing), so that a margin of m needs M >= m²·T; at equality nothing is left for
+    the task.
+    """
+    values = sum(math.prod(shape[1:] if carrier in _MEAN_CARRIERS else shape) for shape in shapes)
+    wide = max(1.0, margin) if carrier == "unit_filters" and link in ("hinge", "mse") else 1.0
+    needed = math.ceil(bits * wide**2)
+    if values < needed:
+        raise ValueError(
+            f"scheme {name!r} needs at least {needed} carrier values for {bits} bits, and the model's "
+            f"{len(shapes)} carriers hold {values}; ask for fewer with wmengine.scheme({name!r}, bits=...)"
+        )
+
+
+def _standard_scale(carrier: str, projection: str, shapes: Sequence[Sequence[int]], bits: int) -> float:
+    """What makes y of an unmarked model have standard deviation 1, so that the margin is in those units.
+
+    A keyed sign (or standard normal) projection of v has variance Σv², spread over the P buckets of a sketch; Σv² is
+    R for R unit filters and about Σ 1/O for their means. Weights that are not normalised keep their paper's y = X·w.
+    """
+    if carrier not in UNIT_CARRIERS:
+        return 1.0
+    energy = sum(shape[0] if carrier == "unit_filters" else 1.0 / shape[0] for shape in shapes)
+    buckets = padded_buckets(bits) if projection == "sketch" else 1
+    return math.sqrt(buckets / energy)

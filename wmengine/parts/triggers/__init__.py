@@ -1,0 +1,1 @@
+"""Keyed inputs whose keyed labels a network learns: one file a modality."""

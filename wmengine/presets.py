@@ -1,0 +1,42 @@
+"""The page: every scheme of the engine is one entry. What a part does stands in the part."""
+
+from wmengine.marks.preset import Preset
+from wmengine.parts.sources.weights import Weights
+from wmengine.parts.statistics.either import Either
+from wmengine.parts.symbols import Bits, Labels
+from wmengine.parts.training.link import Link
+from wmengine.parts.training.mixed import Mixed
+from wmengine.parts.triggers.abstract import AbstractTriggers
+
+PRESETS = (
+    Preset(
+        name="sketch",
+        version=1,
+        source=Weights(carrier="unit_filters", projection="sketch"),
+        symbols=Bits(256),
+        statistic=Either(),
+        training=Link(link="hinge", strength=0.001, margin=5.0),
+        null="exact",
+        paper="wmengine: one keyed sign per weight and T buckets, over the unit filters of all layers",
+    ),
+    Preset(
+        name="uchida",
+        version=1,
+        source=Weights(carrier="filter_mean", projection="gaussian", marked="widest"),
+        symbols=Bits(256),
+        statistic=Either(),
+        training=Link(link="bce", strength=0.01),
+        null="exact",
+        paper="Uchida, Nagai, Sakazawa, Satoh: Embedding watermarks into deep neural networks, ICMR 2017",
+    ),
+    Preset(
+        name="adi",
+        version=1,
+        source=AbstractTriggers(),
+        symbols=Labels(100),
+        statistic=Either(),
+        training=Mixed(),
+        null="exact",
+        paper="Adi, Baum, Cisse, Pinkas, Keshet: Turning your weakness into a strength, USENIX Security 2018",
+    ),
+)

@@ -1,0 +1,182 @@
+"""The weights of a torch module: which tensors can hold a mark, filters on axis 0, and the normalisation behind them.
+
+Names never count: a weight is known by its place in the order of execution. A filter is read as it stands after folding
+the normalisation behind it, which exporters do and which undoes what flips a filter and its normalisation together.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from numpy.typing import NDArray
+
+from wmengine._optional import require
+
+if TYPE_CHECKING:
+    import torch
+
+Array = TypeVar("Array", NDArray[Any], "torch.Tensor")
+
+
+class ModuleTensor(NamedTuple):
+    """A weight of a torch module: its module's path, the parameter, what puts the filters of it on axis 0, and the path
+    of the normalisation that its output goes into, if there is one."""
+
+    path: str
+    weight: torch.nn.Parameter
+    filters: Callable[[torch.Tensor], torch.Tensor]
+    normalisation: str | None = None
+
+
+def live_filters(model: torch.nn.Module, tensor: ModuleTensor) -> torch.Tensor:
+    """A weight [O, ...] as it is now, looked up anew: the parameter may have been replaced, or be computed."""
+    weight: torch.Tensor = model.get_submodule(tensor.path).weight  # type: ignore[assignment]
+    return tensor.filters(weight)
+
+
+def live_factors(model: torch.nn.Module, tensor: ModuleTensor) -> torch.Tensor | None:
+    """[O], what folding multiplies the filters by: gamma / sqrt(running variance + eps), or gamma where no statistics
+    are kept. Differentiable by gamma. None without a normalisation, or with one that scales nothing."""
+    if tensor.normalisation is None:
+        return None
+    norm: Any = model.get_submodule(tensor.normalisation)
+    variance = getattr(norm, "running_var", None)
+    if variance is None:
+        return norm.weight if norm.weight is not None else None
+    scale: torch.Tensor = (variance.detach() + norm.eps).rsqrt()
+    return scale if norm.weight is None else scale * norm.weight
+
+
+def filters_first(weight: Array, groups: int, transposed: bool) -> Array:
+    """A convolution's weight as [O, I/groups, *kernel]; a transposed one is stored as [I, O/groups, *kernel].
+
+    Takes and gives a NumPy array or a torch tensor; a view where the layout allows it.
+    """
+    if not transposed:
+        return weight
+    channels_in, filters, *kernel = weight.shape
+    grouped = weight.reshape(groups, channels_in // groups, filters, *kernel).swapaxes(1, 2)
+    return grouped.reshape(groups * filters, channels_in // groups, *kernel)
+
+
+def module_tensors(
+    model: torch.nn.Module, example: Mapping[str, torch.Tensor] | None = None
+) -> list[ModuleTensor]:
+    """The weights of a model's convolutions, transposed convolutions and linear layers, each once.
+
+    With an example (a batch of its inputs by name, on the model's device) they come in the order in which it runs
+    through them, which is the order in an exported graph, each with the normalisation behind it, and layers that it
+    never reaches are left out. Without one they come in the order of registration. The model's training flags and buffers are left as they were.
+    """
+    torch = require("torch", extra="train")
+    kinds = (torch.nn.modules.conv._ConvNd, torch.nn.Linear)
+    layers = {module: path for path, module in model.named_modules() if isinstance(module, kinds)}
+    if example is None:
+        behind: dict[torch.nn.Module, str | None] = dict.fromkeys(layers)
+    else:
+        behind = _executed(model, layers, example)
+    found: dict[int, ModuleTensor] = {}
+    for layer, normalisation in behind.items():
+        weight: Any = layer.weight
+        if id(weight) not in found:
+            found[id(weight)] = ModuleTensor(layers[layer], weight, _filters_of(layer), normalisation)
+    return list(found.values())
+
+
+def _filters_of(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """How a layer's filters come to axis 0; only a convolution has groups, or may be transposed."""
+    groups, transposed = getattr(layer, "groups", 1), getattr(layer, "transposed", False)
+    return lambda weight: filters_first(weight, groups, transposed)
+
+
+def _executed(
+    model: torch.nn.Module, layers: Mapping[torch.nn.Module, str], example: Mapping[str, torch.Tensor]
+) -> dict[torch.nn.Module, str | None]:
+    """The layers that an example runs through, in that order, each with the path of the normalisation behind it."""
+    torch = require("torch", extra="train")
+    normalisations = {
+        module: path
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.modules.batchnorm._NormBase)
+    }
+    behind: dict[torch.nn.Module, str | None] = {}
+    # By the tensor's number: held, so that no number is used twice; one that was changed in place is another value.
+    outputs: dict[int, tuple[torch.nn.Module, Any, int]] = {}
+
+    def ran(layer: torch.nn.Module, _: Any, output: Any) -> None:
+        behind.setdefault(layer, None)
+        if isinstance(output, torch.Tensor):
+            outputs[id(output)] = layer, output, output._version
+
+    def normalises(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs and id(inputs[0]) in outputs:
+            layer, output, version = outputs[id(inputs[0])]
+            if output._version == version and behind[layer] is None:
+                behind[layer] = normalisations[module]
+
+    hooks = [layer.register_forward_hook(ran) for layer in layers]
+    hooks += [module.register_forward_pre_hook(normalises) for module in normalisations]
+    try:
+        with evaluating(model):
+            call(model, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return behind
+
+
+def call(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> Any:
+    """What a model answers: one input is passed by place, several by name where its forward takes these names."""
+    if len(inputs) == 1:
+        return model(*inputs.values())
+    names = inspect.signature(model.forward).parameters
+    by_name = any(each.kind is each.VAR_KEYWORD for each in names.values()) or set(inputs) <= set(names)
+    return model(**inputs) if by_name else model(*inputs.values())
+
+
+def going_into(model: torch.nn.Module, path: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[N, F]: what goes into the layer at `path` when it first runs on these inputs, flattened; differentiable."""
+    seen: list[torch.Tensor] = []
+    layer = model.get_submodule(path)
+    hook = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]) if not seen else None)
+    try:
+        call(model, inputs)
+    finally:
+        hook.remove()
+    return seen[0].flatten(1)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Run a model without gradients and in eval mode; training flags, buffers and the random state come back after."""
+    torch = require("torch", extra="train")
+    training = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    device = next((value.device for value in model.parameters() if value.device.type == "cuda"), None)
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[] if device is None else [device]):
+            yield
+    finally:
+        for module, was in training:
+            module.training = was
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The plain module inside torch.compile's and the data-parallel wrappers."""
+    torch = require("torch", extra="train")
+    wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = getattr(model, "_orig_mod")  # noqa: B009
+        else:
+            return model
