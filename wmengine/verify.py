@@ -140,7 +140,7 @@ def verify(
     opened: Suspect | None = None
     score = Score(0, watermark.total, 0, 0.0)
     try:
-        opened = open_suspect(suspect, isolation, limits, provider, weights=watermark.kind == "white-box")
+        opened = open_suspect(suspect, isolation, limits, provider)
         (score,) = score_suspect(
             opened, [watermark], queries, -math.log10(alpha), ask_again=True, any_order=classes == "any", clean=known
         )
