@@ -15,10 +15,9 @@ import numpy as np
 
 from wmengine.sandbox import wire
 from wmengine.suspects import engine_wire
-from wmengine.suspects.engine_wire import FORGET, LIST, LOAD, OPEN, READ, RUN
-from wmengine.suspects.weights_wire import preload
+from wmengine.suspects.engine_wire import FORGET, LIST, LOAD, OPEN, READ, RUN, preload, prepare
 
-__all__ = ["LIES", "preload", "serve"]
+__all__ = ["LIES", "preload", "prepare", "serve"]
 
 WEIGHT = np.ones((400, 16), np.float32)
 

@@ -266,7 +266,7 @@ def test_a_worker_for_a_gpu_is_a_process_of_its_own_and_the_notes_say_what_it_is
     path = network(tmp_path / "m.onnx")
     worker = onnx_file.shared_supervisor().worker(Limits(), confined=False)
     assert worker.mechanisms == ()
-    engine = RemoteEngine(worker, "cuda")
+    engine = RemoteEngine(lambda prepared: worker, "cuda")
     assert "limits and landlock and seccomp were left out" in engine.conditions[0]
     engine.provider = "cpu"  # no GPU is needed to see the note reach the verdict
     suspect = OnnxSuspect(path, engine=engine)
@@ -281,7 +281,7 @@ def test_a_mechanism_that_this_kernel_lacks_is_said(tmp_path):
     worker = onnx_file.shared_supervisor().worker(Limits())
     whole = set(worker.mechanisms) == set(MECHANISMS)
     worker.mechanisms = ("limits", "seccomp")
-    suspect = OnnxSuspect(path, engine=RemoteEngine(worker))
+    suspect = OnnxSuspect(path, engine=RemoteEngine(lambda prepared: worker))
     assert "this kernel has no landlock: the sandbox was without" in verify(suspect, MARK).notes
     suspect.close()
     if whole:

@@ -218,10 +218,9 @@ def test_the_scan_leaves_no_process_descriptor_or_memory_behind(corpus):
     before, after = corpus["descriptors"]
     assert len(after) <= len(before), set(after.values()) - set(before.values())
     assert "Z" not in children(os.getpid()).values()
-    for weights in (True, False):
-        template = onnx_file.shared_supervisor(weights)
-        template.worker(LIMITS).close()  # it looks for ended workers when it is asked
-        assert children(template._process.pid) == {}
+    template = onnx_file.shared_supervisor()
+    template.worker(LIMITS).close()  # it looks for ended workers when it is asked
+    assert children(template._process.pid) == {}
     assert corpus["memory"] < 300 << 20
 
 
@@ -318,7 +317,7 @@ def lies(tmp_path_factory, registry):
         expected[lie] = str(path), honest(path, number)
     patch = pytest.MonkeyPatch()
     with Supervisor("lying_service") as supervisor:
-        patch.setattr(onnx_file, "shared_supervisor", lambda weights: supervisor)
+        patch.setattr(onnx_file, "shared_supervisor", lambda: supervisor)
         try:
             limits = Limits(seconds=2.0, memory_bytes=512 << 20, answer_bytes=16 << 20)
             rows = by_suspect(scan(folder, registry, jobs=1, limits=limits))
@@ -350,7 +349,7 @@ def test_a_model_lets_go_of_its_worker_in_its_own_time(tmp_path, monkeypatch):
     """One that is nearly late, and then does not let go, holds up the next for no longer than its limit."""
     onnx.save(classifier(), tmp_path / "never forget.lie.onnx")
     with Supervisor("lying_service") as supervisor:
-        monkeypatch.setattr(onnx_file, "shared_supervisor", lambda weights: supervisor)
+        monkeypatch.setattr(onnx_file, "shared_supervisor", lambda: supervisor)
         engine = open_engine("persistent", Limits(seconds=30.0, memory_bytes=512 << 20))
         OnnxSuspect(tmp_path / "never forget.lie.onnx", engine=engine).query(np.zeros((2, 1, 4, 4), np.float32))
         engine.worker._allowance.left = 0.5

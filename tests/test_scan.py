@@ -233,31 +233,6 @@ def test_every_p_value_follows_from_its_rows_evidence(bucket):
         assert row["log10_p"] == pytest.approx(min(0.0, -evidence - found["log10_share"]), abs=1e-9)
 
 
-def test_what_reads_weights_is_only_started_where_a_mark_is_in_them(bucket):
-    code = (
-        "import sys\n"
-        "from wmengine import scan, verify\n"
-        "from wmengine.suspects import OnnxSuspect\n"
-        "from wmengine.suspects.onnx_file import shared_supervisor\n"
-        "models, marks, copy = sys.argv[1:]\n"
-        "assert scan(models, marks).num_rows == 18\n"
-        "assert verify(copy, marks + '/first.wm').owned\n"
-        "assert shared_supervisor(weights=False)._process is not None\n"
-        "assert shared_supervisor(weights=True)._process is None\n"
-        "with_weights, without = OnnxSuspect(copy), OnnxSuspect(copy, weights=False)\n"
-        "assert len(with_weights.tensors()) == 2\n"
-        "try:\n"
-        "    without.tensors()\n"
-        "except ValueError as error:\n"
-        "    assert 'open it with weights=True' in str(error)\n"
-        "else:\n"
-        "    raise AssertionError\n"
-    )
-    places = [str(bucket / "models"), str(bucket / "registry"), str(bucket / "models" / "copy.onnx")]
-    run = subprocess.run([sys.executable, "-c", code, *places], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-
-
 def test_white_box_marks_are_read_in_the_same_scan(bucket, tmp_path):
     parameters = white_box_parameters(scheme("sketch", bits=64), [(400, 16)], SHAPE, "weights")
     Watermark.create(KEY, "sketch", parameters).save(tmp_path / "bits.wm")
@@ -640,7 +615,7 @@ def test_a_killed_template_costs_no_suspect_its_verdict(bucket):
 
     def kill_once(done, total, rows):
         if done == 3:
-            os.kill(shared_supervisor(weights=False)._process.pid, signal.SIGKILL)
+            os.kill(shared_supervisor()._process.pid, signal.SIGKILL)
 
     rows = by_pair(scan(bucket / "models", bucket / "registry", jobs=2, progress=kill_once))
     assert {pair[0] for pair, row in rows.items() if row["decision"] == "error"} == {"broken.onnx"}

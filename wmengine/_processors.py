@@ -1,4 +1,4 @@
-"""Which processors this thread may use, and keeping it to some of them: a preference, never a reason to fail."""
+"""Which processors this thread may use, and keeping threads to some of them: a preference, never a reason to fail."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def available() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def keep_to(processors: Iterable[int]) -> None:
-    """Have the calling thread use these alone, where the system knows how and lets it."""
+def keep_to(processors: Iterable[int], process: int = 0) -> None:
+    """Have the calling thread, or a process of one thread, use these alone, where the system knows how and lets it."""
     if hasattr(os, "sched_setaffinity"):
         with contextlib.suppress(OSError):  # a container may have lost them meanwhile, or forbid the call
-            os.sched_setaffinity(0, processors)
+            os.sched_setaffinity(process, processors)

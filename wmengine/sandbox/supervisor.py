@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from wmengine._processors import available
+from wmengine._processors import available, keep_to
 from wmengine.sandbox import wire
 from wmengine.sandbox.wire import Array
 
@@ -47,7 +47,8 @@ class Supervisor:
     A fork of this process has no share in them: there the workers are gone, and the next one starts a template anew.
 
     service: the module that workers run, with a function `preload()` for the template and `serve(connection,
-    mechanisms)` for each worker.
+    mechanisms)` for each worker. It may have another one, `prepare()`, for what takes long and few workers need: the
+    template calls it before the first fork that asks for it.
     """
 
     def __init__(self, service: str) -> None:
@@ -70,12 +71,13 @@ class Supervisor:
         with self._lock:
             self._close()
 
-    def worker(self, limits: Limits, confined: bool = True) -> Worker:
+    def worker(self, limits: Limits, confined: bool = True, prepared: bool = False) -> Worker:
         """A fresh worker, forked and locked down, on the processors of the thread that asks.
 
         Raises WorkerFailure where there can be none.
 
         Not confined, for what must reach a GPU's driver: it keeps its files and its memory, and has a time limit only.
+        prepared: by the service's `prepare`; it may be so without being asked for.
         """
         try:
             ours, theirs = socket.socketpair()
@@ -83,13 +85,14 @@ class Supervisor:
             raise WorkerFailure(f"there is no socket for a worker: {error}") from None
         try:
             with theirs:
-                order = {"fork": limits.memory_bytes if confined else None, "processors": available()}
+                order = {"fork": limits.memory_bytes if confined else None, "prepared": prepared}
                 answer, generation = self._order(order, theirs)
         except BaseException:
             ours.close()
             raise
         ours.setblocking(False)
-        return Worker(self, ours, int(answer["process"]), generation, limits)
+        keep_to(available(), answer["process"])
+        return Worker(self, ours, answer["process"], generation, limits, answer["prepared"])
 
     def has(self, generation: int) -> bool:
         """Whether this template was not left behind: another one has been started, or this process is a fork."""
@@ -211,9 +214,16 @@ class Worker:
     """
 
     def __init__(
-        self, supervisor: Supervisor, connection: socket.socket, process: int, generation: int, limits: Limits
+        self,
+        supervisor: Supervisor,
+        connection: socket.socket,
+        process: int,
+        generation: int,
+        limits: Limits,
+        prepared: bool,
     ) -> None:
         self.process = process
+        self.prepared = prepared
         self._generation = generation
         self.limits = limits
         self.alive = True
@@ -230,6 +240,10 @@ class Worker:
     def begin(self) -> None:
         """A new suspect: none of its time is used up."""
         self._allowance = wire.Allowance(self.limits.seconds)
+
+    def go_on_for(self, other: Worker) -> None:
+        """The suspect of another worker, in what is left of its time."""
+        self._allowance = other._allowance
 
     def ask(
         self, doing: str, question: dict[str, Any], arrays: Sequence[Array] = ()

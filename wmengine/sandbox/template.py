@@ -1,10 +1,11 @@
 """The template process, `python -m wmengine.sandbox.template FD MODULE`: imports once, then forks workers.
 
 It takes orders on the inherited socket FD, a JSON message each, and answers each with one: {"fork": memory_bytes,
-"processors": numbers} comes with a socket for the new worker, which may use these processors, is not locked down for
-null, and is answered by its process number; {"end": process} kills a worker, if it still lives, and is answered by how
-it ended; an order that cannot be followed is answered by {"error": reason}. Each order has a "number", and its answer
-the same. It never sees a model's bytes. When its socket closes, it ends, and the kernel kills its workers.
+"prepared": whether MODULE.prepare() must have been called} comes with a socket for the new worker, which is not locked
+down for null, and is answered by its process number and whether it is prepared; {"end": process} kills a worker, if it
+still lives, and is answered by how it ended; an order that cannot be followed is answered by {"error": reason}. Each
+order has a "number", and its answer the same. It never sees a model's bytes. When its socket closes, it ends, and the
+kernel kills its workers.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ import socket
 import sys
 from typing import Any, NoReturn
 
-from wmengine._processors import keep_to
 from wmengine.sandbox import lockdown, wire
 
-MAXIMUM_ORDER = 1 << 16  # the numbers of a thousand processors are some thousand bytes
+MAXIMUM_ORDER = 4096
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -37,6 +37,7 @@ def main() -> None:
     gc.freeze()  # a worker's collections must not touch, and so copy, the pages that it shares with us
     control.sendall(b'{"ready": true}')
     ended: dict[int, dict[str, Any]] = {}
+    prepared = False
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, MAXIMUM_ORDER, 1)
         if not message:
@@ -46,11 +47,15 @@ def main() -> None:
         answer: dict[str, Any]
         try:
             if "fork" in order:
+                if order["prepared"] and not prepared:
+                    service.prepare()
+                    gc.freeze()
+                    prepared = True
                 process = os.fork()
                 if process == 0:
                     _become_worker(service, control, descriptors[0], order, template)
                 ended.pop(process, None)  # a number used before
-                answer = {"process": process}
+                answer = {"process": process, "prepared": prepared}
             else:
                 process = int(order["end"])
                 answer = ended.pop(process) if process in ended else _end(process)
@@ -101,7 +106,6 @@ def _become_worker(
     try:
         lockdown.die_with_parent(template)
         control.close()
-        keep_to(order["processors"])
         null = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
             os.dup2(null, standard)

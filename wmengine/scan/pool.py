@@ -47,7 +47,6 @@ class Judge:
     def __init__(self, plan: Plan, marks: Sequence[Watermark], limits: Limits, hashes: Hashes) -> None:
         self._plan, self._marks, self._limits, self._hashes = plan, marks, limits, hashes
         self._bar = _log10_bar(plan)
-        self._weights = any(mark.kind == "white-box" for mark in marks)
         self._engine: Engine | None = None
         self._served = 0
 
@@ -112,7 +111,7 @@ class Judge:
         fresh = self._plan.isolation == "per-model" or self._served == SUSPECTS_A_WORKER
         if self._engine is None or fresh or not self._engine.begin():
             self._discard()
-            self._engine = open_engine(self._plan.isolation, self._limits, self._plan.provider, self._weights)
+            self._engine = open_engine(self._plan.isolation, self._limits, self._plan.provider)
         self._served += 1
         return self._engine
 

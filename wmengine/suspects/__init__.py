@@ -18,11 +18,10 @@ def open_suspect(
     isolation: str = "persistent",
     limits: Limits | None = None,
     provider: str = "cpu",
-    weights: bool = True,
 ) -> Suspect:
     """A suspect from a path, a URL, a torch module, a function, or a suspect that is open already.
 
-    isolation, limits, provider and weights are for files: see OnnxSuspect. A URL is asked as `endpoint` does without
+    isolation, limits and provider are for files: see OnnxSuspect. A URL is asked as `endpoint` does without
     options.
 
     Raises FileNotFoundError for a path that does not exist, ValueError for a URL that is no endpoint's and for another
@@ -40,7 +39,7 @@ def open_suspect(
 
         raise ValueError(f"{shown(suspect)} is no endpoint, and a file must be downloaded, or scanned where it is")
     if isinstance(suspect, str | os.PathLike):
-        return OnnxSuspect(suspect, isolation=isolation, limits=limits, provider=provider, weights=weights)
+        return OnnxSuspect(suspect, isolation=isolation, limits=limits, provider=provider)
     if isinstance(suspect, Suspect):
         return suspect
     torch = sys.modules.get("torch")  # whoever holds a module has imported torch: no need to import it here

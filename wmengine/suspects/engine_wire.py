@@ -21,9 +21,9 @@ from wmengine.sandbox.supervisor import TemplateGone, Worker, WorkerFailure
 from wmengine.suspects.answers import Outputs, Predicted
 from wmengine.suspects.base import one_line
 from wmengine.suspects.graph_limits import MAXIMUM_OUTPUTS
-from wmengine.suspects.onnx_engine import Input, OnnxEngine, may_name_files, preload
+from wmengine.suspects.onnx_engine import Input, OnnxEngine, may_name_files, preload, prepare
 
-__all__ = ["RemoteEngine", "preload", "serve"]
+__all__ = ["RemoteEngine", "preload", "prepare", "serve"]
 
 Arrays = list[NDArray[Any]]
 Result = TypeVar("Result")
@@ -92,13 +92,17 @@ class RemoteEngine:
     """OnnxEngine's methods, answered by a sandboxed worker; a worker that fails is a SuspectError like any other.
 
     An answer that is not what was asked for costs the worker: whatever wrote it is no engine of ours any more.
+    start(prepared): starts a worker; the first is not asked to be prepared for reading weights, as most never need to.
     """
 
-    def __init__(self, worker: Worker, provider: str = "cpu") -> None:
-        self.worker = worker
+    def __init__(self, start: Callable[[bool], Worker], provider: str = "cpu") -> None:
+        self._start = start
+        self.worker = start(False)
         self.provider = provider
-        self.conditions = tuple(_conditions(worker, provider))
+        self.conditions = tuple(_conditions(self.worker, provider))
         self._name = ""
+        self._loaded: tuple[bytes, Mapping[str, bytes]] = b"", {}
+        self._opened = False
         self._failure: str | None = None
         self._spent = False
         self.abandoned = False
@@ -110,11 +114,12 @@ class RemoteEngine:
         return self._ask(LIST, _read_locations, {"name": name}, [_bytes(data)])
 
     def load(self, name: str, data: bytes, external: Mapping[str, bytes]) -> None:
-        self._name = name
+        self._name, self._loaded, self._opened = name, (data, external), False
         contents = [_bytes(data), *map(_bytes, external.values())]
         self._ask(LOAD, _read_nothing, {"name": name, "locations": list(external)}, contents)
 
     def open(self) -> list[Input]:
+        self._opened = True
         return self._ask(
             OPEN, _read_inputs, {"provider": self.provider, "device_bytes": self.worker.limits.memory_bytes}
         )
@@ -123,7 +128,24 @@ class RemoteEngine:
         return self._ask(RUN, _read_outputs, {"name": self._name, "input": name}, [rows])
 
     def tensors(self) -> tuple[list[Tensor], list[str]]:
+        if not self.worker.prepared:  # and locked down, so that it cannot be any more
+            self._prepare()
         return self._ask(READ, _read_tensors, {"name": self._name})
+
+    def _prepare(self) -> None:
+        """Go on with a worker that can read weights, as far as this one has come."""
+        before, opened = self.worker, self._opened
+        try:
+            self.worker = self._start(True)
+        except SuspectError as error:  # there is none to be had, for the next suspect neither
+            self.abandoned, self._failure = True, str(error)
+            raise
+        finally:
+            before.close()
+        self.worker.go_on_for(before)
+        self.load(self._name, *self._loaded)
+        if opened:
+            self.open()
 
     def begin(self) -> bool:
         """The time of the next suspect starts now; False where the worker is gone, or fit for no other suspect.
@@ -135,6 +157,7 @@ class RemoteEngine:
         """
         if self._spent or self._failure is not None:
             return False
+        self._loaded = b"", {}
         word = secrets.token_hex(16)
         try:
             header, _ = self.worker.ask(FORGET, {"word": word})

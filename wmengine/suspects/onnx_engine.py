@@ -170,8 +170,8 @@ def preload() -> None:
     engine.run("x", np.ones((1, 2), np.float32))
 
 
-def preload_weights() -> None:
-    """The same for what reading weights needs."""
+def prepare() -> None:
+    """The same for what reading weights needs, which takes longer to import than all the rest."""
     _warm_engine().tensors()
 
 

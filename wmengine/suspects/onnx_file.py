@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError
-from wmengine.sandbox import Limits, Supervisor, WorkerFailure
+from wmengine.sandbox import Limits, Supervisor, Worker, WorkerFailure
 from wmengine.suspects.adapters import FLOATS, Adapter, Range, adapters
 from wmengine.suspects.answers import Outputs
 from wmengine.suspects.base import CHUNK, DEVICE_CHUNK, ask_in_chunks, check_input_shape
@@ -23,10 +23,8 @@ from wmengine.suspects.onnx_engine import Input, OnnxEngine
 
 MAXIMUM_BATCH, MAXIMUM_BATCH_BYTES = 4096, 256 << 20
 ISOLATION = ("persistent", "per-model", "none")
-SERVICES = {False: "wmengine.suspects.engine_wire", True: "wmengine.suspects.weights_wire"}  # by `weights`
 
-
-PAUSES = (0.0, 0.1, 1.0)  # seconds before a worker that did not start is started again
+PAUSES = (0.0, 0.0, 0.1, 1.0)  # seconds before a worker is started, and again where it did not
 
 
 class NoWorker(SuspectError):
@@ -62,8 +60,7 @@ class OnnxSuspect:
 
     isolation: "persistent" (a sandboxed worker that serves one suspect after the other), "per-model" (a fresh worker,
     so that no earlier suspect can have touched it: for evidence), "none" (this process: for your own files). provider:
-    "cpu", or "cuda" for the first GPU, whose driver needs most of what a sandbox takes away: the notes say so. weights:
-    whether `tensors` will be asked for; a sandbox that need not read them starts in half the time. Raises
+    "cpu", or "cuda" for the first GPU, whose driver needs most of what a sandbox takes away: the notes say so. Raises
     FileNotFoundError for a path that does not exist, ValueError for a provider that is not there, SuspectError for what
     is not an ONNX file or over a limit.
     """
@@ -77,11 +74,10 @@ class OnnxSuspect:
         maximum_bytes: int = MAXIMUM_BYTES,
         engine: Engine | None = None,
         provider: str = "cpu",
-        weights: bool = True,
     ) -> None:
         if isinstance(source, str | os.PathLike):
             source = LocalSource(source)
-        self._engine = engine or open_engine(isolation, limits or Limits(), provider, weights)
+        self._engine = engine or open_engine(isolation, limits or Limits(), provider)
         try:
             if not isinstance(source, ModelFile):
                 source = read_model(source, self._engine.locations, maximum_bytes)
@@ -93,7 +89,6 @@ class OnnxSuspect:
         self.name = self.file.name
         self.sha256: str | None = self.file.sha256
         self.notes: list[str] = []
-        self._weights = weights
         self._inputs: list[Input] | None = None
 
     def adapters(self, trigger_shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:
@@ -131,8 +126,6 @@ class OnnxSuspect:
 
     def tensors(self, input_shape: Sequence[int] | None = None) -> list[Tensor]:
         """The weights in the graph's own order; input_shape is not needed."""
-        if not self._weights:
-            raise ValueError(f"{self.name} was opened with weights=False: open it with weights=True to read them")
         found, notes = self._engine.tensors()
         self.notes = [*self._engine.conditions, *notes]
         return found
@@ -149,19 +142,17 @@ class OnnxSuspect:
         return self._inputs[0]
 
 
-_supervisors = {weights: Supervisor(service) for weights, service in SERVICES.items()}
-for _supervisor in _supervisors.values():
-    atexit.register(_supervisor.close)
+_supervisor = Supervisor("wmengine.suspects.engine_wire")
+atexit.register(_supervisor.close)
 
 
-def shared_supervisor(weights: bool = True) -> Supervisor:
+def shared_supervisor() -> Supervisor:
     """This process's template of sandboxed workers: started at the first use, ended with the process."""
-    return _supervisors[weights]
+    return _supervisor
 
 
-def open_engine(isolation: str, limits: Limits, provider: str = "cpu", weights: bool = True) -> Engine:
-    """An engine in this process, or one in a fresh sandboxed worker; without `weights` that one starts sooner and
-    cannot read any.
+def open_engine(isolation: str, limits: Limits, provider: str = "cpu") -> Engine:
+    """An engine in this process, or one in a fresh sandboxed worker.
 
     Raises ValueError for an isolation unknown, or a provider that is not there; NoWorker where none can be started.
     """
@@ -172,12 +163,14 @@ def open_engine(isolation: str, limits: Limits, provider: str = "cpu", weights: 
         from wmengine.ops import get_num_threads
 
         return OnnxEngine(get_num_threads(), provider)
-    for pause in (*PAUSES, None):
+    return RemoteEngine(lambda prepared: _start_worker(limits, provider == "cpu", prepared), provider)
+
+
+def _start_worker(limits: Limits, confined: bool, prepared: bool) -> Worker:
+    for pause in PAUSES:
+        time.sleep(pause)
         try:
-            worker = shared_supervisor(weights).worker(limits, confined=provider == "cpu")
-            break
+            return shared_supervisor().worker(limits, confined, prepared)
         except WorkerFailure as error:  # somebody killed it just now, or there is no memory for it at the moment
-            if pause is None:
-                raise NoWorker(f"no sandboxed worker can be started: {error}") from None
-            time.sleep(pause)
-    return RemoteEngine(worker, provider)
+            failure = error
+    raise NoWorker(f"no sandboxed worker can be started: {failure}")
