@@ -4,32 +4,32 @@ Importing this package loads the standard library only: every public name is imp
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from wmengine._optional import missing
+from wmengine._version import __version__
 
 if TYPE_CHECKING:
-    from wmengine import errors, ops
-    from wmengine.embed import Embedder
-    from wmengine.export import export_onnx
-    from wmengine.key import Key
+    from wmengine import errors, ops, testing
+    from wmengine.identity.key import Key
+    from wmengine.judging.verdict import Verdict
+    from wmengine.judging.verification import verify, verify_all
+    from wmengine.marking.embedder import Embedder
+    from wmengine.marking.export import export_onnx
+    from wmengine.marks.catalogue import SCHEMES, scheme
+    from wmengine.marks.preset import Preset
+    from wmengine.marks.watermark import Watermark
     from wmengine.ops import get_num_threads, set_num_threads
     from wmengine.sandbox import Limits
-    from wmengine.scan import scan
-    from wmengine.schemes import SCHEMES, scheme
+    from wmengine.scanning.scanner import scan
     from wmengine.suspects.endpoint import endpoint
-    from wmengine.verify import Verdict, verify
-    from wmengine.watermark import Watermark
-
-__version__ = "0.1.0"
 
 __all__ = [
     "SCHEMES",
     "Embedder",
     "Key",
     "Limits",
+    "Preset",
     "Verdict",
     "Watermark",
     "__version__",
@@ -41,37 +41,29 @@ __all__ = [
     "scan",
     "scheme",
     "set_num_threads",
+    "testing",
     "verify",
+    "verify_all",
 ]
 
 _HOMES = {
-    "Embedder": "embed",
-    "Key": "key",
+    "Embedder": "marking.embedder",
+    "Key": "identity.key",
     "Limits": "sandbox",
-    "SCHEMES": "schemes",
-    "Verdict": "verify",
-    "Watermark": "watermark",
+    "Preset": "marks.preset",
+    "SCHEMES": "marks.catalogue",
+    "Verdict": "judging.verdict",
+    "Watermark": "marks.watermark",
     "endpoint": "suspects.endpoint",
-    "export_onnx": "export",
+    "export_onnx": "marking.export",
     "get_num_threads": "ops",
-    "scan": "scan",
-    "scheme": "schemes",
+    "scan": "scanning.scanner",
+    "scheme": "marks.catalogue",
     "set_num_threads": "ops",
-    "verify": "verify",
+    "verify": "judging.verification",
+    "verify_all": "judging.verification",
 }
-_MODULES = ("errors", "ops")
-
-
-class _Package(ModuleType):
-    """Keeps `wmengine.verify` the function: importing the module of that name would put the module in its place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in _HOMES and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+_MODULES = ("errors", "ops", "testing")
 
 
 def __getattr__(name: str) -> Any:

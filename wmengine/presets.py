@@ -1,12 +1,14 @@
 """The page: every scheme of the engine is one entry. What a part does stands in the part."""
 
 from wmengine.marks.preset import Preset
+from wmengine.parts.sources.activations import ActivationTerm, MeanActivations
 from wmengine.parts.sources.weights import Weights
 from wmengine.parts.statistics.either import Either
 from wmengine.parts.symbols import Bits, Labels
 from wmengine.parts.training.link import Link
 from wmengine.parts.training.mixed import Mixed
 from wmengine.parts.triggers.abstract import AbstractTriggers
+from wmengine.parts.triggers.tokens import TokenTriggers
 
 PRESETS = (
     Preset(
@@ -38,5 +40,25 @@ PRESETS = (
         training=Mixed(),
         null="exact",
         paper="Adi, Baum, Cisse, Pinkas, Keshet: Turning your weakness into a strength, USENIX Security 2018",
+    ),
+    Preset(
+        name="deepsigns",
+        version=1,
+        source=MeanActivations(groups=8, members=4),
+        symbols=Bits(256),
+        statistic=Either(),
+        training=ActivationTerm(strength=0.01, pull=0.01),
+        null="exact",
+        paper="Rouhani, Chen, Koushanfar: DeepSigns, an end-to-end watermarking framework, ASPLOS 2019",
+    ),
+    Preset(
+        name="adi_tokens",
+        version=1,
+        source=TokenTriggers(),
+        symbols=Labels(100),
+        statistic=Either(),
+        training=Mixed(),
+        null="exact",
+        paper="Adi et al. 2018 (see adi), with sequences of tokens drawn from the key in place of pictures",
     ),
 )

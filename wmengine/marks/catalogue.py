@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
@@ -47,6 +48,25 @@ def find(name: str, version: int) -> Preset:
         known = ", ".join(f"{each}/{number}" for each, number in _every())
         raise ValueError(f"this wmengine has no scheme {name!r} of version {version!r}; it has {known}")
     return preset
+
+
+@contextmanager
+def registered(preset: Preset) -> Iterator[None]:
+    """While this lasts the preset is found like those of the page: for trying one before it is brought by a package.
+
+    Raises ValueError where another one has its name and version.
+    """
+    if _every().get((preset.name, preset.version), preset) != preset:
+        raise ValueError(f"there is another preset {preset.full_name}: give this one a name or a version of its own")
+    before = (preset.name, preset.version) in _every()
+    _every()[preset.name, preset.version] = preset
+    _newest.cache_clear()
+    try:
+        yield
+    finally:
+        if not before:
+            del _every()[preset.name, preset.version]
+        _newest.cache_clear()
 
 
 @cache

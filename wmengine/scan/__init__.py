@@ -15,7 +15,7 @@ from wmengine.scan.journal import Journal, Plan
 from wmengine.scan.listing import list_suspects, load_watermarks
 from wmengine.scan.pool import Hashes, Judged, judge_locally
 from wmengine.scan.results import copied, renamed, table_of, write_parquet
-from wmengine.suspects.devices import check_provider
+from wmengine.suspects.devices import check_device
 from wmengine.suspects.onnx_file import ISOLATION
 from wmengine.trial import MODES
 
@@ -77,7 +77,7 @@ def scan(
         from wmengine.scan.ray_pool import check_ray
 
         check_ray(ray)  # before there is a journal
-    check_provider(provider)
+    check_device(provider)
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"alpha must be between 0 and 1, and it is {alpha}")
     if jobs is not None and jobs < 1:

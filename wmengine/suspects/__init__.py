@@ -17,19 +17,19 @@ def open_suspect(
     suspect: Any,
     isolation: str = "persistent",
     limits: Limits | None = None,
-    provider: str = "cpu",
+    device: str = "cpu",
 ) -> Suspect:
     """A suspect from a path, a URL, a torch module, a function, or a suspect that is open already.
 
-    isolation, limits and provider are for files: see OnnxSuspect. A URL is asked as `endpoint` does without
+    isolation, limits and device are for files: see OnnxSuspect. A URL is asked as `endpoint` does without
     options.
 
     Raises FileNotFoundError for a path that does not exist, ValueError for a URL that is no endpoint's and for another
-    provider than the CPU with what is no file, TypeError for what is none of these, and SuspectError for a file that
+    device than the CPU with what is no file, TypeError for what is none of these, and SuspectError for a file that
     cannot be judged.
     """
-    if provider != "cpu" and (is_url(suspect) or not isinstance(suspect, str | os.PathLike)):
-        raise ValueError(f"provider={provider!r} is for the path of a file; other suspects run where they are")
+    if device != "cpu" and (is_url(suspect) or not isinstance(suspect, str | os.PathLike)):
+        raise ValueError(f"device={device!r} is for the path of a file; other suspects run where they are")
     if is_url(suspect):
         from wmengine.suspects.endpoint import endpoint
 
@@ -39,7 +39,7 @@ def open_suspect(
 
         raise ValueError(f"{shown(suspect)} is no endpoint, and a file must be downloaded, or scanned where it is")
     if isinstance(suspect, str | os.PathLike):
-        return OnnxSuspect(suspect, isolation=isolation, limits=limits, provider=provider)
+        return OnnxSuspect(suspect, isolation=isolation, limits=limits, device=device)
     if isinstance(suspect, Suspect):
         return suspect
     torch = sys.modules.get("torch")  # whoever holds a module has imported torch: no need to import it here

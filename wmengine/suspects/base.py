@@ -156,7 +156,7 @@ def ask_in_chunks(
     """
     count, chunk = rows_of(inputs), fixed_batch or chunk
     try:
-        first = run(_padded(part_of(inputs, 0, chunk), fixed_batch))
+        first = run(padded(part_of(inputs, 0, chunk), fixed_batch))
     except SuspectError:
         if fixed_batch is not None or count == 1:
             raise
@@ -168,7 +168,7 @@ def ask_in_chunks(
     parts: list[NDArray[Any]] = []
     for start in range(0, count, chunk):
         rows = part_of(inputs, start, start + chunk)
-        outputs = first if start == 0 else run(_padded(rows, fixed_batch))
+        outputs = first if start == 0 else run(padded(rows, fixed_batch))
         answer = read_all(readings, outputs, fixed_batch or rows_of(rows))
         if answer is None or (parts and answer.shape[1:] != parts[0].shape[1:]):
             raise SuspectError(f"{name} changes the shape of its answers from one batch to the next")
@@ -208,7 +208,8 @@ def _or_none(labels: NDArray[Any]) -> NDArray[np.int64]:
     return np.where(labels >= 0, labels, ABSTAINED).astype(np.int64)
 
 
-def _padded(inputs: dict[str, NDArray[Any]], batch: int | None) -> dict[str, NDArray[Any]]:
+def padded(inputs: dict[str, NDArray[Any]], batch: int | None) -> dict[str, NDArray[Any]]:
+    """Inputs repeated up to a fixed batch."""
     if batch is None or rows_of(inputs) == batch:
         return inputs
     return {name: np.resize(rows, (batch, *rows.shape[1:])) for name, rows in inputs.items()}

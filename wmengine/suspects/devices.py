@@ -28,21 +28,21 @@ _COPIED = {f"tensor({kind})" for kind in ("float", "float16", "double", "bool", 
 _COPIED |= {f"tensor({kind})" for kind in ("uint8", "uint16", "uint32", "uint64")}
 
 
-def check_provider(provider: str) -> None:
+def check_device(device: str) -> None:
     """Raises ValueError unless models can run there: never does the CPU take a GPU's place in silence."""
-    if provider not in PROVIDERS:
-        raise ValueError(f"provider must be one of {', '.join(PROVIDERS)}, and it is {provider!r}")
-    if provider == "cpu":
+    if device not in PROVIDERS:
+        raise ValueError(f"device must be one of {', '.join(PROVIDERS)}, and it is {device!r}")
+    if device == "cpu":
         return
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at import
     runtime = require("onnxruntime", extra="gpu")
-    if PROVIDERS[provider] not in runtime.get_available_providers():
+    if PROVIDERS[device] not in runtime.get_available_providers():
         raise ValueError(
-            f"provider={provider!r} needs ONNX Runtime with {PROVIDERS[provider]}, which the one installed has not: "
+            f"device={device!r} needs ONNX Runtime with {PROVIDERS[device]}, which the one installed has not: "
             "pip uninstall onnxruntime, then pip install 'wmengine[gpu]'"
         )
     if not _driver_shows_a_device():
-        raise ValueError(f"provider={provider!r} needs an NVIDIA GPU and its driver, and none is found")
+        raise ValueError(f"device={device!r} needs an NVIDIA GPU and its driver, and none is found")
 
 
 def session_providers(provider: str, memory_bytes: int | None) -> list[Any]:

@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError, SuspectGone, printable
+from wmengine.facts import Fact, fact
 from wmengine.sandbox import MECHANISMS, wire
 from wmengine.sandbox.supervisor import TemplateGone, Worker, WorkerFailure
 from wmengine.suspects.answers import Outputs, Predicted
-from wmengine.suspects.base import one_line
+from wmengine.suspects.base import Inputs, Tensor, one_line
 from wmengine.suspects.graph_limits import MAXIMUM_OUTPUTS
 from wmengine.suspects.onnx_engine import Input, OnnxEngine, may_name_files, preload, prepare
 
@@ -31,8 +31,9 @@ Answer = tuple[dict[str, Any], Sequence[NDArray[Any]]]
 
 MAXIMUM_QUESTION = 1 << 40  # the client is trusted: its own limits hold
 LIST, LOAD, OPEN, RUN, READ = "list external files", "load the model", "create the session", "run", "read the weights"
+TAP = "read activations"
 FORGET = "forget the model"
-MAXIMUM_NAME, MAXIMUM_NOTES = 200, 20  # characters of a tensor's name, or of a note
+MAXIMUM_NAME, MAXIMUM_FACTS = 200, 20  # characters of a tensor's name, or of a value in a fact
 
 
 def serve(connection: socket.socket, mechanisms: Sequence[str]) -> None:
@@ -60,6 +61,7 @@ def serve(connection: socket.socket, mechanisms: Sequence[str]) -> None:
 
 def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechanisms: Sequence[str]) -> Answer:
     asked = question["ask"]
+    header: dict[str, Any]
     if asked == LIST:
         return {"locations": engine.locations(question["name"], arrays[0].tobytes())}, ()
     if asked == LOAD:
@@ -72,15 +74,22 @@ def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechan
         inputs = [[each.name, each.type, each.shape, each.rescaled] for each in engine.open()]
         return {"inputs": inputs}, ()
     if asked == RUN:
-        outputs = engine.run(question["input"], arrays[0])
-        header: dict[str, Any] = {"outputs": [name for name, _ in outputs]}
+        outputs = engine.run(dict(zip(question["inputs"], arrays, strict=True)))
+        header = {"outputs": [name for name, _ in outputs]}
         if any(isinstance(value, Predicted) for _, value in outputs):
             header["classes"] = [value.classes if isinstance(value, Predicted) else None for _, value in outputs]
         return header, [value.labels if isinstance(value, Predicted) else value for _, value in outputs]
     if asked == READ:
-        tensors, notes = engine.tensors()
-        sources = [each.source[:MAXIMUM_NAME] for each in tensors]
-        return {"sources": sources, "notes": notes}, [each.values for each in tensors]
+        tensors, facts = engine.tensors()
+        header = {
+            "sources": [each.source[:MAXIMUM_NAME] for each in tensors],
+            "factors": [each.factors is not None for each in tensors],
+            "facts": [[each.code, dict(each.values)] for each in facts],
+        }
+        factors = [each.factors for each in tensors if each.factors is not None]
+        return header, [*(each.values for each in tensors), *factors]
+    if asked == TAP:
+        return {}, [engine.activations(question["place"], dict(zip(question["inputs"], arrays, strict=True)))]
     if asked == FORGET:
         engine.close()
         gc.collect()  # a graph is full of cycles, and they hold its weights
@@ -124,10 +133,16 @@ class RemoteEngine:
             OPEN, _read_inputs, {"provider": self.provider, "device_bytes": self.worker.limits.memory_bytes}
         )
 
-    def run(self, name: str, rows: NDArray[Any]) -> Outputs:
-        return self._ask(RUN, _read_outputs, {"name": self._name, "input": name}, [rows])
+    def run(self, inputs: Inputs) -> Outputs:
+        return self._ask(RUN, _read_outputs, {"name": self._name, "inputs": list(inputs)}, [*inputs.values()])
 
-    def tensors(self) -> tuple[list[Tensor], list[str]]:
+    def activations(self, place: int, inputs: Inputs) -> NDArray[np.float32]:
+        if not self.worker.prepared:
+            self._prepare()
+        question = {"name": self._name, "place": place, "inputs": list(inputs)}
+        return self._ask(TAP, _read_activations, question, [*inputs.values()])
+
+    def tensors(self) -> tuple[list[Tensor], list[Fact]]:
         if not self.worker.prepared:  # and locked down, so that it cannot be any more
             self._prepare()
         return self._ask(READ, _read_tensors, {"name": self._name})
@@ -199,16 +214,13 @@ class RemoteEngine:
             raise SuspectGone(self._failure) from None
 
 
-def _conditions(worker: Worker, provider: str) -> Iterator[str]:
+def _conditions(worker: Worker, provider: str) -> Iterator[Fact]:
     """What a verdict must say of the sandbox where it is less than it could be."""
     missing = [name for name in MECHANISMS if name not in worker.mechanisms]
     if provider != "cpu":
-        yield (
-            "the model ran on the GPU, where its sandbox is a process of its own with a time limit: "
-            f"{' and '.join(missing)} were left out, as CUDA does not work under them"
-        )
+        yield fact("gpu_sandbox", missing=" and ".join(missing))
     elif missing:
-        yield f"this kernel has no {' and no '.join(missing)}: the sandbox was without"
+        yield fact("sandbox_without", missing=" and no ".join(missing))
 
 
 def _read_nothing(header: dict[str, Any], arrays: Arrays) -> None:
@@ -247,11 +259,38 @@ def _read_predicted(labels: NDArray[Any], classes: Any) -> Predicted:
     return Predicted(labels, classes)
 
 
-def _read_tensors(header: dict[str, Any], arrays: Arrays) -> tuple[list[Tensor], list[str]]:
-    if any(array.dtype != np.float32 or array.ndim < 2 for array in arrays):
+def _read_tensors(header: dict[str, Any], arrays: Arrays) -> tuple[list[Tensor], list[Fact]]:
+    sources = header["sources"]
+    weights, scales = arrays[: len(sources)], iter(arrays[len(sources) :])
+    if any(array.dtype != np.float32 or array.ndim < 2 for array in weights):
         raise ValueError("not what weights are read as")
-    found = [Tensor(array, printable(str(name))) for name, array in zip(header["sources"], arrays, strict=True)]
-    return found, [printable(str(note), MAXIMUM_NAME) for note in header["notes"][:MAXIMUM_NOTES]]
+    found = []
+    for values, source, scaled in zip(weights, sources, header["factors"], strict=True):
+        factors = next(scales) if scaled else None
+        if factors is not None and (factors.dtype != np.float32 or factors.shape != values.shape[:1]):
+            raise ValueError("not what normalisations are read as")
+        found.append(Tensor(values, printable(str(source)), factors))
+    if next(scales, None) is not None:
+        raise ValueError("more than weights and their normalisations")
+    return found, [_read_fact(code, values) for code, values in header["facts"][:MAXIMUM_FACTS]]
+
+
+def _read_fact(code: Any, values: Any) -> Fact:
+    """A fact of a worker's: a sentence of ours, with short words of its own."""
+    if code not in ("stored_as", "blocked"):
+        raise ValueError("no fact that reading weights has")
+    return fact(code, **{str(name): _value(value) for name, value in values.items()})
+
+
+def _value(value: Any) -> str | int:
+    return value if type(value) is int else printable(str(value), MAXIMUM_NAME)
+
+
+def _read_activations(header: dict[str, Any], arrays: Arrays) -> NDArray[np.float32]:
+    (found,) = arrays
+    if found.dtype != np.float32 or found.ndim != 2:
+        raise ValueError("not what activations are read as")
+    return found
 
 
 def _bytes(data: bytes) -> NDArray[np.uint8]:

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine._optional import require
-from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError
+from wmengine.facts import Fact
 from wmengine.suspects.answers import Outputs
-from wmengine.suspects.base import one_line
+from wmengine.suspects.base import Inputs, Tensor, one_line, rows_of
 from wmengine.suspects.devices import PROVIDERS, can_stay, compiled, run_bound, session_providers
 from wmengine.suspects.graph_limits import check_graph
 
@@ -63,6 +63,7 @@ class OnnxEngine:
         self._rescaled: frozenset[str] = frozenset()
         self._session: Any = None
         self._left_out: dict[str, None] = {}  # optional inputs
+        self._tapped: tuple[int, str, Any] | None = None  # a place, the value there, a session that gives it
 
     def locations(self, name: str, data: bytes) -> list[str]:
         """The external files that a model names, sorted; without the word `location` in it, it is not even parsed."""
@@ -76,7 +77,8 @@ class OnnxEngine:
         The files must be those that the model names: which they are may have been said by a worker that lied, and the
         hash is over them.
         """
-        self._name, self._data, self._external, self._session = name, data, external, None
+        self.close()
+        self._name, self._data, self._external = name, data, external
         model = parse(name, data)
         if may_name_files(data) and named_locations(name, model) != sorted(external):
             raise SuspectError(f"{name} names other external files than were read for it")
@@ -85,6 +87,14 @@ class OnnxEngine:
 
     def open(self) -> list[Input]:
         """Create the session; the inputs that it needs."""
+        self._session = self._session_of(self._data)
+        needed = [each for each in self._session.get_inputs() if not each.type.startswith("optional(")]
+        self._left_out = {each.name: None for each in self._session.get_inputs() if each not in needed}
+        return [
+            Input(each.name, each.type, tuple(map(_size, each.shape)), each.name in self._rescaled) for each in needed
+        ]
+
+    def _session_of(self, data: bytes) -> Any:
         ort = require("onnxruntime", extra="cpu")
         wanted, providers = PROVIDERS[self.provider], session_providers(self.provider, self.device_bytes)
         if self.provider == "cuda":
@@ -103,29 +113,24 @@ class OnnxEngine:
             sizes = [len(content) for content in contents]
             options.add_external_initializers_from_files_in_memory(list(locations), list(contents), sizes)
         try:
-            self._session = ort.InferenceSession(self._data, options, providers=providers, enable_fallback=0)
+            session = ort.InferenceSession(data, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions share no base of their own
             if "bad_alloc" in str(error) or "allocate memory" in str(error):
                 raise SuspectError(f"{self._name} needs more memory than it may have ({one_line(error)})") from None
             raise SuspectError(
                 f"{self._name} is not a model that ONNX Runtime can load ({one_line(error)}); export it to ONNX again"
             ) from None
-        if wanted not in self._session.get_providers():  # it turns to the CPU and says so to nobody
-            self._session = None
+        if wanted not in session.get_providers():  # it turns to the CPU and says so to nobody
             raise SuspectError(f"{self._name} cannot run on the GPU: ONNX Runtime could not start {wanted}")
-        needed = [each for each in self._session.get_inputs() if not each.type.startswith("optional(")]
-        self._left_out = {each.name: None for each in self._session.get_inputs() if each not in needed}
-        return [
-            Input(each.name, each.type, tuple(map(_size, each.shape)), each.name in self._rescaled) for each in needed
-        ]
+        return session
 
-    def run(self, name: str, rows: NDArray[Any]) -> Outputs:
-        """The outputs for a batch of the input called `name`, as arrays; what holds no numbers is left out."""
+    def run(self, inputs: Inputs) -> Outputs:
+        """The outputs for a batch of inputs by name, as arrays; what holds no numbers is left out."""
         bound = self.provider == "cuda" if self._bound is None else self._bound
         try:
             if bound and can_stay(self._session):
-                return run_bound(self._session, {name: rows}, self.provider, self._module())
-            values = self._session.run(None, {name: rows} | self._left_out)
+                return run_bound(self._session, inputs, self.provider, self._module())
+            values = self._session.run(None, {**inputs, **self._left_out})
         except Exception as error:  # as above
             raise SuspectError(f"{self._name} fails when it runs ({one_line(error)})") from None
         found = []
@@ -153,13 +158,32 @@ class OnnxEngine:
 
     def close(self) -> None:
         """Forget the model."""
-        self._data, self._external, self._session = b"", {}, None
+        self._data, self._external, self._session, self._tapped = b"", {}, None, None
 
-    def tensors(self) -> tuple[list[Tensor], list[str]]:
-        """The weights in the graph's own order, and notes on what was assumed."""
+    def tensors(self) -> tuple[list[Tensor], list[Fact]]:
+        """The weights in the graph's own order, and what was assumed."""
         from wmengine.suspects.onnx_tensors import read_tensors
 
-        return read_tensors(self._name, with_external(self._name, self._data, self._external))
+        return read_tensors(self._name, self._whole())
+
+    def activations(self, place: int, inputs: Inputs) -> NDArray[np.float32]:
+        """[N, F]: what goes into the weight at `place` in the graph's own order, flattened. `open` was called."""
+        from wmengine.suspects.onnx_tensors import with_activation
+
+        if self._tapped is None or self._tapped[0] != place:
+            name, data = with_activation(self._name, parse(self._name, self._data), self._whole(), place)
+            self._tapped = place, name, None if name in inputs else self._session_of(data)
+        _, name, session = self._tapped
+        try:
+            found = inputs[name] if session is None else session.run([name], {**inputs, **self._left_out})[0]
+        except Exception as error:  # as above
+            raise SuspectError(f"{self._name} fails when it runs ({one_line(error)})") from None
+        if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu" or found.shape[:1] != (rows_of(inputs),):
+            raise SuspectError(f"{self._name} has no activations of a row for each input before weight {place + 1}")
+        return np.ascontiguousarray(found.reshape(len(found), -1).astype(np.float32))
+
+    def _whole(self) -> Any:
+        return with_external(self._name, self._data, self._external)
 
 
 def preload() -> None:
@@ -167,7 +191,7 @@ def preload() -> None:
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     engine = _warm_engine()
     engine.open()
-    engine.run("x", np.ones((1, 2), np.float32))
+    engine.run({"x": np.ones((1, 2), np.float32)})
 
 
 def prepare() -> None:

@@ -5,18 +5,32 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError
+from wmengine.facts import Fact, fact
 from wmengine.sandbox import Limits, Supervisor, Worker, WorkerFailure
-from wmengine.suspects.adapters import FLOATS, Adapter, Range, adapters
+from wmengine.suspects.adapters import BYTES, FLOATS, Adapter, Range, adapters
 from wmengine.suspects.answers import Outputs
-from wmengine.suspects.base import CHUNK, DEVICE_CHUNK, ask_in_chunks, check_input_shape
-from wmengine.suspects.devices import check_provider
+from wmengine.suspects.base import (
+    CHUNK,
+    DEVICE_CHUNK,
+    Answers,
+    Inputs,
+    Signature,
+    Tensor,
+    ask_in_chunks,
+    by_declared_names,
+    check_input_shape,
+    padded,
+    part_of,
+    rows_of,
+)
+from wmengine.suspects.devices import check_device
 from wmengine.suspects.engine_wire import RemoteEngine
 from wmengine.suspects.model_file import MAXIMUM_BYTES, LocalSource, ModelFile, Source, read_model
 from wmengine.suspects.onnx_engine import Input, OnnxEngine
@@ -36,7 +50,7 @@ class Engine(Protocol):
 
     abandoned: bool
     provider: str
-    conditions: tuple[str, ...]  # what a verdict must say of where the model ran
+    conditions: tuple[Fact, ...]  # what a verdict must say of where the model ran
 
     def locations(self, name: str, data: bytes) -> list[str]: ...
 
@@ -44,9 +58,11 @@ class Engine(Protocol):
 
     def open(self) -> list[Input]: ...
 
-    def run(self, name: str, rows: NDArray[Any]) -> Outputs: ...
+    def run(self, inputs: Inputs) -> Outputs: ...
 
-    def tensors(self) -> tuple[list[Tensor], list[str]]: ...
+    def activations(self, place: int, inputs: Inputs) -> NDArray[np.float32]: ...
+
+    def tensors(self) -> tuple[list[Tensor], list[Fact]]: ...
 
     def begin(self) -> bool: ...
 
@@ -59,11 +75,13 @@ class OnnxSuspect:
     """An ONNX file: answers through ONNX Runtime, shows its weights without it.
 
     isolation: "persistent" (a sandboxed worker that serves one suspect after the other), "per-model" (a fresh worker,
-    so that no earlier suspect can have touched it: for evidence), "none" (this process: for your own files). provider:
-    "cpu", or "cuda" for the first GPU, whose driver needs most of what a sandbox takes away: the notes say so. Raises
-    FileNotFoundError for a path that does not exist, ValueError for a provider that is not there, SuspectError for what
+    so that no earlier suspect can have touched it: for evidence), "none" (this process: for your own files). device:
+    "cpu", or "cuda" for the first GPU, whose driver needs most of what a sandbox takes away: the facts say so. Raises
+    FileNotFoundError for a path that does not exist, ValueError for a device that is not there, SuspectError for what
     is not an ONNX file or over a limit.
     """
+
+    settings: Mapping[str, Any] = {}
 
     def __init__(
         self,
@@ -73,73 +91,98 @@ class OnnxSuspect:
         limits: Limits | None = None,
         maximum_bytes: int = MAXIMUM_BYTES,
         engine: Engine | None = None,
-        provider: str = "cpu",
+        device: str = "cpu",
     ) -> None:
         if isinstance(source, str | os.PathLike):
             source = LocalSource(source)
-        self._engine = engine or open_engine(isolation, limits or Limits(), provider)
+        self._engine = engine or open_engine(isolation, limits or Limits(), device)
         try:
             if not isinstance(source, ModelFile):
                 source = read_model(source, self._engine.locations, maximum_bytes)
             self.file = source
             self._engine.load(self.file.name, self.file.data, self.file.external)
         except BaseException:
-            self.close()
+            if engine is None:
+                self.close()
             raise
         self.name = self.file.name
         self.sha256: str | None = self.file.sha256
-        self.notes: list[str] = []
+        self.facts: list[Fact] = []
         self._inputs: list[Input] | None = None
 
-    def adapters(self, trigger_shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:
-        """The ways that its declared input leaves open to put triggers of this shape to it.
+    def adapters(self, shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:
+        """The ways that its declared input leaves open to put images of this shape to it.
 
         every=False: other scalings than the recorded one only where the graph begins by rescaling its input.
         """
-        declared = self._input()
-        scalings = every or declared.rescaled
-        return adapters(self.name, declared.type, declared.shape, trigger_shape, value_range, scalings)
+        declared = self._declared()
+        if len(declared) != 1:
+            names = ", ".join(each.name for each in declared) or "none"
+            raise SuspectError(f"{self.name} needs {len(declared)} inputs ({names}), and a trigger is one")
+        (only,) = declared
+        return adapters(self.name, only.type, only.shape, shape, value_range, every or only.rescaled)
 
-    def query(self, inputs: NDArray[Any], num_classes: int | None = None) -> NDArray[Any]:
-        self.notes = list(self._engine.conditions)
-        declared = self._input()
-        if inputs.dtype.kind == "f" and declared.type in FLOATS and inputs.dtype != FLOATS[declared.type]:
-            inputs = inputs.astype(FLOATS[declared.type])
-            self.notes.append(f"inputs were cast to {inputs.dtype.name}")
-        batch = declared.shape[0] if declared.shape else None
-        if declared.shape:  # an input without any declared shape takes everything
-            check_input_shape(self.name, declared.shape, inputs)
-        most = min(MAXIMUM_BATCH, MAXIMUM_BATCH_BYTES // max(1, inputs[:1].nbytes))
-        if batch is not None and batch > most:
-            raise SuspectError(f"{self.name} has a fixed batch of {batch}, and at most {most} can be asked at once")
-        if batch is not None:
-            self.notes.append(f"the suspect has a fixed batch of {batch}")
+    def answer(self, inputs: Inputs, num_classes: int | None = None) -> Answers:
+        self.facts = list(self._engine.conditions)
+        given, batch = self._given(inputs)
         return ask_in_chunks(
-            lambda rows: self._engine.run(declared.name, rows),
-            inputs,
+            self._engine.run,
+            given,
             num_classes,
             self.name,
-            self.notes,
+            self.facts,
             batch,
             CHUNK if self._engine.provider == "cpu" else DEVICE_CHUNK,
         )
 
-    def tensors(self, input_shape: Sequence[int] | None = None) -> list[Tensor]:
-        """The weights in the graph's own order; input_shape is not needed."""
-        found, notes = self._engine.tensors()
-        self.notes = [*self._engine.conditions, *notes]
+    def limit(self, inputs: Inputs) -> int:
+        return rows_of(inputs)
+
+    def tensors(self, signature: Signature | None = None) -> list[Tensor]:
+        """The weights in the graph's own order; the inputs are not needed."""
+        found, facts = self._engine.tensors()
+        self.facts = [*self._engine.conditions, *facts]
         return found
+
+    def activations(self, place: int, inputs: Inputs) -> NDArray[np.float32]:
+        self.facts = list(self._engine.conditions)
+        given, batch = self._given(inputs)
+        parts = []
+        for start in range(0, rows_of(given), batch or CHUNK):
+            rows = part_of(given, start, start + (batch or CHUNK))
+            count = rows_of(rows)
+            parts.append(self._engine.activations(place, padded(rows, batch))[:count])
+        return np.concatenate(parts)
 
     def close(self) -> None:
         self._engine.close()
 
-    def _input(self) -> Input:
+    def _given(self, inputs: Inputs) -> tuple[dict[str, NDArray[Any]], int | None]:
+        """Inputs under the file's own names and in its types, and its batch where that is fixed."""
+        declared = {each.name: each for each in self._declared()}
+        given = by_declared_names(self.name, list(declared), inputs)
+        batch = None
+        for name, rows in given.items():
+            entry = declared[name]
+            wanted = {**FLOATS, **BYTES}.get(entry.type)
+            if wanted is not None and rows.dtype != wanted and rows.dtype.kind == np.dtype(wanted).kind:
+                given[name] = rows.astype(wanted)
+                self.facts.append(fact("inputs_cast", dtype=wanted))
+            if entry.shape:  # an input without any declared shape takes everything
+                check_input_shape(self.name, entry.shape, rows)
+                batch = batch or entry.shape[0]
+        size = max(1, sum(rows[:1].nbytes for rows in given.values()))
+        most = min(MAXIMUM_BATCH, MAXIMUM_BATCH_BYTES // size)
+        if batch is not None and batch > most:
+            raise SuspectError(f"{self.name} has a fixed batch of {batch}, and at most {most} can be asked at once")
+        if batch is not None:
+            self.facts.append(fact("fixed_batch", batch=batch))
+        return given, batch
+
+    def _declared(self) -> list[Input]:
         if self._inputs is None:
             self._inputs = self._engine.open()
-        if len(self._inputs) != 1:
-            names = ", ".join(each.name for each in self._inputs) or "none"
-            raise SuspectError(f"{self.name} needs {len(self._inputs)} inputs ({names}), and a trigger is one")
-        return self._inputs[0]
+        return self._inputs
 
 
 _supervisor = Supervisor("wmengine.suspects.engine_wire")
@@ -158,7 +201,7 @@ def open_engine(isolation: str, limits: Limits, provider: str = "cpu") -> Engine
     """
     if isolation not in ISOLATION:
         raise ValueError(f"isolation must be one of {', '.join(ISOLATION)}, and it is {isolation!r}")
-    check_provider(provider)
+    check_device(provider)
     if isolation == "none":
         from wmengine.ops import get_num_threads
 

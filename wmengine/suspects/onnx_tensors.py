@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.carriers import Tensor, filters_first
 from wmengine.errors import SuspectError
-from wmengine.suspects.base import one_line
+from wmengine.facts import Fact, fact
+from wmengine.suspects.base import Tensor, one_line
+from wmengine.suspects.weights import filters_first
 
 # Longer chains are not what exporters write.
 MAXIMUM_CHAIN = 16
@@ -62,48 +63,109 @@ class _Weight:
     stored: str
 
 
-def read_tensors(name: str, model: Any) -> tuple[list[Tensor], list[str]]:
-    """The weights of an onnx.ModelProto (external data already in it), each once, and notes on what was assumed.
+def read_tensors(name: str, model: Any) -> tuple[list[Tensor], list[Fact]]:
+    """The weights of an onnx.ModelProto (external data already in it), each once, and what was assumed.
 
     Raises SuspectError when the graph cannot be read.
     """
-    import onnx_ir
-
     try:
-        graph = onnx_ir.from_proto(model).graph
-        graph.sort()  # ONNX Runtime runs graphs whose nodes are listed out of order, so we must read them
-        return _walk(list(onnx_ir.traversal.RecursiveGraphIterator(graph)))
+        found, blocked = _walk(model)
     except Exception as error:  # a hostile graph can fail anywhere in there
         raise SuspectError(f"{name} has a graph that cannot be read ({one_line(error)}); export it again") from None
-
-
-def _walk(nodes: list[Any]) -> tuple[list[Tensor], list[str]]:
-    found: dict[Any, Tensor] = {}
     stored: dict[str, int] = {}
+    for each in found:
+        stored[each.stored] = stored.get(each.stored, 0) + 1
+    facts = [
+        fact("stored_as", count=count, of=len(found), kind=kind) for kind, count in stored.items() if kind != "float32"
+    ]
+    return [each.tensor for each in found], [*facts, *([fact("blocked", count=blocked)] if blocked else [])]
+
+
+def with_activation(name: str, proto: Any, model: Any, place: int) -> tuple[str, bytes]:
+    """The name of the value that goes into the weight at `place`, and the model's bytes with that value as an output.
+
+    proto: the onnx.ModelProto as it is stored, to be written into; model: the same with external data in it.
+    """
+    from onnx import ValueInfoProto
+
+    try:
+        found, _ = _walk(model)
+    except Exception as error:  # a hostile graph can fail anywhere in there
+        raise SuspectError(f"{name} has a graph that cannot be read ({one_line(error)}); export it again") from None
+    if place >= len(found):
+        raise SuspectError(f"{name} has {len(found)} weights, and the mark is in number {place + 1}")
+    value = found[place].given
+    if value is None or not value.name:
+        raise SuspectError(f"{name} has a weight {place + 1} into which nothing goes that can be read")
+    if value.name not in {output.name for output in proto.graph.output}:
+        proto.graph.output.append(ValueInfoProto(name=value.name))
+    return str(value.name), proto.SerializeToString()
+
+
+class _Found(NamedTuple):
+    """A weight, how it is stored, and the value that is multiplied by it."""
+
+    tensor: Tensor
+    stored: str
+    given: Any
+
+
+def _walk(model: Any) -> tuple[list[_Found], int]:
+    """Every weight once, in order of execution, and how many convolutions are in a layout that is not read."""
+    import onnx_ir
+
+    graph = onnx_ir.from_proto(model).graph
+    graph.sort()  # ONNX Runtime runs graphs whose nodes are listed out of order, so we must read them
+    found: dict[Any, _Found] = {}
     rejected: set[Any] = set()
     blocked = 0
-    for node in nodes:
+    for node in onnx_ir.traversal.RecursiveGraphIterator(graph):
         blocked += node.domain == "com.microsoft.nchwc" and node.op_type == "Conv"
         operand = OPERATORS.get(node.op_type) if node.domain in DOMAINS else None
         if operand is None:
             continue
-        weight, oriented = _read_weight(node, operand, found, rejected)
+        weight, oriented, given = _read_weight(node, operand, found, rejected)
         if weight is None or oriented is None:
             continue
         values = np.ascontiguousarray(oriented, dtype=np.float32)
-        found[weight.root] = Tensor(values, str(weight.root.name))
-        kind = "quantised to integers" if _scale(node, operand) is not None else weight.stored
-        stored[kind] = stored.get(kind, 0) + 1
-    notes = [f"{count} of {len(found)} weights are {kind}" for kind, count in stored.items() if kind != "float32"]
-    if blocked:
-        notes.append(f"{blocked} convolutions in ONNX Runtime's blocked NCHWc layout were not read")
-    return list(found.values()), notes
+        tensor = Tensor(values, str(weight.root.name), _factors(node, len(values)))
+        stored = "quantised to integers" if _scale(node, operand) is not None else weight.stored
+        found[weight.root] = _Found(tensor, stored, given)
+    return list(found.values()), blocked
+
+
+def _factors(node: Any, filters: int) -> NDArray[np.float32] | None:
+    """What the normalisation right behind a node multiplies its filters by, float32 [filters]; None without one."""
+    for consumer in _consumers(node):
+        scale = _constant(_input(consumer, 1))
+        if consumer.op_type == "BatchNormalization":
+            variance = _constant(_input(consumer, 4))
+            epsilon = consumer.attributes["epsilon"].value if "epsilon" in consumer.attributes else 1e-5
+            if scale is not None and variance is not None and scale.size == variance.size == filters:
+                with np.errstate(invalid="ignore", divide="ignore"):
+                    return (scale / np.sqrt(variance + np.float32(epsilon))).astype(np.float32).reshape(-1)
+        elif consumer.op_type == "InstanceNormalization" and scale is not None and scale.size == filters:
+            return scale.reshape(-1)
+    return None
+
+
+def _consumers(node: Any, left: int = 2) -> list[Any]:
+    """The nodes that use what a node gives, through those that add a constant bias to it."""
+    found = []
+    for consumer in node.outputs[0].consumers() if node.outputs else ():
+        if left and consumer.domain in DOMAINS and consumer.op_type in ("Add", "Identity"):
+            others = [value for value in consumer.inputs if value is not node.outputs[0]]
+            if all(_is_constant(value) for value in others):
+                found += _consumers(consumer, left - 1)
+        elif consumer.domain in DOMAINS:
+            found.append(consumer)
+    return found
 
 
 def _read_weight(
     node: Any, operand: _Operand, found: Container[Any], rejected: set[Any]
-) -> tuple[_Weight | None, NDArray[np.float32] | None]:
-    """The stored weight of a node, and its values as [O, I/groups, *kernel], dequantised.
+) -> tuple[_Weight | None, NDArray[np.float32] | None, Any]:
+    """The stored weight of a node, its values as [O, I/groups, *kernel], dequantised, and what is multiplied by it.
 
     None where there is none, or its root is in `found`. What has no weight's shape goes to `rejected`: a value is
     computed once, however many nodes use it.
@@ -115,11 +177,11 @@ def _read_weight(
         value = _input(node, 0)
     chain = _chain(value)
     if chain is None or chain[0] in found or (value, matrix) in rejected:
-        return None, None
+        return None, None, None
     weight = _follow(chain)
     if weight.values.size == 0 or (weight.values.ndim != 2 if matrix else weight.values.ndim < 3):
         rejected.add((value, matrix))
-        return None, None
+        return None, None, None
     if matrix:
         turned = _attribute(node, "transA", 0) if left else not _attribute(node, "transB", 0)
         rows = weight.values.T if turned else weight.values
@@ -130,7 +192,8 @@ def _read_weight(
     if zero_point is not None:
         rows = rows - _per_axis(zero_point, rows.shape, 0)
     scale = _scale(node, operand)
-    return weight, rows if scale is None else rows * _per_axis(scale, rows.shape, 0)
+    given = _input(node, 1 if left else 0)
+    return weight, rows if scale is None else rows * _per_axis(scale, rows.shape, 0), given
 
 
 def _scale(node: Any, operand: _Operand) -> NDArray[np.float32] | None:

@@ -1,0 +1,117 @@
+"""Options that several commands have, and what their files hold."""
+
+import getpass
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from wmengine.identity.key import Key
+    from wmengine.marks.watermark import Watermark
+    from wmengine.sandbox import Limits
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+PassphraseOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--passphrase-file",
+        metavar="FILE",
+        help="File whose first line is the passphrase of the sealed files given; asked for on a terminal otherwise.",
+    ),
+]
+
+TestOption = Annotated[
+    str,
+    typer.Option(
+        "--test", metavar="TEST", help='"fixed" asks every trigger, "sequential" stops when the answer is clear.'
+    ),
+]
+IsolationOption = Annotated[
+    str,
+    typer.Option(
+        metavar="MODE",
+        help='"persistent" sandboxed processes, one "per-model" (for evidence), or "none" (for your own files).',
+    ),
+]
+ClassesOption = Annotated[
+    str,
+    typer.Option(metavar="ORDER", help='"same" order as the mark\'s, or "any": every order is tried and paid for.'),
+]
+DeviceOption = Annotated[str, typer.Option(metavar="WHERE", help='Where models run: "cpu" or "cuda".')]
+SecondsOption = Annotated[float, typer.Option(metavar="S", help="Wall-clock seconds that one file may take.")]
+MemoryOption = Annotated[float, typer.Option(metavar="GIB", help="Memory that one file may use.")]
+KeyOption = Annotated[
+    Path | None,
+    typer.Option("--key", metavar="KEY", help="Derive the watermarks again from their owner's key and compare."),
+]
+
+
+def limits(seconds: float, memory: float) -> "Limits":
+    from wmengine.sandbox import Limits
+
+    for name, value in {"--seconds": seconds, "--memory": memory}.items():
+        if not 0.0 < value <= 1e6:
+            raise ValueError(f"{name} must be above 0 and at most a million, and it is {value:g}")
+    return Limits(seconds=seconds, memory_bytes=int(memory * 2**30))
+
+
+def load_clean(path: Path) -> tuple[Any, Any]:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays["inputs"], arrays["labels"]
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
+        raise ValueError(f"{path} must be an .npz file with the arrays `inputs` and `labels`") from None
+
+
+def load_key(path: Path, passphrase_file: Path | None) -> "Key":
+    from wmengine.identity.key import Key
+
+    return Key.load(path, passphrase_for(path, passphrase_file))
+
+
+def load_watermark(path: Path, passphrase_file: Path | None) -> "Watermark":
+    from wmengine.marks.watermark import Watermark
+
+    return Watermark.load(path, passphrase_for(path, passphrase_file))
+
+
+def passphrase_for(path: Path, passphrase_file: Path | None) -> str | None:
+    """The passphrase to open `path` with; None for a file that is not sealed, or when nobody is there to ask."""
+    from wmengine.errors import WmengineError
+    from wmengine.identity.sealing import is_sealed, read_file
+
+    try:
+        if not is_sealed(read_file(path, "file", WmengineError)):
+            return None
+    except WmengineError:
+        return None  # loading says what is wrong with the file
+    if passphrase_file is not None:
+        return read_passphrase(passphrase_file)
+    return ask_passphrase(f"Passphrase of {path}: ") if sys.stdin.isatty() else None
+
+
+def read_passphrase(path: Path) -> str:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text: a passphrase stands on the first line of a text file") from None
+    if not lines or not lines[0]:
+        raise ValueError(f"{path} holds no passphrase: put it on the first line")
+    return lines[0]
+
+
+def ask_passphrase(prompt: str, twice: bool = False) -> str:
+    if not sys.stdin.isatty():
+        raise ValueError("there is no terminal to ask for a passphrase: give --passphrase-file")
+    passphrase = getpass.getpass(prompt)
+    if twice and getpass.getpass("Once more: ") != passphrase:
+        raise ValueError("the two passphrases differ: nothing was written")
+    if not passphrase:
+        raise ValueError("the passphrase is empty: nothing was done")
+    return passphrase

@@ -1,0 +1,91 @@
+"""`wmengine scan`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wmengine.cli.app import app
+from wmengine.cli.options import (
+    ClassesOption,
+    DeviceOption,
+    IsolationOption,
+    KeyOption,
+    MemoryOption,
+    PassphraseOption,
+    SecondsOption,
+    TestOption,
+    limits,
+    load_key,
+    read_passphrase,
+)
+
+
+@app.command()
+def scan(
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="PATHS...", help="ONNX files, folders, patterns, or URLs of object stores."),
+    ],
+    watermarks: Annotated[
+        list[Path],
+        typer.Option("--watermarks", metavar="DIR", help="Watermarks to look for: .wm files or folders of them."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="FILE.parquet", help="The table to write; an interrupted scan is resumed beside it."
+        ),
+    ],
+    jobs: Annotated[int | None, typer.Option(metavar="N", help="Suspects at a time (default: the cores).")] = None,
+    alpha: Annotated[float, typer.Option(help="Owned when p times the number of pairs is at most this.")] = 1e-9,
+    test: TestOption = "sequential",
+    key: KeyOption = None,
+    adapters: Annotated[
+        str,
+        typer.Option(metavar="WAYS", help='"likely" ways to put triggers, or "all" known scales for every suspect.'),
+    ] = "likely",
+    classes: ClassesOption = "same",
+    isolation: IsolationOption = "persistent",
+    device: DeviceOption = "cpu",
+    seconds: SecondsOption = 120.0,
+    memory: MemoryOption = 4.0,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS|local", help="Judge on this Ray cluster; --jobs are then those of each node."),
+    ] = None,
+    passphrase_file: PassphraseOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a table that is finished.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a line: every row when it is done, then the summary.")
+    ] = False,
+) -> int:
+    """Judge many suspects with many watermarks, in sandboxes, on all cores; the same command resumes."""
+    from wmengine.scanning.progress import Report
+    from wmengine.scanning.scanner import scan as scan_all
+
+    if classes == "any" and test != "fixed":
+        raise ValueError("--classes any needs --test fixed: one order must fit all answers")
+    if out.suffix != ".parquet":
+        raise ValueError(f"--out must end in .parquet, and it is {out}")
+    with Report(as_json) as report:
+        table = scan_all(
+            paths,
+            watermarks,
+            out=out,
+            jobs=jobs,
+            alpha=alpha,
+            test=test,
+            key=None if key is None else load_key(key, passphrase_file),
+            adapters=adapters,
+            classes=classes,
+            isolation=isolation,
+            device=device,
+            limits=limits(seconds, memory),
+            passphrase=read_passphrase(passphrase_file) if passphrase_file else None,
+            progress=report.add,
+            ray=ray,
+            force=force,
+        )
+    report.summarise(table, out)
+    return 0

@@ -1,0 +1,157 @@
+"""Does a preset keep its promises? `check_preset` embeds it in a small network and looks, for ours and for yours."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wmengine._optional import require
+from wmengine.identity.key import Key
+from wmengine.judging.asking import Terms
+from wmengine.judging.judge import judge_suspect
+from wmengine.judging.verdict import PROVING
+from wmengine.judging.verification import verify
+from wmengine.marks.catalogue import registered
+from wmengine.marks.preset import Preset
+from wmengine.marks.watermark import Watermark
+from wmengine.suspects import open_suspect
+
+torch = require("torch", extra="train")
+
+LEVELS = (0.1, 0.01, 0.001)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured. log10_p: on the network itself and from its exported file; stranger: on one without the mark;
+    null: for each of LEVELS the share of fresh keys with a p-value at most that on the stranger."""
+
+    watermark: Watermark
+    log10_p: float
+    exported_log10_p: float
+    stranger_log10_p: float
+    null: Mapping[float, float]
+
+
+def small_network(seed: int = 0) -> Any:
+    """Two convolutions with BatchNorm, some of its factors negative, and two linear layers, for inputs [1, 8, 8]."""
+    torch.manual_seed(seed)
+    nn = torch.nn
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten()),
+        *(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)),
+    )
+    with torch.no_grad():
+        model[1].weight[::4] *= -1.0
+    return model
+
+
+def check_preset(
+    preset: Preset,
+    *,
+    model: Callable[[int], Any] = small_network,
+    sample: Any = None,
+    num_classes: int = 10,
+    value_range: Any = (0.0, 1.0),
+    steps: int = 300,
+    keys: int = 2000,
+) -> Report:
+    """Embed a preset and check what every preset promises; AssertionError, saying what fails.
+
+    model: a network from a seed, for batches like `sample` (a tensor or a dict of tensors; [64, 1, 8, 8] unless given).
+    Checked: derivation (symbols follow from key, parameters and message, geometry from key and parameters), the `.wm`
+    file, that the mark proves itself on the network and from its ONNX file after BatchNorm folding, that neither a
+    stranger nor another key does, and P(p <= a) <= a over `keys` fresh symbols on the stranger. A preset whose null
+    only ranks must never be owned.
+    """
+    torch.manual_seed(1)
+    sample = torch.rand(64, 1, 8, 8) if sample is None else sample
+    proves = preset.null in PROVING
+    key = Key.generate(owner="check_preset")
+    from wmengine.marking.embedder import Embedder
+    from wmengine.marking.export import export_onnx
+
+    with registered(preset), tempfile.TemporaryDirectory() as folder:
+        network, stranger = model(0), model(1)
+        embedder = Embedder(
+            network,
+            key,
+            [preset],
+            num_classes=num_classes,
+            sample=sample,
+            name="check",
+            value_range=value_range,
+        )
+        _train(network, embedder, sample, num_classes, steps)
+        (mark,) = embedder.watermarks()
+        _check_derivation(mark, key)
+        file = Path(folder) / "mark.wm"
+        mark.save(file)
+        loaded = Watermark.load(file)
+        assert loaded.commitment == mark.commitment, "a watermark changes when it is saved and loaded"
+        loaded.check_derivation(key)
+        path = os.path.join(folder, "model.onnx")
+        rows = tuple(values[:1] for values in sample.values()) if isinstance(sample, Mapping) else sample[:1]
+        export_onnx(network, rows, path)
+        verdicts = [verify(network, mark, key=key), verify(path, mark, key=key)]
+        for verdict, what in zip(verdicts, ("the network", "its ONNX file"), strict=True):
+            assert verdict.error is None, f"{what} cannot be judged: {verdict.error}"
+            assert verdict.owned == proves, f"{what} is {verdict.decision} with log10 p = {verdict.log10_p:.1f}"
+        other = Watermark.create(Key.generate(owner="somebody else"), preset, mark.parameters)
+        for suspect, watermark, what in ((stranger, mark, "a stranger"), (network, other, "another key")):
+            verdict = verify(suspect, watermark)
+            assert verdict.decision == "not_proven", f"{what} is {verdict.decision}: {verdict.error}"
+        null = null_of(stranger, mark, key, keys)
+        for level, share in null.items():
+            most = level + 4.0 * math.sqrt(level / keys)
+            assert share <= most, f"P(p <= {level}) is {share} over {keys} keys"
+        return Report(mark, verdicts[0].log10_p, verdicts[1].log10_p, verify(stranger, mark).log10_p, null)
+
+
+def null_of(suspect: Any, mark: Watermark, key: Key, keys: int) -> dict[float, float]:
+    """For each of LEVELS, the share of `keys` fresh draws of the mark's symbols with a p-value at most that."""
+    marks = [
+        Watermark.create(key, mark.preset, mark.parameters, message=f"null {number}") for number in range(keys)
+    ]
+    findings = judge_suspect(open_suspect(suspect), marks, Terms(sequential=False, log10_bar=9.0))
+    p = np.array([finding.log10_p for finding in findings])
+    return {level: float((p <= math.log10(level)).mean()) for level in LEVELS}
+
+
+def _train(network: Any, embedder: Any, sample: Any, num_classes: int, steps: int) -> None:
+    """The sample with fixed random labels as a task: enough for a mark to be learned beside something else."""
+    count = len(next(iter(sample.values())) if isinstance(sample, Mapping) else sample)
+    labels = torch.randint(0, num_classes, (count,))
+    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
+    network.train()
+    for _ in range(steps):
+        inputs, targets = embedder.mix(sample, labels)
+        answers = network(**inputs) if isinstance(inputs, Mapping) else network(inputs)
+        loss = embedder.loss(answers, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    network.eval()
+
+
+def _check_derivation(mark: Watermark, key: Key) -> None:
+    preset, parameters, name = mark.preset, mark.parameters, mark.preset.symbols.name
+    again = Watermark.create(key, preset, parameters)
+    assert all(np.array_equal(again.arrays[each], mark.arrays[each]) for each in mark.arrays), "it derives differently"
+    messages = [Watermark.create(key, preset, parameters, message=message) for message in ("a", "b")]
+    assert len({each.geometry for each in (mark, *messages)}) == 1, "geometry follows from the message"
+    symbols = {each.symbols.tobytes() for each in (mark, *messages)}
+    assert len(symbols) == 3, "symbols do not follow from the message"
+    renamed = Watermark.create(key, preset, {**parameters, "name": "another"})
+    assert not np.array_equal(renamed.symbols, mark.symbols), "symbols do not follow from the parameters"
+    other = Watermark.create(Key.generate(owner=key.owner), preset, parameters)
+    assert not np.array_equal(other.arrays[name], mark.symbols), "symbols do not follow from the key"
+    assert other.geometry != mark.geometry, "geometry does not follow from the key"
