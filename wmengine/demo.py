@@ -23,18 +23,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine._optional import require
-from wmengine.key import Key
+from wmengine.identity.key import Key
+from wmengine.judging.verification import verify_all
 from wmengine.report import html
 from wmengine.report.demo import DemoResult, Row, page, print_table
-from wmengine.stats import paired_difference_interval
+from wmengine.parts.statistics.tails import paired_difference_interval
 from wmengine.suspects import open_suspect
-from wmengine.verify import verify
-from wmengine.watermark import Watermark
+from wmengine.marks.watermark import Watermark
 
 if TYPE_CHECKING:
     import torch
 
-    from wmengine.embed import Embedder
+    from wmengine.marking.embedder import Embedder
 else:
     torch = require("torch", extra="demo")
 
@@ -99,7 +99,7 @@ def run_demo(
         progress("making the copies that a thief would make")
         suspects = list(_make_suspects(marked, independent, data, effort, models))
     for mark in marks:
-        mark.save(out / f"{mark.scheme}.wm")
+        mark.save(out / f"{mark.scheme}.wm", overwrite=True)
     rows, predictions = [], []
     for suspect in suspects:
         progress(f"verifying {suspect.path.name}")
@@ -215,11 +215,13 @@ def _demo_key(path: Path) -> Key:
 
 
 def _train_marked(data: Data, key: Key, effort: Effort) -> tuple[torch.nn.Sequential, list[Watermark]]:
-    from wmengine.embed import Embedder
+    from wmengine.marking.embedder import Embedder
 
     model = build_network(seed=1)
     sample = data.owner[0][:64]
-    embedder = Embedder(model, key, ["sketch", "adi"], num_classes=CLASSES, sample=sample, name=NAME)
+    embedder = Embedder(
+        model, key, ["sketch", "adi"], num_classes=CLASSES, sample=sample, name=NAME, value_range=(0.0, 1.0)
+    )
     train(model, data.owner, effort.epochs, seed=1, embedder=embedder)
     return model, embedder.watermarks()
 
@@ -228,7 +230,7 @@ def _make_suspects(
     marked: torch.nn.Sequential, independent: torch.nn.Sequential, data: Data, effort: Effort, folder: Path
 ) -> Iterator[_Suspect]:
     """Every model as an ONNX file: the marked one, the independent one, then the copies."""
-    from wmengine.export import export_onnx
+    from wmengine.marking.export import export_onnx
 
     example = data.owner[0][:1]
 
@@ -321,14 +323,14 @@ def _renamed(source: Path, target: Path) -> Path:
 
 
 def _predictions(path: Path, images: NDArray[np.float32]) -> NDArray[np.int64]:
-    answers = open_suspect(path).query(images, CLASSES)
-    return np.asarray(answers.argmax(axis=1), dtype=np.int64)
+    answers = open_suspect(path).answer({"input": images}, CLASSES)
+    return np.asarray(answers.values.argmax(axis=1), dtype=np.int64)
 
 
 def _judge(
     suspect: _Suspect, predicted: NDArray[np.int64], labels: NDArray[np.int64], marks: list[Watermark], key: Key
 ) -> Row:
-    white_box, black_box = (verify(suspect.path, mark, key=key, alpha=ALPHA) for mark in marks)
+    white_box, black_box = verify_all(suspect.path, marks, key=key, alpha=ALPHA)
     return Row(
         model=suspect.model,
         made=suspect.made,
@@ -342,12 +344,16 @@ def _judge(
 
 def _matches_of_other_keys(path: Path, marks: list[Watermark], count: int) -> Iterator[tuple[int, int]]:
     """What marks made alike with other people's keys find in the marked network: chance, and nothing else."""
-    for number in range(count):
-        other = Key(f"somebody else {number}", hashlib.sha256(f"wmengine demo {number}".encode()).digest())
-        bits, hits = (
-            verify(path, Watermark.create(other, mark.scheme, mark.parameters), alpha=ALPHA).matched for mark in marks
-        )
-        yield bits, hits
+    keys = [
+        Key(f"somebody else {number}", hashlib.sha256(f"wmengine demo {number}".encode()).digest())
+        for number in range(count)
+    ]
+    found = [
+        verify_all(path, [Watermark.create(other, mark.preset, mark.parameters) for other in keys], alpha=ALPHA)
+        for mark in marks
+    ]
+    for bits, hits in zip(*found, strict=True):
+        yield bits.matched, hits.matched
 
 
 def _accuracy_cost(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from wmengine import __version__
+from wmengine._version import __version__
 from wmengine._processors import available
 from wmengine.sandbox import supported
 

@@ -99,8 +99,8 @@ def check_preset(
         assert loaded.commitment == mark.commitment, "a watermark changes when it is saved and loaded"
         loaded.check_derivation(key)
         path = os.path.join(folder, "model.onnx")
-        rows = tuple(values[:1] for values in sample.values()) if isinstance(sample, Mapping) else sample[:1]
-        export_onnx(network, rows, path)
+        named = isinstance(sample, Mapping)
+        export_onnx(network, {name: rows[:1] for name, rows in sample.items()} if named else sample[:1], path)
         verdicts = [verify(network, mark, key=key), verify(path, mark, key=key)]
         for verdict, what in zip(verdicts, ("the network", "its ONNX file"), strict=True):
             assert verdict.error is None, f"{what} cannot be judged: {verdict.error}"

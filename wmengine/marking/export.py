@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 def export_onnx(
     model: torch.nn.Module,
-    example: torch.Tensor | tuple[torch.Tensor, ...],
+    example: torch.Tensor | tuple[torch.Tensor, ...] | Mapping[str, torch.Tensor],
     path: str | os.PathLike[str],
     fold_batchnorm: bool = True,
 ) -> Path:
     """Write a model, in eval mode, as one ONNX file whose first axis is a dynamic batch; returns the path.
 
-    example: a batch of inputs (one row is enough), or a tuple of them for several inputs. Inputs are named input,
-    input_1, ..., the first output is `logits`. fold_batchnorm: fold each BatchNorm into the convolution or linear layer
+    example: a batch of inputs (one row is enough), or several inputs: a tuple, named input, input_1, ... in the file, or
+    a dict by the names that the model's forward has for them, which the file keeps. The first output is `logits`. fold_batchnorm: fold each BatchNorm into the convolution or linear layer
     before it, as torch's exporter does by default; otherwise the graph is written as traced. Weights lie in the file
     itself, or beside it in PATH.data from 2 GB on. The model's training flags and device stay; torch.compile and
     data-parallel wrappers are looked through. Raises ValueError for an example that is not a batch, and whatever
@@ -36,21 +36,26 @@ def export_onnx(
     require("onnxscript", extra="train")
     model = unwrap(model)
     like = next(model.parameters(), None)
+    named = isinstance(example, Mapping)
+    given = tuple(example.values()) if named else example if isinstance(example, tuple) else (example,)
     batches = []
-    for rows in example if isinstance(example, tuple) else (example,):
+    for rows in given:
         if not isinstance(rows, torch.Tensor) or rows.ndim < 1 or len(rows) == 0:
-            raise ValueError("example must be a batch of inputs, such as x[:1], or a tuple of batches")
+            raise ValueError("example must be a batch of inputs, such as x[:1], or a tuple or dict of batches")
         # Two rows: a batch of one looks to the tracer like an axis that is always 1.
         batches.append(torch.cat([rows[:1], rows[:1]]).to(device=rows.device if like is None else like.device))
     batch = torch.export.Dim("batch")
+    names = list(example) if named else ["input", *(f"input_{index}" for index in range(1, len(batches)))]
+    shapes = [{0: batch} for _ in batches]
     with evaluating(model), _quiet():
         program = torch.onnx.export(
             model,
-            tuple(batches),
+            () if named else tuple(batches),
+            kwargs=dict(zip(names, batches, strict=True)) if named else None,
             dynamo=True,
             optimize=fold_batchnorm,
-            dynamic_shapes=tuple({0: batch} for _ in batches),
-            input_names=["input", *(f"input_{index}" for index in range(1, len(batches)))],
+            dynamic_shapes=dict(zip(names, shapes, strict=True)) if named else tuple(shapes),
+            input_names=names,
             output_names=["logits"],
             verbose=False,
         )

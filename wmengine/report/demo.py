@@ -13,12 +13,11 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine import __version__
+from wmengine._version import __version__
 from wmengine.report import html, pictures
-from wmengine.schemes import symbol_chance
-from wmengine.stats import threshold
-from wmengine.verify import Verdict
-from wmengine.watermark import Watermark
+from wmengine.parts.statistics.tails import threshold
+from wmengine.judging.verdict import Verdict
+from wmengine.marks.watermark import Watermark
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def page(
 def _panel(
     title: str, mark: Watermark, judged: list[tuple[Row, Verdict]], kind: int, result: DemoResult
 ) -> pictures.MatchRates:
-    chance = symbol_chance(mark.scheme, mark.parameters)
+    chance = mark.preset.chance(mark.parameters)
     # Where a file leaves open how to read it, the way that the mark recorded has a share of the evidence only.
     paid = [verdict.evidence.log10_share for _, verdict in judged if verdict.owned and verdict.evidence is not None]
     return pictures.MatchRates(

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from wmengine.stats import binomial_interval
+from wmengine.parts.statistics.tails import binomial_interval
 
 INK, FAINT, GRID = "#1d2733", "#6b7785", "#e3e7ec"
 COLOURS = {"owned": "#0b7a5b", "not_proven": "#8a94a0", "error": "#b3392f"}
