@@ -152,7 +152,6 @@ def test_a_template_that_is_none_is_refused_before_anything_is_sent(request_, sa
         ("https://host/v2/models/m", {"batch": 2.5}, "batch must be a whole number"),
         ("https://host/v2/models/m", {"rate": float("nan")}, "rate must be a number above 0"),
         ("https://host/v2/models/m", {"timeout": None}, "timeout must be a number above 0"),
-        ("https://host/v2/models/m", {"decoys": -1}, "decoys must be from 0"),
         ("https://host/v2/models/m", {"layout": "NHWC"}, "layout must be one of as recorded, channels last"),
         ("https://host/v2/models/m", {"scaling": "0-1"}, "scaling must be one of any, as recorded"),
         ("https://host/v2/models/m", {"datatype": "INT8"}, "datatype must be one of FP32"),

@@ -1,9 +1,7 @@
 """What endpoints promise: the mark is found behind them, with few queries, in every layout, and politely."""
 
 import datetime
-import signal
 import time
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,7 +14,6 @@ from endpoint_stub import (
     SHAPE,
     answer,
     classes,
-    is_trigger,
     judged,
     marked_model,
     posted,
@@ -182,13 +179,13 @@ def test_a_white_box_mark_cannot_be_read_from_an_endpoint():
         wm.endpoint("https://host/v2/models/m").tensors()
 
 
-# --- budget, decoys, refusals -----------------------------------------------------------------------------------------
+# --- budget, refusals -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("queries", ["all", "sequential"])
 @pytest.mark.parametrize(
     ("options", "room"),
-    [({"budget": 8}, 8), ({"budget": 25}, 25), ({"budget": 60}, 60), ({"budget": 40, "decoys": 1}, 20)],
+    [({"budget": 8}, 8), ({"budget": 25}, 25), ({"budget": 60}, 60)],
 )
 def test_the_budget_fixes_beforehand_how_many_triggers_the_test_is_of(queries, options, room):
     with serving(posted(lambda request: answer(np.eye(CLASSES)[[3] * len(tensor(request.json))]))) as stub:
@@ -235,8 +232,6 @@ def test_a_budget_below_one_request_is_an_error_that_says_so():
 
     with serving(behave) as stub:
         assert "budget of 5 queries is not enough: one trigger takes 7" in judged(stub, budget=5).error
-        verdict = judged(stub, budget=1, decoys=2, batch=4)
-        assert "budget of 1 queries is not enough: one trigger takes 3" in verdict.error
     assert not stub.questions
 
 
@@ -280,75 +275,11 @@ def test_a_request_that_is_lost_with_its_connection_is_paid_twice():
     assert (verdict.matched, verdict.queries, verdict.total) == (20, 20, 30)
 
 
-def test_an_interrupt_ends_the_asking_and_keeps_what_was_answered():
-    def behave(request):
-        if len(stub.questions) == 3:
-            signal.raise_signal(signal.SIGINT)
-            time.sleep(0.5)
-        return answer(scores(tensor(request.json)))
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with serving() as stub:
-            stub.behave = posted(behave)
-            with pytest.raises(KeyboardInterrupt) as caught:
-                judged(stub, batch=10, tries=1)
-        verdict = caught.value.verdict
-        assert (verdict.decision, verdict.matched, verdict.queries, verdict.total) == ("not_proven", 20, 20, COUNT)
-        assert "40 triggers were not asked: the asking was interrupted" in verdict.notes
-        assert len(stub.questions) == 3
-        with serving() as stub:
-            stub.behave = posted(behave)
-            stub.requests += [type("Earlier", (), {"method": "POST"})] * 2
-            with pytest.raises(KeyboardInterrupt) as caught:
-                judged(stub, batch=10)
-            assert not hasattr(caught.value, "verdict")  # nothing had been answered
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def test_retries_are_paid_from_the_budget():
     with serving(posted(lambda request: (503, {}, b""))) as stub:
         verdict = judged(stub, budget=100, batch=30)
     assert verdict.decision == "error"
     assert len(stub.images) == 90
-
-
-def test_decoys_are_shuffled_in_and_their_answers_are_not_looked_at():
-    with serving() as stub:
-        verdict = judged(stub, decoys=1.5)
-        assert (verdict.decision, verdict.matched, verdict.queries) == ("owned", COUNT, COUNT)
-        sent = stub.images
-        own = [is_trigger(image) for image in sent[:-AGAIN]]
-        assert sum(own[: COUNT // 2]) < COUNT // 2 - 5  # mixed: not the triggers first
-        assert 2.2 * COUNT < len({image.tobytes() for image in sent}) < 2.8 * COUNT
-        # Decoys look like triggers, and repeat as triggers do.
-        others = [image for image in sent if not is_trigger(image)]
-        assert all(image.min() == -1 and image.max() == 1 for image in others)
-        counts = Counter(image.tobytes() for image in sent)
-        repeated = [content for content, count in counts.items() if count == 3]
-        assert len(repeated) > 8
-        first = {image.tobytes() for image in others}
-        stub.requests.clear()
-        judged(stub, decoys=1.5)
-        assert not first & {image.tobytes() for image in stub.images if not is_trigger(image)}
-
-
-@pytest.mark.parametrize("options", [{"layout": "channels last"}, {"datatype": "UINT8"}, {"scaling": "0 to 255"}])
-def test_decoys_are_put_as_triggers_are(options):
-    with serving(posted(lambda request: answer(np.eye(CLASSES)[[3] * len(tensor(request.json))]))) as stub:
-        judged(stub, decoys=1, **options)
-    assert len(stub.images) == 2 * (COUNT + AGAIN)
-    assert len({(image.shape, float(image.min()), float(image.max())) for image in stub.images}) == 1
-
-
-def test_decoys_find_the_way_among_several():
-    with serving(posted(lambda request: answer(np.eye(CLASSES)[[3] * len(tensor(request.json))]))) as stub:
-        judged(stub, decoys=1, scaling="any")
-    ranges = Counter((float(image.min()), float(image.max())) for image in stub.images)
-    assert ranges[-1, 1] == 2 * (COUNT + AGAIN)
-    assert ranges[0, 1] == ranges[0, 255] == 2 * COUNT
-    assert len(stub.images) == 2 * (4 * COUNT + AGAIN)
 
 
 def test_refused_triggers_are_misses_and_the_others_count():
@@ -422,9 +353,8 @@ def test_strangers_with_any_budget_are_accused_no_more_often_than_p_says():
         mark = Watermark.create(Key("ACME Vision", chance.bytes(32)), "adi", parameters)
         stranger, budget = Stranger(chance, chance.choice([0.0, 0.2])), int(chance.integers(3, 90))
         asking = Patience(None, budget, 3, 30.0, 600.0, sleep=lambda seconds: None)
-        scaling, decoys = ("as recorded", "any")[number % 2], float(chance.choice([0, 0.5, 1]))
-        batch = int(chance.integers(1, 20))
-        suspect = EndpointSuspect(stranger, asking, None, None, None, None, scaling, batch, decoys, False)
+        scaling, batch = ("as recorded", "any")[number % 2], int(chance.integers(1, 20))
+        suspect = EndpointSuspect(stranger, asking, None, None, None, None, scaling, batch, False)
         verdict = wm.verify(suspect, mark, queries=("all", "sequential")[number // 2 % 2])
         assert verdict.matched <= verdict.total <= min(40, budget) or verdict.error
         assert verdict.queries <= stranger.sent <= budget
@@ -457,12 +387,11 @@ def renumbered(shape, labels=False):
 
 @pytest.mark.parametrize("queries", ["all", "sequential"])
 @pytest.mark.parametrize("shape", [[], [-1, -1, -1, -1]])
-@pytest.mark.parametrize("decoys", [0, 1])
 @pytest.mark.parametrize("floats", [False, True])
-def test_an_order_of_classes_is_found_on_clean_data_behind_an_endpoint(queries, shape, decoys, floats):
+def test_an_order_of_classes_is_found_on_clean_data_behind_an_endpoint(queries, shape, floats):
     inputs = to_input(CLEAN, [[-1.0, 1.0]] * 3) if floats else CLEAN
     with serving(renumbered(shape)) as stub:
-        suspect = wm.endpoint(stub.url, decoys=decoys)
+        suspect = wm.endpoint(stub.url)
         verdict = wm.verify(suspect, MARK, queries=queries, classes="any", clean=(inputs, CLEAN_LABELS))
         sent = {image.shape for image in stub.images}
     assert verdict.owned

@@ -231,7 +231,6 @@ def verify(
     as_json: JsonOption = False,
 ) -> int:
     """Judge one suspect: does it depend on material made with this key?"""
-    from wmengine.errors import Interrupted
     from wmengine.verify import verify as judge
 
     if adversarial and key is None:
@@ -241,31 +240,25 @@ def verify(
         from wmengine.suspects.endpoint import endpoint, read_options
 
         asked = endpoint(suspect, **read_options(endpoint_options))
-    interrupted = False
-    try:
-        verdict = judge(
-            asked,
-            _load_watermark(watermark, passphrase_file),
-            key=None if key is None else _load_key(key, passphrase_file),
-            alpha=alpha,
-            adversarial=adversarial,
-            queries=queries,
-            isolation=isolation,
-            limits=_limits(seconds, memory),
-            classes=classes,
-            clean=None if clean is None else _load_clean(clean),
-            provider=device,
-        )
-    except Interrupted as interruption:
-        interrupted, verdict = True, interruption.verdict
+    verdict = judge(
+        asked,
+        _load_watermark(watermark, passphrase_file),
+        key=None if key is None else _load_key(key, passphrase_file),
+        alpha=alpha,
+        adversarial=adversarial,
+        queries=queries,
+        isolation=isolation,
+        limits=_limits(seconds, memory),
+        classes=classes,
+        clean=None if clean is None else _load_clean(clean),
+        provider=device,
+    )
     if as_json:
         print(verdict.to_json())
     elif verdict.decision == "error":
         _fail(verdict.error or f"{verdict.suspect} could not be judged")
     else:
         _print_verdict(verdict)
-    if interrupted:
-        return INTERRUPTED
     return {"owned": 0, "not_proven": 1}.get(verdict.decision, 2)
 
 

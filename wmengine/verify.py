@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from wmengine import __version__
-from wmengine.errors import Interrupted, SuspectError
+from wmengine.errors import SuspectError
 from wmengine.judge import Score, is_owned, score_suspect
 from wmengine.key import Key
 from wmengine.reordering import CLASSES, check_clean
@@ -36,7 +36,7 @@ class Verdict:
 
     decision: "owned" (log10_p <= log10 alpha: the suspect depends on material made with this key), "not_proven" or
     "error" (it could not be judged, and `error` says why). matched of total symbols; queries: triggers that were put
-    to the suspect, adapter tries included, but no clean data, decoys and repetitions; log10_p is the p-value with all
+    to the suspect, adapter tries included, but no clean data and repetitions; log10_p is the p-value with all
     tries paid, and evidence what it is computed from, None where nothing was read. derivation: "checked" if the
     watermark was derived again from the key; commitment: the watermark's, as names are not unique. engine: the version
     of wmengine. seconds: wall time. sha256 covers a file and its external weights, and is None for what is no file
@@ -103,8 +103,7 @@ def verify(
         verdict = verify("suspect.onnx", "acme-adi.wm", key="acme.key")
 
     What is wrong with the suspect gives the decision "error". What is wrong with the other arguments raises: a path
-    that does not exist (FileNotFoundError), KeyFileError, WatermarkError, ValueError, TypeError. Ctrl-C, once an
-    endpoint has answered something, raises errors.Interrupted, a KeyboardInterrupt with the verdict on that.
+    that does not exist (FileNotFoundError), KeyFileError, WatermarkError, ValueError, TypeError.
     """
     started = time.perf_counter()
     if not 0.0 < alpha < 1.0:
@@ -150,7 +149,7 @@ def verify(
         if opened is not None and opened is not suspect:
             opened.close()
     owned = score.error is None and is_owned(score.log10_p, alpha)
-    verdict = Verdict(
+    return Verdict(
         suspect=os.fspath(suspect) if opened is None else opened.name,
         sha256=None if opened is None else opened.sha256,
         watermark=watermark.name,
@@ -172,9 +171,6 @@ def verify(
             *_caveats(watermark, owned, score.log10_p, key is not None, adversarial, known is not None),
         ),
     )
-    if getattr(opened, "interrupted", False):
-        raise Interrupted(verdict)
-    return verdict
 
 
 def _caveats(

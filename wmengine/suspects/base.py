@@ -59,10 +59,8 @@ class Rationed(Protocol):
 
     limit: how many of these inputs, the first ones, there is room for; unasked and refused: rows of the last query that
     were never put to it, or that brought no readable answer in all tries, and why. They read as abstentions there.
-    interrupted: Ctrl-C has ended the asking.
     """
 
-    interrupted: bool
     unasked: Mapping[int, str]
     refused: Mapping[int, str]
 

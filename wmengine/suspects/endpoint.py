@@ -1,4 +1,4 @@
-"""A suspect behind a network address: asked a budgeted number of inputs, politely, among decoys if asked to.
+"""A suspect behind a network address: asked a budgeted number of inputs, politely.
 
 What goes out is inputs, never labels. What an endpoint refuses or answers unreadably is a miss and noted; so is what
 the budget or the time did not allow, and a miss can never convict anybody. Only where nothing at all is answered, the
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,6 @@ from wmengine.errors import SuspectError, printable
 from wmengine.suspects.adapters import LAYOUT_NAMES, SCALING_NAMES, Adapter, Range, adapters
 from wmengine.suspects.answers import ABSTAINED, Outputs, Reading, choose_readings, describe, of_two_classes, read_all
 from wmengine.suspects.base import CHUNK, URL_SCHEMES, is_url, one_line
-from wmengine.suspects.decoys import Decoys
 from wmengine.suspects.http_client import hide, shown
 from wmengine.suspects.inference_protocol import DTYPES, Declared, RestModel, choose_input
 from wmengine.suspects.patience import Patience, Refused, Spent, Unavailable
@@ -66,7 +64,6 @@ def endpoint(
     batch: int | None = None,
     budget: int | None = None,
     rate: float | None = None,
-    decoys: float = 0.0,
     tries: int = 5,
     timeout: float = 30.0,
     deadline: float = 600.0,
@@ -83,9 +80,8 @@ def endpoint(
     "as recorded", "0 to 1", "0 to 255", "-1 to 1", "ImageNet", or "any" to try and pay for all. What is not given
     is taken from what the server says of its model, and as the mark recorded it where it says nothing. labels: the
     names of all classes in their order, for a service that answers with names. batch: inputs in one request, 32 or what
-    the server fixes; budget: inputs sent in all, decoys and tries included; rate: inputs per second; decoys: so many
-    other inputs of the same kind for each trigger, shuffled with them, answers not looked at; tries: for one request,
-    with pauses between them that double; timeout: seconds for one; deadline: seconds in all.
+    the server fixes; budget: inputs sent in all, tries included; rate: inputs per second; tries: for one request, with
+    pauses between them that double; timeout: seconds for one; deadline: seconds in all.
 
     Raises ValueError for a URL, a template or an option that is none. Nothing is sent before the suspect is asked.
     """
@@ -93,8 +89,6 @@ def endpoint(
     for name, value in {"input": input, "output": output}.items():
         if value is not None and not (isinstance(value, str) and value):
             raise ValueError(f"{name} must be a name, and it is {value!r}")
-    if isinstance(decoys, bool) or not (isinstance(decoys, int | float) and 0.0 <= decoys <= 100.0):
-        raise ValueError(f"decoys must be from 0 to 100 for each trigger, and it is {decoys!r}")
     _one_of("datatype", datatype, (None, *_TYPES))
     _one_of("layout", layout, (None, *LAYOUT_NAMES))
     _one_of("scaling", scaling, ("any", *SCALING_NAMES))
@@ -127,7 +121,7 @@ def endpoint(
     else:
         model = RestModel(url, headers, outputs, labels)
     patience = Patience(rate, budget, tries, timeout, deadline)
-    return EndpointSuspect(model, patience, input, output, datatype, layout, scaling, batch, decoys, labels is not None)
+    return EndpointSuspect(model, patience, input, output, datatype, layout, scaling, batch, labels is not None)
 
 
 def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -158,11 +152,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class EndpointSuspect:
-    """What `endpoint` makes: a suspect of the usual kind. Budget and deadline are for its whole life.
-
-    Where Ctrl-C comes after something was answered, the asking ends, `interrupted` is True, and what is missing is
-    missing for that reason: the budget has been spent, and the triggers have been seen.
-    """
+    """What `endpoint` makes: a suspect of the usual kind. Budget and deadline are for its whole life."""
 
     def __init__(
         self,
@@ -174,7 +164,6 @@ class EndpointSuspect:
         layout: str | None,
         scaling: str,
         batch: int | None,
-        decoys: float,
         named: bool,
     ) -> None:
         self.name = model.name
@@ -182,7 +171,6 @@ class EndpointSuspect:
         self.notes: list[str] = []
         self.unasked: dict[int, str] = {}
         self.refused: dict[int, str] = {}
-        self.interrupted = False
         self._model = model
         self._patience = patience
         self._wanted = (input, datatype)
@@ -195,7 +183,6 @@ class EndpointSuspect:
         self._answered = False  # whether anything ever was
         self._given_up: str | None = None  # why nothing more is asked
         self._declared: Declared | None = None
-        self._decoys = Decoys(decoys)
         self._named = named  # classes, by the caller, in their order
 
     def adapters(self, trigger_shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:
@@ -215,13 +202,12 @@ class EndpointSuspect:
             return 0
         with self._discreet():
             size = self._fixed(self._input(), inputs) or 1
-        costs, left, in_time = self._decoys.costs(inputs), self._patience.allows(), self._patience.in_time()
-        room = len(inputs) if left is None else int((costs <= left // size * size).sum())
+        left = self._patience.allows()
+        room = len(inputs) if left is None else min(len(inputs), left // size * size)
         if not room and not self._patience.sent:
-            takes = max(int(costs[0]), size)
-            raise SuspectError(f"a budget of {self._patience.budget} queries is not enough: one trigger takes {takes}")
+            raise SuspectError(f"a budget of {self._patience.budget} queries is not enough: one trigger takes {size}")
         # The first request need not wait for the rate.
-        return min(room, max(1, int((costs <= in_time).sum())))
+        return min(room, int(max(1.0, min(room, self._patience.in_time()))))
 
     def query(self, inputs: NDArray[Any], num_classes: int | None = None) -> NDArray[Any]:
         """Scores [N, C], rows of NaN where there was no answer, or labels [N] or [N, R], −1 where there was none.
@@ -271,27 +257,21 @@ class EndpointSuspect:
             ways = [replace(way, scaling=self._scaling) for way in ways]
         others = 0.5 / max(1, len(ways) - 1)
         shares = [1.0] if len(ways) == 1 else [0.5, *[others] * (len(ways) - 1)]
-        ways = [replace(way, share=share) for way, share in zip(ways, shares, strict=True)]
-        self._decoys.prepare(ways, trigger_shape, value_range)
-        return ways
+        return [replace(way, share=share) for way, share in zip(ways, shares, strict=True)]
 
     def _answers(self, inputs: NDArray[Any], num_classes: int | None) -> NDArray[Any]:
         self.notes, self.unasked, self.refused = [], {}, {}
         to = self._input()
         inputs = inputs.astype(DTYPES.get(to.datatype, inputs.dtype), copy=False)
-        allowed, asked = self._patience.allows(), len(inputs)
-        if allowed is not None:
-            asked = int((self._decoys.costs(inputs) <= allowed).sum())
-        rows = np.concatenate([inputs[:asked], self._decoys.beside(inputs[:asked])])
-        found = self._ask_all(to, rows, num_classes)
-        if asked < len(inputs) and found.stopped is None:
+        allowed = self._patience.allows()
+        found = self._ask_all(to, inputs[:allowed], num_classes)
+        if allowed is not None and allowed < len(inputs) and found.stopped is None:
             found.stopped = f"the budget of {self._patience.budget} queries is used up"
         self._answered |= bool(found.answers)
         if not self._answered:
             reasons = dict.fromkeys(filter(None, (found.trouble, found.stopped)))
             raise SuspectError("; ".join(reasons) or f"{self.name} was asked nothing")
-        self.refused = {row: reason for row, reason in found.refused.items() if row < asked}
-        answers = {row: answer for row, answer in found.answers.items() if row < asked}
+        self.refused, answers = found.refused, found.answers
         missing = (row for row in range(len(inputs)) if row not in answers and row not in self.refused)
         self.unasked = dict.fromkeys(missing, found.stopped or "")
         joined = _joined(answers, len(inputs))
@@ -319,9 +299,8 @@ class EndpointSuspect:
         return self._declared
 
     def _ask_all(self, to: Declared, rows: NDArray[Any], num_classes: int | None) -> _Found:
-        """Ask for all rows in an order of chance. A batch that brings no answers is asked again one at a time."""
+        """Ask for all rows, in their order. A batch that brings no answers is asked again one at a time."""
         order = list(range(len(rows)))
-        random.SystemRandom().shuffle(order)
         size = self._batch or self._fixed(to, rows) or CHUNK
         waiting = [order[start : start + size] for start in range(0, len(order), size)]
         found = _Found(stopped=self._given_up)
@@ -332,12 +311,6 @@ class EndpointSuspect:
                 answers = self._ask(to, rows[batch], num_classes, found)
             except Spent as error:
                 found.stopped = str(error)
-                waiting.insert(0, batch)
-            except KeyboardInterrupt:
-                if not (self._answered or found.answers):
-                    raise
-                self.interrupted = True
-                found.stopped = self._given_up = "the asking was interrupted"
                 waiting.insert(0, batch)
             except SuspectError as error:
                 failures = failures + 1 if isinstance(error, Unavailable) else 0
