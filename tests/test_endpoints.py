@@ -27,10 +27,12 @@ from wmengine.errors import SuspectError
 from wmengine.key import Key
 from wmengine.schemes import black_box_parameters, scheme
 from wmengine.stats import binomial_log10_tail
-from wmengine.suspects import patience
 from wmengine.suspects.base import CHUNK
-from wmengine.suspects.endpoint import EndpointSuspect
-from wmengine.suspects.patience import Patience, Refused, Spent, Unavailable
+from wmengine.suspects.endpoint import patience
+from wmengine.suspects.endpoint.address import Address
+from wmengine.suspects.endpoint.options import EndpointOptions
+from wmengine.suspects.endpoint.patience import Patience, Refused, Spent, Unavailable
+from wmengine.suspects.endpoint.suspect import EndpointSuspect
 from wmengine.triggers import to_input
 from wmengine.watermark import Watermark
 
@@ -270,7 +272,7 @@ def test_a_request_that_is_lost_with_its_connection_is_paid_twice():
 
     with serving() as stub:
         stub.behave = posted(behave)
-        verdict = judged(stub, budget=30, batch=10, tries=1)
+        verdict = judged(stub, budget=30, batch=10, tries=2)
     assert len(stub.images) == 30
     assert (verdict.matched, verdict.queries, verdict.total) == (20, 20, 30)
 
@@ -327,7 +329,7 @@ def test_an_endpoint_that_goes_away_keeps_what_it_had_answered():
 class Stranger:
     """A linear model without a mark, behind no network: busy now and then."""
 
-    name, secrets = "stranger", ()
+    address = Address.of("https://stranger/v2/models/m", None, ("https",))
 
     def __init__(self, chance, busy):
         self.chance, self.busy, self.sent = chance, busy, 0
@@ -354,7 +356,8 @@ def test_strangers_with_any_budget_are_accused_no_more_often_than_p_says():
         stranger, budget = Stranger(chance, chance.choice([0.0, 0.2])), int(chance.integers(3, 90))
         asking = Patience(None, budget, 3, 30.0, 600.0, sleep=lambda seconds: None)
         scaling, batch = ("as recorded", "any")[number % 2], int(chance.integers(1, 20))
-        suspect = EndpointSuspect(stranger, asking, None, None, None, None, scaling, batch, False)
+        options = EndpointOptions("https://stranger/v2/models/m", scaling=scaling, batch=batch)
+        suspect = EndpointSuspect(options, stranger, asking)
         verdict = wm.verify(suspect, mark, queries=("all", "sequential")[number // 2 % 2])
         assert verdict.matched <= verdict.total <= min(40, budget) or verdict.error
         assert verdict.queries <= stranger.sent <= budget

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from wmengine.sandbox import Limits
     from wmengine.scan import scan
     from wmengine.schemes import SCHEMES, scheme
-    from wmengine.suspects.endpoint import endpoint
+    from wmengine.suspects.endpoint.suspect import endpoint
     from wmengine.verify import Verdict, verify
     from wmengine.watermark import Watermark
 
@@ -51,7 +51,7 @@ _HOMES = {
     "SCHEMES": "schemes",
     "Verdict": "verify",
     "Watermark": "watermark",
-    "endpoint": "suspects.endpoint",
+    "endpoint": "suspects.endpoint.suspect",
     "export_onnx": "export",
     "get_num_threads": "ops",
     "scan": "scan",
