@@ -66,8 +66,8 @@ class EndpointSuspect:
         self.notes: list[str] = []
         self.unasked: dict[int, str] = {}
         self.refused: dict[int, str] = {}
-        self._batch = options.batch
         self._batches_work = False  # whether more than one input at once was ever answered
+        self._one_at_a_time = False  # as nothing else was ever answered
         self._answered = False  # whether anything ever was
         self._given_up: str | None = None  # why nothing more is asked
         self._declared: Declared | None = None
@@ -190,39 +190,36 @@ class EndpointSuspect:
 
     def _ask_all(self, to: Declared, rows: NDArray[Any], num_classes: int | None) -> _Found:
         """Ask for all rows, in their order. A batch that brings no answers is asked again one at a time."""
-        size = self._batch or self._fixed(to, rows) or CHUNK
+        size = 1 if self._one_at_a_time else self._options.batch or self._fixed(to, rows) or CHUNK
         waiting = [[*range(start, min(start + size, len(rows)))] for start in range(0, len(rows), size)]
         found = _Found(stopped=self._given_up)
         failures = 0
         while waiting and found.stopped is None:
             batch = waiting.pop(0)
+            if self._one_at_a_time and len(batch) > 1:
+                waiting[:0] = [[row] for row in batch]
+                continue
             try:
                 answers = self._ask(to, rows[batch], num_classes, found)
             except Spent as error:
                 found.stopped = str(error)
-                waiting.insert(0, batch)
             except SuspectError as error:
                 failures = failures + 1 if isinstance(error, Unavailable) else 0
                 found.trouble = found.trouble or str(error)
-                found.refused |= dict.fromkeys(batch, str(error))
                 gone = isinstance(error, Unavailable) and not error.reached
                 hopeless = isinstance(error, Refused) and error.hopeless and not (self._answered or found.answers)
                 if gone or hopeless or failures == FAILURES:
                     found.stopped = self._given_up = str(error)
-                elif len(batch) > 1:
-                    if not self._batches_work:
-                        self._batch = 1
-                        batch, waiting = [row for each in (batch, *waiting) for row in each], []
+                if len(batch) == 1 or found.stopped:
+                    found.refused |= dict.fromkeys(batch, str(error))
+                else:
+                    self._one_at_a_time = not self._batches_work
                     waiting[:0] = [[row] for row in batch]
             else:
                 failures = 0
                 self._batches_work |= len(batch) > 1
-                for row, answer in zip(batch, answers, strict=True):
-                    found.answers[row] = answer
-                    found.refused.pop(row, None)
-        for row in (row for batch in waiting for row in batch):
-            found.refused.pop(row, None)  # those would have been asked again
-        if found.answers and self._batch == 1 and not self._batches_work and size > 1:
+                found.answers |= zip(batch, answers, strict=True)
+        if found.answers and self._one_at_a_time and size > 1:
             self.notes.append("the suspect answers only one input at a time")
         return found
 
