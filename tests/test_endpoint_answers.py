@@ -31,9 +31,6 @@ from wmengine.suspects.endpoint import model
 pytestmark = pytest.mark.usefixtures("no_long_pauses")
 
 
-# --- hostile answers --------------------------------------------------------------------------------------------------
-
-
 def one_output(datatype, data, shape=b"[1]"):
     return b'{"outputs": [{"name": "y", "shape": %s, "datatype": "%s", "data": %s}]}' % (shape, datatype, data)
 
@@ -339,9 +336,6 @@ def test_all_addresses_of_a_host_share_the_time(monkeypatch):
     assert time.monotonic() - started < 8  # each on its own would have 15 seconds
     for each in (*full, held):
         each.close()
-
-
-# --- secrets ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

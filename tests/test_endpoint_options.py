@@ -23,9 +23,6 @@ from wmengine.suspects.endpoint.template import Template
 pytestmark = pytest.mark.usefixtures("no_long_pauses")
 
 
-# --- templates --------------------------------------------------------------------------------------------------------
-
-
 def test_a_batch_as_lists_with_scores_somewhere_in_the_answer():
     def behave(request):
         assert request.json["parameters"] == {"top": 10}
@@ -137,9 +134,6 @@ GOOD = {"body": {"x": "${inputs}"}, "scores": ""}
 def test_a_template_that_is_none_is_refused_before_anything_is_sent(request_, said):
     with pytest.raises(ValueError, match=said):
         wm.endpoint("https://host/", request=request_)
-
-
-# --- options ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -261,9 +255,6 @@ def test_the_digest_tells_apart_what_can_change_an_answer_and_nothing_else():
 def test_an_option_that_is_none_is_a_type_error():
     with pytest.raises(TypeError, match="bugdet"):
         wm.endpoint("https://host/v2/models/m", bugdet=3)
-
-
-# --- documents --------------------------------------------------------------------------------------------------------
 
 
 def test_the_templates_in_the_documents_work(tmp_path, monkeypatch):

@@ -39,9 +39,6 @@ from wmengine.watermark import Watermark
 pytestmark = pytest.mark.usefixtures("no_long_pauses")
 
 
-# --- the mark is found ------------------------------------------------------------------------------------------------
-
-
 def test_a_url_is_a_suspect_whose_mark_is_found():
     with serving() as stub:
         verdict = wm.verify(stub.url, MARK)
@@ -179,9 +176,6 @@ def test_a_fixed_batch_is_padded_and_a_batch_of_one_is_found_out():
 def test_a_white_box_mark_cannot_be_read_from_an_endpoint():
     with pytest.raises(SuspectError, match="shows no weights"):
         wm.endpoint("https://host/v2/models/m").tensors()
-
-
-# --- budget, refusals -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("queries", ["all", "sequential"])
@@ -422,9 +416,6 @@ def test_clean_data_are_paid_from_the_budget_and_leave_room_for_triggers():
         stub.requests.clear()
         assert "room for 40 inputs, and 40 are clean ones" in found(40).error
         assert not stub.questions
-
-
-# --- patience ---------------------------------------------------------------------------------------------------------
 
 
 class Time:

@@ -93,7 +93,7 @@ class HttpClient:
             raise Refused(f"has no valid certificate ({one_line(error)})", hopeless=True) from None
         except (TimeoutError, urllib3.exceptions.TimeoutError):
             raise Unavailable(f"does not answer within {seconds:.3g} seconds") from None
-        except (OSError, http.client.HTTPException, HTTPError) as error:
+        except (OSError, ValueError, http.client.HTTPException, HTTPError) as error:
             reason = Exception(error.args[0]) if isinstance(error, HTTPError) and error.args else error
             raise Unavailable(f"cannot be asked ({one_line(reason)})", reached=reached) from None
         finally:
