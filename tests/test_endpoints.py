@@ -361,8 +361,6 @@ def test_strangers_with_any_budget_are_accused_no_more_often_than_p_says():
         assert count <= verdicts * bar + 5 * (verdicts * bar) ** 0.5
 
 
-# --- classes in another order -----------------------------------------------------------------------------------------
-
 RENUMBERED = np.random.default_rng(5).permutation(CLASSES)
 CLEAN = np.random.default_rng(6).integers(0, 256, (40, 3, 4, 4)).astype(np.uint8)
 CLEAN_LABELS = np.random.default_rng(7).integers(0, CLASSES, 40)
