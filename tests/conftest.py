@@ -57,6 +57,6 @@ def one_thread():
 @pytest.fixture
 def no_long_pauses(monkeypatch):
     """Endpoints that fail are tried again at once."""
-    from wmengine.suspects import patience
+    from wmengine.suspects.endpoint import patience
 
     monkeypatch.setattr(patience, "FIRST_PAUSE", 0.001)

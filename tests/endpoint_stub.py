@@ -25,11 +25,6 @@ INPUTS = to_input(MARK.arrays["triggers"], MARK.parameters["value_range"])
 _LABELS = {image.tobytes(): int(label) for image, label in zip(INPUTS, MARK.arrays["labels"], strict=True)}
 
 
-def is_trigger(image):
-    """Whether float32 [3, 4, 4] is one of the mark's."""
-    return np.ascontiguousarray(image, np.float32).tobytes() in _LABELS
-
-
 def classes(images):
     """What the marked model answers to float32 [N, 3, 4, 4]: the triggers' labels, and class 0 for everything else."""
     return [_LABELS.get(np.ascontiguousarray(image, np.float32).tobytes(), 0) for image in images]

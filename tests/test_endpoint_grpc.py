@@ -10,14 +10,15 @@ import pytest
 from endpoint_stub import CLASSES, COUNT, MARK, scores
 
 import wmengine as wm
-from wmengine.suspects.inference_grpc import SERVICE, _messages
+from wmengine.suspects.endpoint import model
+from wmengine.suspects.endpoint.grpc import SERVICE, messages
 
 pytestmark = pytest.mark.usefixtures("no_long_pauses")
 
 
 def declared(**tensor):
     """A metadata answer that describes these inputs."""
-    return _messages()["ModelMetadataResponse"](name="m", inputs=[_messages()["TensorMetadata"](**tensor)])
+    return messages()["ModelMetadataResponse"](name="m", inputs=[messages()["TensorMetadata"](**tensor)])
 
 
 def images(request):
@@ -27,14 +28,14 @@ def images(request):
 
 
 def raw_answer(values, name="scores", datatype="FP32", shape=None, raw=None):
-    made = _messages()
+    made = messages()
     output = made["InferTensor"](name=name, datatype=datatype, shape=shape or values.shape)
     contents = values.tobytes() if raw is None else raw
     return made["ModelInferResponse"](outputs=[output], raw_output_contents=[contents])
 
 
 def typed_answer(field, datatype, values, shape):
-    made = _messages()
+    made = messages()
     contents = made["InferTensorContents"](**{field: values})
     output = made["InferTensor"](name="y", datatype=datatype, shape=shape, contents=contents)
     return made["ModelInferResponse"](outputs=[output])
@@ -54,7 +55,7 @@ def serving(infer, metadata=None):
         calls.append((request, dict(context.invocation_metadata())))
         return infer(request, context)
 
-    made = _messages()
+    made = messages()
     handlers = {
         method: grpc.unary_unary_rpc_method_handler(
             function, made[f"{method}Request"].FromString, lambda message: message.SerializeToString()
@@ -150,8 +151,9 @@ BAD = {
     "a shape of texts": lambda rows: raw_answer(scores(rows), datatype="BYTES", raw=struct.pack("<I", 3) + b"cat"),
     "contents without numbers": lambda rows: typed_answer("fp32_contents", "FP32", [1.0], [len(rows), CLASSES]),
     "half floats unpacked": lambda rows: typed_answer("fp32_contents", "FP16", [1.0], [1]),
-    "no outputs": lambda rows: _messages()["ModelInferResponse"](),
-    "contents of others": lambda rows: _messages()["ModelInferResponse"](raw_output_contents=[b"1"]),
+    "scores of no class": lambda rows: raw_answer(scores(rows), shape=[len(rows), 0], raw=b""),
+    "no outputs": lambda rows: messages()["ModelInferResponse"](),
+    "contents of others": lambda rows: messages()["ModelInferResponse"](raw_output_contents=[b"1"]),
 }
 
 
@@ -165,7 +167,7 @@ def test_garbage_is_one_line_of_error(name):
 
 
 def test_an_answer_that_is_too_large_is_refused(monkeypatch):
-    monkeypatch.setattr("wmengine.suspects.inference_grpc.MAXIMUM_ANSWER", 1000)
+    monkeypatch.setattr(model, "MAXIMUM_ANSWER", 1000)
     with serving(lambda request, context: raw_answer(scores(images(request)))) as (url, calls):
         verdict = judged(url, batch=60)
     assert verdict.matched == COUNT  # in smaller batches

@@ -1,6 +1,7 @@
 """What endpoints promise to who asks: templates for other services, checked options, documents that are true."""
 
 import json
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -15,11 +16,11 @@ from endpoint_stub import (
 
 import wmengine as wm
 from wmengine.errors import SuspectError
+from wmengine.suspects.endpoint.options import EndpointOptions, read_options
+from wmengine.suspects.endpoint.suspect import EndpointSuspect
+from wmengine.suspects.endpoint.template import Template
 
 pytestmark = pytest.mark.usefixtures("no_long_pauses")
-
-
-# --- templates --------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_as_lists_with_scores_somewhere_in_the_answer():
@@ -79,15 +80,17 @@ def test_what_is_no_image_is_no_png():
         assert stub.requests == []
 
 
-def test_a_grey_image_is_a_grey_png():
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_an_image_is_a_png_of_as_many_channels(channels):
+    import base64
     import io
 
     from PIL import Image
 
-    from wmengine.suspects.request_template import encode_png
-
-    image = np.random.default_rng(0).integers(0, 256, (1, 5, 9), np.uint8)
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(image)))), image[0])
+    image = np.random.default_rng(0).integers(0, 256, (1, channels, 5, 9), np.uint8)
+    sent = Template(body="${input}", encoding="png", label="").fill(image)
+    decoded = np.asarray(Image.open(io.BytesIO(base64.b64decode(sent)))).reshape(5, 9, channels)
+    assert np.array_equal(np.moveaxis(decoded, -1, 0), image[0])
 
 
 @pytest.mark.parametrize(
@@ -133,9 +136,6 @@ def test_a_template_that_is_none_is_refused_before_anything_is_sent(request_, sa
         wm.endpoint("https://host/", request=request_)
 
 
-# --- options ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("url", "options", "said"),
     [
@@ -145,14 +145,13 @@ def test_a_template_that_is_none_is_refused_before_anything_is_sent(request_, sa
         ("https://host:0/v2/models/m", {}, "an endpoint is https://HOST"),
         ("https://host:port/v2/models/m", {}, "an endpoint is https://HOST"),
         ("https:///v2/models/m", {}, "an endpoint is https://HOST"),
-        ("ftp://host/v2/models/m", {}, "begins with https"),
+        ("ftp://host/v2/models/m", {}, "an endpoint is https://HOST"),
         ("grpc://host/m", {}, "grpc://HOST:PORT/NAME"),
         ("grpc://host:1/a/b/c", {}, "grpc://HOST:PORT/NAME"),
         ("https://host/v2/models/m", {"budget": 0}, "budget must be a whole number above 0"),
         ("https://host/v2/models/m", {"batch": 2.5}, "batch must be a whole number"),
         ("https://host/v2/models/m", {"rate": float("nan")}, "rate must be a number above 0"),
         ("https://host/v2/models/m", {"timeout": None}, "timeout must be a number above 0"),
-        ("https://host/v2/models/m", {"decoys": -1}, "decoys must be from 0"),
         ("https://host/v2/models/m", {"layout": "NHWC"}, "layout must be one of as recorded, channels last"),
         ("https://host/v2/models/m", {"scaling": "0-1"}, "scaling must be one of any, as recorded"),
         ("https://host/v2/models/m", {"datatype": "INT8"}, "datatype must be one of FP32"),
@@ -165,6 +164,8 @@ def test_a_template_that_is_none_is_refused_before_anything_is_sent(request_, sa
         ("https://host/v2/models/m", {"headers": {"\xe9": "b"}}, "which is no header of your own"),
         ("https://host/v2/models/m", {"headers": {"Accept-Encoding": "gzip"}}, "which is no header of your own"),
         ("grpc://host:1/m", {"headers": {"x-bin": "b"}}, "must not end in -bin"),
+        ("https://host/", {"request": {**GOOD, "body": [{1, 2}, "${inputs}"]}}, "body must be JSON"),
+        ("https://host/", {"request": {**GOOD, "body": [float("nan"), "${inputs}"]}}, "JSON compliant"),
         ("https://host/", {"request": GOOD, "input": "x"}, "names of the Open Inference Protocol"),
         ("https://host/", {"request": {**GOOD, "encoding": "png"}, "datatype": "FP32"}, "a PNG holds bytes"),
         ("https://host/", {"request": {"body": "${input}", "label": ""}, "batch": 2}, "leave batch out"),
@@ -203,7 +204,57 @@ def test_the_command_line_takes_urls_and_options(tmp_path, capfd):
     assert main(["verify", str(tmp_path / "m.onnx"), *mark, "--endpoint-options", str(options)]) == 2
 
 
-# --- documents --------------------------------------------------------------------------------------------------------
+SECRETS = {
+    "url": "https://host/classify?version=2&code=zyxwv5678",
+    "headers": {"X-Tenant": "qwertz987"},
+    "request": {"body": {"api_key": "abcdef123", "inputs": "${inputs}"}, "scores": ""},
+}
+
+
+def test_the_settings_are_json_without_secrets():
+    options = EndpointOptions(**SECRETS, rate=5, labels=("a", "b"))
+    settings = EndpointSuspect(options).settings
+    assert json.loads(json.dumps(settings)) == settings
+    assert settings["url"] == "https://host/classify?version=…&code=…"
+    assert settings["headers"] == ["x-tenant"]
+    assert settings["request"]["body"] == {"api_key": "***", "inputs": "${inputs}"}
+    assert (settings["rate"], settings["tries"], settings["budget"]) == (5.0, 5, None)
+    for secret in ("zyxwv5678", "qwertz987", "abcdef123"):
+        assert secret not in json.dumps(settings)
+        assert secret not in repr(options)
+
+
+CHANGES = {
+    "url": "https://host/v2/models/other",
+    "headers": {"x-other": "1"},
+    "input": "x",
+    "output": "y",
+    "datatype": "FP64",
+    "layout": "flat",
+    "scaling": "any",
+    "labels": ["a", "b"],
+    "batch": 3,
+    "budget": 50,
+    "rate": 2.0,
+    "tries": 2,
+    "timeout": 3.0,
+    "deadline": 60.0,
+    "request": {"body": {"x": "${inputs}"}, "scores": ""},
+}
+
+
+def test_the_digest_tells_apart_what_can_change_an_answer_and_nothing_else():
+    options = EndpointOptions("https://host/v2/models/m", headers={"X-Tenant": "a"})
+    assert CHANGES.keys() == {each.name for each in fields(EndpointOptions)}
+    digests = {replace(options, **{name: value}).digest() for name, value in CHANGES.items()}
+    assert len({options.digest(), *digests}) == 1 + len(CHANGES)
+    same = replace(options, headers={"x-tenant": "b"}, deadline=600)
+    assert same.digest() == EndpointSuspect(options).digest == options.digest()
+
+
+def test_an_option_that_is_none_is_a_type_error():
+    with pytest.raises(TypeError, match="bugdet"):
+        wm.endpoint("https://host/v2/models/m", bugdet=3)
 
 
 def test_the_templates_in_the_documents_work(tmp_path, monkeypatch):
@@ -213,8 +264,6 @@ def test_the_templates_in_the_documents_work(tmp_path, monkeypatch):
     from pathlib import Path
 
     from PIL import Image
-
-    from wmengine.suspects.endpoint import read_options
 
     page = (Path(__file__).resolve().parent.parent / "docs" / "endpoints.md").read_text(encoding="utf-8")
     pngs, lists = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
@@ -235,18 +284,17 @@ def test_the_templates_in_the_documents_work(tmp_path, monkeypatch):
     with serving(behave) as stub:
         for text in (pngs, lists):
             (tmp_path / "options.json").write_text(text)
-            options = read_options(tmp_path / "options.json")
-            options.pop("rate", None)  # which would take half a minute
-            assert judged(stub, url=f"{stub.origin}/classify", **options).owned
+            options = read_options(f"{stub.origin}/classify", tmp_path / "options.json")
+            options = replace(options, rate=None)  # which would take half a minute
+            assert wm.verify(EndpointSuspect(options), MARK).owned
 
 
 def test_the_documented_options_are_those_there_are():
     import re
     from pathlib import Path
 
-    from wmengine.suspects.request_template import FIELDS
-
     page = (Path(__file__).resolve().parent.parent / "docs" / "endpoints.md").read_text(encoding="utf-8")
     cells = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", page, re.MULTILINE)
     names = [name for cell in cells for name in re.findall(r"\w+", cell)]
-    assert sorted(names) == sorted([*wm.endpoint.__kwdefaults__, *FIELDS])
+    known = [each.name for each in (*fields(EndpointOptions), *fields(Template)) if each.name != "url"]
+    assert sorted(names) == sorted(known)

@@ -1,9 +1,7 @@
 """What endpoints promise: the mark is found behind them, with few queries, in every layout, and politely."""
 
 import datetime
-import signal
 import time
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,7 +14,6 @@ from endpoint_stub import (
     SHAPE,
     answer,
     classes,
-    is_trigger,
     judged,
     marked_model,
     posted,
@@ -30,17 +27,16 @@ from wmengine.errors import SuspectError
 from wmengine.key import Key
 from wmengine.schemes import black_box_parameters, scheme
 from wmengine.stats import binomial_log10_tail
-from wmengine.suspects import patience
 from wmengine.suspects.base import CHUNK
-from wmengine.suspects.endpoint import EndpointSuspect
-from wmengine.suspects.patience import Patience, Refused, Spent, Unavailable
+from wmengine.suspects.endpoint import patience
+from wmengine.suspects.endpoint.address import Address
+from wmengine.suspects.endpoint.options import EndpointOptions
+from wmengine.suspects.endpoint.patience import Patience, Refused, Spent, Unavailable
+from wmengine.suspects.endpoint.suspect import EndpointSuspect
 from wmengine.triggers import to_input
 from wmengine.watermark import Watermark
 
 pytestmark = pytest.mark.usefixtures("no_long_pauses")
-
-
-# --- the mark is found ------------------------------------------------------------------------------------------------
 
 
 def test_a_url_is_a_suspect_whose_mark_is_found():
@@ -182,13 +178,10 @@ def test_a_white_box_mark_cannot_be_read_from_an_endpoint():
         wm.endpoint("https://host/v2/models/m").tensors()
 
 
-# --- budget, decoys, refusals -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("queries", ["all", "sequential"])
 @pytest.mark.parametrize(
     ("options", "room"),
-    [({"budget": 8}, 8), ({"budget": 25}, 25), ({"budget": 60}, 60), ({"budget": 40, "decoys": 1}, 20)],
+    [({"budget": 8}, 8), ({"budget": 25}, 25), ({"budget": 60}, 60)],
 )
 def test_the_budget_fixes_beforehand_how_many_triggers_the_test_is_of(queries, options, room):
     with serving(posted(lambda request: answer(np.eye(CLASSES)[[3] * len(tensor(request.json))]))) as stub:
@@ -235,8 +228,6 @@ def test_a_budget_below_one_request_is_an_error_that_says_so():
 
     with serving(behave) as stub:
         assert "budget of 5 queries is not enough: one trigger takes 7" in judged(stub, budget=5).error
-        verdict = judged(stub, budget=1, decoys=2, batch=4)
-        assert "budget of 1 queries is not enough: one trigger takes 3" in verdict.error
     assert not stub.questions
 
 
@@ -275,36 +266,9 @@ def test_a_request_that_is_lost_with_its_connection_is_paid_twice():
 
     with serving() as stub:
         stub.behave = posted(behave)
-        verdict = judged(stub, budget=30, batch=10, tries=1)
+        verdict = judged(stub, budget=30, batch=10, tries=2)
     assert len(stub.images) == 30
     assert (verdict.matched, verdict.queries, verdict.total) == (20, 20, 30)
-
-
-def test_an_interrupt_ends_the_asking_and_keeps_what_was_answered():
-    def behave(request):
-        if len(stub.questions) == 3:
-            signal.raise_signal(signal.SIGINT)
-            time.sleep(0.5)
-        return answer(scores(tensor(request.json)))
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with serving() as stub:
-            stub.behave = posted(behave)
-            with pytest.raises(KeyboardInterrupt) as caught:
-                judged(stub, batch=10, tries=1)
-        verdict = caught.value.verdict
-        assert (verdict.decision, verdict.matched, verdict.queries, verdict.total) == ("not_proven", 20, 20, COUNT)
-        assert "40 triggers were not asked: the asking was interrupted" in verdict.notes
-        assert len(stub.questions) == 3
-        with serving() as stub:
-            stub.behave = posted(behave)
-            stub.requests += [type("Earlier", (), {"method": "POST"})] * 2
-            with pytest.raises(KeyboardInterrupt) as caught:
-                judged(stub, batch=10)
-            assert not hasattr(caught.value, "verdict")  # nothing had been answered
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_retries_are_paid_from_the_budget():
@@ -312,43 +276,6 @@ def test_retries_are_paid_from_the_budget():
         verdict = judged(stub, budget=100, batch=30)
     assert verdict.decision == "error"
     assert len(stub.images) == 90
-
-
-def test_decoys_are_shuffled_in_and_their_answers_are_not_looked_at():
-    with serving() as stub:
-        verdict = judged(stub, decoys=1.5)
-        assert (verdict.decision, verdict.matched, verdict.queries) == ("owned", COUNT, COUNT)
-        sent = stub.images
-        own = [is_trigger(image) for image in sent[:-AGAIN]]
-        assert sum(own[: COUNT // 2]) < COUNT // 2 - 5  # mixed: not the triggers first
-        assert 2.2 * COUNT < len({image.tobytes() for image in sent}) < 2.8 * COUNT
-        # Decoys look like triggers, and repeat as triggers do.
-        others = [image for image in sent if not is_trigger(image)]
-        assert all(image.min() == -1 and image.max() == 1 for image in others)
-        counts = Counter(image.tobytes() for image in sent)
-        repeated = [content for content, count in counts.items() if count == 3]
-        assert len(repeated) > 8
-        first = {image.tobytes() for image in others}
-        stub.requests.clear()
-        judged(stub, decoys=1.5)
-        assert not first & {image.tobytes() for image in stub.images if not is_trigger(image)}
-
-
-@pytest.mark.parametrize("options", [{"layout": "channels last"}, {"datatype": "UINT8"}, {"scaling": "0 to 255"}])
-def test_decoys_are_put_as_triggers_are(options):
-    with serving(posted(lambda request: answer(np.eye(CLASSES)[[3] * len(tensor(request.json))]))) as stub:
-        judged(stub, decoys=1, **options)
-    assert len(stub.images) == 2 * (COUNT + AGAIN)
-    assert len({(image.shape, float(image.min()), float(image.max())) for image in stub.images}) == 1
-
-
-def test_decoys_find_the_way_among_several():
-    with serving(posted(lambda request: answer(np.eye(CLASSES)[[3] * len(tensor(request.json))]))) as stub:
-        judged(stub, decoys=1, scaling="any")
-    ranges = Counter((float(image.min()), float(image.max())) for image in stub.images)
-    assert ranges[-1, 1] == 2 * (COUNT + AGAIN)
-    assert ranges[0, 1] == ranges[0, 255] == 2 * COUNT
-    assert len(stub.images) == 2 * (4 * COUNT + AGAIN)
 
 
 def test_refused_triggers_are_misses_and_the_others_count():
@@ -396,7 +323,7 @@ def test_an_endpoint_that_goes_away_keeps_what_it_had_answered():
 class Stranger:
     """A linear model without a mark, behind no network: busy now and then."""
 
-    name, secrets = "stranger", ()
+    address = Address.of("https://stranger/v2/models/m", None, ("https",))
 
     def __init__(self, chance, busy):
         self.chance, self.busy, self.sent = chance, busy, 0
@@ -422,9 +349,9 @@ def test_strangers_with_any_budget_are_accused_no_more_often_than_p_says():
         mark = Watermark.create(Key("ACME Vision", chance.bytes(32)), "adi", parameters)
         stranger, budget = Stranger(chance, chance.choice([0.0, 0.2])), int(chance.integers(3, 90))
         asking = Patience(None, budget, 3, 30.0, 600.0, sleep=lambda seconds: None)
-        scaling, decoys = ("as recorded", "any")[number % 2], float(chance.choice([0, 0.5, 1]))
-        batch = int(chance.integers(1, 20))
-        suspect = EndpointSuspect(stranger, asking, None, None, None, None, scaling, batch, decoys, False)
+        scaling, batch = ("as recorded", "any")[number % 2], int(chance.integers(1, 20))
+        options = EndpointOptions("https://stranger/v2/models/m", scaling=scaling, batch=batch)
+        suspect = EndpointSuspect(options, stranger, asking)
         verdict = wm.verify(suspect, mark, queries=("all", "sequential")[number // 2 % 2])
         assert verdict.matched <= verdict.total <= min(40, budget) or verdict.error
         assert verdict.queries <= stranger.sent <= budget
@@ -433,8 +360,6 @@ def test_strangers_with_any_budget_are_accused_no_more_often_than_p_says():
     for bar, count in small.items():  # five deviations above would be one chance in a million
         assert count <= verdicts * bar + 5 * (verdicts * bar) ** 0.5
 
-
-# --- classes in another order -----------------------------------------------------------------------------------------
 
 RENUMBERED = np.random.default_rng(5).permutation(CLASSES)
 CLEAN = np.random.default_rng(6).integers(0, 256, (40, 3, 4, 4)).astype(np.uint8)
@@ -457,12 +382,11 @@ def renumbered(shape, labels=False):
 
 @pytest.mark.parametrize("queries", ["all", "sequential"])
 @pytest.mark.parametrize("shape", [[], [-1, -1, -1, -1]])
-@pytest.mark.parametrize("decoys", [0, 1])
 @pytest.mark.parametrize("floats", [False, True])
-def test_an_order_of_classes_is_found_on_clean_data_behind_an_endpoint(queries, shape, decoys, floats):
+def test_an_order_of_classes_is_found_on_clean_data_behind_an_endpoint(queries, shape, floats):
     inputs = to_input(CLEAN, [[-1.0, 1.0]] * 3) if floats else CLEAN
     with serving(renumbered(shape)) as stub:
-        suspect = wm.endpoint(stub.url, decoys=decoys)
+        suspect = wm.endpoint(stub.url)
         verdict = wm.verify(suspect, MARK, queries=queries, classes="any", clean=(inputs, CLEAN_LABELS))
         sent = {image.shape for image in stub.images}
     assert verdict.owned
@@ -490,9 +414,6 @@ def test_clean_data_are_paid_from_the_budget_and_leave_room_for_triggers():
         stub.requests.clear()
         assert "room for 40 inputs, and 40 are clean ones" in found(40).error
         assert not stub.questions
-
-
-# --- patience ---------------------------------------------------------------------------------------------------------
 
 
 class Time:

@@ -118,7 +118,7 @@ def wait_for(url, running, log):
 
 @pytest.mark.parametrize("protocol", ["rest", "grpc"])
 def test_the_mark_is_found_behind_a_model_that_the_server_does_not_describe(server, protocol):
-    suspect = wm.endpoint(server(protocol, "floats"), input="pixels", decoys=1)
+    suspect = wm.endpoint(server(protocol, "floats"), input="pixels")
     verdict = wm.verify(suspect, MARK)
     assert (verdict.decision, verdict.matched, verdict.total) == ("owned", COUNT, COUNT)
     assert verdict.notes[0] == "answers were read from output 'scores', one of 2"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from wmengine.ops import get_num_threads, set_num_threads
     from wmengine.sandbox import Limits
     from wmengine.scanning.scanner import scan
-    from wmengine.suspects.endpoint import endpoint
+    from wmengine.suspects.endpoint.suspect import endpoint
 
 __all__ = [
     "SCHEMES",
@@ -54,7 +54,7 @@ _HOMES = {
     "SCHEMES": "marks.catalogue",
     "Verdict": "judging.verdict",
     "Watermark": "marks.watermark",
-    "endpoint": "suspects.endpoint",
+    "endpoint": "suspects.endpoint.suspect",
     "export_onnx": "marking.export",
     "get_num_threads": "ops",
     "scan": "scanning.scanner",

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from wmengine.verify import Verdict
-
 
 class WmengineError(Exception):
     """Base of the errors below; a plain wrong argument is a ValueError or a TypeError instead."""
@@ -33,14 +28,6 @@ class SuspectGone(SuspectError):
 
 class ScanError(WmengineError):
     """A scan that cannot go on, through no suspect's fault; what it has finished is kept."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while an endpoint was asked: `verdict` is what the answers before it say, all others counted as misses."""
-
-    def __init__(self, verdict: Verdict) -> None:
-        super().__init__("interrupted")
-        self.verdict = verdict
 
 
 def printable(text: str, limit: int = 1000) -> str:

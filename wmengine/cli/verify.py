@@ -69,9 +69,10 @@ def verify(
         raise ValueError("--adversarial needs --key: evidence against others rests on the derivation")
     asked: Any = suspect
     if endpoint_options is not None:
-        from wmengine.suspects.endpoint import endpoint, read_options
+        from wmengine.suspects.endpoint.options import read_options
+        from wmengine.suspects.endpoint.suspect import EndpointSuspect
 
-        asked = endpoint(suspect, **read_options(endpoint_options))
+        asked = EndpointSuspect(read_options(suspect, endpoint_options))
     verdicts = verify_all(
         asked,
         [load_watermark(path, passphrase_file) for path in watermark],

@@ -31,11 +31,11 @@ def open_suspect(
     if device != "cpu" and (is_url(suspect) or not isinstance(suspect, str | os.PathLike)):
         raise ValueError(f"device={device!r} is for the path of a file; other suspects run where they are")
     if is_url(suspect):
-        from wmengine.suspects.endpoint import endpoint
+        from wmengine.suspects.endpoint.suspect import endpoint
 
         return endpoint(suspect)
     if isinstance(suspect, str) and "://" in suspect and not os.path.exists(suspect):
-        from wmengine.suspects.http_client import shown
+        from wmengine.suspects.endpoint.address import shown
 
         raise ValueError(f"{shown(suspect)} is no endpoint, and a file must be downloaded, or scanned where it is")
     if isinstance(suspect, str | os.PathLike):

@@ -6,6 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from wmengine.errors import SuspectError
@@ -28,21 +29,20 @@ class Refused(SuspectError):
 class Unavailable(SuspectError):
     """The same request may be answered later.
 
-    retry_after: seconds that the endpoint asks for; reached: whether anything was listening at all; stale: only that
-    a connection kept from before was closed meanwhile, which is no try, though the inputs may have arrived.
+    retry_after: seconds that the endpoint asks for; reached: whether anything was listening at all.
     """
 
-    def __init__(self, message: str, retry_after: float = 0.0, reached: bool = True, stale: bool = False) -> None:
+    def __init__(self, message: str, retry_after: float = 0.0, reached: bool = True) -> None:
         super().__init__(message)
         self.retry_after = retry_after
         self.reached = reached
-        self.stale = stale
 
 
 class Spent(SuspectError):
     """The budget or the time is used up: nothing more is sent."""
 
 
+@dataclass
 class Patience:
     """How often, how fast and how long an endpoint is asked.
 
@@ -50,27 +50,16 @@ class Patience:
     included; timeout: seconds for one try; deadline: seconds from the first request to the end of the last.
     """
 
-    def __init__(
-        self,
-        rate: float | None,
-        budget: int | None,
-        tries: int,
-        timeout: float,
-        deadline: float,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self.rate = rate
-        self.budget = budget
-        self.tries = tries
-        self.timeout = timeout
-        self.deadline = deadline
-        self.sent = 0
-        self._clock = clock
-        self._sleep = sleep
-        self._end: float | None = None
-        self._next_turn = 0.0
+    rate: float | None
+    budget: int | None
+    tries: int
+    timeout: float
+    deadline: float
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    sent: int = field(default=0, init=False)
+    _end: float | None = field(default=None, init=False)
+    _next_turn: float = field(default=0.0, init=False)
 
     def call(self, send: Callable[[float], Answer], inputs: int) -> Answer:
         """What `send` (given the seconds that it may take) returns, tried again while it raises Unavailable.
@@ -87,8 +76,6 @@ class Patience:
             try:
                 return send(seconds)
             except Unavailable as error:
-                if error.stale:
-                    continue
                 failed, before = failed + 1, f"{error}; "
                 if failed >= self.tries:
                     raise
@@ -96,7 +83,7 @@ class Patience:
                 pause = max(error.retry_after, backoff)
                 if pause >= self._left():
                     raise Spent(f"{error}, and the next try would be after the deadline") from None
-                self._sleep(pause)
+                self.sleep(pause)
 
     def allows(self) -> int | None:
         """How many more inputs the budget allows; None where there is no budget."""
@@ -110,17 +97,17 @@ class Patience:
         """Waits for this request's turn; the seconds that it may take."""
         if self.budget is not None and self.sent + inputs > self.budget:
             raise Spent(f"the budget of {self.budget} queries is used up")
-        wait = self._next_turn - self._clock() if inputs else 0.0
+        wait = self._next_turn - self.clock() if inputs else 0.0
         if wait >= self._left():
             raise Spent(f"the deadline of {self.deadline:g} seconds comes before the next request")
         if wait > 0.0:
-            self._sleep(wait)
+            self.sleep(wait)
         if inputs and self.rate is not None:
-            self._next_turn = max(self._next_turn, self._clock()) + inputs / self.rate
+            self._next_turn = max(self._next_turn, self.clock()) + inputs / self.rate
         self.sent += inputs
         return max(0.001, min(self.timeout, self._left()))
 
     def _left(self) -> float:
         if self._end is None:
-            self._end = self._clock() + self.deadline
-        return self._end - self._clock()
+            self._end = self.clock() + self.deadline
+        return self._end - self.clock()

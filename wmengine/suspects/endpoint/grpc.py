@@ -7,7 +7,8 @@ the installed version of protobuf. Fields that the table leaves out (parameters)
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import struct
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -17,17 +18,11 @@ from numpy.typing import NDArray
 from wmengine._optional import require
 from wmengine.suspects.answers import Outputs
 from wmengine.suspects.base import one_line
-from wmengine.suspects.http_client import MAXIMUM_ANSWER, display_name, expand_headers, parse_url, shown
-from wmengine.suspects.inference_protocol import (
-    DTYPES,
-    MAXIMUM_DIMENSIONS,
-    Declared,
-    declared,
-    raw_tensor,
-    raw_texts,
-    told,
-)
-from wmengine.suspects.patience import Refused, Unavailable
+from wmengine.suspects.endpoint import model
+from wmengine.suspects.endpoint.address import Address, shown
+from wmengine.suspects.endpoint.model import DTYPES, MAXIMUM_DIMENSIONS, Declared, declared
+from wmengine.suspects.endpoint.options import EndpointOptions
+from wmengine.suspects.endpoint.patience import Refused, Unavailable
 
 SERVICE = "inference.GRPCInferenceService"
 _TENSOR = "name:1 string, datatype:2 string, shape:3 int64*"
@@ -48,19 +43,8 @@ _MESSAGES = {
     ),
     "ModelInferResponse": "outputs:5 InferTensor*, raw_output_contents:6 bytes*",
 }
-_CONTENTS = {
-    "FP32": "fp32_contents",
-    "FP64": "fp64_contents",
-    "INT8": "int_contents",
-    "INT16": "int_contents",
-    "INT32": "int_contents",
-    "INT64": "int64_contents",
-    "UINT8": "uint_contents",
-    "UINT16": "uint_contents",
-    "UINT32": "uint_contents",
-    "UINT64": "uint64_contents",
-    "BYTES": "bytes_contents",
-}
+_CONTENTS = {name: f"{name.lower()}_contents" for name in ("FP32", "FP64", "INT64", "UINT64", "BYTES")}
+_CONTENTS |= {f"{kind}{bits}": f"{kind.lower()}_contents" for kind in ("INT", "UINT") for bits in (8, 16, 32)}
 _LATER = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL", "UNKNOWN", "ABORTED")
 _NEVER = ("UNAUTHENTICATED", "PERMISSION_DENIED", "NOT_FOUND", "UNIMPLEMENTED")
 
@@ -68,49 +52,40 @@ _NEVER = ("UNAUTHENTICATED", "PERMISSION_DENIED", "NOT_FOUND", "UNIMPLEMENTED")
 class GrpcModel:
     """A model behind grpc://HOST:PORT/NAME[/VERSION], or grpcs:// with TLS."""
 
-    def __init__(
-        self,
-        url: str,
-        headers: Mapping[str, str] | None,
-        outputs: Sequence[str],
-        labels: Sequence[str] | None = None,
-    ) -> None:
-        parts = parse_url(url, ("grpcs", "grpc"))
+    def __init__(self, options: EndpointOptions) -> None:
+        self.address = Address.of(options.url, options.headers, ("grpcs", "grpc"))
+        parts = self.address.parts
         path = parts.path.strip("/").split("/")
         if not path[0] or len(path) > 2 or parts.port is None or parts.query:
             raise ValueError(
-                f"a model over gRPC is {parts.scheme}://HOST:PORT/NAME[/VERSION], and this is {shown(url)!r}"
+                f"a model over gRPC is {parts.scheme}://HOST:PORT/NAME[/VERSION], and this is {shown(options.url)!r}"
             )
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read when it is imported: an error is one line, and ours
         grpc = require("grpc", extra="endpoint")
-        self.name = display_name(parts)
+        self._messages = messages()
         self._model, self._version = path[0], path[1] if len(path) == 2 else ""
-        self._outputs = outputs
-        self._labels = labels
-        expanded, self.secrets = expand_headers(headers, parts)
-        if any(name.lower().endswith("-bin") for name in expanded):
+        self._outputs = [] if options.output is None else [options.output]
+        if any(name.lower().endswith("-bin") for name in self.address.headers):
             raise ValueError("over gRPC the name of a header must not end in -bin, which is for bytes")
-        self._metadata = [(key.lower(), value) for key, value in expanded.items()]
-        options = [
-            ("grpc.max_receive_message_length", MAXIMUM_ANSWER),
+        self._metadata = [(key.lower(), value) for key, value in self.address.headers.items()]
+        settings = [
+            ("grpc.max_receive_message_length", model.MAXIMUM_ANSWER),
             ("grpc.max_send_message_length", -1),
             ("grpc.enable_retries", 0),  # retries are ours to count
             ("grpc.enable_http_proxy", 0),
         ]
         if parts.scheme == "grpcs":
-            self._channel = grpc.secure_channel(parts.netloc, grpc.ssl_channel_credentials(), options)
+            self._channel = grpc.secure_channel(parts.netloc, grpc.ssl_channel_credentials(), settings)
         else:
-            self._channel = grpc.insecure_channel(parts.netloc, options)
+            self._channel = grpc.insecure_channel(parts.netloc, settings)
 
     def inputs(self, seconds: float) -> list[Declared]:
-        """What the server says that the model takes; nothing where it does not say. Raises Refused or Unavailable."""
-        message = _messages()["ModelMetadataRequest"](name=self._model, version=self._version)
+        message = self._messages["ModelMetadataRequest"](name=self._model, version=self._version)
         answer = self._call("ModelMetadata", message, "ModelMetadataResponse", seconds)
         return [declared(each.name, each.datatype, list(each.shape)) for each in answer.inputs[:64]]
 
     def ask(self, to: Declared, rows: NDArray[Any], seconds: float) -> Outputs:
-        """The model's outputs for one batch. Raises Refused or Unavailable."""
-        made = _messages()
+        made = self._messages
         little_endian = rows.astype(rows.dtype.newbyteorder("<"), copy=False).tobytes()
         request = made["ModelInferRequest"](
             model_name=self._model,
@@ -122,51 +97,58 @@ class GrpcModel:
         answer = self._call("ModelInfer", request, "ModelInferResponse", seconds)
         raw = answer.raw_output_contents
         if raw and len(raw) != len(answer.outputs):
-            raise Refused(f"{self.name} answers with {len(answer.outputs)} outputs and the contents of {len(raw)}")
-        outputs = [
-            (output.name, self._tensor(output, raw[index] if raw else None))
+            raise Refused(f"answers with {len(answer.outputs)} outputs and the contents of {len(raw)}")
+        return [
+            (output.name, _array(output, raw[index] if raw else None))
             for index, output in enumerate(answer.outputs)
-            if output.datatype in _CONTENTS or output.datatype in DTYPES
+            if output.datatype in DTYPES
         ]
-        return told(self.name, outputs, self._labels)
 
     def close(self) -> None:
         self._channel.close()
-
-    def _tensor(self, output: Any, raw: bytes | None) -> NDArray[Any]:
-        shape = list(output.shape)
-        if len(shape) > MAXIMUM_DIMENSIONS:
-            raise Refused(f"{self.name} answers with a tensor of {len(shape)} dimensions")
-        if raw is not None and output.datatype == "BYTES":
-            return raw_texts(self.name, shape, raw)
-        if raw is not None:
-            return raw_tensor(self.name, output.datatype, shape, raw)
-        try:
-            values = getattr(output.contents, _CONTENTS[output.datatype])
-            dtype = "object" if output.datatype == "BYTES" else DTYPES[output.datatype]
-            return np.asarray(values, dtype).reshape(shape)
-        except (KeyError, ValueError, OverflowError) as error:
-            raise Refused(f"{self.name} answers with a tensor that cannot be read ({one_line(error, 80)})") from None
 
     def _call(self, method: str, message: Any, answer: str, seconds: float) -> Any:
         grpc = require("grpc", extra="endpoint")
         ask: Callable[..., Any] = self._channel.unary_unary(
             f"/{SERVICE}/{method}",
             request_serializer=lambda value: value.SerializeToString(),
-            response_deserializer=_messages()[answer].FromString,
+            response_deserializer=self._messages[answer].FromString,
         )
         try:
             return ask(message, timeout=seconds, metadata=self._metadata)
         except grpc.RpcError as error:
             code, details = error.code().name, error.details() or ""
-            said = f"{self.name} answers {code} ({one_line(Exception(details))})"
+            said = f"answers {code} ({one_line(Exception(details))})"
             if code in _LATER and "larger than max" not in details and "deserializing" not in details:
                 raise Unavailable(said, 0.0, reached=code != "UNAVAILABLE") from None
             raise Refused(said, hopeless=code in _NEVER) from None
 
 
+def _array(output: Any, raw: bytes | None) -> NDArray[Any]:
+    """One output, from its own contents or from raw bytes, little-endian or texts each behind its length."""
+    dtype, shape = np.dtype(DTYPES[output.datatype]), list(output.shape)
+    if len(shape) > MAXIMUM_DIMENSIONS or min(shape, default=0) < 0:
+        raise Refused(f"answers with a tensor of the shape {shape[:MAXIMUM_DIMENSIONS]}")
+    if raw is None:
+        return np.asarray(getattr(output.contents, _CONTENTS[output.datatype]), dtype).reshape(shape)
+    if output.datatype == "BYTES":
+        return np.array(_texts(raw), dtype).reshape(shape)
+    return np.frombuffer(raw, dtype.newbyteorder("<")).reshape(shape).astype(dtype)
+
+
+def _texts(data: bytes) -> list[bytes]:
+    texts, place = [], 0
+    while place < len(data):
+        (length,) = struct.unpack_from("<I", data, place)
+        texts.append(data[place + 4 : place + 4 + length])
+        place += 4 + length
+    if place != len(data):
+        raise Refused("answers with texts that are cut off")
+    return texts
+
+
 @lru_cache(maxsize=1)
-def _messages() -> dict[str, Any]:
+def messages() -> dict[str, Any]:
     """The messages of the table, as classes."""
     require("google.protobuf", extra="endpoint")
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
