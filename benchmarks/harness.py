@@ -103,12 +103,16 @@ def differentiate(leaves: Sequence[Any], loss: Any) -> Any:
     return loss
 
 
+def three(value: float) -> str:
+    """Three significant digits, never in scientific notation."""
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
 def byte_size(count: int) -> str:
     """'4.29 GB', '268 MB', '12.0 kB': decimal units, three digits."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
-            value = count / size
-            return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
+            return f"{three(count / size)} {unit}"
     return f"{count} B"
 
 

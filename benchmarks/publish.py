@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import plots, results
 from benchmarks.environment import ROOT
-from benchmarks.harness import byte_size
+from benchmarks.harness import byte_size, three
 from benchmarks.results import Result, Row
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -111,13 +111,13 @@ def _links(measured: Sequence[Result], folder: str) -> list[str]:
 def _headline(row: Row) -> list[str]:
     """Peers: all where they are three or fewer, else the fastest and the slowest; without any, why one is missing."""
     peers = [
-        f"{_three(peer['ratio']['median'])} × {peer['name']}{_memory(peer, ' ({})')}"
+        f"{three(peer['ratio']['median'])} × {peer['name']}{_memory(peer, ' ({})')}"
         for peer in sorted(row["peers"], key=lambda peer: peer["ratio"]["median"])
     ]
     if len(peers) > 3:
         peers = [peers[0], f"… {len(peers) - 2} between …", peers[-1]]
     peers = peers or [f"({name}: {reason})" for name, reason in row["left_out"].items()][:1]
-    floor = f"{_three(row['floor']['ratio']['median'])} × {row['floor']['name']}"
+    floor = f"{three(row['floor']['ratio']['median'])} × {row['floor']['name']}"
     return [row["what"], _size(row), _ms(row["ours"]["ms"]["median"]), floor, "<br>".join(peers)]
 
 
@@ -137,7 +137,7 @@ def _table(result: Result) -> str:
         line = [row["what"] if row["what"] != last else "", _size(row), _ms(row["ours"]["ms"]["median"]), floor]
         for amount, _, roof in rates:
             rate = row[amount] / row["ours"]["ms"]["median"] / 1e6
-            line.append(f"{_three(rate)} ({_three(100 * rate / roofs[roof])} %)" if rate else "–")
+            line.append(f"{three(rate)} ({three(100 * rate / roofs[roof])} %)" if rate else "–")
         found = {peer["name"]: f"**{_ratio(peer['ratio'])}**{_memory(peer, '; {}')}" for peer in row["peers"]}
         lines.append([*line, _memory(row["ours"], "{}") or "–", *(found.get(name, "–") for name in names)])
         last = row["what"]
@@ -168,7 +168,7 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
 def _reached(aim: Mapping[str, Any]) -> str:
     if aim["reached"] is None:
         return "not measured"
-    return f"{_three(aim['reached'])}, {'met' if aim['met'] else '**missed**'}"
+    return f"{three(aim['reached'])}, {'met' if aim['met'] else '**missed**'}"
 
 
 def _places(some: Sequence[Row], rows: Sequence[Row]) -> str:
@@ -195,20 +195,14 @@ def _memory(timed: Mapping[str, Any], form: str) -> str:
     return form.format(byte_size(timed["memory"])) if timed.get("memory", 0) >= 1e6 else ""
 
 
-def _three(value: float) -> str:
-    """Three significant digits, never in scientific notation."""
-    decimals = 0 if value >= 100 else 1 if value >= 10 else 2
-    return f"{value:.{decimals}f}"
-
-
 def _ratio(values: Mapping[str, float]) -> str:
-    return f"{_three(values['median'])} ({_three(values['p20'])}–{_three(values['p80'])})"
+    return f"{three(values['median'])} ({three(values['p20'])}–{three(values['p80'])})"
 
 
 def _ms(value: float) -> str:
     if value < 1:
-        return f"{_three(1e3 * value)} µs"
-    return f"{_three(value)} ms" if value < 1000 else f"{_three(value / 1e3)} s"
+        return f"{three(1e3 * value)} µs"
+    return f"{three(value)} ms" if value < 1000 else f"{three(value / 1e3)} s"
 
 
 if __name__ == "__main__":

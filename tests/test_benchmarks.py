@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,36 +49,20 @@ class DriftingMachine:
 
 def a_row(**changes: Any) -> results.Row:
     machine = DriftingMachine()
+    peers = [Contender("stored matrix", machine.work(0.05), holds=1_000_000_000)]
+    floor = Contender("copy", machine.work(0.001))
     case = harness.Case(
-        **{
-            "operator": "sketch",
-            "what": "forward",
-            "size": "1 M weights",
-            "bytes_moved": 4_000_000,
-            "ours": machine.work(0.002),
-            "floor": Contender("copy", machine.work(0.001)),
-            "peers": [Contender("stored matrix", machine.work(0.05), holds=1_000_000_000)],
-            "headline": True,
-            **changes,
-        }
+        "sketch", "forward", "1 M weights", 4_000_000, machine.work(0.002), floor, headline=True, peers=peers
     )
-    row = harness.compare(case, machine, machine.clock, quick=False)
+    row = harness.compare(dataclasses.replace(case, **changes), machine, machine.clock, quick=False)
     assert row is not None
     return {**row, "others_cores": 0.0}
 
 
 def a_result(*rows: results.Row, **described: Any) -> results.Result:
-    environment = {
-        "slug": "cpu",
-        "device": "Some CPU",
-        "cores": 2,
-        "threads": 2,
-        "instruction_sets": ["avx2"],
-        "versions": {"wmengine": "0.1.0", "torch": "2.13.0"},
-        "commit": "abc1234",
-        "date": "2030-01-01",
-        **described,
-    }
+    versions = {"wmengine": "0.1.0", "torch": "2.13.0"}
+    environment = {"slug": "cpu", "device": "Some CPU", "cores": 2, "threads": 2, "instruction_sets": ["avx2"]}
+    environment = {**environment, "versions": versions, "commit": "abc1234", "date": "2030-01-01", **described}
     roofs = {"copy_gb_s": 40.0, "cache_gb_s": 160.0, "float32_gflop_s": 300.0}
     return {"operator": "sketch", "quick": False, "environment": environment, "roofs": roofs, "rows": list(rows)}
 
@@ -144,22 +128,24 @@ def test_tables_are_a_pure_function_of_result_files(tmp_path: Path) -> None:
         assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 
 
-def test_each_machine_has_its_own_table_and_the_readme_none_of_one_that_was_held_back() -> None:
+def test_each_machine_has_its_own_tables_and_the_readme_none_of_one_that_was_held_back() -> None:
     gpu = a_result(a_row(), slug="some-gpu", device="Some GPU", cuda="13.0")
     every = [a_result(a_row()), a_result(a_row(), slug="cpu-avx2"), gpu]
-    assert [line for line in publish.performance(every).splitlines() if line.startswith("**")] == [
-        "**CPU: Some CPU (AVX2), 2 threads on 2 cores**; wmengine 0.1.0, torch 2.13.0.",
-        "**CPU: Some CPU (held to AVX2), 2 threads on 2 cores**; wmengine 0.1.0, torch 2.13.0.",
-        "**GPU: Some GPU, CUDA 13.0**; wmengine 0.1.0, torch 2.13.0.",
-    ]
-    assert "held to" not in publish.readme(every)
+    machines = [line.split("**")[1] for line in publish.performance(every).splitlines() if line.startswith("**")]
+    threads = "2 threads on 2 cores"
+    first, held, last = (
+        f"CPU: Some CPU (AVX2), {threads}",
+        f"CPU: Some CPU (held to AVX2), {threads}",
+        "GPU: Some GPU, CUDA 13.0",
+    )
+    assert machines == [first, held, last]
+    assert [name in publish.readme(every) for name in machines] == [True, False, True]
 
 
 def test_rows_measured_beside_other_work_are_marked() -> None:
-    disturbed = {**a_row(size="disturbed"), "others_cores": 0.8}
     for table in (publish.readme, publish.performance):
         assert "†" not in table([a_result(a_row())])
-        text = table([a_result(disturbed)])
+        text = table([a_result({**a_row(size="disturbed"), "others_cores": 0.8})])
         assert "| disturbed † |" in text
         assert "† Other processes used up to 0.8 cores" in text
 
@@ -202,15 +188,14 @@ def test_a_quick_run_measures_every_operator_and_is_kept_out_of_the_tables(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("argument", "named"),
     [
-        (("no_such_operator",), "unknown operator 'no_such_operator': known are sketch, "),
-        (("--threads", "0"), "threads is 0: expected 1 or more"),
-        (("--device", "tpu"), "--device is 'tpu': expected auto, cpu, cuda"),
+        ("no_such_operator", "unknown operator 'no_such_operator': known are sketch, "),
+        ("--device=tpu", "--device is 'tpu'"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(arguments: Sequence[str], named: str) -> None:
-    ran = command("-m", "wmengine", "bench", *arguments)
+def test_a_mistake_is_one_line_and_status_2(argument: str, named: str) -> None:
+    ran = command("-m", "wmengine", "bench", argument)
     assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
     assert ran.stderr.startswith(f"wmengine: {named}")
 
