@@ -90,12 +90,10 @@ def instruction_sets() -> tuple[list[str], bool]:
     """
     from wmengine import _cpu
 
-    held = (
-        {"x86-64": ("sse2",), "x86-64-v3": ("avx2",)} if _cpu.instruction_set() != _cpu.instruction_sets()[-1] else {}
-    )
+    used, held = _cpu.instruction_set(), _cpu.instruction_set() != _cpu.instruction_sets()[-1]
     flags = (_find("/proc/cpuinfo", r"(?:flags|Features)\s*:\s*(.+)") or "").split()
-    names = held.get(_cpu.instruction_set(), ("avx2", "avx512f", "asimd", "sve"))
-    return [name for name in names if name in flags], bool(held)
+    names = {"x86-64": ["sse2"], "x86-64-v3": ["avx2"]}.get(used, []) if held else ["avx2", "avx512f", "asimd", "sve"]
+    return [name for name in names if name in flags], held
 
 
 def free_memory(device: str) -> int:
@@ -181,14 +179,6 @@ def other_seconds() -> float | None:
     return (sum(machine) - idle - waiting - own) / os.sysconf("SC_CLK_TCK")
 
 
-def version(package: str) -> str | None:
-    """Installed version of a distribution, None when it is not there."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def describe(device: str, threads: int) -> dict[str, Any]:
     """Everything a reader needs to judge the numbers, JSON-ready. Names no path and no host.
 
@@ -204,7 +194,11 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "instruction_sets": sets,
         "governor": _find("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "(.+)"),
         "python": platform.python_version(),
-        "versions": {package: number for package in PACKAGES if (number := version(package))},
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in PACKAGES
+            if any(importlib.metadata.distributions(name=name))
+        },
         "commit": git_commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
