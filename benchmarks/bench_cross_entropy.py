@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import harness
-from benchmarks.harness import QUICK_REASON, Aim, Case, Contender, compiled
+from benchmarks.harness import Aim, Case, Contender, compiled
 from wmengine import _cpu, ops
 from wmengine.ops.torch_cross_entropy import cross_entropy_in_place
 
@@ -92,7 +92,7 @@ def _liger(logits: Tensor, labels: Tensor) -> Contender:
     return Contender("Liger-Kernel", run, may_fail=True)
 
 
-def test_marked_cross_entropy(size: Size, compare: Callable[[Case], None], device: str, quick: bool) -> None:
+def test_marked_cross_entropy(size: Size, compare: Callable[[Case], None], device: str) -> None:
     torch.manual_seed(1)
     dtype = getattr(torch, size.dtype)
     logits = torch.randn(size.rows, size.classes, device=device).to(dtype).requires_grad_()
@@ -114,9 +114,12 @@ def test_marked_cross_entropy(size: Size, compare: Callable[[Case], None], devic
     torch.testing.assert_close(ours().detach(), expected_loss)
     hits = ops.marked_cross_entropy(logits, labels, None, group, groups=2).group_hits
     assert int(hits[1]) == int(expected_hits)
+    once_fused, twice_fused = compiled(functional.cross_entropy), compiled(twice)
     opponents = [
         Contender(ONCE, lambda: differentiate(functional.cross_entropy(logits, labels))),
         Contender(TWICE, lambda: differentiate(twice(logits)[0])),
+        Contender(f"{ONCE}, torch.compile", lambda: differentiate(once_fused(logits, labels)), may_fail=True),
+        Contender(f"{TWICE}, torch.compile", lambda: differentiate(twice_fused(logits)[0]), may_fail=True),
     ]
     left_out = {}
     if device == "cpu":
@@ -126,14 +129,6 @@ def test_marked_cross_entropy(size: Size, compare: Callable[[Case], None], devic
             opponents.append(_liger(logits, labels))
         except ImportError as error:
             left_out["Liger-Kernel"] = f"not installed: {error}"
-    if quick:
-        left_out["torch.compile"] = QUICK_REASON
-    else:
-        once_fused, twice_fused = compiled(functional.cross_entropy), compiled(twice)
-        opponents += [
-            Contender(f"{ONCE}, torch.compile", lambda: differentiate(once_fused(logits, labels)), may_fail=True),
-            Contender(f"{TWICE}, torch.compile", lambda: differentiate(twice_fused(logits)[0]), may_fail=True),
-        ]
     compare(
         _case(
             size,

@@ -26,7 +26,7 @@ AIMS = {Size("rademacher", 1 << 20, 256): [Aim(EAGER, 5.0)]}
 QUICK_SIZES = [Size("rademacher", 5000, 40), Size("gaussian", 5000, 40)]
 
 
-def test_project(size: Size, compare: Callable[[Case], None], device: str, quick: bool) -> None:
+def test_project(size: Size, compare: Callable[[Case], None], device: str) -> None:
     operations = (2 if size.kind == "rademacher" else 4) * size.weights * size.bits  # additions; products too
     headline, aims = size.weights == 1 << 20, AIMS.get(size, [])
-    compare_pair(compare, device, quick, *size, aims=aims, headline=headline, operations=operations)
+    compare_pair(compare, device, *size, aims=aims, headline=headline, operations=operations)

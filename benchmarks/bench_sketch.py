@@ -25,8 +25,8 @@ QUICK_SIZES = [Size(5000, 40), Size(10000, 256)]
 AIMS = {Size(1 << 22, 256): [Aim(COPY, 3.0), Aim(EAGER, 100.0)]}
 
 
-def test_sketch(size: Size, compare: Callable[[Case], None], device: str, quick: bool) -> None:
+def test_sketch(size: Size, compare: Callable[[Case], None], device: str) -> None:
     operations = 2 * size.weights  # one signed addition a weight each way
     headline = size.weights >= 1 << 22 and size.bits == 256
     aims = AIMS.get(size, [])
-    compare_pair(compare, device, quick, "sketch", *size, aims=aims, headline=headline, operations=operations)
+    compare_pair(compare, device, "sketch", *size, aims=aims, headline=headline, operations=operations)

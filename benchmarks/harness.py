@@ -32,7 +32,7 @@ class Contender:
     """A named thing to time.
 
     `holds` is what it keeps in memory beside its inputs and results, in bytes. `may_fail`: an exception in its first
-    call leaves it out, and the result says why.
+    call leaves it out, and so does a quick run, which waits for no compiler; the result says why.
     """
 
     name: str
@@ -197,12 +197,15 @@ def measure_roofs(device: str, clock: Clock, quick: bool = False) -> dict[str, f
     return roofs
 
 
-def warm_up(case: Case) -> tuple[list[Contender], dict[str, str]]:
+def warm_up(case: Case, quick: bool) -> tuple[list[Contender], dict[str, str]]:
     """Call everything once (compilation, page faults); returns the peers that work and why others do not."""
     case.floor.run()
     case.ours()
     working, left_out = [], dict(case.left_out)
     for peer in case.peers:
+        if quick and peer.may_fail:
+            left_out[peer.name] = QUICK_REASON
+            continue
         try:
             peer.run()
         except Exception as error:  # a compiler backend may raise anything at all
@@ -222,7 +225,7 @@ def compare(case: Case, benchmark: Any, clock: Clock, quick: bool, device: str =
     calls a sample); between two of its rounds the floor and the peers are timed the same way. A headline has 4 s,
     another case 1.5 s, so that all cases on two cores stay below ten minutes.
     """
-    peers, left_out = warm_up(case)
+    peers, left_out = warm_up(case, quick)
     if benchmark.disabled:
         return None
     contenders = [Contender("ours", case.ours), case.floor, *peers]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import free_memory
-from benchmarks.harness import QUICK_REASON, Case, Contender, Run, byte_size, compiled, quantity
+from benchmarks.harness import Case, Contender, Run, byte_size, compiled, quantity
 from wmengine import ops
 
 COPY = "copy"
@@ -20,7 +20,7 @@ KEY = 0x1234_5678_9ABC_DEF0
 
 
 def compare_pair(
-    compare: Callable[[Case], None], device: str, quick: bool, kind: str, weights: int, bits: int, **others: Any
+    compare: Callable[[Case], None], device: str, kind: str, weights: int, bits: int, **others: Any
 ) -> None:
     """y = X w and gradient += Xᵀ residual, X of `bits` rows; `kind` is sketch, rademacher or gaussian."""
     torch.manual_seed(1)
@@ -39,12 +39,11 @@ def compare_pair(
             return y
 
         held = 4 * matrix.numel()
-        peers = [Contender(EAGER, lambda: both_ways(w, for_peers, residual), holds=held)]
-        if quick:
-            left_out = {COMPILED: QUICK_REASON}
-        else:
-            fused = compiled(both_ways)
-            peers.append(Contender(COMPILED, lambda: fused(w, for_peers, residual), holds=held, may_fail=True))
+        fused = compiled(both_ways)
+        peers = [
+            Contender(EAGER, lambda: both_ways(w, for_peers, residual), holds=held),
+            Contender(COMPILED, lambda: fused(w, for_peers, residual), holds=held, may_fail=True),
+        ]
     compare(
         Case(
             operator="sketch" if kind == "sketch" else "project",

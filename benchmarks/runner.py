@@ -60,14 +60,8 @@ def run(
     out = out or (Path(tempfile.mkdtemp(prefix="benchmarks-")) if quick else results.DIRECTORY)
     here = Path(__file__).parent
     files = [str(here / f"bench_{name}.py") for name in results.ORDER if name in operators or not operators]
-    switches = [
-        "--benchmark-only",
-        "--benchmark-quiet",
-        "--no-header",
-        "-p",
-        "no:cacheprovider",
-        f"--rootdir={environment.ROOT}",
-    ]
+    switches = ["--benchmark-only", "--benchmark-quiet", "--no-header", "-pno:cacheprovider"]
+    switches += [f"--rootdir={environment.ROOT}"]
     switches += [f"--device={device}", f"--threads={threads}", f"--out={out}", *(["--quick"] if quick else [])]
     started = time.time()
     shown = sys.stderr if sys.stderr.isatty() else io.StringIO()
