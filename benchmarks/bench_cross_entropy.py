@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import harness
-from benchmarks.harness import QUICK_REASON, Aim, Case, Contender, compiled
+from benchmarks.harness import Aim, Case, Contender, compiled
 from wmengine import _cpu, ops
 from wmengine.ops.torch_cross_entropy import cross_entropy_in_place
 
@@ -74,6 +74,12 @@ def _gradient(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
     return torch.autograd.grad(loss, leaf)[0].to(logits.dtype)
 
 
+def _eager(logits: Tensor, labels: Tensor, reduction: str) -> Contender:
+    leaf = logits.detach().requires_grad_()
+    loss_of = functional.cross_entropy
+    return Contender(ONCE, lambda: harness.differentiate([leaf], loss_of(leaf, labels, reduction=reduction)))
+
+
 def _liger(logits: Tensor, labels: Tensor) -> Contender:
     """Liger overwrites the logits that it is given, so it gets its own."""
     loss_of = importlib.import_module("liger_kernel.transformers").LigerCrossEntropyLoss()
@@ -86,7 +92,7 @@ def _liger(logits: Tensor, labels: Tensor) -> Contender:
     return Contender("Liger-Kernel", run, may_fail=True)
 
 
-def test_marked_cross_entropy(size: Size, compare: Callable[[Case], None], device: str, quick: bool) -> None:
+def test_marked_cross_entropy(size: Size, compare: Callable[[Case], None], device: str) -> None:
     torch.manual_seed(1)
     dtype = getattr(torch, size.dtype)
     logits = torch.randn(size.rows, size.classes, device=device).to(dtype).requires_grad_()
@@ -108,9 +114,12 @@ def test_marked_cross_entropy(size: Size, compare: Callable[[Case], None], devic
     torch.testing.assert_close(ours().detach(), expected_loss)
     hits = ops.marked_cross_entropy(logits, labels, None, group, groups=2).group_hits
     assert int(hits[1]) == int(expected_hits)
+    once_fused, twice_fused = compiled(functional.cross_entropy), compiled(twice)
     opponents = [
         Contender(ONCE, lambda: differentiate(functional.cross_entropy(logits, labels))),
         Contender(TWICE, lambda: differentiate(twice(logits)[0])),
+        Contender(f"{ONCE}, torch.compile", lambda: differentiate(once_fused(logits, labels)), may_fail=True),
+        Contender(f"{TWICE}, torch.compile", lambda: differentiate(twice_fused(logits)[0]), may_fail=True),
     ]
     left_out = {}
     if device == "cpu":
@@ -120,14 +129,6 @@ def test_marked_cross_entropy(size: Size, compare: Callable[[Case], None], devic
             opponents.append(_liger(logits, labels))
         except ImportError as error:
             left_out["Liger-Kernel"] = f"not installed: {error}"
-    if quick:
-        left_out["torch.compile"] = QUICK_REASON
-    else:
-        once_fused, twice_fused = compiled(functional.cross_entropy), compiled(twice)
-        opponents += [
-            Contender(f"{ONCE}, torch.compile", lambda: differentiate(once_fused(logits, labels)), may_fail=True),
-            Contender(f"{TWICE}, torch.compile", lambda: differentiate(twice_fused(logits)[0]), may_fail=True),
-        ]
     compare(
         _case(
             size,
@@ -148,42 +149,22 @@ def test_bare_operator(size: Size, compare: Callable[[Case], None], device: str)
         pytest.skip("a GPU's caching allocator hands out no fresh memory in a steady state")
     torch.manual_seed(1)
     logits = torch.randn(size.rows, size.classes).to(getattr(torch, size.dtype))
-    gradient, leaf = torch.empty_like(logits), logits.clone().requires_grad_()
+    gradient = torch.empty_like(logits)
     labels, group = torch.randint(0, size.classes, (size.rows,)), torch.zeros(size.rows, dtype=torch.int64)
     loss, group_loss, group_hits = torch.empty(()), torch.empty(1), torch.empty(1, dtype=torch.int64)
     stored = {"float32": 0, "bfloat16": 2}[size.dtype]
 
     def ours() -> None:
         _cpu.marked_cross_entropy(
-            logits.data_ptr(),
-            stored,
-            size.rows,
+            logits.data_ptr(), stored, size.rows, size.classes, size.classes, labels.data_ptr(), 0, group.data_ptr(), 1,
+            0.0, -100, True, loss.data_ptr(), group_loss.data_ptr(), group_hits.data_ptr(), 0, 0, gradient.data_ptr(),
             size.classes,
-            size.classes,
-            labels.data_ptr(),
-            0,
-            group.data_ptr(),
-            1,
-            0.0,
-            -100,
-            True,
-            loss.data_ptr(),
-            group_loss.data_ptr(),
-            group_hits.data_ptr(),
-            0,
-            0,
-            gradient.data_ptr(),
-            size.classes,
-        )
-
-    def eager() -> None:
-        leaf.grad = None
-        functional.cross_entropy(leaf, labels).backward()  # type: ignore[no-untyped-call]
+        )  # fmt: skip
 
     ours()
     torch.testing.assert_close(gradient, _gradient(logits, labels, "mean"))
     floor = Contender("copy", lambda: gradient.copy_(logits))
-    compare(_case(size, "bare operator into kept memory", ours, floor, peers=[Contender(ONCE, eager)]))
+    compare(_case(size, "bare operator into kept memory", ours, floor, peers=[_eager(logits, labels, "mean")]))
 
 
 def test_in_place(size: Size, compare: Callable[[Case], None], device: str) -> None:
@@ -191,18 +172,14 @@ def test_in_place(size: Size, compare: Callable[[Case], None], device: str) -> N
     torch.manual_seed(1)
     logits = torch.randn(size.rows, size.classes, device=device).to(getattr(torch, size.dtype))
     labels = torch.randint(0, size.classes, (size.rows,), device=device)
-    leaf = logits.clone().requires_grad_()
+    peers = [_eager(logits.clone(), labels, "sum")]
 
     def ours() -> object:
         return cross_entropy_in_place(logits, labels, None, None, 1, 0.0, -100)
-
-    def eager() -> None:
-        leaf.grad = None
-        functional.cross_entropy(leaf, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
 
     expected = _gradient(logits, labels, "sum")
     ours()
     torch.testing.assert_close(logits, expected)
     factor = torch.ones((), dtype=logits.dtype, device=device)
     floor = Contender("multiply in place", lambda: logits.mul_(factor))
-    compare(_case(size, "in place", ours, floor, peers=[Contender(ONCE, eager)]))
+    compare(_case(size, "in place", ours, floor, peers=peers))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import harness
-from benchmarks.harness import QUICK_REASON, Case, Contender, compiled, quantity
+from benchmarks.harness import Case, Contender, compiled, quantity
 from benchmarks.projections import stored_signs
 from wmengine import ops
 from wmengine.ops import reference
@@ -41,7 +41,7 @@ COMPILED = "same formula, stored signs and buckets, torch.compile"
 DENSE = "stored matrix, eager torch"
 
 
-def test_embedding_loss(size: Size, compare: Callable[[Case], None], device: str, quick: bool) -> None:
+def test_embedding_loss(size: Size, compare: Callable[[Case], None], device: str) -> None:
     generator = torch.Generator().manual_seed(1)
     shapes = NETWORKS[size.network]
     weights = [torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in shapes]
@@ -61,17 +61,8 @@ def test_embedding_loss(size: Size, compare: Callable[[Case], None], device: str
     differentiate: Callable[[Tensor], Tensor] = partial(harness.differentiate, weights)
 
     def ours() -> Tensor:
-        loss, _ = ops.embedding_loss(
-            weights,
-            keys,
-            bits,
-            carrier="unit_filters",
-            projection="sketch",
-            link="hinge",
-            margin=MARGIN,
-            scale=scale,
-        )
-        return differentiate(loss)
+        what = {"carrier": "unit_filters", "projection": "sketch", "link": "hinge", "margin": MARGIN, "scale": scale}
+        return differentiate(ops.embedding_loss(weights, keys, bits, **what)[0])
 
     def unit_filters() -> list[Tensor]:
         return [functional.normalize(weight.flatten(1)).reshape(-1) for weight in weights]
@@ -84,13 +75,11 @@ def test_embedding_loss(size: Size, compare: Callable[[Case], None], device: str
 
     torch.testing.assert_close(ours().detach(), stored_sketch().detach(), rtol=1e-4, atol=1e-4)
     held = 12 * total
-    opponents = [Contender(EAGER, lambda: differentiate(stored_sketch()), holds=held)]
-    left_out = {}
-    if quick:
-        left_out[COMPILED] = QUICK_REASON
-    else:
-        fused = compiled(stored_sketch)
-        opponents.append(Contender(COMPILED, lambda: differentiate(fused()), holds=held, may_fail=True))
+    fused, left_out = compiled(stored_sketch), {}
+    opponents = [
+        Contender(EAGER, lambda: differentiate(stored_sketch()), holds=held),
+        Contender(COMPILED, lambda: differentiate(fused()), holds=held, may_fail=True),
+    ]
     try:
         matrix = stored_signs(BITS, total, device)
     except ValueError as reason:

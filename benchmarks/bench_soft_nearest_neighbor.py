@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.harness import QUICK_REASON, Aim, Case, Contender, compiled
+from benchmarks.harness import Aim, Case, Contender, compiled
 from wmengine import ops
 
 CURVE = 256  # features of the sizes that form a curve over rows
@@ -57,7 +57,7 @@ def log_sum_exp(x: Tensor, labels: Tensor, temperature: Tensor) -> Tensor:
     return (torch.logsumexp(scores, 1) - torch.logsumexp(scores.masked_fill(other, -torch.inf), 1)).mean()
 
 
-def test_soft_nearest_neighbor(size: Size, compare: Callable[[Case], None], device: str, quick: bool) -> None:
+def test_soft_nearest_neighbor(size: Size, compare: Callable[[Case], None], device: str) -> None:
     torch.manual_seed(1)
     rows, features = size
     x = torch.randn(rows, features, device=device, requires_grad=True)
@@ -91,13 +91,12 @@ def test_soft_nearest_neighbor(size: Size, compare: Callable[[Case], None], devi
         for _ in range(0, rows, height):  # weights times features
             torch.mm(weights, features_only, out=sums)
 
-    opponents = [Contender(PUBLISHED, peer(published)), Contender(LOG_SUM_EXP, peer(log_sum_exp))]
-    left_out = {}
-    if quick:
-        left_out["torch.compile"] = QUICK_REASON
-    else:
-        opponents.append(Contender("published formula, torch.compile", peer(compiled(published)), may_fail=True))
-        opponents.append(Contender("log-sum-exp formula, torch.compile", peer(compiled(log_sum_exp)), may_fail=True))
+    opponents = [
+        Contender(PUBLISHED, peer(published)),
+        Contender(LOG_SUM_EXP, peer(log_sum_exp)),
+        Contender("published formula, torch.compile", peer(compiled(published)), may_fail=True),
+        Contender("log-sum-exp formula, torch.compile", peer(compiled(log_sum_exp)), may_fail=True),
+    ]
     compare(
         Case(
             operator="soft_nearest_neighbor",
@@ -107,7 +106,6 @@ def test_soft_nearest_neighbor(size: Size, compare: Callable[[Case], None], devi
             ours=ours,
             floor=Contender("its matrix products alone, torch.mm", bare_products),
             peers=opponents,
-            left_out=left_out,
             aims=AIMS.get(size, []),
             headline=size == Size(4096, 256),
             operations=4 * rows * rows * features,

@@ -1,11 +1,10 @@
-"""What a result was measured on: device, versions, commit, threads, roofs, and how busy the machine was meanwhile."""
+"""What a result was measured on: device, versions, commit, threads, and how busy the machine was meanwhile."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import datetime
-import functools
 import gc
 import importlib.metadata
 import os
@@ -13,14 +12,12 @@ import platform
 import re
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("wmengine", "numpy", "torch", "triton")
-PEERS = ("faiss-cpu", "numkong", "liger-kernel", "fast_jl", "sjlt")
+PACKAGES = ("wmengine", "numpy", "torch", "triton", "faiss-cpu", "numkong", "liger-kernel", "fast_jl", "sjlt")
 
 
 def choose_device(wanted: str) -> str:
@@ -37,10 +34,7 @@ def choose_device(wanted: str) -> str:
 
 
 def use_threads(count: int) -> None:
-    """The same number of threads for torch, our CPU kernels and, where it is installed, faiss with its own pool.
-
-    NumPy's argmax and comparisons use one.
-    """
+    """The same number of threads for torch, our CPU kernels and faiss's pool. NumPy's comparisons use one."""
     import torch
 
     import wmengine
@@ -86,37 +80,20 @@ def device_name(device: str) -> str:
         import torch
 
         return str(torch.cuda.get_device_name(device))
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+    return _find("/proc/cpuinfo", r"model name\s*:\s*(.+)") or platform.processor() or platform.machine()
 
 
-def device_slug(device: str) -> str:
-    """The start of a result's file name: 'cpu', 'cpu-avx2' where it is capped, or the GPU's name with dashes."""
-    if device == "cpu":
-        return "-".join(["cpu", *instruction_sets()[-1:]]) if is_capped() else "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+def instruction_sets() -> tuple[list[str], bool]:
+    """Which vector extensions this CPU offers, widest last, or is held to; and whether it is held below its best.
 
-
-def is_capped() -> bool:
-    """Whether WMENGINE_INSTRUCTION_SET holds our kernels below what this CPU offers (`make bench-avx2` does)."""
+    `make bench-avx2` holds everybody; WMENGINE_INSTRUCTION_SET is what holds our kernels.
+    """
     from wmengine import _cpu
 
-    return _cpu.instruction_set() != _cpu.instruction_sets()[-1]
-
-
-def instruction_sets() -> list[str]:
-    """Which vector extensions this CPU offers, or is capped at, widest last; empty where the kernel does not tell."""
-    from wmengine import _cpu
-
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return []
-    capped = {"x86-64": ("sse2",), "x86-64-v3": ("avx2",)} if is_capped() else {}
-    return [name for name in capped.get(_cpu.instruction_set(), ("avx2", "avx512f", "asimd", "sve")) if name in flags]
+    used, held = _cpu.instruction_set(), _cpu.instruction_set() != _cpu.instruction_sets()[-1]
+    flags = (_find("/proc/cpuinfo", r"(?:flags|Features)\s*:\s*(.+)") or "").split()
+    names = {"x86-64": ["sse2"], "x86-64-v3": ["avx2"]}.get(used, []) if held else ["avx2", "avx512f", "asimd", "sve"]
+    return [name for name in names if name in flags], held
 
 
 def free_memory(device: str) -> int:
@@ -125,11 +102,16 @@ def free_memory(device: str) -> int:
         import torch
 
         return int(torch.cuda.mem_get_info(device)[0])
+    return 1024 * int(_find("/proc/meminfo", r"MemAvailable:\s*(\d+) kB") or 4 << 20)
+
+
+def _find(path: str, line: str) -> str | None:
+    """What the group in the pattern of a line matches in a file of the kernel's; None without the file or the line."""
     try:
-        found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        found = re.search(f"^{line}$", Path(path).read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    return 1024 * int(found.group(1)) if found else 4 << 30
+        return None
+    return found.group(1).strip() if found else None
 
 
 def leaves() -> list[Any]:
@@ -161,68 +143,11 @@ def peak_memory(run: Callable[[], object], device: str, differentiated: Sequence
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        held = _status_bytes("VmRSS")
-        run()
-        return max(0, _status_bytes("VmHWM") - held)
     except (OSError, AttributeError):  # no such file, no permission, or a C library without malloc_trim
         return None
-
-
-def _status_bytes(name: str) -> int:
-    found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if found is None:
-        raise OSError(f"/proc/self/status has no {name}")
-    return 1024 * int(found.group(1))
-
-
-def measure_roofs(device: str, clock: Callable[[], float], quick: bool = False) -> dict[str, float]:
-    """What this device reaches at its best in this very run, through torch and with the threads it was given.
-
-    `copy_gb_s` and `cache_gb_s`: bytes read plus bytes written a second by a copy too large for the caches, and by one
-    that fits in the second level; `float32_gflop_s` (and `bfloat16_gflop_s` on a GPU): 2n³ a matrix product of n×n over
-    its time. The best of the repeats counts: what holds a roof down is never the roof.
-    """
-    import torch
-
-    on_cpu = device == "cpu"
-    products = (torch.float32,) if on_cpu else (torch.float32, torch.bfloat16)
-    large, small = (1 << 26, 1 << 17) if on_cpu else (1 << 28, 1 << 21)
-    side = (384 if quick else 1536) if on_cpu else 8192
-    work: dict[str, tuple[float, Callable[[], object]]] = {}  # billions of bytes or operations, and what does them
-    for name, count in (("copy_gb_s", large // (8 if quick else 1)), ("cache_gb_s", small)):
-        source, target = torch.ones(count, device=device), torch.ones(count, device=device)
-        work[name] = 8e-9 * count, functools.partial(target.copy_, source)
-    for kind in products:
-        matrix = torch.ones(side, side, device=device, dtype=kind)
-        work[f"{str(kind).removeprefix('torch.')}_gflop_s"] = (
-            2e-9 * side**3,
-            functools.partial(torch.mm, matrix, matrix),
-        )
-    for _, run in work.values():
-        run()  # starts the threads that separated_threads then sends to their processors
-    with separated_threads():
-        return {
-            name: float(f"{billions / _best(run, clock, 0.02 if quick else 0.3):.4g}")
-            for name, (billions, run) in work.items()
-        }
-
-
-def _best(run: Callable[[], object], clock: Callable[[], float], seconds: float) -> float:
-    """The least seconds of a call, over samples of 1 ms or so that take `seconds` altogether, and five at least."""
-    once = float("inf")
-    for _ in range(4):
-        start = clock()
-        run()
-        once = min(once, clock() - start)
-    calls = max(1, int(1e-3 / max(once, 1e-7)))
-    best, taken, until = once, 0, time.perf_counter() + seconds
-    while time.perf_counter() < until or taken < 5:
-        taken += 1
-        start = clock()
-        for _ in range(calls):
-            run()
-        best = min(best, (clock() - start) / calls)
-    return best
+    before = int(_find("/proc/self/status", r"VmRSS:\s*(\d+) kB") or 0)
+    run()
+    return 1024 * max(0, int(_find("/proc/self/status", r"VmHWM:\s*(\d+) kB") or 0) - before)
 
 
 def git_commit() -> str:
@@ -239,54 +164,46 @@ def git_commit() -> str:
 
 
 def other_seconds() -> float | None:
-    """Processor seconds that processes other than this and its children have used; None where nobody tells."""
+    """Processor seconds that processes other than this one and all below it have used; None where nobody tells."""
+    family = [os.getpid()]
     try:
-        ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-        own = own_seconds()
+        for process in family:  # grows while it is walked
+            for thread in Path(f"/proc/{process}/task").iterdir():
+                family.extend(map(int, (thread / "children").read_text().split()))
+        stats = [Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:15] for process in family]
+        machine = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
     except (OSError, ValueError, IndexError):
         return None
-    idle, waiting = ticks[3:5]
-    return (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK") - own
-
-
-def own_seconds() -> float:
-    """Processor seconds of this process and all below it: those that run, and those that ended and were waited for.
-
-    Raises OSError where the kernel does not tell.
-    """
-    family = [os.getpid()]
-    for process in family:  # grows while it is walked
-        for thread in Path(f"/proc/{process}/task").iterdir():
-            family.extend(map(int, (thread / "children").read_text().split()))
-    ticks = [Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:15] for process in family]
-    return sum(int(part) for parts in ticks for part in parts) / os.sysconf("SC_CLK_TCK")
-
-
-def version(package: str) -> str | None:
-    """Installed version of a distribution, None when it is not there."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    idle, waiting = machine[3:5]
+    own = sum(int(ticks) for stat in stats for ticks in stat)
+    return (sum(machine) - idle - waiting - own) / os.sysconf("SC_CLK_TCK")
 
 
 def describe(device: str, threads: int) -> dict[str, Any]:
-    """Everything a reader needs to judge the numbers, JSON-ready. Names no path and no host."""
+    """Everything a reader needs to judge the numbers, JSON-ready. Names no path and no host.
+
+    `slug` starts a result's file name: 'cpu', 'cpu-avx2' where it is held to that, or the GPU's name with dashes.
+    """
+    sets, held = instruction_sets()
+    name = device_name(device)
     described: dict[str, Any] = {
-        "device": device_name(device),
-        "kind": "cpu" if device == "cpu" else "cuda",
+        "slug": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
+        "device": name,
         "cores": os.cpu_count(),
         "threads": threads,
-        "instruction_sets": instruction_sets(),
-        "capped": device == "cpu" and is_capped(),
+        "instruction_sets": sets,
+        "governor": _find("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "(.+)"),
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES}
-        | {package: number for package in PEERS if (number := version(package))},
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in PACKAGES
+            if any(importlib.metadata.distributions(name=name))
+        },
         "commit": git_commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
-    if device != "cpu":
-        import torch
+    if device == "cpu":
+        return {**described, "slug": "-".join(["cpu", *sets[-1:]]) if held else "cpu"}
+    import torch
 
-        described["cuda"] = torch.version.cuda
-    return described
+    return {**described, "cuda": torch.version.cuda}

@@ -69,8 +69,6 @@ def losses() -> Iterator[object]:
             logits, weight = random(rows, classes).to(dtype).requires_grad_(), random(rows).abs()
             marked = ops.marked_cross_entropy(logits, known, weight, known % 3, groups=3, label_smoothing=0.1)
             yield torch.autograd.grad(marked.loss, logits)
-            factors = [random(size, 32).to(dtype).requires_grad_() for size in (rows, classes)]
-            yield torch.autograd.grad(ops.marked_linear_cross_entropy(*factors, known).loss, factors)
         features = random(rows, 70).requires_grad_()
         yield torch.autograd.grad(ops.soft_nearest_neighbor(features, known % 3, 70.0), features)
 

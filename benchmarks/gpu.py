@@ -19,11 +19,12 @@ import sys
 import sysconfig
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
-from benchmarks import tables
 from benchmarks.environment import ROOT
+from benchmarks.results import ORDER
 
 BUILD = ROOT / "build" / "gpu"
 PARTS = ("build", "check", "measure")
@@ -32,31 +33,26 @@ LARGE = "two_to_the_31"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TOTAL_S = 530.0
 NO_GPU = "no GPU"
+OVER = 124  # what `timeout` exits with after an interrupt
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A command with its time limit; `left_out` says why it cannot run here."""
 
     name: str
     command: Sequence[str]
     limit_s: float
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = MappingProxyType({})
     left_out: str | None = None
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of a step: "passed", "failed …" or "left out: …", and the last line it printed."""
 
     name: str
     status: str
     seconds: float
     last_line: str
-
-    @property
-    def failed(self) -> bool:
-        return self.status.startswith("failed")
 
 
 def card() -> str | None:
@@ -113,22 +109,16 @@ def check_steps(gpu: bool) -> list[list[Step]]:
         for name in TESTS
     ]
     tests.append(Step("large sizes", [*pytest, "tests/test_gpu.py", "-k", LARGE], 240, left_out=left_out))
-    sanitizer = tool("compute-sanitizer")
-    missing = NO_GPU if not gpu else None if sanitizer else "compute-sanitizer is not installed"
     watched = [*python, "benchmarks.every_operator"]
+    once = Step("every operator", watched, 120, left_out=left_out)  # compiles what the sanitizers run
+    sanitizer = tool("compute-sanitizer") or "compute-sanitizer"
+    missing = left_out or (None if shutil.which(sanitizer) else "compute-sanitizer is not installed")
     # Without torch's cache each tensor is an allocation of its own, and a step past its end is seen.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     sanitizers = [
-        Step(
-            which,
-            [sanitizer or "compute-sanitizer", "--tool", which, "--error-exitcode", "9", *watched],
-            200,
-            environment,
-            missing,
-        )
+        Step(which, [sanitizer, "--tool", which, "--error-exitcode", "9", *watched], 200, environment, missing)
         for which in SANITIZERS
     ]
-    once = Step("every operator", watched, 120, left_out=left_out)  # compiles what the sanitizers run
     return [[*tests, once], sanitizers]
 
 
@@ -140,32 +130,29 @@ def measure_steps(gpu: bool, out: Path, operators: Sequence[str]) -> list[list[S
 
 
 def run_stage(steps: Sequence[Step], logs: Path, end: float) -> list[Outcome]:
-    """Runs the steps beside each other; one that is over its limit, or over `end`, is interrupted, then killed."""
+    """Runs the steps beside each other, none beyond its limit or `end`.
+
+    `timeout` interrupts one that is over its time, which lets pytest write what it has, and kills it ten seconds later.
+    """
     outcomes, running = [], []
     for step in steps:
         left_s = min(step.limit_s, end - time.monotonic())
-        if step.left_out is not None:
-            outcomes.append(Outcome(step.name, f"left out: {step.left_out}", 0.0, ""))
-        elif left_s < 1.0:
-            outcomes.append(Outcome(step.name, "failed: no time was left", 0.0, ""))
-        else:
-            log = (logs / f"{step.name.replace(' ', '-')}.log").open("wb")
-            print(f"{step.name}: {shlex.join(step.command)}", flush=True)
-            environment = {**os.environ, "PYTHONUNBUFFERED": "1", **step.environment}
-            started = time.monotonic()
-            try:
-                process = subprocess.Popen(
-                    step.command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True,
-                    preexec_fn=_interruptible,
-                )  # fmt: skip
-            except OSError as error:
-                outcomes.append(Outcome(step.name, f"failed: {error}", 0.0, ""))
-                continue
-            finally:
-                log.close()
-            running.append((step, process, started, left_s, Path(log.name)))
-    for step, process, started, left_s, path in running:
-        status = _wait(process, started + left_s)
+        if step.left_out is not None or left_s < 1.0:
+            status = f"left out: {step.left_out}" if step.left_out is not None else "failed: no time was left"
+            outcomes.append(Outcome(step.name, status, 0.0, ""))
+            continue
+        print(f"{step.name}: {shlex.join(step.command)}", flush=True)
+        path = logs / f"{step.name.replace(' ', '-')}.log"
+        with path.open("wb") as log:
+            process = subprocess.Popen(
+                ["timeout", "--signal=INT", "--kill-after=10", f"{left_s:.0f}", *step.command], cwd=ROOT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **step.environment}, stdout=log, stderr=log,
+                preexec_fn=_interruptible,
+            )  # fmt: skip
+        running.append((step, process, time.monotonic(), path))
+    for step, process, started, path in running:
+        code = process.wait()
+        status = "passed" if code == 0 else "failed: over its time" if code == OVER else f"failed: exit status {code}"
         lines = path.read_text(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         outcomes.append(Outcome(step.name, status, time.monotonic() - started, last))
@@ -173,32 +160,16 @@ def run_stage(steps: Sequence[Step], logs: Path, end: float) -> list[Outcome]:
 
 
 def _interruptible() -> None:
-    """A run in the background inherits that interrupts are ignored; its steps must hear ours all the same."""
+    """A run in the background inherits that interrupts are ignored; its steps must hear theirs all the same."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _wait(process: subprocess.Popen[bytes], end: float) -> str:
-    """How a process ended. An interrupt lets pytest write what it has; ten seconds later there is no more choice."""
-    try:
-        status = process.wait(max(0.0, end - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        return "failed: over its time"
-    return "passed" if status == 0 else f"failed: exit status {status}"
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """The outcomes, a line each."""
-    name_width = max(len(one.name) for one in outcomes)
-    status_width = max(len(one.status) for one in outcomes)
+    name_width, status_width = (max(len(one[place]) for one in outcomes) for place in (0, 1))
     return "\n".join(
-        f"{one.name:{name_width}}  {one.status:{status_width}}  {one.seconds:6.1f} s  {one.last_line[:100]}".rstrip()
-        for one in outcomes
+        f"{name:{name_width}}  {status:{status_width}}  {seconds:6.1f} s  {last_line[:100]}".rstrip()
+        for name, status, seconds, last_line in outcomes
     )
 
 
@@ -217,21 +188,20 @@ def run(stages: Sequence[Sequence[Step]], out: Path, total_s: float) -> list[Out
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("out", type=Path, help="folder for logs, summary.txt and the result files")
-    parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"measure {', '.join(tables.ORDER)} (all)")
-    parser.add_argument("--total", type=float, default=TOTAL_S, metavar="SECONDS", help="time limit of the whole run")
+    parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"measure {', '.join(ORDER)} (all)")
     parser.add_argument("--only", action="append", choices=PARTS, help="this part of the run; may be repeated (all)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
     options = parser.parse_intermixed_args(arguments)
-    unknown = sorted(set(options.operators) - set(tables.ORDER))
+    unknown = sorted(set(options.operators) - set(ORDER))
     if unknown:
-        parser.error(f"unknown operator {unknown[0]!r}: known are {', '.join(tables.ORDER)}")
+        parser.error(f"unknown operator {unknown[0]!r}: known are {', '.join(ORDER)}")
     out = options.out.resolve()
     architecture = card()
     gpu = architecture is not None
     parts = {
         "build": lambda: build_steps(architecture),
         "check": lambda: check_steps(gpu),
-        "measure": lambda: measure_steps(gpu, out, options.operators or tables.ORDER),
+        "measure": lambda: measure_steps(gpu, out, options.operators or ORDER),
     }
     stages = [steps for part in PARTS if part in (options.only or PARTS) for steps in parts[part]()]
     if options.dry_run:
@@ -239,10 +209,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"# {step.name}, at most {step.limit_s:.0f} s" + (f"; {step.left_out}" if step.left_out else ""))
             print(shlex.join(step.command))
         return 0
-    outcomes = run(stages, out, options.total)
+    outcomes = run(stages, out, TOTAL_S)
     print(table(outcomes))
     print(f"logs and results in {out}")
-    if any(outcome.failed for outcome in outcomes):
+    if any(outcome.status.startswith("failed") for outcome in outcomes):
         return 1
     if not gpu:
         print("there is no GPU here (nvidia-smi shows none): nothing was tested on one and nothing was measured")

@@ -8,12 +8,15 @@ the median of the quotients is reported with its 20th and 80th percentile.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
+
+import numpy as np
 
 from benchmarks import environment
 
@@ -24,24 +27,12 @@ Run = Callable[[], object]
 Clock = Callable[[], float]
 
 
-class Benchmark(Protocol):
-    """What is used of pytest-benchmark's fixture."""
-
-    disabled: bool
-    extra_info: dict[str, Any]
-    stats: Any
-
-    def pedantic(
-        self, target: Run, *, teardown: Run | None = ..., rounds: int = ..., iterations: int = ...
-    ) -> object: ...
-
-
 @dataclass(frozen=True)
 class Contender:
     """A named thing to time.
 
     `holds` is what it keeps in memory beside its inputs and results, in bytes. `may_fail`: an exception in its first
-    call leaves it out, and the result says why.
+    call leaves it out, and so does a quick run, which waits for no compiler; the result says why.
     """
 
     name: str
@@ -52,14 +43,10 @@ class Contender:
 
 @dataclass(frozen=True)
 class Aim:
-    """A promise about one ratio: ours / floor is at most `bound`, or peer / ours is at least `bound`.
-
-    With `more_ms`, ours takes at most `bound` milliseconds more than the floor.
-    """
+    """A promise about one ratio: ours / floor is at most `bound`, or peer / ours is at least `bound`."""
 
     against: str
     bound: float
-    more_ms: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,29 +75,8 @@ class Case:
     processes: bool = False
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How long to measure: seconds a sample at least, seconds a case at most, and how far its rounds give way.
-
-    All cases on two cores, with what torch.compile takes, should stay below ten minutes; so `other` rows than headlines
-    get less.
-    """
-
-    sample_s: float = 0.01
-    headline_s: float = 4.0
-    headline_rounds: int = 5
-    other_s: float = 1.5
-    other_rounds: int = 3
-    most_rounds: int = 40
-    process_rounds: int = 3
-
-
-FULL = Effort()
-QUICK = Effort(sample_s=2e-4, headline_rounds=3, most_rounds=3)
-
-
 def device_clock(device: str) -> Clock:
-    """Seconds, read when the device has finished all work handed to it (design.md: a synchronising timer)."""
+    """Seconds, read when the device has finished all work handed to it."""
     if device == "cpu":
         return time.perf_counter
     import torch
@@ -137,12 +103,16 @@ def differentiate(leaves: Sequence[Any], loss: Any) -> Any:
     return loss
 
 
+def three(value: float) -> str:
+    """Three significant digits, never in scientific notation."""
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
 def byte_size(count: int) -> str:
     """'4.29 GB', '268 MB', '12.0 kB': decimal units, three digits."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
-            value = count / size
-            return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
+            return f"{three(count / size)} {unit}"
     return f"{count} B"
 
 
@@ -152,23 +122,6 @@ def quantity(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return str(count)
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Linear interpolation between order statistics; `share` in [0, 1]. ValueError on an empty sequence."""
-    if not values:
-        raise ValueError("percentile of no values")
-    ordered = sorted(values)
-    position = share * (len(ordered) - 1)
-    below = math.floor(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median with 20th and 80th percentile, four significant digits."""
-    shares = {"median": 0.5, "p20": 0.2, "p80": 0.8}
-    return {name: float(f"{percentile(values, share):.4g}") for name, share in shares.items()}
 
 
 def sample(run: Run, calls: int, clock: Clock) -> float:
@@ -185,16 +138,74 @@ def sample(run: Run, calls: int, clock: Clock) -> float:
             gc.enable()
 
 
-def nothing() -> None:
-    """What a contender that needs no settling does between two samples."""
+class Turn:
+    """How one contender takes its turn: a sample of so many calls, after an untimed one where a call is short.
+
+    The untimed call is for caches and threads that the contender before has left behind.
+    """
+
+    def __init__(self, run: Run, clock: Clock, sample_s: float, once: bool) -> None:
+        self.run, self.clock, self.calls, self.short, self.round_s = run, clock, 1, False, 0.0
+        self.seconds: list[float] = []
+        if once:
+            return
+        call_s = sample(run, 1, clock)
+        self.short = call_s < SETTLED_S
+        if self.short:
+            call_s = max(1e-9, min(call_s, sample(run, 1, clock)))
+            self.calls = max(1, min(1000, math.ceil(sample_s / call_s)))
+            # On a busy machine many calls take longer than the best of two lets expect.
+            call_s = max(call_s, sample(run, self.calls, clock))
+        self.round_s = call_s * (self.calls + self.short)
+
+    def settle(self) -> None:
+        if self.short:
+            self.run()
+
+    def take(self) -> None:
+        self.settle()
+        self.seconds.append(sample(self.run, self.calls, self.clock))
 
 
-def warm_up(case: Case) -> tuple[list[Contender], dict[str, str]]:
+def measure_roofs(device: str, clock: Clock, quick: bool = False) -> dict[str, float]:
+    """What this device reaches at its best in this very run, through torch and with the threads it was given.
+
+    `copy_gb_s` and `cache_gb_s`: bytes read plus bytes written a second by a copy too large for the caches, and by one
+    that fits in the second level; `float32_gflop_s` (and `bfloat16_gflop_s` on a GPU): 2n³ a matrix product of n×n over
+    its time. The best of the repeats counts: what holds a roof down is never the roof.
+    """
+    import torch
+
+    large, small, side = (1 << 26, 1 << 17, 1536) if device == "cpu" else (1 << 28, 1 << 21, 8192)
+    large, side = (large // 8, side // 4) if quick else (large, side)
+    work: dict[str, tuple[float, Run]] = {}  # billions of bytes or operations, and what does them
+    for name, count in (("copy_gb_s", large), ("cache_gb_s", small)):
+        target = torch.ones(count, device=device)
+        work[name] = 8e-9 * count, functools.partial(target.copy_, torch.ones(count, device=device))
+    for name in ("float32",) if device == "cpu" else ("float32", "bfloat16"):
+        matrix = torch.ones(side, side, device=device, dtype=getattr(torch, name))
+        work[f"{name}_gflop_s"] = 2e-9 * side**3, functools.partial(torch.mm, matrix, matrix)
+    for _, run in work.values():
+        run()  # starts the threads that separated_threads then sends to their processors
+    roofs = {}
+    with environment.separated_threads():
+        for name, (size, run) in work.items():
+            turn, until = Turn(run, clock, 1e-3, once=False), time.perf_counter() + (0.02 if quick else 0.3)
+            while time.perf_counter() < until or len(turn.seconds) < 5:
+                turn.take()
+            roofs[name] = float(f"{size / min(turn.seconds):.4g}")
+    return roofs
+
+
+def warm_up(case: Case, quick: bool) -> tuple[list[Contender], dict[str, str]]:
     """Call everything once (compilation, page faults); returns the peers that work and why others do not."""
     case.floor.run()
     case.ours()
     working, left_out = [], dict(case.left_out)
     for peer in case.peers:
+        if quick and peer.may_fail:
+            left_out[peer.name] = QUICK_REASON
+            continue
         try:
             peer.run()
         except Exception as error:  # a compiler backend may raise anything at all
@@ -207,136 +218,95 @@ def warm_up(case: Case) -> tuple[list[Contender], dict[str, str]]:
     return working, left_out
 
 
-def compare(
-    case: Case, benchmark: Benchmark, clock: Clock, effort: Effort, device: str = "cpu"
-) -> dict[str, Any] | None:
+def compare(case: Case, benchmark: Any, clock: Clock, quick: bool, device: str = "cpu") -> dict[str, Any] | None:
     """Measure one case and return its row, JSON-ready; None, after one call of each, where pytest-benchmark is off.
 
-    pytest-benchmark times our operator (its rounds are our rounds, its iterations our calls a sample); between two of
-    its rounds the floor and the peers are timed the same way. Every sample of a short call starts after one untimed
-    call of the same contender, so that nobody pays for the caches and threads that the one before left behind.
+    `benchmark` is pytest-benchmark's fixture. It times our operator (its rounds are our rounds, its iterations our
+    calls a sample); between two of its rounds the floor and the peers are timed the same way. A headline has 4 s,
+    another case 1.5 s, so that all cases on two cores stay below ten minutes.
     """
-    peers, left_out = warm_up(case)
+    peers, left_out = warm_up(case, quick)
     if benchmark.disabled:
         return None
-    ours = Contender("ours", case.ours)
-    others = [case.floor, *peers]
-    calls: dict[str, int] = {}
-    settle: dict[str, Run] = {}
-    round_s = 0.0
-    peaks: dict[str, int | None] = {}
-    if case.processes:
-        calls = {contender.name: 1 for contender in (ours, *others)}
-    else:
+    contenders = [Contender("ours", case.ours), case.floor, *peers]
+    memory: list[int | None] = [None] * len(contenders)
+    if not case.processes:
         leaves = environment.leaves()
-        peaks = {one.name: environment.peak_memory(one.run, device, leaves) for one in (ours, *others)}
+        memory = [environment.peak_memory(one.run, device, leaves) for one in contenders]
         del leaves  # it would keep alive what the case lets go
-    for contender in () if case.processes else (ours, *others):
-        once = sample(contender.run, 1, clock)
-        if once < SETTLED_S:
-            once = min(once, sample(contender.run, 1, clock))
-            settle[contender.name] = contender.run
-        calls[contender.name] = max(1, min(1000, math.ceil(effort.sample_s / max(once, 1e-9))))
-        if contender.name in settle:
-            # On a busy machine many calls take longer than the best of two lets expect.
-            once = max(once, sample(contender.run, calls[contender.name], clock))
-        round_s += once * (calls[contender.name] + (contender.name in settle))
-    if len(calls) != len(others) + 1:
-        raise ValueError(f"{case.operator}, {case.size}: two contenders share a name: {[c.name for c in others]}")
-    limit_s, least = effort.other_s, effort.other_rounds
-    if case.headline:
-        limit_s, least = effort.headline_s, effort.headline_rounds
-    rounds = effort.process_rounds if case.processes else max(least, min(effort.most_rounds, int(limit_s / round_s)))
-    seconds: dict[str, list[float]] = {contender.name: [] for contender in others}
+    turns = [Turn(one.run, clock, 2e-4 if quick else 0.01, case.processes) for one in contenders]
+    ours, *others = turns
+    limit_s, least = (4.0, 5) if case.headline else (1.5, 3)
+    rounds = 3
+    if not quick and not case.processes:
+        rounds = max(least, min(40, int(limit_s / sum(turn.round_s for turn in turns))))
 
     def measure_others() -> None:
-        turn = len(seconds[case.floor.name])
-        if turn == rounds:
+        done = len(others[0].seconds)
+        if done == rounds:
             return  # pytest-benchmark calls once more, untimed, for the result of a looped target
         for position in range(len(others)):
-            contender = others[(turn + position) % len(others)]  # nobody always follows the same neighbour
-            settle.get(contender.name, nothing)()
-            seconds[contender.name].append(sample(contender.run, calls[contender.name], clock))
-        settle.get("ours", nothing)()
+            others[(done + position) % len(others)].take()  # nobody always follows the same neighbour
+        ours.settle()
 
-    settle.get("ours", nothing)()
+    ours.settle()
     others_before, started = environment.other_seconds(), time.perf_counter()
     with contextlib.nullcontext() if case.processes else environment.separated_threads():  # children inherit a pin
-        benchmark.pedantic(ours.run, teardown=measure_others, rounds=rounds, iterations=calls["ours"])
-    seconds["ours"] = list(benchmark.stats.stats.data)
+        benchmark.pedantic(ours.run, teardown=measure_others, rounds=rounds, iterations=ours.calls)
     others_after, wall = environment.other_seconds(), time.perf_counter() - started
-    row = _row(case, seconds, peers, left_out, calls, peaks)
+    ours.seconds = list(benchmark.stats.stats.data)
+    measured = row(case, [turn.seconds for turn in turns], contenders, memory, left_out)
     if others_before is not None and others_after is not None:
-        row["others_cores"] = round(max(0.0, others_after - others_before) / wall, 2)
-    benchmark.extra_info.update(row)
-    return row
+        measured["others_cores"] = round(max(0.0, others_after - others_before) / wall, 2)
+    return measured
 
 
-def shares(row: Mapping[str, Any], roofs: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """What a row reaches of the roofs of environment.measure_roofs, 1 being all of it, for the rates that it has."""
-    known = (
-        ("of_copy", "gb_s", "copy_gb_s"),
-        ("of_cache_copy", "gb_s", "cache_gb_s"),
-        ("of_peak", "gflop_s", "float32_gflop_s"),
-    )
-    return {share: float(f"{row[rate] / roofs[roof]['median']:.4g}") for share, rate, roof in known if rate in row}
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Median with 20th and 80th percentile, four significant digits."""
+    found = np.quantile(list(values), (0.5, 0.2, 0.8))
+    return {name: float(f"{value:.4g}") for name, value in zip(("median", "p20", "p80"), found, strict=True)}
 
 
-def axis_entry(case: Case) -> dict[str, Any] | None:
-    """The case's place on its scaling curve, as its row has it."""
-    return None if case.axis is None else {"name": case.axis[0], "value": case.axis[1]}
-
-
-def _row(
+def row(
     case: Case,
-    seconds: Mapping[str, Sequence[float]],
-    peers: Sequence[Contender],
+    seconds: Sequence[Sequence[float]],
+    contenders: Sequence[Contender],
+    memory: Sequence[int | None],
     left_out: Mapping[str, str],
-    calls: Mapping[str, int],
-    peaks: Mapping[str, int | None],
 ) -> dict[str, Any]:
-    def timing(name: str) -> dict[str, Any]:
-        timed = {"ms": spread([1e3 * value for value in seconds[name]]), "calls_a_sample": calls[name]}
-        return timed if peaks.get(name) is None else {**timed, "peak_bytes": peaks[name]}
+    """The row of a result file: `seconds` a round and `memory` at the peak of ours, the floor, and each peer."""
 
-    def ratio(above: str, below: str) -> dict[str, float]:
-        return spread([a / b for a, b in zip(seconds[above], seconds[below], strict=True)])
+    def entry(place: int) -> dict[str, Any]:
+        timed: dict[str, Any] = {"ms": spread(1e3 * value for value in seconds[place])}
+        if memory[place] is not None or contenders[place].holds:
+            timed["memory"] = contenders[place].holds + (memory[place] or 0)
+        return timed
 
-    our_s = percentile(seconds["ours"], 0.5)
-    rates = {"gb_s": 1e-9 * case.bytes_moved / our_s, "gflop_s": 1e-9 * case.operations / our_s}
-    floor_ratio = ratio("ours", case.floor.name)
-    peer_rows = [
-        {"name": peer.name, **timing(peer.name), "ratio": ratio(peer.name, "ours"), "holds_bytes": peer.holds}
-        for peer in peers
+    def ratio(above: int, below: int) -> dict[str, float]:
+        return spread(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+
+    floor = {"name": case.floor.name, **entry(1), "ratio": ratio(0, 1)}
+    peers = [
+        {"name": contenders[place].name, **entry(place), "ratio": ratio(place, 0)}
+        for place in range(2, len(contenders))
     ]
+    reached = {one["name"]: one["ratio"]["median"] for one in (floor, *peers)}
     aims = []
     for aim in case.aims:
-        against_floor = aim.against == case.floor.name
-        if aim.more_ms:
-            pairs = zip(seconds["ours"], seconds[aim.against], strict=True)
-            more = percentile([1e3 * (mine - theirs) for mine, theirs in pairs], 0.5)
-            aims.append({"against": aim.against, "more_ms": aim.bound, "reached": more, "met": more <= aim.bound})
-            continue
-        measured = {row["name"]: row["ratio"]["median"] for row in peer_rows}
-        reached = floor_ratio["median"] if against_floor else measured.get(aim.against)
-        if reached is None and aim.against not in left_out:
-            raise ValueError(f"{case.operator}, {case.size}: an aim names {aim.against!r}, which is not a contender")
-        met = reached is not None and (reached <= aim.bound if against_floor else reached >= aim.bound)
-        side = "at_most" if against_floor else "at_least"
-        aims.append({"against": aim.against, side: aim.bound, "reached": reached, "met": met})
+        value, sign = reached.get(aim.against), "≤" if aim.against == case.floor.name else "≥"
+        met = value is not None and (value <= aim.bound if sign == "≤" else value >= aim.bound)
+        aims.append({"aim": f"{sign} {aim.bound:g} × {aim.against}", "reached": value, "met": met})
     return {
-        "operator": case.operator,
         "what": case.what,
         "size": case.size,
+        "axis": case.axis,
+        "headline": case.headline,
         "bytes": case.bytes_moved,
         "operations": case.operations,
-        "axis": axis_entry(case),
-        **{name: float(f"{rate:.4g}") for name, rate in rates.items() if rate},
-        "rounds": len(seconds["ours"]),
-        "ours": timing("ours"),
-        "floor": {"name": case.floor.name, **timing(case.floor.name), "ratio": floor_ratio},
-        "peers": peer_rows,
+        "rounds": len(seconds[0]),
+        "ours": entry(0),
+        "floor": floor,
+        "peers": peers,
         "left_out": dict(left_out),
         "aims": aims,
-        "headline": case.headline,
     }

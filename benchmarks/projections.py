@@ -1,45 +1,79 @@
-"""Both sides of the projection benchmarks: our keyed pair, forward and accumulating adjoint, and a stored matrix."""
+"""Projections, forward and accumulating adjoint: our keyed pair, drawn inside the kernel, beside a stored matrix."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.environment import free_memory
-from benchmarks.harness import QUICK_REASON, Contender, Run, byte_size, compiled
+from benchmarks.harness import Case, Contender, Run, byte_size, compiled, quantity
 from wmengine import ops
 
+COPY = "copy"
 EAGER = "stored matrix, eager torch"
 COMPILED = "stored matrix, torch.compile"
 LARGEST_MATRIX = 5_000_000_000
 KEY = 0x1234_5678_9ABC_DEF0
 
 
+def compare_pair(
+    compare: Callable[[Case], None], device: str, kind: str, weights: int, bits: int, **others: Any
+) -> None:
+    """y = X w and gradient += Xᵀ residual, X of `bits` rows; `kind` is sketch, rademacher or gaussian."""
+    torch.manual_seed(1)
+    w, residual = torch.randn(weights, device=device), torch.randn(bits, device=device)
+    gradient, for_peers = torch.zeros_like(w), torch.zeros_like(w)
+    peers, left_out = [], {}
+    try:
+        matrix = stored_signs(bits, weights, device)
+    except ValueError as reason:
+        left_out = {EAGER: str(reason), COMPILED: str(reason)}
+    else:
+
+        def both_ways(w: Tensor, gradient: Tensor, residual: Tensor) -> Tensor:
+            y = matrix @ w
+            gradient.addmv_(matrix.t(), residual)
+            return y
+
+        held = 4 * matrix.numel()
+        fused = compiled(both_ways)
+        peers = [
+            Contender(EAGER, lambda: both_ways(w, for_peers, residual), holds=held),
+            Contender(COMPILED, lambda: fused(w, for_peers, residual), holds=held, may_fail=True),
+        ]
+    compare(
+        Case(
+            operator="sketch" if kind == "sketch" else "project",
+            what=f"{kind if kind == 'sketch' else f'project, {kind}'}, forward + accumulating adjoint",
+            size=f"{quantity(weights)} weights, T={bits}",
+            bytes_moved=3 * 4 * weights,
+            ours=keyed_pair(kind, w, gradient, residual),
+            floor=Contender(COPY, lambda: gradient.copy_(w)),
+            peers=peers,
+            left_out=left_out,
+            axis=("weights", weights) if bits == 256 else None,
+            **others,
+        )
+    )
+
+
 def keyed_pair(kind: str, weights: Tensor, gradient: Tensor, residual: Tensor) -> Run:
-    """y = X w and gradient += Xᵀ residual with X drawn from a key: `kind` is sketch, rademacher or gaussian."""
+    """Our pair with X drawn from a key."""
     count, total = weights.numel(), residual.numel()
-    if weights.device.type == "cpu":
-        w, g, out = weights.numpy(), residual.numpy(), gradient.numpy()
-
-        def on_cpu() -> None:
-            if kind == "sketch":
-                ops.cpu.sketch(w, KEY, total)
-                ops.cpu.sketch_adjoint(g, KEY, count, out=out)
-            else:
-                ops.cpu.project(w, KEY, total, kind)
-                ops.cpu.project_adjoint(g, KEY, count, kind, out=out)
-
-        return on_cpu
-
-    def on_gpu() -> None:
-        if kind == "sketch":
-            ops.sketch(weights, KEY, total)
-            gradient.add_(ops.sketch_adjoint(residual, KEY, count))
-        else:
-            ops.project(weights, KEY, total, kind)
-            gradient.add_(ops.project_adjoint(residual, KEY, count, kind))
-
-    return on_gpu
+    module: Any = ops.cpu if weights.device.type == "cpu" else ops
+    forward, adjoint = (
+        (module.sketch, module.sketch_adjoint) if kind == "sketch" else (module.project, module.project_adjoint)
+    )
+    kinds = () if kind == "sketch" else (kind,)
+    if module is ops:
+        return lambda: (
+            forward(weights, KEY, total, *kinds), gradient.add_(adjoint(residual, KEY, count, *kinds))
+        )  # fmt: skip
+    w, g, out = weights.numpy(), residual.numpy(), gradient.numpy()
+    return lambda: (forward(w, KEY, total, *kinds), adjoint(g, KEY, count, *kinds, out=out))
 
 
 def stored_signs(rows: int, weights: int, device: str) -> Tensor:
@@ -50,32 +84,8 @@ def stored_signs(rows: int, weights: int, device: str) -> Tensor:
     size = 4 * rows * weights
     if size > min(LARGEST_MATRIX, free_memory(device) // 2):
         raise ValueError(f"the matrix would take {byte_size(size)}")
+    fresh = torch.randint(0, 2, (min(rows, 8), weights), device=device, dtype=torch.int8) * 2 - 1
     matrix = torch.empty(rows, weights, device=device)
-    fresh = min(rows, 8)
-    matrix[:fresh] = torch.randint(0, 2, (fresh, weights), device=device, dtype=torch.int8) * 2 - 1
-    for start in range(fresh, rows, fresh):
-        matrix[start : start + fresh] = matrix[: min(fresh, rows - start)]
+    for start in range(0, rows, len(fresh)):
+        matrix[start : start + len(fresh)] = fresh[: rows - start]
     return matrix
-
-
-def stored_pair(
-    weights: Tensor, gradient: Tensor, residual: Tensor, quick: bool
-) -> tuple[list[Contender], dict[str, str]]:
-    """Peers that do y = X w and gradient += Xᵀ residual with X in memory, or why there are none."""
-    try:
-        matrix = stored_signs(residual.numel(), weights.numel(), str(weights.device))
-    except ValueError as reason:
-        return [], {EAGER: str(reason), COMPILED: str(reason)}
-
-    def both_ways(weights: Tensor, gradient: Tensor, residual: Tensor) -> Tensor:
-        y = matrix @ weights
-        gradient.addmv_(matrix.t(), residual)
-        return y
-
-    size = 4 * matrix.numel()
-    peers = [Contender(EAGER, lambda: both_ways(weights, gradient, residual), holds=size)]
-    if quick:
-        return peers, {COMPILED: QUICK_REASON}
-    faster = compiled(both_ways)
-    peers.append(Contender(COMPILED, lambda: faster(weights, gradient, residual), holds=size, may_fail=True))
-    return peers, {}
