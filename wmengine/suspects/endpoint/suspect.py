@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.carriers import Tensor
 from wmengine.errors import SuspectError, printable
+from wmengine.facts import Fact, fact
 from wmengine.suspects.adapters import Adapter, Range, adapters
 from wmengine.suspects.answers import ABSTAINED, Outputs, Reading, choose_readings, describe, of_two_classes, read_all
-from wmengine.suspects.base import CHUNK, one_line
+from wmengine.suspects.base import CHUNK, Answers, Inputs, Signature, Tensor, one_line, tagged
 from wmengine.suspects.endpoint.grpc import GrpcModel
 from wmengine.suspects.endpoint.model import DTYPES, Declared, Model, choose_input, in_numbers
 from wmengine.suspects.endpoint.options import DATATYPES, EndpointOptions
@@ -49,8 +49,7 @@ def endpoint(url: str, **options: Any) -> EndpointSuspect:
 class EndpointSuspect:
     """A suspect of the usual kind, asked as its options say. Budget and deadline are for its whole life.
 
-    settings and digest: the options, without secrets, and their SHA-256 (EndpointOptions). unasked and refused: which
-    rows of the last query have no answer, and why.
+    settings: the options, without secrets, and `digest`, their SHA-256 (EndpointOptions).
     """
 
     def __init__(self, options: EndpointOptions, model: Model | None = None, patience: Patience | None = None) -> None:
@@ -62,68 +61,73 @@ class EndpointSuspect:
         )
         self.name = self._model.address.name
         self.sha256: str | None = None
-        self.settings, self.digest = options.settings, options.digest()
-        self.notes: list[str] = []
-        self.unasked: dict[int, str] = {}
-        self.refused: dict[int, str] = {}
+        self.settings = {**options.settings, "digest": options.digest()}
+        self.facts: list[Fact] = []
         self._batches_work = False  # whether more than one input at once was ever answered
         self._one_at_a_time = False  # as nothing else was ever answered
         self._answered = False  # whether anything ever was
         self._given_up: str | None = None  # why nothing more is asked
         self._declared: Declared | None = None
 
-    def adapters(self, trigger_shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:
+    def adapters(self, shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:
         """The ways that the options and the server's description leave open; unlike a file's, every one costs queries.
 
         So other scalings are tried only where the options say "any", and other layouts where the description fits them.
         """
         with self._discreet():
-            return self._ways(trigger_shape, value_range, every)
+            return self._ways(shape, value_range, every)
 
-    def limit(self, inputs: NDArray[Any]) -> int:
+    def limit(self, inputs: Inputs) -> int:
         """How many of these inputs budget, rate and deadline leave room for.
 
         Raises SuspectError where there is none although nothing has been sent yet.
         """
+        rows = self._only(inputs)
         if self._given_up is not None:
             return 0
         with self._discreet():
-            size = self._fixed(self._input(), inputs) or 1
+            size = self._fixed(self._input(), rows) or 1
         left = self._patience.allows()
-        room = len(inputs) if left is None else min(len(inputs), left // size * size)
+        room = len(rows) if left is None else min(len(rows), left // size * size)
         if not room and not self._patience.sent:
             raise SuspectError(f"a budget of {self._patience.budget} queries is not enough: one trigger takes {size}")
         # The first request need not wait for the rate.
         return int(min(room, max(1.0, self._patience.in_time())))
 
-    def query(self, inputs: NDArray[Any], num_classes: int | None = None) -> NDArray[Any]:
-        """Scores [N, C], rows of NaN where there was no answer, or labels [N] or [N, R], −1 where there was none.
-
-        Raises SuspectError where nothing has been answered, now or before.
-        """
+    def answer(self, inputs: Inputs, num_classes: int | None = None) -> Answers:
+        """Raises SuspectError where nothing has been answered, now or before."""
+        rows = self._only(inputs)
         with self._discreet():
-            self.notes, self.unasked, self.refused = [], {}, {}
+            self.facts = []
             to, allowed = self._input(), self._patience.allows()
-            found = self._ask_all(to, inputs[:allowed].astype(DTYPES[to.datatype], copy=False), num_classes)
-            if allowed is not None and allowed < len(inputs):
+            found = self._ask_all(to, rows[:allowed].astype(DTYPES[to.datatype], copy=False), num_classes)
+            if allowed is not None and allowed < len(rows):
                 found.stopped = found.stopped or f"the budget of {self._patience.budget} queries is used up"
-            return self._answers(found, len(inputs))
+            return self._answers(found, len(rows))
 
-    def tensors(self, input_shape: Sequence[int] | None = None) -> list[Tensor]:
+    def tensors(self, signature: Signature | None = None) -> list[Tensor]:
         raise SuspectError(f"{self.name} shows no weights; verify a white-box watermark on a file or a module")
+
+    def activations(self, place: int, inputs: Inputs) -> NDArray[np.float32]:
+        raise SuspectError(f"{self.name} shows no activations; verify a white-box watermark on a file or a module")
 
     def close(self) -> None:
         self._model.close()
 
-    def _answers(self, found: _Found, rows: int) -> NDArray[Any]:
-        """What `query` returns, and why the other rows have no answer."""
+    def _only(self, inputs: Inputs) -> NDArray[Any]:
+        if len(inputs) != 1:
+            raise SuspectError(f"{self.name} is asked with one input, and the watermark has {', '.join(inputs)}")
+        (rows,) = inputs.values()
+        return rows
+
+    def _answers(self, found: _Found, rows: int) -> Answers:
+        """What came back, and why the other rows have no answer."""
         self._answered |= bool(found.answers)
         if not self._answered:
             reasons = dict.fromkeys(filter(None, (found.trouble, found.stopped)))
             raise SuspectError("; ".join(reasons) or f"{self.name} was asked nothing")
-        self.refused = found.refused
-        missing = (row for row in range(rows) if row not in found.answers and row not in self.refused)
-        self.unasked = dict.fromkeys(missing, found.stopped or "")
+        missing = (row for row in range(rows) if row not in found.answers and row not in found.refused)
+        unasked = dict.fromkeys(missing, self._shown(found.stopped or ""))
         some = [*found.answers.values()] or [np.array(ABSTAINED)]
         dtype = np.result_type(*{answer.dtype for answer in some})
         joined = np.full((rows, *some[0].shape), ABSTAINED if dtype.kind == "i" else np.nan, dtype)
@@ -131,21 +135,20 @@ class EndpointSuspect:
             joined[row] = answer
         if found.readings and found.readings[0].kind == "single":
             joined, note = of_two_classes(joined)
-            self.notes.append(note)
+            self.facts.append(note)
         # A class that was named has a place of its own; only a bare number may be counted from 0 or from 1.
-        return joined[:, None] if self._options.labels is not None and joined.ndim == 1 else joined
+        if self._options.labels is not None and joined.ndim == 1:
+            joined = joined[:, None]
+        refused = {row: self._shown(reason) for row, reason in found.refused.items()}
+        return tagged(joined, self.name, unasked=unasked, refused=refused)
 
     @contextmanager
     def _discreet(self) -> Iterator[None]:
-        """What comes out says nothing secret, though the endpoint may repeat our tokens, and moves no cursor."""
+        """What goes wrong says nothing secret, though the endpoint may repeat our tokens, and moves no cursor."""
         try:
             yield
         except SuspectError as error:
             raise SuspectError(self._shown(str(error))) from None
-        finally:
-            self.notes = [self._shown(note) for note in self.notes]
-            for reasons in (self.unasked, self.refused):
-                reasons.update({row: self._shown(reason) for row, reason in reasons.items()})
 
     def _shown(self, text: str) -> str:
         return printable(self._model.address.hide(text))
@@ -220,7 +223,7 @@ class EndpointSuspect:
                 self._batches_work |= len(batch) > 1
                 found.answers |= zip(batch, answers, strict=True)
         if found.answers and self._one_at_a_time and size > 1:
-            self.notes.append("the suspect answers only one input at a time")
+            self.facts.append(fact("one_at_a_time"))
         return found
 
     def _ask(self, to: Declared, rows: NDArray[Any], num_classes: int | None, found: _Found) -> NDArray[Any]:
@@ -245,7 +248,7 @@ class EndpointSuspect:
         if answers.shape[1:] == (0,):
             raise Refused("answers with scores of no class")
         if not found.readings:
-            self.notes.extend(describe(readings, outputs))
+            self.facts.extend(describe(readings, [(self._shown(name), value) for name, value in outputs]))
             found.readings, found.kind = readings, kind
         return answers
 
