@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from wmengine._optional import require
 from wmengine.identity.key import Key
 from wmengine.judging.verification import verify_all
+from wmengine.marks.watermark import Watermark
+from wmengine.parts.statistics.tails import paired_difference_interval
 from wmengine.report import html
 from wmengine.report.demo import DemoResult, Row, page, print_table
-from wmengine.parts.statistics.tails import paired_difference_interval
 from wmengine.suspects import open_suspect
-from wmengine.marks.watermark import Watermark
 
 if TYPE_CHECKING:
     import torch

@@ -37,8 +37,8 @@ SENTENCES: dict[str, str] = {
     "from_one_paid": "the suspect's classes are counted from 1, or a class more stands before them, which was paid for",
     "from_zero_paid": "that the suspect's classes are counted from 0 is one of two readings of its answers, and was "
     "paid for",
-    "order_of_clean": "{moved} of {classes} classes stand elsewhere, by {count} clean inputs of which the suspect names "
-    "{agreed} rightly; this is free, as long as these and their labels were chosen without the triggers' labels",
+    "order_of_clean": "{moved} of {classes} classes stand elsewhere, by {count} clean inputs of which the suspect "
+    "names {agreed} rightly; this is free, as long as these and their labels were chosen without the triggers' labels",
     "orders_paid": "all 10^{log10_orders:.1f} orders of the classes were paid for",
     "reordered": "classes stand in another order; all 10^{log10_orders:.1f} orders were paid for",
     "orders_too_many": "{total} triggers can prove no other order of {classes} classes, as there are too many: give "

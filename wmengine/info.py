@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from wmengine._version import __version__
 from wmengine._processors import available
+from wmengine._version import __version__
 from wmengine.sandbox import supported
 
 LIBRARIES = (

@@ -118,9 +118,7 @@ def check_preset(
 
 def null_of(suspect: Any, mark: Watermark, key: Key, keys: int) -> dict[float, float]:
     """For each of LEVELS, the share of `keys` fresh draws of the mark's symbols with a p-value at most that."""
-    marks = [
-        Watermark.create(key, mark.preset, mark.parameters, message=f"null {number}") for number in range(keys)
-    ]
+    marks = [Watermark.create(key, mark.preset, mark.parameters, message=f"null {number}") for number in range(keys)]
     findings = judge_suspect(open_suspect(suspect), marks, Terms(sequential=False, log10_bar=9.0))
     p = np.array([finding.log10_p for finding in findings])
     return {level: float((p <= math.log10(level)).mean()) for level in LEVELS}

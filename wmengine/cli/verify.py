@@ -35,7 +35,9 @@ def verify(
     ],
     watermark: Annotated[
         list[Path],
-        typer.Option("--watermark", metavar="FILE", help="The watermark to look for (.wm); several give one line each."),
+        typer.Option(
+            "--watermark", metavar="FILE", help="The watermark to look for (.wm); several give one line each."
+        ),
     ],
     key: KeyOption = None,
     alpha: Annotated[float, typer.Option(help="Owned when the p-value is at most this.")] = 1e-9,

@@ -82,8 +82,8 @@ class Terms:
 class Trial:
     """One suspect, the marks of one geometry.
 
-    ways: to put the questions, in this order, each with its share of the evidence; the next is tried when the one
-    before has not proven every mark. names: the caller gave the suspect's class names an order at verification.
+    The source says in which ways to put the questions, each with its share of the evidence; the next is tried where the
+    one before has not proven every mark.
     """
 
     def __init__(self, marks: Sequence[Watermark], suspect: Suspect, terms: Terms) -> None:
@@ -228,7 +228,7 @@ class Trial:
 
     def log10_p(self, mark: int) -> float:
         """log10 of the p-value with every hypothesis paid."""
-        return min([0.0, *(self._paid_log10_p(*each, mark) for each in self._tried)])
+        return min([0.0, *(self._paid_log10_p(hypothesis, mark) for _, hypothesis in self._tried)])
 
     def log10_e(self, mark: int) -> float | None:
         """log10 of the e-value at the end of a sequential trial, hypotheses paid; None for a fixed test."""
@@ -309,9 +309,7 @@ class Trial:
         for output, first, share in readings_of(predicted, seen, self.num_classes, single):
             share *= current.way.share
             bar = self._terms.log10_bar - math.log10(share)
-            tests = [
-                preset.statistic.begin(chance, current.total, bar, self._terms.sequential) for _ in self.marks
-            ]
+            tests = [preset.statistic.begin(chance, current.total, bar, self._terms.sequential) for _ in self.marks]
             hypothesis = Hypothesis(share, output, first, chance, tests)
             if self._terms.clean is not None and clean is not None:
                 found = best_order(hypothesis.classes(clean), self._terms.clean.labels, self.num_classes)
@@ -342,9 +340,9 @@ class Trial:
 
     def _best(self, mark: int) -> tuple[_Round, Hypothesis]:
         tried = self._tried
-        return tried[0] if len(tried) == 1 else min(tried, key=lambda each: self._paid_log10_p(*each, mark))
+        return tried[0] if len(tried) == 1 else min(tried, key=lambda each: self._paid_log10_p(each[1], mark))
 
-    def _paid_log10_p(self, current: _Round, hypothesis: Hypothesis, mark: int) -> float:
+    def _paid_log10_p(self, hypothesis: Hypothesis, mark: int) -> float:
         return hypothesis.log10_p(mark) - self._log10_share(hypothesis)
 
     def _log10_share(self, hypothesis: Hypothesis) -> float:
@@ -360,9 +358,7 @@ class Trial:
         if self._terms.clean is not None and best.order is not None:
             moved = int((best.order != np.arange(self.num_classes)).sum())
             count, agreed = len(self._terms.clean.labels), best.agreed
-            found.append(
-                fact("order_of_clean", moved=moved, classes=self.num_classes, count=count, agreed=agreed)
-            )
+            found.append(fact("order_of_clean", moved=moved, classes=self.num_classes, count=count, agreed=agreed))
         if self._names_paid:
             found.append(fact("names_paid", log10_orders=self._log10_names(best)))
         if best.any_order:
@@ -375,7 +371,7 @@ class Trial:
 
 
 def classes_of(answers: Answers) -> Labels:
-    """The classes [n, R] that answers name, ABSTAINED where there is none; of scores the highest, the first of equals."""
+    """The classes [n, R] that answers name, ABSTAINED where there is none; of scores the highest, the first."""
     if answers.kind == "scores":
         return highest(answers.values)[:, None]
     return answers.values.reshape(len(answers), -1)

@@ -127,6 +127,4 @@ def _best(tried: Sequence[tuple[float, list[Test]]], number: int, facts: tuple[F
     log10_share, tests = min(tried, key=lambda each: each[1][number].log10_p - each[0])
     best = tests[number]
     log10_p = min(0.0, best.log10_p - log10_share)
-    return Finding(
-        best.matched, best.total, 0, log10_p, facts=facts, evidence=best.evidence(log10_share)
-    )
+    return Finding(best.matched, best.total, 0, log10_p, facts=facts, evidence=best.evidence(log10_share))

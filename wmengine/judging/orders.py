@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.suspects.adapters import Adapter
 from wmengine.marks.watermark import Watermark
+from wmengine.suspects.adapters import Adapter
 
 CLASSES = ("same", "any")
 

@@ -179,8 +179,9 @@ def check_derivations(
         key = Key.load(key, passphrase)
     if key is not None and not isinstance(key, Key):
         raise TypeError(f"key must be a Key or a path, and it is {type(key).__name__}")
-    for mark in marks if key is not None else ():
-        mark.check_derivation(key)
+    for mark in marks:
+        if key is not None:
+            mark.check_derivation(key)
 
 
 def caveats(
@@ -208,11 +209,11 @@ def caveats(
 
 
 def _check_settings(suspect: Any, marks: Sequence[Watermark]) -> None:
-    """Raises ValueError for what a claimant could have chosen by the answers: an order of classes that no mark holds."""
+    """Raises ValueError for what a claimant could have chosen by the answers: an order of classes no mark holds."""
     labels = getattr(suspect, "settings", {}).get("labels") if isinstance(suspect, Suspect) else None
     for mark in marks:
         if labels is not None and list(labels) != mark.parameters.get("class_names"):
             raise ValueError(
-                f"adversarial=True takes no labels= of an endpoint but those that the watermark of {mark.name} was made "
-                "with (class_names=), as whoever orders the names chooses the matches"
+                f"adversarial=True takes no labels= of an endpoint but those that the watermark of {mark.name} was "
+                "made with (class_names=), as whoever orders the names chooses the matches"
             )

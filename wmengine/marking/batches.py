@@ -83,7 +83,9 @@ class Batches:
         batch: dict[str, torch.Tensor] = {ONE: inputs} if self._single else dict(inputs)
         for name, rows in batch.items():
             if not isinstance(rows, torch.Tensor):
-                raise TypeError(f"inputs must be torch tensors, and {type(rows).__name__} is none: torch.from_numpy(...)")
+                raise TypeError(
+                    f"inputs must be torch tensors, and {type(rows).__name__} is none: torch.from_numpy(...)"
+                )
             shape = self.signature[name].shape
             if tuple(rows.shape[1:]) != shape or len(rows) != len(labels):
                 raise ValueError(
@@ -95,7 +97,7 @@ class Batches:
                 raise TypeError(f"inputs must be {kind}, as the sample was, and they are {rows.dtype}")
             if labels.device != rows.device:
                 raise ValueError(f"inputs are on {rows.device} and labels on {labels.device}; move both to one device")
-        in_range = ((labels >= 0) & (labels < self.num_classes)) | (labels == IGNORE_INDEX)
+        in_range = ((labels >= 0) & (labels < (self.num_classes or 0))) | (labels == IGNORE_INDEX)
         if labels.device.type == "cpu":
             if not bool(in_range.all()):
                 wrong = labels[~in_range][0].item()

@@ -224,7 +224,9 @@ class Embedder:
         """Go on where `state_dict` was taken. Raises ValueError for the state of other marks."""
         known = {mark.watermark.commitment for mark in self._marks}
         if set(state) != known:
-            raise ValueError("this state is of other marks: make the Embedder with marks= and those that it was taken of")
+            raise ValueError(
+                "this state is of other marks: make the Embedder with marks= and those that it was taken of"
+            )
         for mark in self._marks:
             mark.course.load_state_dict(state[mark.watermark.commitment])
 

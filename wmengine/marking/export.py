@@ -25,9 +25,10 @@ def export_onnx(
 ) -> Path:
     """Write a model, in eval mode, as one ONNX file whose first axis is a dynamic batch; returns the path.
 
-    example: a batch of inputs (one row is enough), or several inputs: a tuple, named input, input_1, ... in the file, or
-    a dict by the names that the model's forward has for them, which the file keeps. The first output is `logits`. fold_batchnorm: fold each BatchNorm into the convolution or linear layer
-    before it, as torch's exporter does by default; otherwise the graph is written as traced. Weights lie in the file
+    example: a batch of inputs (one row is enough), or several inputs: a tuple, named input, input_1, ... in the file,
+    or a dict by the names that the model's forward has for them, which the file keeps. The first output is `logits`.
+    fold_batchnorm: fold each BatchNorm into the convolution or linear layer before it, as torch's exporter does by
+    default; otherwise the graph is written as traced. Weights lie in the file
     itself, or beside it in PATH.data from 2 GB on. The model's training flags and device stay; torch.compile and
     data-parallel wrappers are looked through. Raises ValueError for an example that is not a batch, and whatever
     torch.onnx.export raises for a model that it cannot export.
@@ -37,7 +38,11 @@ def export_onnx(
     model = unwrap(model)
     like = next(model.parameters(), None)
     named = isinstance(example, Mapping)
-    given = tuple(example.values()) if named else example if isinstance(example, tuple) else (example,)
+    if isinstance(example, Mapping):
+        given, names = tuple(example.values()), list(example)
+    else:
+        given = example if isinstance(example, tuple) else (example,)
+        names = ["input", *(f"input_{index}" for index in range(1, len(given)))]
     batches = []
     for rows in given:
         if not isinstance(rows, torch.Tensor) or rows.ndim < 1 or len(rows) == 0:
@@ -45,7 +50,6 @@ def export_onnx(
         # Two rows: a batch of one looks to the tracer like an axis that is always 1.
         batches.append(torch.cat([rows[:1], rows[:1]]).to(device=rows.device if like is None else like.device))
     batch = torch.export.Dim("batch")
-    names = list(example) if named else ["input", *(f"input_{index}" for index in range(1, len(batches)))]
     shapes = [{0: batch} for _ in batches]
     with evaluating(model), _quiet():
         program = torch.onnx.export(

@@ -74,7 +74,9 @@ def _every() -> dict[tuple[str, int], Preset]:
     found: dict[tuple[str, int], Preset] = {}
     for preset in (*PRESETS, *_brought()):
         if (preset.name, preset.version) in found:
-            raise ValueError(f"two presets are called {preset.full_name}; uninstall one of the packages that bring them")
+            raise ValueError(
+                f"two presets are called {preset.full_name}; uninstall one of the packages that bring them"
+            )
         found[preset.name, preset.version] = preset
     return found
 

@@ -78,7 +78,7 @@ class Preset:
         return replace(self, source=source, symbols=symbols, training=training)
 
     def describe(self, task: Task, name: str) -> Parameters:
-        """The canonical parameters of a mark in a model called `name`. Raises ValueError where the task does not fit."""
+        """The canonical parameters of a mark in a model called `name`. ValueError where the task does not fit."""
         try:
             parameters = self.symbols.describe(task)
             parameters |= self.source.describe(task, self.symbols.total(parameters))

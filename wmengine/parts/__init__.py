@@ -1,1 +1,1 @@
-"""What presets are made of: sources of marks, symbols, statistics, training. Each part owns its fields and its checks."""
+"""What presets are made of: sources of marks, symbols, statistics and training, each the owner of its fields."""

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.facts import Fact
-from wmengine.suspects.base import Adapter, InputSpec, Inputs, Suspect
+from wmengine.suspects.adapters import Adapter
+from wmengine.suspects.base import Inputs, InputSpec, Suspect
 
 if TYPE_CHECKING:
     import torch

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine._version import __version__
-from wmengine.report import html, pictures
-from wmengine.parts.statistics.tails import threshold
 from wmengine.judging.verdict import Verdict
 from wmengine.marks.watermark import Watermark
+from wmengine.parts.statistics.tails import threshold
+from wmengine.report import html, pictures
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class OnnxEngine:
 
     abandoned = False  # as RemoteEngine's: nobody else can end this process's engine
 
-    conditions: tuple[str, ...] = ()
+    conditions: tuple[Fact, ...] = ()
 
     def __init__(self, threads: int = 1, provider: str = "cpu", bound: bool | None = None) -> None:
         """provider: see `devices.PROVIDERS`; bound: whether outputs stay on their device, by default on a GPU."""

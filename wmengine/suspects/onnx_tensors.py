@@ -143,7 +143,7 @@ def _factors(node: Any, filters: int) -> NDArray[np.float32] | None:
             epsilon = consumer.attributes["epsilon"].value if "epsilon" in consumer.attributes else 1e-5
             if scale is not None and variance is not None and scale.size == variance.size == filters:
                 with np.errstate(invalid="ignore", divide="ignore"):
-                    return (scale / np.sqrt(variance + np.float32(epsilon))).astype(np.float32).reshape(-1)
+                    return np.asarray(scale / np.sqrt(variance + np.float32(epsilon)), np.float32).reshape(-1)
         elif consumer.op_type == "InstanceNormalization" and scale is not None and scale.size == filters:
             return scale.reshape(-1)
     return None

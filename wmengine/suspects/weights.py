@@ -62,21 +62,23 @@ def filters_first(weight: Array, groups: int, transposed: bool) -> Array:
     return grouped.reshape(groups * filters, channels_in // groups, *kernel)
 
 
-def module_tensors(
-    model: torch.nn.Module, example: Mapping[str, torch.Tensor] | None = None
-) -> list[ModuleTensor]:
+def module_tensors(model: torch.nn.Module, example: Mapping[str, torch.Tensor] | None = None) -> list[ModuleTensor]:
     """The weights of a model's convolutions, transposed convolutions and linear layers, each once.
 
     With an example (a batch of its inputs by name, on the model's device) they come in the order in which it runs
     through them, which is the order in an exported graph, each with the normalisation behind it, and layers that it
-    never reaches are left out. Without one they come in the order of registration. The model's training flags and buffers are left as they were.
+    never reaches are left out. Without one they come in the order of registration. The model's training flags and
+    buffers are left as they were.
     """
-    torch = require("torch", extra="train")
+    import torch
+
     kinds = (torch.nn.modules.conv._ConvNd, torch.nn.Linear)
-    layers = {module: path for path, module in model.named_modules() if isinstance(module, kinds)}
-    if example is None:
-        behind: dict[torch.nn.Module, str | None] = dict.fromkeys(layers)
-    else:
+    layers: dict[torch.nn.Module, str] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, kinds):
+            layers[module] = path
+    behind: dict[torch.nn.Module, str | None] = dict.fromkeys(layers)
+    if example is not None:
         behind = _executed(model, layers, example)
     found: dict[int, ModuleTensor] = {}
     for layer, normalisation in behind.items():
@@ -96,8 +98,9 @@ def _executed(
     model: torch.nn.Module, layers: Mapping[torch.nn.Module, str], example: Mapping[str, torch.Tensor]
 ) -> dict[torch.nn.Module, str | None]:
     """The layers that an example runs through, in that order, each with the path of the normalisation behind it."""
-    torch = require("torch", extra="train")
-    normalisations = {
+    import torch
+
+    normalisations: dict[torch.nn.Module, str] = {
         module: path
         for path, module in model.named_modules()
         if isinstance(module, torch.nn.modules.batchnorm._NormBase)

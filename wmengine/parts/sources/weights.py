@@ -81,7 +81,7 @@ class Weights:
         return {"carrier_keys": ("uint64", (len(parameters["carriers"]),))}
 
     def draw(self, subkey: Draw, parameters: Parameters, total: int) -> dict[str, NDArray[Any]]:
-        """"carrier_keys" uint64 [L]: the Philox key of each marked weight's projection."""
+        """ "carrier_keys" uint64 [L]: the Philox key of each marked weight's projection."""
         keys = [philox_key(subkey("projection", str(index))) for index in parameters["carrier_indices"]]
         return {"carrier_keys": np.array(keys, dtype=np.uint64)}
 
@@ -140,6 +140,4 @@ def folded(values: Any, factors: Any, carrier: str) -> Any:
 
 def signature_of(parameters: Parameters) -> dict[str, InputSpec]:
     """The inputs that a mark's model takes."""
-    return {
-        name: InputSpec(tuple(given["shape"]), str(given["dtype"])) for name, given in parameters["inputs"].items()
-    }
+    return {name: InputSpec(tuple(given["shape"]), str(given["dtype"])) for name, given in parameters["inputs"].items()}

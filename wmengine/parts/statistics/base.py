@@ -59,9 +59,14 @@ class Test(Protocol):
     or None while asking should go on. log10_p is valid at any time, log10_e (of a sequential test) too.
     """
 
-    total: int
-    matched: int
-    asked: int
+    @property
+    def total(self) -> int: ...
+
+    @property
+    def matched(self) -> int: ...
+
+    @property
+    def asked(self) -> int: ...
 
     def add(self, look: Look) -> None: ...
 

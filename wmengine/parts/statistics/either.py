@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from wmengine.parts.statistics.base import Evidence, Look, Statistic, Test
 from wmengine.parts.statistics.matches import Matches
@@ -16,8 +16,8 @@ _LOG10_HALF = math.log10(0.5)
 class Either:
     """The better of two, both paid (Bonferroni with weights fixed before any look)."""
 
-    first: Statistic = Soft()
-    second: Statistic = Matches()
+    first: Statistic = field(default_factory=Soft)
+    second: Statistic = field(default_factory=Matches)
 
     @property
     def identifier(self) -> str:

@@ -65,7 +65,7 @@ class AbstractTriggers:
         return {"triggers": ("uint8", (total, *_shape(parameters)))}
 
     def draw(self, subkey: Draw, parameters: Parameters, total: int) -> dict[str, NDArray[Any]]:
-        """"triggers" uint8 [N, *shape]; 0 … 255 stand for the range of each channel."""
+        """ "triggers" uint8 [N, *shape]; 0 … 255 stand for the range of each channel."""
         return {"triggers": abstract_images(philox_key(subkey("triggers")), total, _shape(parameters))}
 
     def ways(self, mark: Drawn, suspect: Suspect, every: bool) -> list[Adapter]:

@@ -7,7 +7,7 @@ suspect cannot be judged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -61,7 +61,7 @@ class EndpointSuspect:
         )
         self.name = self._model.address.name
         self.sha256: str | None = None
-        self.settings = {**options.settings, "digest": options.digest()}
+        self.settings: Mapping[str, Any] = {**options.settings, "digest": options.digest()}
         self.facts: list[Fact] = []
         self._batches_work = False  # whether more than one input at once was ever answered
         self._one_at_a_time = False  # as nothing else was ever answered
