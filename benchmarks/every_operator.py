@@ -30,7 +30,6 @@ def projections() -> Iterator[object]:
     for total in (32, 256, 4096, 8192):
         yield ops.sketch(random(9001), 3, total)
         yield ops.sketch_adjoint(random(total), 3, 9001)
-        yield cuda.project_adjoint(random(total), 3, 9001, "sketch", 0.5, out=random(9001))
     for kind in reference.PROJECTIONS[1:]:
         yield ops.project(random(9001), 3, 40, kind)
         yield ops.project_adjoint(random(40), 3, 9001, kind)
@@ -69,8 +68,6 @@ def losses() -> Iterator[object]:
             logits, weight = random(rows, classes).to(dtype).requires_grad_(), random(rows).abs()
             marked = ops.marked_cross_entropy(logits, known, weight, known % 3, groups=3, label_smoothing=0.1)
             yield torch.autograd.grad(marked.loss, logits)
-            factors = [random(size, 32).to(dtype).requires_grad_() for size in (rows, classes)]
-            yield torch.autograd.grad(ops.marked_linear_cross_entropy(*factors, known).loss, factors)
         features = random(rows, 70).requires_grad_()
         yield torch.autograd.grad(ops.soft_nearest_neighbor(features, known % 3, 70.0), features)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from benchmarks.environment import free_memory
 from benchmarks.harness import QUICK_REASON, Contender, Run, byte_size, compiled
 from wmengine import ops
+from wmengine.ops import torch_ops
 
 EAGER = "stored matrix, eager torch"
 COMPILED = "stored matrix, torch.compile"
@@ -22,22 +23,14 @@ def keyed_pair(kind: str, weights: Tensor, gradient: Tensor, residual: Tensor) -
         w, g, out = weights.numpy(), residual.numpy(), gradient.numpy()
 
         def on_cpu() -> None:
-            if kind == "sketch":
-                ops.cpu.sketch(w, KEY, total)
-                ops.cpu.sketch_adjoint(g, KEY, count, out=out)
-            else:
-                ops.cpu.project(w, KEY, total, kind)
-                ops.cpu.project_adjoint(g, KEY, count, kind, out=out)
+            ops.cpu.project(w, KEY, total, kind)
+            ops.cpu.project_adjoint(g, KEY, count, kind, out=out)
 
         return on_cpu
 
     def on_gpu() -> None:
-        if kind == "sketch":
-            ops.sketch(weights, KEY, total)
-            gradient.add_(ops.sketch_adjoint(residual, KEY, count))
-        else:
-            ops.project(weights, KEY, total, kind)
-            gradient.add_(ops.project_adjoint(residual, KEY, count, kind))
+        torch_ops.project(weights, KEY, total, kind)
+        gradient.add_(torch_ops.project_adjoint(residual, KEY, count, kind))
 
     return on_gpu
 
