@@ -15,7 +15,6 @@ from torch.nn import functional
 from benchmarks import harness
 from benchmarks.harness import Aim, Case, Contender, compiled
 from wmengine import _cpu, ops
-from wmengine.ops.torch_cross_entropy import cross_entropy_in_place
 
 
 class Size(NamedTuple):
@@ -67,17 +66,17 @@ def _case(size: Size, what: str, ours: Callable[[], object], floor: Contender, *
     )
 
 
-def _gradient(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+def _gradient(logits: Tensor, labels: Tensor) -> Tensor:
     """What torch computes in float32, rounded to the type of the logits."""
     leaf = logits.detach().float().requires_grad_()
-    loss = functional.cross_entropy(leaf, labels, reduction=reduction)
+    loss = functional.cross_entropy(leaf, labels)
     return torch.autograd.grad(loss, leaf)[0].to(logits.dtype)
 
 
-def _eager(logits: Tensor, labels: Tensor, reduction: str) -> Contender:
+def _eager(logits: Tensor, labels: Tensor) -> Contender:
     leaf = logits.detach().requires_grad_()
     loss_of = functional.cross_entropy
-    return Contender(ONCE, lambda: harness.differentiate([leaf], loss_of(leaf, labels, reduction=reduction)))
+    return Contender(ONCE, lambda: harness.differentiate([leaf], loss_of(leaf, labels)))
 
 
 def _liger(logits: Tensor, labels: Tensor) -> Contender:
@@ -151,35 +150,17 @@ def test_bare_operator(size: Size, compare: Callable[[Case], None], device: str)
     logits = torch.randn(size.rows, size.classes).to(getattr(torch, size.dtype))
     gradient = torch.empty_like(logits)
     labels, group = torch.randint(0, size.classes, (size.rows,)), torch.zeros(size.rows, dtype=torch.int64)
-    loss, group_loss, group_hits = torch.empty(()), torch.empty(1), torch.empty(1, dtype=torch.int64)
+    loss, denominator, group_loss = torch.empty(()), torch.empty(()), torch.empty(1)
+    group_hits = torch.empty(1, dtype=torch.int64)
     stored = {"float32": 0, "bfloat16": 2}[size.dtype]
 
     def ours() -> None:
         _cpu.marked_cross_entropy(
             logits.data_ptr(), stored, size.rows, size.classes, size.classes, labels.data_ptr(), 0, group.data_ptr(), 1,
-            0.0, -100, True, loss.data_ptr(), group_loss.data_ptr(), group_hits.data_ptr(), 0, 0, gradient.data_ptr(),
-            size.classes,
+            0.0, -100, True, loss.data_ptr(), group_loss.data_ptr(), group_hits.data_ptr(), 0, denominator.data_ptr(), gradient.data_ptr(),
         )  # fmt: skip
 
     ours()
-    torch.testing.assert_close(gradient, _gradient(logits, labels, "mean"))
+    torch.testing.assert_close(gradient, _gradient(logits, labels))
     floor = Contender("copy", lambda: gradient.copy_(logits))
-    compare(_case(size, "bare operator into kept memory", ours, floor, peers=[_eager(logits, labels, "mean")]))
-
-
-def test_in_place(size: Size, compare: Callable[[Case], None], device: str) -> None:
-    """The operator that writes the gradient over the logits; from its second call on it finds a gradient there."""
-    torch.manual_seed(1)
-    logits = torch.randn(size.rows, size.classes, device=device).to(getattr(torch, size.dtype))
-    labels = torch.randint(0, size.classes, (size.rows,), device=device)
-    peers = [_eager(logits.clone(), labels, "sum")]
-
-    def ours() -> object:
-        return cross_entropy_in_place(logits, labels, None, None, 1, 0.0, -100)
-
-    expected = _gradient(logits, labels, "sum")
-    ours()
-    torch.testing.assert_close(logits, expected)
-    factor = torch.ones((), dtype=logits.dtype, device=device)
-    floor = Contender("multiply in place", lambda: logits.mul_(factor))
-    compare(_case(size, "in place", ours, floor, peers=peers))
+    compare(_case(size, "bare operator into kept memory", ours, floor, peers=[_eager(logits, labels)]))

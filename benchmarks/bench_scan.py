@@ -22,12 +22,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch.nn import functional
-
-from benchmarks.harness import Aim, Case, Contender
 from wmengine.key import Key
 from wmengine.schemes import black_box_parameters, scheme
 from wmengine.triggers import to_input
 from wmengine.watermark import Watermark
+
+from benchmarks.harness import Aim, Case, Contender
 
 SHAPE, CLASSES, TRIGGERS = (1, 28, 28), 10, 100
 WIDTHS = (24, 48, 96)  # 8.5 million operations a query

@@ -30,7 +30,6 @@ def projections() -> Iterator[object]:
     for total in (32, 256, 4096, 8192):
         yield ops.sketch(random(9001), 3, total)
         yield ops.sketch_adjoint(random(total), 3, 9001)
-        yield cuda.project_adjoint(random(total), 3, 9001, "sketch", 0.5, out=random(9001))
     for kind in reference.PROJECTIONS[1:]:
         yield ops.project(random(9001), 3, 40, kind)
         yield ops.project_adjoint(random(40), 3, 9001, kind)

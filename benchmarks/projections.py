@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.environment import free_memory
 from benchmarks.harness import Case, Contender, Run, byte_size, compiled, quantity
 from wmengine import ops
+from wmengine.ops import torch_ops
 
 COPY = "copy"
 EAGER = "stored matrix, eager torch"
@@ -63,17 +64,13 @@ def compare_pair(
 def keyed_pair(kind: str, weights: Tensor, gradient: Tensor, residual: Tensor) -> Run:
     """Our pair with X drawn from a key."""
     count, total = weights.numel(), residual.numel()
-    module: Any = ops.cpu if weights.device.type == "cpu" else ops
-    forward, adjoint = (
-        (module.sketch, module.sketch_adjoint) if kind == "sketch" else (module.project, module.project_adjoint)
+    if weights.device.type == "cpu":
+        w, g, out = weights.numpy(), residual.numpy(), gradient.numpy()
+        return lambda: (ops.cpu.project(w, KEY, total, kind), ops.cpu.project_adjoint(g, KEY, count, kind, out=out))
+    return lambda: (
+        torch_ops.project(weights, KEY, total, kind),
+        gradient.add_(torch_ops.project_adjoint(residual, KEY, count, kind)),
     )
-    kinds = () if kind == "sketch" else (kind,)
-    if module is ops:
-        return lambda: (
-            forward(weights, KEY, total, *kinds), gradient.add_(adjoint(residual, KEY, count, *kinds))
-        )  # fmt: skip
-    w, g, out = weights.numpy(), residual.numpy(), gradient.numpy()
-    return lambda: (forward(w, KEY, total, *kinds), adjoint(g, KEY, count, *kinds, out=out))
 
 
 def stored_signs(rows: int, weights: int, device: str) -> Tensor:

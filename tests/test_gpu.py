@@ -13,8 +13,8 @@ if not torch.cuda.is_available():
 
 from tests.closeness import assert_close  # noqa: E402
 from wmengine import ops  # noqa: E402
-from wmengine.kernels import launches  # noqa: E402
-from wmengine.ops import cuda, reference, torch_ops  # noqa: E402, F401 (importing torch_ops registers torch.ops.wmengine)
+from wmengine.kernels import cross_entropy, launches  # noqa: E402
+from wmengine.ops import cuda, reference, torch_ops  # noqa: E402
 
 DEVICE = torch.device("cuda")
 KEYS = [3, 2**63 + 5, 2**64 - 1]
@@ -60,21 +60,10 @@ def test_dense_projection_and_its_adjoint_equal_the_reference(count, kind, total
 
 
 @pytest.mark.parametrize("projection", reference.PROJECTIONS)
-@pytest.mark.parametrize("total", [64, 4096])
-def test_the_adjoint_adds_to_out_when_it_is_given(projection, total):
-    g, out = random(total), torch.ones(9000, device=DEVICE)
-    plain = cuda.project_adjoint(g, 5, 9000, projection, 0.5)
-    assert cuda.project_adjoint(g, 5, 9000, projection, 0.5, out=out) is out
-    assert torch.equal(out, 1 + plain)
-    with pytest.raises(ValueError, match="out must be"):
-        cuda.project_adjoint(g, 5, 9000, projection, 0.5, out=out[::2])
-
-
-@pytest.mark.parametrize("projection", reference.PROJECTIONS)
 def test_weights_at_any_address_give_the_same(projection):
     w = random(70_003)
     shifted = torch.empty(70_004, device=DEVICE)[1:].copy_(w)  # 4 bytes off every boundary
-    assert torch.equal(cuda.project(w, 1, 256, projection, 1.0), cuda.project(shifted, 1, 256, projection, 1.0))
+    assert torch.equal(torch_ops.project(w, 1, 256, projection), torch_ops.project(shifted, 1, 256, projection))
 
 
 def test_the_sketchs_gradient_is_its_adjoint():
@@ -90,16 +79,17 @@ def test_sketches_of_more_than_two_to_the_31_weights(total):
     w = torch.zeros(count, device=DEVICE)
     first, last = 2**31 - 500, count
     w[first:] = random(last - first)
-    y = cuda.project(w, KEYS[0], total, "sketch", 1.0)
+    y = ops.sketch(w, KEYS[0], total)
     size = last - first
     signed = reference.signs(KEYS[0], size, 0, reference.DOMAIN_SKETCH, first) * w[first:].double().cpu().numpy()
     buckets = reference.buckets(KEYS[0], size, total, first)
-    assert_close(y, np.bincount(buckets, weights=signed, minlength=total))
+    scale = reference.projection_scale(total, count, "sketch")
+    assert_close(y, scale * np.bincount(buckets, weights=signed, minlength=total))
     del w
     g = random(total)
-    tail = cuda.project_adjoint(g, KEYS[0], count, "sketch", 1.0)[first:]
+    tail = ops.sketch_adjoint(g, KEYS[0], count)[first:]
     signs = reference.signs(KEYS[0], size, 0, reference.DOMAIN_SKETCH, first)
-    assert_close(tail, signs * g.double().cpu().numpy()[buckets])
+    assert_close(tail, scale * signs * g.double().cpu().numpy()[buckets])
 
 
 # --- match_counts -----------------------------------------------------------------------------------------------------
@@ -309,7 +299,7 @@ def test_the_same_input_gives_the_same_bits_twice():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     for projection in reference.PROJECTIONS:
         w = random(300_000)
-        assert torch.equal(cuda.project(w, 1, 256, projection, 1.0), cuda.project(w, 1, 256, projection, 1.0))
+        assert torch.equal(torch_ops.project(w, 1, 256, projection), torch_ops.project(w, 1, 256, projection))
 
 
 def test_a_training_step_never_waits_for_the_gpu():
@@ -402,11 +392,9 @@ def test_cross_entropy_of_more_than_two_to_the_31_logits():
     logits[-3:] = random(3, classes, dtype=torch.bfloat16)
     labels = torch.full((rows,), -100, device=DEVICE)
     labels[-3:] = torch.tensor([5, 31_999, 7], device=DEVICE)
-    loss, _, _, normalizers, denominator = cuda.marked_cross_entropy_forward(
-        logits, labels, None, None, 1, 0.0, -100, "mean"
-    )
+    loss, _, _, normalizers, denominator = cross_entropy.forward(logits, labels, None, None, 1, 0.0, -100, True)
     one = torch.ones((), device=DEVICE)
-    tail = cuda.marked_cross_entropy_backward(one, logits, labels, None, normalizers, denominator, 0.0, -100)[-3:]
+    tail = cross_entropy.backward(one, logits, labels, None, normalizers, denominator, 0.0, -100)[-3:]
     last = logits[-3:].float().requires_grad_()
     expected = torch.nn.functional.cross_entropy(last, labels[-3:])
     expected.backward()
@@ -414,7 +402,7 @@ def test_cross_entropy_of_more_than_two_to_the_31_logits():
     torch.testing.assert_close(tail.float(), last.grad, rtol=0.01, atol=1e-6)
 
 
-# --- soft_nearest_neighbor and marked_linear_cross_entropy ------------------------------------------------------------
+# --- soft_nearest_neighbor --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(7, 3), (130, 64), (1000, 257)])
@@ -432,23 +420,6 @@ def test_soft_nearest_neighbor_and_its_gradient_equal_the_formula(shape):
     expected.backward()
     assert_close(loss, expected.item(), 1e-4)
     assert_close(features.grad, x.grad.cpu().numpy(), 1e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(5, 8, 3), (300, 64, 1000), (64, 128, 32_000)])
-def test_marked_linear_cross_entropy_and_its_gradients_equal_those_of_the_logits(dtype, shape):
-    rows, size, classes = shape
-    hidden, head = random(rows, size, dtype=dtype).requires_grad_(), random(classes, size, dtype=dtype).requires_grad_()
-    labels = integers(rows, low=0, high=classes)
-    marked = ops.marked_linear_cross_entropy(hidden, head, labels)
-    gradients = torch.autograd.grad(marked.loss, [hidden, head])
-    h, w = (tensor.detach().double().requires_grad_() for tensor in (hidden, head))
-    expected = torch.nn.functional.cross_entropy(h @ w.t(), labels)
-    tolerance = 1e-4 if dtype == torch.float32 else 0.02
-    assert_close(marked.loss, expected.item(), tolerance)
-    for actual, wanted in zip(gradients, torch.autograd.grad(expected, [h, w]), strict=True):
-        assert actual.dtype == dtype
-        assert_close(actual, wanted.cpu().numpy(), tolerance)
 
 
 # --- what holds for every operator -----------------------------------------------------------------------------------
@@ -494,10 +465,6 @@ OPERATORS = {
     "embedding_loss of all": ([*marks(40), *WEIGHTS], embedded("flat", "gaussian")),
     "marked_cross_entropy": (
         ROWS, lambda *tensors: differentiated(lambda x, y: ops.marked_cross_entropy(x, y).loss, *tensors)
-    ),
-    "marked_linear_cross_entropy": (
-        [random(65, 32), random(1000, 32), ROWS[1]],
-        lambda *tensors: differentiated(lambda h, w, y: ops.marked_linear_cross_entropy(h, w, y).loss, *tensors),
     ),
     "soft_nearest_neighbor": (
         [random(65, 32), integers(65, low=0, high=4)],
@@ -627,13 +594,13 @@ def test_the_operators_pass_opcheck(dtype):
     keys = [3, -5, -1, 77]
     bits = torch.ones(40, dtype=torch.uint8, device=DEVICE)
     check, operators = torch.library.opcheck, torch.ops.wmengine
-    check(operators.project.default, (random(300), -7, 40, "sketch"))
-    check(operators.project_adjoint.default, (random(40), -7, 300, "gaussian"))
+    check(operators.project.default, (random(300), -7, 40, "sketch", False))
+    check(operators.project.default, (random(40), -7, 300, "gaussian", True))
     settings = ("unit_filters", "sketch")
-    check(operators.embedding_loss.default, (weights, keys, bits, *settings, "bce", 1.0, 0.1))
-    _, _, residual, norms = operators.embedding_loss(weights, keys, bits, *settings, "bce", 1.0, 0.1)
+    check(operators.embedding_loss.default, (weights, bits, keys, *settings, 0.1, "bce", 1.0))
+    _, _, residual, norms = operators.embedding_loss(weights, bits, keys, *settings, 0.1, "bce", 1.0)
     one = torch.ones((), device=DEVICE)
-    check(operators.embedding_loss_backward.default, (one, weights, keys, residual, norms, *settings, 0.1))
+    check(operators.embedding_loss_backward.default, (one, weights, residual, norms, keys, *settings, 0.1))
     logits, labels = random(8, 10, dtype=dtype), torch.arange(8, device=DEVICE)
     check(operators.marked_cross_entropy.default, (logits, labels, None, None, 1, 0.0, -100, True, True))
 

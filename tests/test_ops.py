@@ -125,11 +125,10 @@ def test_running_out_of_memory_in_a_worker_raises_and_the_pool_lives_on():
 
 def test_adjoint_adds_to_out_when_it_is_given():
     g = np.random.default_rng(4).normal(size=64).astype(np.float32)
-    for front, arguments in ((ops.cpu.sketch_adjoint, ()), (ops.cpu.project_adjoint, ("rademacher",))):
+    for projection in reference.PROJECTIONS:
         out = np.ones(9000, dtype=np.float32)
-        returned = front(g, 5, 9000, *arguments, out=out)
-        assert returned is out
-        np.testing.assert_array_equal(out, np.float32(1.0) + front(g, 5, 9000, *arguments))
+        assert ops.cpu.project_adjoint(g, 5, 9000, projection, out=out) is out
+        np.testing.assert_array_equal(out, np.float32(1.0) + ops.cpu.project_adjoint(g, 5, 9000, projection))
 
 
 def test_same_bits_over_repeats_and_thread_counts():
@@ -274,7 +273,9 @@ def test_empty_input_projects_to_zero():
         (lambda: ops.project(np.ones(4, dtype=np.float32), 1, 3, "sparse"), ValueError, "kind must be one of"),
         (lambda: ops.sketch_adjoint(np.ones(4, dtype=np.float32), 1, -1), ValueError, "count must be"),
         (
-            lambda: ops.cpu.sketch_adjoint(np.ones(4, dtype=np.float32), 1, 9, out=np.ones(8, dtype=np.float32)),
+            lambda: ops.cpu.project_adjoint(
+                np.ones(4, dtype=np.float32), 1, 9, "sketch", out=np.ones(8, dtype=np.float32)
+            ),
             ValueError,
             "out must be",
         ),

@@ -87,7 +87,7 @@ def test_same_bits_for_every_instruction_set_and_number_of_threads(projection):
                 for w, g in data:
                     parts.append(sums(w, 3, g.size, projection))
                     parts.append(ops.carrier_projection(w[None], 3, g.size, "unit_filters", projection))
-                    back = ops.cpu._project_adjoint(g, 3, w.size, projection, w.copy())
+                    back = ops.cpu.project_adjoint(g, 3, w.size, projection, w.copy())
                     parts.append(back)
                 results.append(b"".join(part.tobytes() for part in parts))
     finally:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from tests.closeness import assert_close
 from wmengine import ops
-from wmengine.ops import reference, torch_reference
+from wmengine.ops import reference, torch_ops
 
 KEYS = [3, 2**63 + 5, 2**64 - 1]
 
@@ -37,8 +37,10 @@ def test_projection_of_a_tensor_equals_numpys_and_its_gradient_is_the_adjoint(pr
 
 @pytest.mark.parametrize("projection", reference.PROJECTIONS)
 def test_projection_passes_opcheck(projection):
-    torch.library.opcheck(torch.ops.wmengine.project.default, (torch.randn(300), -7, 40, projection))
-    torch.library.opcheck(torch.ops.wmengine.project_adjoint.default, (torch.randn(40), -7, 300, projection))
+    for dtype in (torch.float32, torch.float64):
+        w, g = torch.randn(300, dtype=dtype), torch.randn(40, dtype=dtype)
+        torch.library.opcheck(torch.ops.wmengine.project.default, (w, -7, 40, projection, False))
+        torch.library.opcheck(torch.ops.wmengine.project.default, (g, -7, 300, projection, True))
 
 
 def test_adjoint_of_a_tensor_is_differentiable_too():
@@ -49,9 +51,10 @@ def test_adjoint_of_a_tensor_is_differentiable_too():
 
 
 @pytest.mark.parametrize("projection", reference.PROJECTIONS)
-def test_float64_reference_passes_gradcheck(projection):
+def test_float64_projections_pass_gradcheck(projection):
     values = torch.randn(50, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda w: torch_reference.project(w, 3, 33, projection), (values,))
+    assert torch.autograd.gradcheck(lambda w: torch_ops.project(w, 3, 33, projection), (values,))
+    assert torch.autograd.gradcheck(lambda g: torch_ops.project_adjoint(g, 3, 60, projection), (values,))
 
 
 # --- embedding_loss ---------------------------------------------------------------------------------------------------
@@ -192,12 +195,12 @@ def test_embedding_loss_passes_opcheck(carrier):
     weights = [w.detach() for w in layers((4, 3, 2), (5, 7))]
     bits = torch.ones(33, dtype=torch.uint8)
     torch.library.opcheck(
-        torch.ops.wmengine.embedding_loss.default, (weights, [1, -2], bits, carrier, "sketch", "bce", 1.0, 0.5)
+        torch.ops.wmengine.embedding_loss.default, (weights, bits, [1, -2], carrier, "sketch", 0.5, "bce", 1.0)
     )
     norms = torch.ones(9 if "unit" in carrier else 0)
     torch.library.opcheck(
         torch.ops.wmengine.embedding_loss_backward.default,
-        (torch.tensor(1.0), weights, [1, -2], torch.randn(33), norms, carrier, "sketch", 0.5),
+        (torch.tensor(1.0), weights, torch.randn(33), norms, [1, -2], carrier, "sketch", 0.5),
     )
 
 

@@ -19,9 +19,9 @@ triton = pytest.importorskip("triton", reason="Triton is not installed (it comes
 import triton.language as tl  # noqa: E402
 
 from tests.closeness import assert_close  # noqa: E402
-from wmengine.kernels import philox  # noqa: E402
+from wmengine.kernels import cross_entropy, embedding_loss, philox  # noqa: E402
 from wmengine.kernels.layers import address_table  # noqa: E402
-from wmengine.ops import cuda, reference  # noqa: E402
+from wmengine.ops import reference  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEYS = [0xFEDCBA9876543210, 5, 2**63, 2**64 - 1, 11]
@@ -90,14 +90,9 @@ def test_normal_values_are_box_and_mullers():
 
 def embed(weights, bits, carrier, projection, link="bce", margin=0.8, scale=0.05, outer=1.0):
     """(loss, y, gradients) of the kernels, gradients already times `outer`."""
-    keys = KEYS[: len(weights)]
-    total = bits.numel()
-    loss, y, residual, norms = cuda.embedding_loss_forward(
-        weights, keys, bits, carrier, projection, link, margin, scale, total
-    )
-    gradients = cuda.embedding_loss_backward(
-        torch.tensor(outer, device=DEVICE), weights, keys, residual, norms, carrier, projection, scale
-    )
+    settings = (KEYS[: len(weights)], carrier, projection, scale)
+    loss, y, residual, norms = embedding_loss.forward(weights, bits, *settings, link, margin)
+    gradients = embedding_loss.backward(torch.tensor(outer, device=DEVICE), weights, residual, norms, *settings)
     return loss, y, gradients
 
 
@@ -228,19 +223,42 @@ def test_the_same_input_gives_the_same_bits_twice(carrier):
     assert all(torch.equal(a, b) for a, b in zip(first[2], second[2], strict=True))
 
 
+# --- sketch and project -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("projection", "count", "total"),
+    [
+        *(("sketch", count, total) for count in (0, 1, 31, 4097, 9001) for total in (1, 50, 256, 4096, 5000)),
+        *((kind, count, total) for kind in ("rademacher", "gaussian") for count in (0, 1, 129) for total in (1, 33)),
+    ],
+)
+@pytest.mark.parametrize("key", [KEYS[0], -1])
+def test_bare_projections_and_their_adjoints_equal_the_reference(projection, count, total, key):
+    w, g, unsigned = random(count, seed=1), random(total, seed=2), key % 2**64
+    y = embedding_loss.project(w, key, total, projection, 0.5)
+    assert_close(y, 0.5 * reference.projection_sums(w.cpu().numpy(), unsigned, total, projection), 1e-5)
+    out = embedding_loss.project_adjoint(g, key, count, projection, 0.5)
+    assert_close(out, 0.5 * reference.projection_adjoint(g.cpu().numpy(), unsigned, count, projection), 1e-5)
+
+
+def test_a_bare_projection_reads_values_at_any_distance():
+    w, g = random(900, 2)[:, 1], random(64, 2)[:, 1]
+    assert torch.equal(*(embedding_loss.project(x, 3, 40, "sketch", 1.0) for x in (w, w.contiguous())))
+    assert torch.equal(*(embedding_loss.project_adjoint(x, 3, 90, "sketch", 1.0) for x in (g, g.contiguous())))
+
+
 # --- marked_cross_entropy ---------------------------------------------------------------------------------------------
 
 
 def assert_entropy_is_the_references(
     logits, labels, weight=None, group=None, groups=3, smoothing=0.0, reduction="mean", tolerance=1e-5
 ):
-    loss, group_loss, group_hits, normalizers, denominator = cuda.marked_cross_entropy_forward(
-        logits, labels, weight, group, groups, smoothing, -100, reduction
+    loss, group_loss, group_hits, normalizers, denominator = cross_entropy.forward(
+        logits, labels, weight, group, groups, smoothing, -100, reduction == "mean"
     )
     outer = torch.tensor(2.0, device=DEVICE)
-    gradient = cuda.marked_cross_entropy_backward(
-        outer, logits, labels, weight, normalizers, denominator, smoothing, -100
-    )
+    gradient = cross_entropy.backward(outer, logits, labels, weight, normalizers, denominator, smoothing, -100)
     with np.errstate(all="ignore"):
         expected = reference.marked_cross_entropy(
             logits.cpu().float().numpy(),
@@ -296,23 +314,6 @@ def test_more_rows_than_one_program_adds(reduction):
     assert_entropy_is_the_references(*batch(8192 + 40, 3), reduction=reduction)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_in_place_the_gradient_replaces_the_logits_and_nothing_else(dtype):
-    wide, labels, weight, group = batch(6, 40, dtype)
-    logits, before = wide[:, 4:30], wide.clone()
-    labels %= 26
-    labels[2] = -100
-    loss, group_loss, group_hits = cuda.cross_entropy_in_place(logits, labels, weight, group, 3, 0.1, -100)
-    copied = before[:, 4:30].contiguous()
-    wanted = cuda.marked_cross_entropy_forward(copied, labels, weight, group, 3, 0.1, -100, "sum")
-    one = torch.ones((), device=DEVICE)
-    gradient = cuda.marked_cross_entropy_backward(one, copied, labels, weight, *wanted[3:], 0.1, -100)
-    for actual, expected in zip((loss, group_loss, group_hits, logits), (*wanted[:3], gradient), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-    assert torch.equal(wide[:, :4], before[:, :4])
-    assert torch.equal(wide[:, 30:], before[:, 30:])
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_are_read_as_they_are(dtype):
     logits, labels, weight, group = batch(6, 40, dtype)
@@ -336,7 +337,7 @@ def test_a_row_with_nan_makes_the_loss_nan_and_is_never_a_hit():
     logits, labels, _, _ = batch(4, 6)
     labels[:] = logits.argmax(dim=1)
     logits[2, 5] = float("nan")
-    loss, _, hits, normalizers, _ = cuda.marked_cross_entropy_forward(logits, labels, None, None, 1, 0.0, -100, "mean")
+    loss, _, hits, normalizers, _ = cross_entropy.forward(logits, labels, None, None, 1, 0.0, -100, True)
     assert torch.isnan(loss)
     assert hits.tolist() == [3]
     assert torch.isnan(normalizers).any(dim=1).tolist() == [False, False, True, False]
@@ -354,17 +355,15 @@ def test_infinite_logits_are_treated_as_the_reference_treats_them():
 def test_ties_go_to_the_first_class():
     logits = torch.zeros(3, 5, device=DEVICE)
     labels = torch.tensor([0, 1, 4], device=DEVICE)
-    assert cuda.marked_cross_entropy_forward(logits, labels, None, None, 1, 0.0, -100, "mean")[2].tolist() == [1]
+    assert cross_entropy.forward(logits, labels, None, None, 1, 0.0, -100, True)[2].tolist() == [1]
 
 
 @pytest.mark.parametrize("label", [-1, 5, 2**40])
 def test_a_label_that_is_no_class_makes_loss_and_gradient_nan(label):
     logits, labels, _, _ = batch(3, 5)
     labels[:] = torch.tensor([0, label, 1])
-    loss, _, hits, normalizers, denominator = cuda.marked_cross_entropy_forward(
-        logits, labels, None, None, 1, 0.0, -100, "sum"
-    )
-    gradient = cuda.marked_cross_entropy_backward(
+    loss, _, hits, normalizers, denominator = cross_entropy.forward(logits, labels, None, None, 1, 0.0, -100, False)
+    gradient = cross_entropy.backward(
         torch.ones((), device=DEVICE), logits, labels, None, normalizers, denominator, 0.0, -100
     )
     assert torch.isnan(loss)
@@ -377,10 +376,8 @@ def test_a_group_that_is_none_makes_loss_and_gradient_nan(group):
     logits, labels, _, groups = batch(4, 5)
     groups[:] = torch.tensor([0, group, group, 1])  # the second row is ignored
     labels[:] = torch.tensor([0, -100, 2, 1])
-    loss, _, hits, normalizers, denominator = cuda.marked_cross_entropy_forward(
-        logits, labels, None, groups, 3, 0.0, -100, "sum"
-    )
-    gradient = cuda.marked_cross_entropy_backward(
+    loss, _, hits, normalizers, denominator = cross_entropy.forward(logits, labels, None, groups, 3, 0.0, -100, False)
+    gradient = cross_entropy.backward(
         torch.ones((), device=DEVICE), logits, labels, None, normalizers, denominator, 0.0, -100
     )
     assert torch.isnan(loss)
@@ -389,8 +386,6 @@ def test_a_group_that_is_none_makes_loss_and_gradient_nan(group):
 
 
 def test_more_groups_than_the_second_axis_of_a_grid_takes(monkeypatch):
-    from wmengine.kernels import cross_entropy
-
     grids = []
 
     class Recorded:
@@ -400,7 +395,7 @@ def test_more_groups_than_the_second_axis_of_a_grid_takes(monkeypatch):
 
     monkeypatch.setattr(cross_entropy, "finish_kernel", Recorded())
     logits, labels, _, group = batch(2, 3)
-    cuda.marked_cross_entropy_forward(logits, labels, None, group, 70_000, 0.0, -100, "mean")
+    cross_entropy.forward(logits, labels, None, group, 70_000, 0.0, -100, True)
     assert grids == [(70_001,)]
 
 
@@ -431,7 +426,7 @@ def test_smoothed_infinite_logits_are_torchs(place, smoothing):
         logits[1, :5000] = bad
         for row in range(3):
             one = logits[row : row + 1], labels[row : row + 1]
-            loss = cuda.marked_cross_entropy_forward(*one, None, None, 1, smoothing, -100, "sum")[0]
+            loss = cross_entropy.forward(*one, None, None, 1, smoothing, -100, False)[0]
             expected = torch.nn.functional.cross_entropy(*one, label_smoothing=smoothing)
             torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
@@ -450,7 +445,7 @@ from wmengine.kernels import carriers, cross_entropy, embedding_loss, layers, pr
 LAYERS = {"LAYERS": 32, "DTYPE": tl.float32}
 VALUES = [LAYERS | {"SCRATCH": False, "UNIT": True}, LAYERS | {"DTYPE": tl.bfloat16, "SCRATCH": True, "UNIT": False}]
 TILES = [("fp32", 16, 16, {}), ("fp32", 1, 1024, {}), ("fp32", 1, 4096, {}), ("bf16", 1, 4096, {}),
-         ("fp32", 16, 16, {"rows": 1, "classes": 1, "stride": 1, "gradient_stride": 1})]
+         ("fp32", 16, 16, {"rows": 1, "classes": 1, "stride": 1})]
 KERNELS = [
     (layers.addresses_kernel, 1, "*i64" + 16 * " i64", [{}]),
     (projection.sketch_tables_kernel, 1, "*i64 *i32 *i32", [{"LAYERS": 1, "BUCKETS": n} for n in (32, 256, 8192)]),
@@ -476,11 +471,11 @@ KERNELS = [
        [{"WEIGHTED": True, "GROUPED": True, "SMOOTH": True, "TILE": tile, "STEP": step} | one])
       for x, tile, step, one in TILES],
     *[(cross_entropy.gradient_kernel, 8 if step > 1024 else 4,
-       f"*fp32 *{x} *i64 *fp32 *fp32 *fp32 *{x} i32 i32 i32 i32 fp32 i32",
+       f"*fp32 *{x} *i64 *fp32 *fp32 *fp32 *{x} i32 i32 i32 fp32 i32",
        [{"WEIGHTED": False, "TILE": tile, "STEP": step} | one])
       for x, tile, step, one in TILES],
-    *[(cross_entropy.gradient_kernel, 8, f"*fp32 *fp32 *i64 *fp32 *fp32 *fp32 *{x} i32 i32 i32 i32 fp32 i32",
-       [{"WEIGHTED": True, "TILE": 1, "STEP": 4096}]) for x in ("fp16", "bf16")],  # of a head of 16 bits
+    (cross_entropy.gradient_kernel, 8, "*fp32 *fp32 *i64 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 fp32 i32",
+     [{"WEIGHTED": True, "TILE": 1, "STEP": 4096}]),
     (cross_entropy.finish_kernel, 4, "*fp32 *fp32 *i8 *i64 *fp32 *fp32 *fp32 *i64 *fp32 *i32 i32 i32",
      [{"GROUPED": True, "MEAN": True, "ALONE": False}, {"GROUPED": True, "MEAN": True, "ALONE": True},
       {"GROUPED": False, "MEAN": False, "ALONE": True, "rows": 1, "groups": 1}]),
@@ -537,7 +532,7 @@ def test_every_kernel_compiles_to_hopper_machine_code_that_keeps_its_registers(t
     )
     assert run.returncode == 0, run.stderr[-4000:]
     compiled = json.loads(run.stdout)
-    from wmengine.kernels import carriers, cross_entropy, embedding_loss, layers, projection, soft_nearest_neighbor
+    from wmengine.kernels import carriers, layers, projection, soft_nearest_neighbor
 
     modules = (carriers, cross_entropy, embedding_loss, layers, projection, soft_nearest_neighbor)
     written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}

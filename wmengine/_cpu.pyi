@@ -45,7 +45,6 @@ def marked_cross_entropy(
     normalizers: int,
     denominator: int,
     gradient: int,
-    gradient_stride: int,
 ) -> None: ...
 def marked_cross_entropy_backward(
     logits: int,
@@ -80,17 +79,3 @@ def bit_matches(messages: int, suspects: int, registry: int, rows: int, total: i
 def best_bit_matches(
     messages: int, suspects: int, registry: int, rows: int, total: int, best: int, counts: int, indices: int
 ) -> None: ...
-def soft_nearest_neighbor(
-    features: int, rows: int, size: int, stride: int, labels: int, temperature: float, nearest: int
-) -> float: ...
-def soft_nearest_neighbor_backward(
-    features: int,
-    rows: int,
-    size: int,
-    stride: int,
-    labels: int,
-    temperature: float,
-    nearest: int,
-    factor: float,
-    gradient: int,
-) -> float: ...

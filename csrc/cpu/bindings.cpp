@@ -14,7 +14,6 @@
 #include "match_counts.h"
 #include "matches.h"
 #include "simd.h"
-#include "soft_nearest_neighbor.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -162,7 +161,7 @@ PYBIND11_MODULE(_cpu, m) {
         [](uintptr_t logits, int stored, int64_t rows, int64_t classes, int64_t stride, uintptr_t labels,
            uintptr_t weight, uintptr_t group, int64_t groups, double label_smoothing, int64_t ignore_index, bool mean,
            uintptr_t loss, uintptr_t group_loss, uintptr_t group_hits, uintptr_t normalizers, uintptr_t denominator,
-           uintptr_t gradient, int64_t gradient_stride) {
+           uintptr_t gradient) {
             const CrossEntropyProblem problem = cross_entropy_problem(
                 logits, stored, rows, classes, stride, labels, weight, label_smoothing, ignore_index, group, groups);
             const int64_t bad = first_bad_row(problem);
@@ -174,15 +173,14 @@ PYBIND11_MODULE(_cpu, m) {
                     " or ignore_index, groups 0.." + std::to_string(groups - 1));
             }
             py::gil_scoped_release release;
-            marked_cross_entropy(
-                problem, mean,
-                {pointer<float>(loss), pointer<float>(group_loss), pointer<int64_t>(group_hits),
-                 pointer<float>(normalizers), pointer<float>(denominator), pointer<void>(gradient), gradient_stride});
+            marked_cross_entropy(problem, mean,
+                                 {pointer<float>(loss), pointer<float>(group_loss), pointer<int64_t>(group_hits),
+                                  pointer<float>(normalizers), pointer<float>(denominator), pointer<void>(gradient)});
         },
         py::arg("logits"), py::arg("stored"), py::arg("rows"), py::arg("classes"), py::arg("stride"), py::arg("labels"),
         py::arg("weight"), py::arg("group"), py::arg("groups"), py::arg("label_smoothing"), py::arg("ignore_index"),
         py::arg("mean"), py::arg("loss"), py::arg("group_loss"), py::arg("group_hits"), py::arg("normalizers"),
-        py::arg("denominator"), py::arg("gradient"), py::arg("gradient_stride"));
+        py::arg("denominator"), py::arg("gradient"));
     m.def(
         "marked_cross_entropy_backward",
         [](uintptr_t logits, int stored, int64_t rows, int64_t classes, int64_t stride, uintptr_t labels,
@@ -206,30 +204,6 @@ PYBIND11_MODULE(_cpu, m) {
         },
         py::arg("outputs"), py::arg("scores"), py::arg("suspects"), py::arg("queries"), py::arg("classes"),
         py::arg("expected"), py::arg("sets"), py::arg("counts"), py::arg("invalid"));
-    m.def(
-        "soft_nearest_neighbor",
-        [](uintptr_t features, int64_t rows, int64_t size, int64_t stride, uintptr_t labels, double temperature,
-           uintptr_t nearest) {
-            float* const at = pointer<float>(nearest);
-            py::gil_scoped_release release;
-            return soft_nearest_neighbor(
-                {pointer<const float>(features), rows, size, stride, pointer<const int64_t>(labels), temperature},
-                {at, at + rows, at + 2 * rows, at + 3 * rows});
-        },
-        py::arg("features"), py::arg("rows"), py::arg("size"), py::arg("stride"), py::arg("labels"),
-        py::arg("temperature"), py::arg("nearest"));
-    m.def(
-        "soft_nearest_neighbor_backward",
-        [](uintptr_t features, int64_t rows, int64_t size, int64_t stride, uintptr_t labels, double temperature,
-           uintptr_t nearest, double factor, uintptr_t gradient) {
-            float* const at = pointer<float>(nearest);
-            py::gil_scoped_release release;
-            return soft_nearest_neighbor_backward(
-                {pointer<const float>(features), rows, size, stride, pointer<const int64_t>(labels), temperature},
-                {at, at + rows, at + 2 * rows, at + 3 * rows}, factor, pointer<float>(gradient));
-        },
-        py::arg("features"), py::arg("rows"), py::arg("size"), py::arg("stride"), py::arg("labels"),
-        py::arg("temperature"), py::arg("nearest"), py::arg("factor"), py::arg("gradient"));
     m.def(
         "largest_label",
         [](uintptr_t labels, int64_t count, bool wide) {

@@ -2,7 +2,7 @@
 // row are put together in order, so the answer does not depend on who computed which. Then the gradient is written,
 // w·(softmax − target). A row of one block keeps its exponentials until then, in the first-level cache; a longer one
 // computes them again, which costs less than a trip of theirs to the second level. DRAM sees the logits once and the
-// gradient once, and the gradient may stand where the logits stood.
+// gradient once.
 #include "cross_entropy.h"
 
 #include <algorithm>
@@ -23,8 +23,8 @@ constexpr int64_t kBlock = 4096;  // classes; their exponentials take 16 kB
 constexpr int64_t kTask = 32768;  // classes that a thread takes at a time, in whole rows or in blocks of one row
 
 template <typename Memory>
-typename Memory::Type* row_of(void* gradient, int64_t stride, int64_t row) {
-    return static_cast<typename Memory::Type*>(gradient) + row * stride;
+typename Memory::Type* row_of(void* gradient, const CrossEntropyProblem& problem, int64_t row) {
+    return static_cast<typename Memory::Type*>(gradient) + row * problem.classes;
 }
 
 template <typename Memory>
@@ -110,7 +110,7 @@ WM_INLINE Slope finish_row(const CrossEntropyProblem& problem, int64_t row, cons
     return slope_of(problem, weight * inverse_denominator, top, exponentials);
 }
 
-// Classes first … last - 1 of one row; the logits there may be overwritten.
+// Classes first … last - 1 of one row.
 template <typename Memory, bool kept, Level level, int lanes>
 WM_INLINE void write_part(const CrossEntropyProblem& problem, int64_t row, int64_t first, int64_t last,
                           const Slope& slope, const float* exponentials, typename Memory::Type* g) {
@@ -121,10 +121,9 @@ WM_INLINE void write_part(const CrossEntropyProblem& problem, int64_t row, int64
         std::fill(g + first + 1, g + last, g[first]);
         return;
     }
-    const bool chosen_here = label >= first && label < last;
-    const float chosen = chosen_here ? Memory::template read_one<level>(z + label) : 0.0f;
     write_gradient<Memory, kept, level, lanes>(z + first, last - first, slope, exponentials, g + first);
-    if (chosen_here) {
+    if (label >= first && label < last) {
+        const float chosen = Memory::template read_one<level>(z + label);
         const float e = Exponential<level, lanes>::make()(spread<lanes>(chosen - slope.top))[0];
         Memory::template write_one<level>(g + label, (e * slope.scale - slope.offset) - slope.target);
     }
@@ -145,24 +144,18 @@ struct Fitting {
     }
 };
 
-// Where the gradient goes: [rows, classes] of the logits' type, or null.
-struct Gradient {
-    void* values;
-    int64_t stride;
-};
-
 // Whole rows begin … end - 1, one after the other: results and, where it is wanted, gradient.
 template <typename Memory, bool smoothing>
 struct WholeRows {
     template <Level level, int lanes>
     WM_INLINE void work(const CrossEntropyProblem& problem, int64_t begin, int64_t end, double inverse_denominator,
-                        Block* blocks, float* exponentials, RowResults results, Gradient gradient) {
+                        Block* blocks, float* exponentials, RowResults results, void* gradient) {
         const int64_t classes = problem.classes;
         const float inverse_classes = 1.0f / static_cast<float>(classes);
-        const bool wanted = gradient.values != nullptr, keep = wanted && classes <= kBlock;
+        const bool wanted = gradient != nullptr, keep = wanted && classes <= kBlock;
         for (int64_t row = begin; row < end; ++row) {
             const auto* z = row_of<Memory>(problem, row);
-            auto* g = wanted ? row_of<Memory>(gradient.values, gradient.stride, row) : nullptr;
+            auto* g = wanted ? row_of<Memory>(gradient, problem, row) : nullptr;
             if (problem.labels[row] == problem.ignore_index) {
                 write_ignored<Memory>(row, g, wanted ? classes : 0, results);
                 continue;
@@ -212,9 +205,9 @@ template <typename Memory>
 struct GradientPart {
     template <Level level, int lanes>
     WM_INLINE void work(const CrossEntropyProblem& problem, int64_t begin, int64_t end, int64_t first, int64_t last,
-                        const Slope* slopes, Gradient gradient) {
+                        const Slope* slopes, void* gradient) {
         for (int64_t row = begin; row < end; ++row) {
-            auto* g = row_of<Memory>(gradient.values, gradient.stride, row);
+            auto* g = row_of<Memory>(gradient, problem, row);
             if (problem.labels[row] == problem.ignore_index) {
                 std::fill(g + first, g + last, typename Memory::Type{});
             } else {
@@ -225,7 +218,7 @@ struct GradientPart {
 };
 
 template <typename Memory, bool smoothing>
-void whole_rows(const CrossEntropyProblem& problem, double inverse_denominator, RowResults results, Gradient gradient) {
+void whole_rows(const CrossEntropyProblem& problem, double inverse_denominator, RowResults results, void* gradient) {
     const int64_t step = std::max<int64_t>(1, kTask / problem.classes);
     parallel_for((problem.rows + step - 1) / step, [&](int64_t part) {
         alignas(64) float exponentials[kBlock + 16];
@@ -238,7 +231,7 @@ void whole_rows(const CrossEntropyProblem& problem, double inverse_denominator, 
 
 // The gradient of all rows, in parts of rows or of one row.
 template <typename Memory>
-void write_gradients(const CrossEntropyProblem& problem, const Slope* slopes, Gradient gradient) {
+void write_gradients(const CrossEntropyProblem& problem, const Slope* slopes, void* gradient) {
     const int64_t rows = std::max<int64_t>(1, kTask / problem.classes), classes = std::min(kTask, problem.classes);
     const int64_t parts = (problem.classes + classes - 1) / classes;
     parallel_for((problem.rows + rows - 1) / rows * parts, [&](int64_t task) {
@@ -250,8 +243,7 @@ void write_gradients(const CrossEntropyProblem& problem, const Slope* slopes, Gr
 
 // Few long rows: threads share a row, twice. Its blocks are those that one thread alone would have made.
 template <typename Memory, bool smoothing>
-void shared_rows(const CrossEntropyProblem& problem, double inverse_denominator, RowResults results,
-                 Gradient gradient) {
+void shared_rows(const CrossEntropyProblem& problem, double inverse_denominator, RowResults results, void* gradient) {
     const int64_t count = blocks_of(problem.classes), parts = (problem.classes + kTask - 1) / kTask;
     std::vector<Block> blocks(problem.rows * count);
     std::vector<Slope> slopes(problem.rows);
@@ -270,7 +262,7 @@ void shared_rows(const CrossEntropyProblem& problem, double inverse_denominator,
                                                  &slopes[row]);
         }
     }
-    if (gradient.values != nullptr) {
+    if (gradient != nullptr) {
         write_gradients<Memory>(problem, slopes.data(), gradient);
     }
 }
@@ -301,14 +293,13 @@ void marked_cross_entropy(const CrossEntropyProblem& problem, bool mean, const C
     std::vector<double> row_loss(problem.rows);
     std::vector<uint8_t> row_hit(problem.rows);
     const RowResults results{row_loss.data(), row_hit.data(), result.normalizers};
-    const Gradient gradient{result.gradient, result.gradient_stride};
     const int threads = thread_count();
     const bool share = threads > 1 && problem.rows < 4 * threads && problem.classes > kTask;
     with_memory(problem.stored, [&](auto memory) {
         typedef decltype(memory) Memory;
         const auto run = [&](auto smoothing) {
-            share ? shared_rows<Memory, smoothing>(problem, 1.0 / denominator, results, gradient)
-                  : whole_rows<Memory, smoothing>(problem, 1.0 / denominator, results, gradient);
+            share ? shared_rows<Memory, smoothing>(problem, 1.0 / denominator, results, result.gradient)
+                  : whole_rows<Memory, smoothing>(problem, 1.0 / denominator, results, result.gradient);
         };
         problem.label_smoothing != 0 ? run(std::true_type{}) : run(std::false_type{});
     });
@@ -323,9 +314,7 @@ void marked_cross_entropy(const CrossEntropyProblem& problem, bool mean, const C
     }
     std::copy(group_loss.begin(), group_loss.end(), result.group_loss);
     *result.loss = static_cast<float>(loss / denominator);
-    if (result.denominator != nullptr) {
-        *result.denominator = static_cast<float>(denominator);
-    }
+    *result.denominator = static_cast<float>(denominator);
 }
 
 void marked_cross_entropy_backward(const CrossEntropyProblem& problem, double factor, const float* normalizers,
@@ -335,9 +324,8 @@ void marked_cross_entropy_backward(const CrossEntropyProblem& problem, double fa
         slopes[row] =
             slope_of(problem, weight_of(problem, row) * factor, normalizers[2 * row], normalizers[2 * row + 1]);
     }
-    with_memory(problem.stored, [&](auto memory) {
-        write_gradients<decltype(memory)>(problem, slopes.data(), Gradient{gradient, problem.classes});
-    });
+    with_memory(problem.stored,
+                [&](auto memory) { write_gradients<decltype(memory)>(problem, slopes.data(), gradient); });
 }
 
 }  // namespace wmengine

@@ -24,9 +24,8 @@ struct CrossEntropyResult {
     float* group_loss;    // [groups]
     int64_t* group_hits;  // [groups]
     float* normalizers;   // [rows, 2]: top and Σ exp(z − top), what the gradient needs of each row; or null
-    float* denominator;   // Σ weight of the rows that count for a mean, 1 for a sum; or null
-    void* gradient;       // [rows, classes] of the logits' type, or null; may be the logits themselves
-    int64_t gradient_stride;
+    float* denominator;   // Σ weight of the rows that count for a mean, 1 for a sum
+    void* gradient;       // [rows, classes] of the logits' type, or null
 };
 
 // -1, or the first row whose label or group is out of range (nothing else is computed then).

@@ -104,10 +104,6 @@ WM_INLINE void write_gradient(const typename Memory::Type* z, int64_t count, con
     const auto exponential = Exponential<level, lanes>::make();
     const auto of = [&](V e) __attribute__((always_inline)) { return e * scale - offset; };
     const int64_t whole = count / lanes * lanes;
-    V last = {};
-    if (whole < count) {  // read before its first lanes may be overwritten
-        last = kept ? load<V>(exponentials + whole) : exponential(read_last<Memory, level, lanes>(z, count) - top);
-    }
     int64_t c = 0;
     for (; c + 2 * lanes <= whole; c += 2 * lanes) {
         V e0, e1;
@@ -126,7 +122,8 @@ WM_INLINE void write_gradient(const typename Memory::Type* z, int64_t count, con
         Memory::template write<level, lanes>(g + c, of(e));
     }
     if (whole < count) {
-        write_last<Memory, level, lanes>(g, count, of(last));
+        const V e = kept ? load<V>(exponentials + whole) : exponential(read_last<Memory, level, lanes>(z, count) - top);
+        write_last<Memory, level, lanes>(g, count, of(e));
     }
 }
 

@@ -1,7 +1,7 @@
 // The layout's random numbers, a block of weights at a time; written as loops over 32 lanes that compilers vectorise.
 #pragma once
 
-#include "../common/layout.h"
+#include "layout.h"
 #include "simd.h"
 
 namespace wmengine {
@@ -43,7 +43,9 @@ WM_INLINE void block_signs(uint64_t block, uint32_t row, uint32_t domain, uint64
     draw_words<kLanes>(block * kLanes, row, domain, key, words);
 }
 
-// layout.h's box_muller for a vector of word pairs: the same operations in the same order, so the same bits.
+// Two standard normal values from each of a vector of word pairs (Box and Muller 1958); |z| <= 5.77. The logarithm of
+// n · 2^-24, n in [1, 2^24], by atanh series on [sqrt(1/2), sqrt(2)), < 2 ulp; cosine and sine of a turn by its octant,
+// in integers, then minimax polynomials on [-pi/4, pi/4].
 template <int lanes>
 WM_INLINE void box_muller_lanes(Words32<lanes> word0, Words32<lanes> word1, Floats<lanes>* first,
                                 Floats<lanes>* second) {

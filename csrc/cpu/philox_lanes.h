@@ -9,7 +9,7 @@
 // XOR. Counters of even places are in one vector, those of odd places in another, and the results are interleaved.
 #pragma once
 
-#include "../common/layout.h"
+#include "layout.h"
 #include "simd.h"
 
 namespace wmengine {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../common/layout.h"
+#include "layout.h"
 
 namespace wmengine {
 

@@ -8,20 +8,12 @@ namespace py = pybind11;
 namespace {
 
 using wmengine::cuda::Integer;
-using wmengine::cuda::Kind;
 using wmengine::cuda::Place;
 using wmengine::cuda::Scalar;
 
 template <typename T>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
-}
-
-Kind kind_of(int code) {
-    if (code != 0 && code != 1) {
-        throw py::value_error("kind is " + std::to_string(code) + ": it must be 0 (rademacher) or 1 (gaussian)");
-    }
-    return static_cast<Kind>(code);
 }
 
 Scalar scalar_of(int code) {
@@ -37,34 +29,6 @@ Integer integer_of(int code) {
         throw py::value_error("dtype is " + std::to_string(code) + ": it must be 0 (int32) or 1 (int64)");
     }
     return static_cast<Integer>(code);
-}
-
-void sketch(int device, uintptr_t stream, uintptr_t w, int64_t count, uint64_t key, int64_t buckets, int64_t total,
-            float scale, uintptr_t workspace, uintptr_t y) {
-    wmengine::cuda::sketch(Place{device, stream}, pointer<const float>(w), count, key, buckets, total, scale,
-                           pointer<float>(workspace), pointer<float>(y));
-}
-
-void sketch_adjoint(int device, uintptr_t stream, uintptr_t g, int64_t total, uint64_t key, int64_t buckets,
-                    float scale, bool accumulate, int64_t count, uintptr_t out) {
-    wmengine::cuda::sketch_adjoint(Place{device, stream}, pointer<const float>(g), total, key, buckets, scale,
-                                   accumulate, count, pointer<float>(out));
-}
-
-void project(int device, uintptr_t stream, uintptr_t w, int64_t count, uint64_t key, int64_t total, int kind,
-             float scale, uintptr_t workspace, uintptr_t y) {
-    wmengine::cuda::project(Place{device, stream}, pointer<const float>(w), count, key, total, kind_of(kind), scale,
-                            pointer<float>(workspace), pointer<float>(y));
-}
-
-void project_adjoint(int device, uintptr_t stream, uintptr_t g, int64_t total, uint64_t key, int kind, float scale,
-                     bool accumulate, int64_t count, uintptr_t out) {
-    wmengine::cuda::project_adjoint(Place{device, stream}, pointer<const float>(g), total, key, kind_of(kind), scale,
-                                    accumulate, count, pointer<float>(out));
-}
-
-int64_t project_workspace(int64_t count, int64_t total, int kind) {
-    return wmengine::cuda::project_workspace(count, total, kind_of(kind));
 }
 
 void match_counts(int device, uintptr_t stream, uintptr_t outputs, int dtype, int64_t suspects, int64_t rows,
@@ -102,22 +66,6 @@ PYBIND11_MODULE(_cuda, module) {
     using Release = py::call_guard<py::gil_scoped_release>;
     module.doc() = "GPU operators on raw device pointers; csrc/cuda/ops.h says what each computes.";
     module.def("device_count", &wmengine::cuda::device_count, "Devices the driver shows; 0 without a driver.");
-    module.def("sketch_workspace", &wmengine::cuda::sketch_workspace, arg("count"), arg("buckets"),
-               "Floats of workspace that sketch needs.");
-    module.def("sketch", &sketch, arg("device"), arg("stream"), arg("w"), arg("count"), arg("key"), arg("buckets"),
-               arg("total"), arg("scale"), arg("workspace"), arg("y"), Release(),
-               "y[total] = scale * signed sums of float32 w[count] by bucket.");
-    module.def("sketch_adjoint", &sketch_adjoint, arg("device"), arg("stream"), arg("g"), arg("total"), arg("key"),
-               arg("buckets"), arg("scale"), arg("accumulate"), arg("count"), arg("out"), Release(),
-               "out[count] (+)= scale * the transpose of the sketch times float32 g[total].");
-    module.def("project_workspace", &project_workspace, arg("count"), arg("total"), arg("kind"),
-               "Floats of workspace that project needs.");
-    module.def("project", &project, arg("device"), arg("stream"), arg("w"), arg("count"), arg("key"), arg("total"),
-               arg("kind"), arg("scale"), arg("workspace"), arg("y"), Release(),
-               "y[total] = scale * X w for float32 w[count]; kind 0 is rademacher, 1 gaussian.");
-    module.def("project_adjoint", &project_adjoint, arg("device"), arg("stream"), arg("g"), arg("total"), arg("key"),
-               arg("kind"), arg("scale"), arg("accumulate"), arg("count"), arg("out"), Release(),
-               "out[count] (+)= scale * the transpose of X times float32 g[total].");
     module.def(
         "match_counts", &match_counts, arg("device"), arg("stream"), arg("outputs"), arg("dtype"), arg("suspects"),
         arg("rows"), arg("classes"), arg("expected"), arg("sets"), arg("predicted"), arg("counts"), arg("invalid"),

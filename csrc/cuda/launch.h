@@ -1,5 +1,4 @@
-// What every kernel file needs around a launch: the device guard, the check, and the fixed second pass over partial
-// sums.
+// What every kernel file needs around a launch: the device guard and the check.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,11 +6,11 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../common/layout.h"
 #include "ops.h"
 
 namespace wmengine::cuda {
 
+constexpr int kLanes = 32;  // of a warp
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
 // Grids are sized for the 132 multiprocessors of an H100 or H200 on every card: a grid read off the card would change
@@ -42,26 +41,9 @@ inline unsigned grid_for(int64_t items, int64_t items_per_block) {
     return static_cast<unsigned>(std::min(ceil_div(items, items_per_block), kMultiprocessors * 32));
 }
 
-// y[t] = scale * Σ_group partials[group, t] for t < total, groups added in one fixed order.
-void reduce_partials(const float* partials, int64_t groups, int64_t width, int64_t total, float scale, float* y,
-                     cudaStream_t stream);
-
 // counts[s, k] of label_matches, and where `invalid` is given invalid[s], the negative labels of predicted[s].
 template <typename Label>
 void count_labels(const Label* predicted, int64_t suspects, int64_t rows, const int64_t* expected, int64_t sets,
                   int32_t* counts, int32_t* invalid, cudaStream_t stream, const char* operation);
-
-// The value with its sign flipped where bit `bit` of `word` is set.
-__device__ __forceinline__ float flip(float value, uint32_t word, uint32_t bit) {
-    return __uint_as_float(__float_as_uint(value) ^ ((word << (31u - bit)) & 0x80000000u));
-}
-
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-    for (int step = 16; step > 0; step >>= 1) {
-        value += __shfl_xor_sync(kFullWarp, value, step);
-    }
-    return value;
-}
 
 }  // namespace wmengine::cuda

@@ -17,31 +17,8 @@ struct Place {
     uintptr_t stream;
 };
 
-enum class Kind : int { kRademacher = 0, kGaussian = 1 };
 enum class Scalar : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 enum class Integer : int { kInt32 = 0, kInt64 = 1 };
-
-// Floats of workspace that `sketch` needs for `count` weights and `buckets` buckets.
-int64_t sketch_workspace(int64_t count, int64_t buckets);
-
-// y[t] = scale * Σ_{bucket(m) = t} σ(m) w[m] for t < total <= buckets; buckets a power of two >= 32.
-void sketch(Place place, const float* w, int64_t count, uint64_t key, int64_t buckets, int64_t total, float scale,
-            float* workspace, float* y);
-
-// out[m] (+)= scale * σ(m) g[bucket(m)], with g[t] = 0 for total <= t < buckets.
-void sketch_adjoint(Place place, const float* g, int64_t total, uint64_t key, int64_t buckets, float scale,
-                    bool accumulate, int64_t count, float* out);
-
-// Floats of workspace that `project` needs.
-int64_t project_workspace(int64_t count, int64_t total, Kind kind);
-
-// y[t] = scale * Σ_m X[t, m] w[m], X drawn from the key.
-void project(Place place, const float* w, int64_t count, uint64_t key, int64_t total, Kind kind, float scale,
-             float* workspace, float* y);
-
-// out[m] (+)= scale * Σ_t g[t] X[t, m].
-void project_adjoint(Place place, const float* g, int64_t total, uint64_t key, Kind kind, float scale, bool accumulate,
-                     int64_t count, float* out);
 
 // counts[s, k] = rows n of outputs[suspects, rows, classes] whose first maximum stands at expected[k, n]; invalid[s] =
 // rows with NaN or infinity, which never match. `predicted` is workspace for suspects * rows integers.

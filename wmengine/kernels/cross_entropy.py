@@ -5,7 +5,7 @@ row it keeps the two: their merger, the log-sum-exp, would lose what a shift of 
 hit where no logit beats its label's: none is greater, none before it is equal, and the sum is a number. A second
 kernel, for each group and once for all, adds the rows of a chunk in a fixed order; a third adds the chunks where there
 are several, so that no program walks a million rows. Backward runs on a grid of (rows, classes): every logit is read
-once, every gradient factor · w · (softmax − target) written once, and that may be where the logit was.
+once, every gradient factor · w · (softmax − target) written once.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
@@ -183,17 +183,13 @@ def gradient_kernel(
     rows,
     classes,
     stride,
-    gradient_stride,
     label_smoothing,
     ignore_index,
     WEIGHTED: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """gradient[rows, classes] = factor / denominator · w · (softmax − target), 0 where the row is ignored.
-
-    It may stand where the logits stood: every logit is read by the program that writes its gradient.
-    """
+    """gradient[rows, classes] = factor / denominator · w · (softmax − target), 0 where the row is ignored."""
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.program_id(1) * STEP + tl.arange(0, STEP)
     present = row < rows
@@ -208,7 +204,16 @@ def gradient_kernel(
     softmax = tl.exp(x.to(tl.float32) - top[:, None]) * inverse[:, None]
     target = tl.where(column[None, :] == label[:, None], 1.0 - label_smoothing, 0.0) + label_smoothing / classes
     value = tl.where(kept[:, None], w[:, None] * (softmax - target), 0.0)
-    tl.store(gradient + (row * gradient_stride)[:, None] + column[None, :], value, mask=inside)
+    tl.store(gradient + (row * classes)[:, None] + column[None, :], value, mask=inside)
+
+
+def _rows(
+    logits: Tensor, labels: Tensor, weight: Tensor | None, group: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The arguments as the kernels take them: the classes of a row side by side, the others contiguous."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    weight, group = (None if each is None else each.contiguous() for each in (weight, group))
+    return logits, labels.contiguous(), weight, group
 
 
 def forward(
@@ -219,9 +224,14 @@ def forward(
     groups: int,
     label_smoothing: float,
     ignore_index: int,
-    reduction: str,
+    mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, group_loss[G], group_hits[G], normalizers[N, 2], denominator) of logits[N, C], rows contiguous."""
+    """(loss, group_loss[G], group_hits int64[G], normalizers[N, 2], denominator) of logits[N, C]; others are float32.
+
+    A label outside 0..C−1 or a group outside 0..G−1, in a row that is not ignored, makes the loss NaN: a GPU cannot
+    raise without waiting.
+    """
+    logits, labels, weight, group = _rows(logits, labels, weight, group)
     rows, classes = logits.shape
     loss, denominator = logits.new_empty((), dtype=torch.float32), logits.new_empty((), dtype=torch.float32)
     group_loss, group_hits = logits.new_empty(groups, dtype=torch.float32), logits.new_empty(groups, dtype=torch.int64)
@@ -266,12 +276,12 @@ def forward(
         rows,
         groups,
         GROUPED=group is not None,
-        MEAN=reduction == "mean",
+        MEAN=mean,
         ALONE=alone,
         **sums_options,
     )
     if not alone:
-        chunks_kernel[(groups + 1,)](sums, counts, *results, chunks, groups, MEAN=reduction == "mean", **sums_options)
+        chunks_kernel[(groups + 1,)](sums, counts, *results, chunks, groups, MEAN=mean, **sums_options)
     return loss, group_loss, group_hits, normalizers, denominator
 
 
@@ -284,19 +294,15 @@ def backward(
     denominator: Tensor,
     label_smoothing: float,
     ignore_index: int,
-    gradient: Tensor | None = None,
 ) -> Tensor:
-    """The gradient by the logits, in their dtype; ``factor`` is the outer gradient, a float32 scalar on the device.
-
-    It is written to ``gradient`` where that is given; that may be the logits themselves.
-    """
+    """The gradient by the logits, in their dtype; ``factor`` is the outer gradient, a scalar on the device."""
+    logits, labels, weight, _ = _rows(logits, labels, weight, None)
     rows, classes = logits.shape
-    if gradient is None:
-        gradient = torch.empty((rows, classes), dtype=logits.dtype, device=logits.device)
+    gradient = torch.empty((rows, classes), dtype=logits.dtype, device=logits.device)
     tiles = launches.chosen("cross_entropy", classes)
     if rows:
         gradient_kernel[(triton.cdiv(rows, tiles.blocks["TILE"]), triton.cdiv(classes, tiles.blocks["STEP"]))](
-            factor,
+            factor.float(),
             logits,
             labels,
             normalizers if weight is None else weight,
@@ -306,7 +312,6 @@ def backward(
             rows,
             classes,
             logits.stride(0),
-            gradient.stride(0),
             label_smoothing,
             ignore_index,
             WEIGHTED=weight is not None,

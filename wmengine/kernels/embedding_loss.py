@@ -1,5 +1,7 @@
 """Carrier → projection → link over many layers, forward and backward, in a few launches whatever the number of layers.
 
+A bare projection is that of one layer without a carrier or a link.
+
 Forward: inverse norms of filters and means over filters where the carrier has them, partial sums of the projection,
 their sum in a fixed order, and one program for link, loss and residual. Backward: the adjoint of the residual for every
 value, carried back through mean and norm. Nothing waits for the GPU: the outer gradient is read on the device.
@@ -104,7 +106,8 @@ class _Call:
         self.device = weights[0].device
         shapes = tuple((w.shape[0], w.numel() // w.shape[0] if w.shape[0] else 0) for w in self.weights)
         dtypes = tuple(w.dtype for w in self.weights)
-        self.plan = layers.make_plan(shapes, dtypes, tuple(keys), total, self.mean, self.projection, self.device)
+        plain = tuple(key & 0xFFFF_FFFF_FFFF_FFFF for key in keys)  # torch's schemas carry them signed
+        self.plan = layers.make_plan(shapes, dtypes, plain, total, self.mean, self.projection, self.device)
         for batch in self.plan.batches:
             layers.in_use(batch.table)
 
@@ -161,80 +164,91 @@ class _Call:
         kernel = "sketch_adjoint" if self.projection == layers.SKETCH.value else "dense_adjoint"
         launches.run(kernel, batch.blocks * layers.BLOCK.value, batch.dtype, self.device, call)
 
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """(y[T] = scale · Σ P(key) v, inverse norms[Σ filters], empty for carriers without)."""
+        plan, total = self.plan, self.total
+        y = self.floats(total)
+        norms = self.floats(plan.filters if self.unit else 0)
+        values = self.floats(plan.values if self.mean else 0)
+        width = plan.buckets if self.projection == layers.SKETCH.value else total
+        groups = sum(batch.groups for batch in plan.batches)
+        partials = self.floats(groups, width)
+        first = 0
+        for batch in plan.batches:
+            pointers = self.addresses(batch, self.weights)
+            shared = {"LAYERS": batch.layers, "DTYPE": _TYPES[batch.dtype]}
+            if self.unit and batch.filter_tiles:
+                carriers.inverse_norms_kernel[(batch.filter_tiles,)](
+                    pointers, batch.table, norms, **shared, **launches.chosen("inverse_norms").options()
+                )
+            if self.mean and batch.column_tiles:
+                carriers.column_means_kernel[(batch.column_tiles,)](
+                    pointers,
+                    batch.table,
+                    norms,
+                    values,
+                    **shared,
+                    UNIT=self.unit,
+                    **launches.chosen("column_means").options(),
+                )
+            shared |= {"SCRATCH": self.mean, "UNIT": self.unit and not self.mean}
+            own = partials[first : first + batch.groups]
+            first += batch.groups
+            if not batch.groups:
+                continue
+            if self.projection == layers.SKETCH.value:
+                words, offsets = self.sketch_tables(batch)
+                grid = (batch.groups, max(1, plan.buckets // layers.BLOCK.value))
+                projections.sketch_sums_kernel[grid](
+                    pointers,
+                    values,
+                    batch.table,
+                    norms,
+                    words,
+                    offsets,
+                    own,
+                    BUCKETS=plan.buckets,
+                    **shared,
+                    **launches.chosen("sketch_sums").options(),
+                )
+            else:
+                grid = (batch.groups, triton.cdiv(total, projections.DENSE_TILE.value))
+                projections.dense_sums_kernel[grid](
+                    pointers,
+                    values,
+                    batch.table,
+                    norms,
+                    own,
+                    total,
+                    **shared,
+                    PROJECTION=self.projection,
+                    **launches.chosen("dense_sums").options(),
+                )
+        total_kernel[(triton.cdiv(total, 32),)](
+            partials, y, groups, width, total, self.scale, **launches.chosen("total").options()
+        )
+        return y, norms
+
 
 def forward(
     weights: Sequence[Tensor],
-    keys: Sequence[int],
     bits: Tensor,
+    keys: Sequence[int],
     carrier: str,
     projection: str,
+    scale: float,
     link: str,
     margin: float,
-    scale: float,
-    total: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, y[T], residual[T] = dloss/dy, inverse norms[Σ filters], empty for carriers without); all float32."""
+    """(loss, y[T], residual[T] = dloss/dy, inverse norms[Σ filters], empty for carriers without); all float32.
+
+    Weights are float32, float16 or bfloat16, mixed as they come; bits[T] hold 0 and 1.
+    """
+    total = bits.numel()
+    bits = (bits != 0).to(torch.uint8).contiguous()  # looking for other values would wait for the device
     call = _Call(weights, keys, total, carrier, projection, scale)
-    plan = call.plan
-    loss, y, residual = call.floats(), call.floats(total), call.floats(total)
-    norms = call.floats(plan.filters if call.unit else 0)
-    values = call.floats(plan.values if call.mean else 0)
-    width = plan.buckets if call.projection == layers.SKETCH.value else total
-    groups = sum(batch.groups for batch in plan.batches)
-    partials = call.floats(groups, width)
-    first = 0
-    for batch in plan.batches:
-        pointers, shared = call.addresses(batch, call.weights), {"LAYERS": batch.layers, "DTYPE": _TYPES[batch.dtype]}
-        if call.unit and batch.filter_tiles:
-            carriers.inverse_norms_kernel[(batch.filter_tiles,)](
-                pointers, batch.table, norms, **shared, **launches.chosen("inverse_norms").options()
-            )
-        if call.mean and batch.column_tiles:
-            carriers.column_means_kernel[(batch.column_tiles,)](
-                pointers,
-                batch.table,
-                norms,
-                values,
-                **shared,
-                UNIT=call.unit,
-                **launches.chosen("column_means").options(),
-            )
-        shared |= {"SCRATCH": call.mean, "UNIT": call.unit and not call.mean}
-        own = partials[first : first + batch.groups]
-        first += batch.groups
-        if not batch.groups:
-            continue
-        if call.projection == layers.SKETCH.value:
-            words, offsets = call.sketch_tables(batch)
-            grid = (batch.groups, max(1, plan.buckets // layers.BLOCK.value))
-            projections.sketch_sums_kernel[grid](
-                pointers,
-                values,
-                batch.table,
-                norms,
-                words,
-                offsets,
-                own,
-                BUCKETS=plan.buckets,
-                **shared,
-                **launches.chosen("sketch_sums").options(),
-            )
-        else:
-            grid = (batch.groups, triton.cdiv(total, projections.DENSE_TILE.value))
-            projections.dense_sums_kernel[grid](
-                pointers,
-                values,
-                batch.table,
-                norms,
-                own,
-                total,
-                **shared,
-                PROJECTION=call.projection,
-                **launches.chosen("dense_sums").options(),
-            )
-    total_kernel[(triton.cdiv(total, 32),)](
-        partials, y, groups, width, total, scale, **launches.chosen("total").options()
-    )
+    y, norms = call.sums()
+    loss, residual = call.floats(), call.floats(total)
     link_kernel[(1,)](y, bits, residual, loss, total, margin, LINK=_LINKS[link], **launches.chosen("link").options())
     return loss, y, residual, norms
 
@@ -242,17 +256,18 @@ def forward(
 def backward(
     factor: Tensor,
     weights: Sequence[Tensor],
-    keys: Sequence[int],
     residual: Tensor,
     norms: Tensor,
+    keys: Sequence[int],
     carrier: str,
     projection: str,
     scale: float,
 ) -> list[Tensor]:
     """The gradient by each weight, in its shape and dtype.
 
-    ``factor`` is the outer gradient, a float32 scalar on the device: it is never read on the host.
+    ``factor`` is the outer gradient, a scalar on the device: it is never read on the host.
     """
+    factor, residual = factor.float(), residual.contiguous()
     call = _Call(weights, keys, residual.numel(), carrier, projection, scale)
     gradients = [torch.empty(weight.shape, dtype=weight.dtype, device=call.device) for weight in call.weights]
     sketched = call.projection == layers.SKETCH.value
@@ -286,3 +301,17 @@ def backward(
                 **launches.chosen("filter_gradients").options(),
             )
     return gradients
+
+
+def project(values: Tensor, key: int, total: int, projection: str, scale: float) -> Tensor:
+    """float32 y[total] = scale · P(key)·w of w[M]."""
+    return _Call([values[None]], [key], total, "flat", projection, scale).sums()[0]
+
+
+def project_adjoint(gradient: Tensor, key: int, count: int, projection: str, scale: float) -> Tensor:
+    """float32[count] = scale · P(key)ᵀ·g of float32 g[total]."""
+    result = gradient.new_empty((1, count))
+    call = _Call([result], [key], gradient.numel(), "flat", projection, scale)
+    (batch,) = call.plan.batches
+    call.adjoint(batch, gradient.new_ones(()), gradient.contiguous(), call.addresses(batch, [result]), None)
+    return result[0]

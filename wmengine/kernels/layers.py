@@ -144,7 +144,7 @@ def _upload(array: np.ndarray, device: torch.device) -> Tensor:
         return tensor
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "embedding_loss met new layers inside a CUDA graph capture: run the step once before capturing it, so that "
+            "an operator met new weights inside a CUDA graph capture: run the step once before capturing it, so that "
             "its table of layers is on the GPU"
         )
     stream = _upload_stream(device)

@@ -1,4 +1,4 @@
-"""The engine's generator inside a Triton kernel: Philox4x32-10 and the normal values, as ``csrc/common`` states them.
+"""The engine's generator inside a Triton kernel: Philox4x32-10 and the normal values, as ``csrc/cpu`` states them.
 
 Constants are spelled out where they are used: Triton reads no Python global that is not a constexpr.
 """
@@ -50,7 +50,7 @@ def flip(value, word, bit):
 
 @triton.jit
 def log_unit24(n):
-    """ln(n·2⁻²⁴) of uint32 n in [1, 2²⁴]: ``log_unit24`` of layout.h, operation for operation."""
+    """ln(n·2⁻²⁴) of uint32 n in [1, 2²⁴]: by atanh series on [√½, √2), less than 2 ulp off."""
     bits = n.to(tl.float32).to(tl.uint32, bitcast=True) - 0x3F3504F3
     exponent = bits.to(tl.int32, bitcast=True) >> 23
     f = ((bits & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
@@ -63,7 +63,7 @@ def log_unit24(n):
 
 @triton.jit
 def cos_sin_turn24(n):
-    """cos and sin of 2π·n·2⁻²⁴ for uint32 n < 2²⁴: ``cos_sin_turn24`` of layout.h."""
+    """cos and sin of 2π·n·2⁻²⁴ for uint32 n < 2²⁴: octant in integers, then polynomials."""
     shifted = n + (1 << 21)
     quadrant = (shifted >> 22) & 3
     x = ((shifted & 0x3FFFFF).to(tl.int32) - (1 << 21)).to(tl.float32) * (1.57079633 / 4194304.0)

@@ -2,10 +2,10 @@
 
 A slab is a product of centred features, n_i + n_j − 2 x_i·x_j, in three TF32 products (one would lose what is left
 when the norms cancel); a tile with pairs that cancel all the same is computed again from differences of the features
-as they were given. Forward, one program a row adds the slab up. Backward, one program a row turns it into weights and
-adds the near pairs' part of the gradient; a product of weights and features adds the rest. Every number has one
-owner, which adds in a fixed order. What stays on the device as a scalar: 1/T, the count of rows, and a poison that is
-0 or NaN.
+as they were given. For the loss, one program a row adds the slab up. For the gradient, one program a row turns it into
+weights and adds the near pairs' part; a product of weights and features adds the rest. Every number has one owner,
+which adds in a fixed order. What stays on the device as a scalar: 1/T, the count of rows, and a poison that is 0 or
+NaN.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from wmengine.kernels import launches
-from wmengine.kernels.launches import Launch
 
 Tensor = torch.Tensor
 
@@ -73,7 +72,11 @@ def distances_kernel(
 
 @triton.jit
 def rows_kernel(slab, labels, inverse_temperature, nearest, losses, counted, first, rows, STEP: tl.constexpr):
-    """Row `first` + program: its loss, whether it counts, and nearest[4, rows] as in csrc/cpu."""
+    """Row `first` + program: its loss, whether it counts, and what its weights need: nearest[4, rows].
+
+    Of the others of its own label, then of those of other labels: the least squared distance m, and the row's share
+    over Σ_j exp((m − d_ij) / T), where exp(−loss) = 1 − share; both are 0 in a row without others of both kinds.
+    """
     i = first + tl.program_id(0).to(tl.int64)
     line = slab + tl.program_id(0).to(tl.int64) * rows
     own = tl.load(labels + i)
@@ -226,67 +229,42 @@ def gradient_kernel(
     tl.store(gradient + place, tl.load(factor) * total, mask=inside)
 
 
-def _prepare(features: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(features, centred features, squared norms, 1/T, 0 or NaN)."""
-    x = features.contiguous()
-    centered = x - x.mean(dim=0, dtype=torch.float64).float() if len(x) else x  # a sum of float32 might overflow
+def loss_and_gradients(
+    features: Tensor, labels: Tensor, temperature: Tensor, by_features: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, its gradients by the features, empty where not asked for, and by the temperature), all float32.
+
+    features[N, D] are float32, labels[N] int64, the temperature is a float32 scalar on the device.
+    """
+    x, labels = features.contiguous(), labels.contiguous()
+    rows, size = x.shape
+    centered = x - x.mean(dim=0, dtype=torch.float64).float() if rows else x  # a sum of float32 might overflow
     norms = (centered * centered).sum(dim=1)
     inverse = (1.0 / temperature).clamp(max=_LARGEST)
     fits = (norms < _LARGEST / 8).all()  # and then so does every distance; NaN is not less
     poison = torch.where((temperature > 0) & (temperature < torch.inf) & fits, x.new_zeros(()), torch.nan)
-    return x, centered, norms, inverse, poison
 
-
-def _slabs(rows: int, tile: int) -> list[tuple[int, int]]:
+    nearest, gradient = x.new_empty((4, rows)), x.new_empty((rows, size) if by_features else 0)
+    losses, counted, weight_sums, distance_sums = (x.new_empty(rows) for _ in range(4))
+    tiles, lines = launches.chosen("soft_neighbor_tiles", rows), launches.chosen("soft_neighbor_rows", rows)
+    tile = tiles.blocks["TILE"]
     height = max(tile, SLAB // max(rows, 1) // tile * tile)
-    return [(first, min(first + height, rows)) for first in range(0, rows, height)]
+    slabs = [(first, min(first + height, rows)) for first in range(0, rows, height)]
+    slab = x.new_empty(min(height, rows) * rows)
 
+    def distances(first: int, last: int) -> None:
+        distances_kernel[(triton.cdiv(last - first, tile), triton.cdiv(rows, tile))](
+            x, centered, norms, inverse, slab, first, last, rows, size, **tiles.options()
+        )
 
-def _distances(
-    x: Tensor, centered: Tensor, norms: Tensor, inverse: Tensor, slab: Tensor, first: int, last: int, tiles: Launch
-) -> None:
-    (rows, size), tile = x.shape, tiles.blocks["TILE"]
-    distances_kernel[(triton.cdiv(last - first, tile), triton.cdiv(rows, tile))](
-        x, centered, norms, inverse, slab, first, last, rows, size, **tiles.options()
-    )
-
-
-def forward(features: Tensor, labels: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss, nearest[4, N]) of float32 features[N, D], int64 labels[N] and a float32 scalar."""
-    x, centered, norms, inverse, poison = _prepare(features, temperature)
-    rows, labels = x.shape[0], labels.contiguous()
-    nearest = x.new_empty((4, rows))
-    losses, counted = x.new_empty(rows), x.new_empty(rows)
-    tiles, lines = launches.chosen("soft_neighbor_tiles", rows), launches.chosen("soft_neighbor_rows", rows)
-    tile = tiles.blocks["TILE"]
-    slabs = _slabs(rows, tile)
-    slab = x.new_empty(slabs[0][1] * rows if slabs else 0)
     for first, last in slabs:
-        _distances(x, centered, norms, inverse, slab, first, last, tiles)
+        distances(first, last)
         rows_kernel[(last - first,)](slab, labels, inverse, nearest, losses, counted, first, rows, **lines.options())
-    return losses.sum() / counted.sum().clamp(min=1.0) + poison, nearest
-
-
-def backward(
-    gradient: Tensor, features: Tensor, labels: Tensor, temperature: Tensor, nearest: Tensor, by_features: bool
-) -> tuple[Tensor, Tensor]:
-    """The gradients by the features (float32[N, D], or empty where not asked for) and by the temperature."""
-    x, centered, norms, inverse, poison = _prepare(features, temperature)
-    (rows, size), labels, nearest = x.shape, labels.contiguous(), nearest.contiguous()
-    result = x.new_empty((rows, size) if by_features else 0)
-    weight_sums, distance_sums = x.new_empty(rows), x.new_empty(rows)
-    # Rows count where another has their label; nearest does not tell those without any other label.
-    ordered = labels.sort().values
-    repeated = torch.nn.functional.pad(ordered[1:] == ordered[:-1], (1, 1), value=False)
-    counted = repeated[1:] | repeated[:-1]
-    mean = gradient / counted.sum().clamp(min=1) + poison
-    factor = (2.0 * mean * inverse).float()
-    tiles, lines = launches.chosen("soft_neighbor_tiles", rows), launches.chosen("soft_neighbor_rows", rows)
-    tile = tiles.blocks["TILE"]
-    slabs = _slabs(rows, tile)
-    slab = x.new_empty(slabs[0][1] * rows if slabs else 0)
+    mean = 1.0 / counted.sum().clamp(min=1.0) + poison
+    factor = 2.0 * mean * inverse
     for first, last in slabs:
-        _distances(x, centered, norms, inverse, slab, first, last, tiles)
+        if len(slabs) > 1:  # else the distances are still there
+            distances(first, last)
         weights_kernel[(last - first,)](
             slab,
             x,
@@ -294,7 +272,7 @@ def backward(
             labels,
             inverse,
             nearest,
-            result,
+            gradient,
             weight_sums,
             distance_sums,
             first,
@@ -305,16 +283,7 @@ def backward(
         )
         if by_features and size:
             gradient_kernel[(triton.cdiv(last - first, tile), triton.cdiv(size, tile))](
-                slab,
-                centered,
-                weight_sums,
-                factor,
-                result,
-                first,
-                last,
-                rows,
-                size,
-                **tiles.options(),
+                slab, centered, weight_sums, factor, gradient, first, last, rows, size, **tiles.options()
             )
     pairs = 0.5 * distance_sums.sum(dtype=torch.float64)
-    return result, (-mean * inverse.double() * inverse.double() * pairs).float()
+    return losses.sum() * mean, gradient, (-mean * inverse.double() * inverse.double() * pairs).float()

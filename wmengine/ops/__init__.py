@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 from wmengine import _cpu
 from wmengine._optional import missing
 from wmengine.ops import cpu
-from wmengine.ops.cpu import carrier_projection, check_count
+from wmengine.ops.cpu import carrier_projection, check_choice, check_count
 from wmengine.ops.matches import PackedBits
+from wmengine.ops.reference import PROJECTIONS
 
 if TYPE_CHECKING:
     from wmengine.ops.torch_ops import (
         MarkedCrossEntropy,
         embedding_loss,
         marked_cross_entropy,
-        marked_linear_cross_entropy,
         soft_nearest_neighbor,
     )
 
@@ -33,7 +33,6 @@ __all__ = [
     "get_num_threads",
     "label_matches",
     "marked_cross_entropy",
-    "marked_linear_cross_entropy",
     "match_counts",
     "pack_bits",
     "project",
@@ -44,10 +43,7 @@ __all__ = [
     "soft_nearest_neighbor",
 ]
 
-_TRAINING = (
-    *("MarkedCrossEntropy", "embedding_loss", "marked_cross_entropy", "marked_linear_cross_entropy"),
-    "soft_nearest_neighbor",
-)
+_TRAINING = ("MarkedCrossEntropy", "embedding_loss", "marked_cross_entropy", "soft_nearest_neighbor")
 
 
 def _is_tensor(value: Any) -> bool:
@@ -64,28 +60,32 @@ def _front(value: Any) -> Any:
     return torch_ops
 
 
+def _dense(kind: str) -> str:
+    return check_choice("kind", kind, PROJECTIONS[1:])
+
+
 def sketch(values: Any, key: int, total: int) -> Any:
     """Keyed sketch w[M] → y[total]: y_t = √(P/M) Σ_{bucket(m)=t} σ(m) w_m, P = `total` padded to a power of two ≥ 32.
 
     One sign and one bucket for each weight, drawn by Philox from `key` as ``docs/design.md`` states; differentiable.
     Raises TypeError or ValueError naming the argument.
     """
-    return _front(values).sketch(values, key, total)
+    return _front(values).project(values, key, total, "sketch")
 
 
 def sketch_adjoint(gradient: Any, key: int, count: int) -> Any:
     """The transpose of :func:`sketch`: g[total] → [count]."""
-    return _front(gradient).sketch_adjoint(gradient, key, count)
+    return _front(gradient).project_adjoint(gradient, key, count, "sketch")
 
 
 def project(values: Any, key: int, total: int, kind: str = "rademacher") -> Any:
     """Dense keyed projection w[M] → y[total] = X·w / √M, X ``rademacher`` or ``gaussian`` and never stored."""
-    return _front(values).project(values, key, total, kind)
+    return _front(values).project(values, key, total, _dense(kind))
 
 
 def project_adjoint(gradient: Any, key: int, count: int, kind: str = "rademacher") -> Any:
     """The transpose of :func:`project`: g[total] → [count]."""
-    return _front(gradient).project_adjoint(gradient, key, count, kind)
+    return _front(gradient).project_adjoint(gradient, key, count, _dense(kind))
 
 
 def match_counts(outputs: Any, expected: Any) -> Any:

@@ -34,12 +34,12 @@ def check_key(key: int) -> int:
     return int(key)
 
 
-def check_count(name: str, count: int) -> int:
-    """A positive int; TypeError or ValueError naming the argument otherwise."""
+def check_count(name: str, count: int, least: int = 1) -> int:
+    """An int of at least `least`; TypeError or ValueError naming the argument otherwise."""
     if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
         raise TypeError(f"{name} must be an int, not {type(count).__name__}")
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1, not {count}")
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, not {count}")
     return int(count)
 
 
@@ -79,36 +79,35 @@ def _sums(weight: Floats, key: int, total: int, carrier: str, projection: str, s
     return y
 
 
-def _project(values: ArrayLike, key: int, total: int, projection: str) -> Floats:
+def project(values: ArrayLike, key: int, total: int, projection: str) -> Floats:
+    """scale · P(key)·w of w[M] → [total], any projection; scaled as :func:`wmengine.ops.project` says."""
     w, key, total = check_vector("values", values), check_key(key), check_count("total", total)
-    if w.dtype == np.float64:
-        scale = reference.projection_scale(total, w.size, projection)
-        return np.asarray(scale * reference.projection_sums(w, key, total, projection))
     scale = reference.projection_scale(total, w.size, projection)
+    if w.dtype == np.float64:
+        return np.asarray(scale * reference.projection_sums(w, key, total, projection))
     return _sums(w.reshape(1, -1), key, total, "flat", projection, scale)
 
 
-def _project_adjoint(gradient: ArrayLike, key: int, count: int, projection: str, out: Floats | None) -> Floats:
-    g, key = check_vector("gradient", gradient), check_key(key)
-    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 0:
-        raise ValueError(f"count must be an int of at least 0, not {count!r}")
+def project_adjoint(gradient: ArrayLike, key: int, count: int, projection: str, out: Floats | None = None) -> Floats:
+    """The transpose of :func:`project`: g[total] → [count]; added to `out` where that is given."""
+    g, key, count = check_vector("gradient", gradient), check_key(key), check_count("count", count, least=0)
     check_count("the number of symbols in gradient", g.size)
     if out is not None and (
         out.shape != (count,) or out.dtype != g.dtype or not out.flags.c_contiguous or not out.flags.writeable
     ):
         raise ValueError(f"out must be a writable contiguous {g.dtype} array of shape ({count},)")
-    scale = reference.projection_scale(g.size, int(count), projection)
+    scale = reference.projection_scale(g.size, count, projection)
     if g.dtype == np.float64:
-        exact = scale * reference.projection_adjoint(g, key, int(count), projection)
+        exact = np.asarray(scale * reference.projection_adjoint(g, key, count, projection))
         if out is None:
-            return np.asarray(exact)
+            return exact
         out += exact
         return out
     result = np.empty(count, dtype=np.float32) if out is None else out
     _cpu.projection_adjoint(
         g.ctypes.data,
         g.size,
-        int(count),
+        count,
         key,
         PROJECTIONS.index(projection),
         scale,
@@ -116,28 +115,6 @@ def _project_adjoint(gradient: ArrayLike, key: int, count: int, projection: str,
         result.ctypes.data,
     )
     return result
-
-
-def sketch(values: ArrayLike, key: int, total: int) -> Floats:
-    """y_t = √(P/M) Σ_{bucket(m)=t} σ(m) w_m of w[M] → y[total], P the padded number of buckets."""
-    return _project(values, key, total, "sketch")
-
-
-def sketch_adjoint(gradient: ArrayLike, key: int, count: int, out: Floats | None = None) -> Floats:
-    """The transpose of :func:`sketch`: g[total] → [count]; added to `out` where that is given."""
-    return _project_adjoint(gradient, key, count, "sketch", out)
-
-
-def project(values: ArrayLike, key: int, total: int, kind: str = "rademacher") -> Floats:
-    """y = X·w / √M, X drawn from the key, ``rademacher`` or ``gaussian``, never stored."""
-    return _project(values, key, total, check_choice("kind", kind, PROJECTIONS[1:]))
-
-
-def project_adjoint(
-    gradient: ArrayLike, key: int, count: int, kind: str = "rademacher", out: Floats | None = None
-) -> Floats:
-    """The transpose of :func:`project`; added to `out` where that is given."""
-    return _project_adjoint(gradient, key, count, check_choice("kind", kind, PROJECTIONS[1:]), out)
 
 
 def carrier_projection(weight: ArrayLike, key: int, total: int, carrier: str, projection: str) -> NDArray[np.float32]:

@@ -1,6 +1,6 @@
 """The law: every operator in NumPy and float64, reading like its formula; each kernel is tested against this file.
 
-The generator's layout is drawn in ``csrc/common/layout.h`` and in ``docs/design.md``; this mirrors it independently.
+The generator's layout is drawn in ``csrc/cpu/layout.h`` and in ``docs/design.md``; this mirrors it independently.
 """
 
 from __future__ import annotations
@@ -286,48 +286,6 @@ def marked_cross_entropy(
         np.bincount(g[hits], minlength=groups).astype(np.int64),
         gradient,
     )
-
-
-@dataclass(frozen=True)
-class LinearCrossEntropyReference:
-    """What :func:`marked_linear_cross_entropy` returns: loss, sums and hits per group, and the three gradients."""
-
-    loss: float
-    group_loss: Float64
-    group_hits: NDArray[np.int64]
-    by_hidden: Float64
-    by_head: Float64
-    by_bias: Float64
-
-
-def marked_linear_cross_entropy(
-    hidden: ArrayLike,
-    head: ArrayLike,
-    labels: ArrayLike,
-    weight: ArrayLike | None = None,
-    group: ArrayLike | None = None,
-    *,
-    bias: ArrayLike | None = None,
-    groups: int = 1,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-) -> LinearCrossEntropyReference:
-    """:func:`marked_cross_entropy` of the logits H·Wᵀ + b; with G its gradient by them: G·W, Gᵀ·H and Gᵀ·1."""
-    h, w = np.asarray(hidden, dtype=np.float64), np.asarray(head, dtype=np.float64)
-    logits = h @ w.T + (0.0 if bias is None else np.asarray(bias, dtype=np.float64))
-    plain = marked_cross_entropy(
-        logits,
-        labels,
-        weight,
-        group,
-        groups=groups,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
-    )
-    g = plain.gradient
-    return LinearCrossEntropyReference(plain.loss, plain.group_loss, plain.group_hits, g @ w, g.T @ h, g.sum(axis=0))
 
 
 def match_counts(outputs: ArrayLike, expected: ArrayLike) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -10,9 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from wmengine import _cpu
 from wmengine.ops import torch_reference
-from wmengine.ops.cpu import check_choice, check_key
+from wmengine.ops.cpu import check_choice
 from wmengine.ops.reference import CARRIERS, LINKS, PROJECTIONS, projection_scale
-from wmengine.ops.torch_library import Tensor, check_tensor, cuda, define, signed, unsigned
+from wmengine.ops.torch_library import Tensor, check_tensor, define, kernel, schema, signed, unsigned
 
 _UNIT_CARRIERS = ("unit_filters", "unit_filter_mean")
 _MEAN_CARRIERS = ("filter_mean", "unit_filter_mean")
@@ -25,13 +25,10 @@ def carrier_size(weights: Sequence[Tensor], carrier: str) -> int:
     return sum(w.numel() for w in weights)
 
 
-def _norm_count(weights: Sequence[Tensor], carrier: str) -> int:
-    return sum(w.shape[0] for w in weights) if carrier in _UNIT_CARRIERS else 0
-
-
 def _tuples(
-    weights: Sequence[Tensor], keys: Sequence[int], gradients: Sequence[Tensor] | None
+    weights: Sequence[Tensor], keys: Sequence[int], gradients: Sequence[Tensor] | None = None
 ) -> list[tuple[int, int, int, int, int]]:
+    """The weights, contiguous, as csrc/cpu/bindings.cpp takes them."""
     result = []
     for index, (weight, key) in enumerate(zip(weights, keys, strict=True)):
         filters = weight.shape[0]
@@ -41,25 +38,42 @@ def _tuples(
     return result
 
 
-def _embedding_loss_cpu(
+def _results(
     weights: Sequence[Tensor],
-    keys: Sequence[int],
     bits: Tensor,
+    keys: Sequence[int],
     carrier: str,
     projection: str,
+    scale: float,
     link: str,
     margin: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, y[T], dloss/dy[T], inverse norms of the filters where the carrier has them), still to be filled."""
+    filters = sum(w.shape[0] for w in weights) if carrier in _UNIT_CARRIERS else 0
+    loss, y, residual, norms = (
+        weights[0].new_empty(shape, dtype=torch.float32) for shape in ((), bits.numel(), bits.numel(), filters)
+    )
+    return loss, y, residual, norms
+
+
+def _on_cpu(
+    weights: Sequence[Tensor],
+    bits: Tensor,
+    keys: Sequence[int],
+    carrier: str,
+    projection: str,
     scale: float,
+    link: str,
+    margin: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights = [w.contiguous() for w in weights]
     if bits.dtype not in (torch.bool, torch.uint8) and bool(((bits != 0) & (bits != 1)).any()):
         raise ValueError("bits must hold 0 and 1 only")
     bits = bits.to(torch.uint8).contiguous()
+    loss, y, residual, norms = _results(weights, bits, keys, carrier, projection, scale, link, margin)
     total = bits.numel()
-    norms = torch.empty(_norm_count(weights, carrier), dtype=torch.float32)
-    y, residual = torch.empty(total, dtype=torch.float32), torch.empty(total, dtype=torch.float32)
     _cpu.carrier_projection(
-        _tuples(weights, keys, None),
+        _tuples(weights, keys),
         CARRIERS.index(carrier),
         PROJECTIONS.index(projection),
         total,
@@ -67,62 +81,19 @@ def _embedding_loss_cpu(
         norms.data_ptr(),
         y.data_ptr(),
     )
-    loss = _cpu.link_loss(y.data_ptr(), bits.data_ptr(), total, LINKS.index(link), margin, residual.data_ptr())
-    return torch.tensor(loss, dtype=torch.float32), y, residual, norms
-
-
-def _embedding_loss_cuda(
-    weights: Sequence[Tensor],
-    keys: Sequence[int],
-    bits: Tensor,
-    carrier: str,
-    projection: str,
-    link: str,
-    margin: float,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    plain = [unsigned(key) for key in keys]
-    loss, y, residual, norms = cuda().embedding_loss_forward(
-        list(weights), plain, bits, carrier, projection, link, margin, scale, bits.numel()
-    )
+    loss.fill_(_cpu.link_loss(y.data_ptr(), bits.data_ptr(), total, LINKS.index(link), margin, residual.data_ptr()))
     return loss, y, residual, norms
 
 
-def _embedding_loss_fake(
-    weights: Sequence[Tensor],
-    keys: Sequence[int],
-    bits: Tensor,
-    carrier: str,
-    projection: str,
-    link: str,
-    margin: float,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    new = weights[0].new_empty
-    total = bits.numel()
-    return (
-        new((), dtype=torch.float32),
-        new(total, dtype=torch.float32),
-        new(total, dtype=torch.float32),
-        new(_norm_count(weights, carrier), dtype=torch.float32),
-    )
+define(schema("embedding_loss", _on_cpu), _on_cpu, kernel("embedding_loss", "forward"), _results)
 
 
-define(
-    "embedding_loss(Tensor[] weights, int[] keys, Tensor bits, str carrier, str projection, str link, float margin, "
-    "float scale) -> (Tensor loss, Tensor y, Tensor residual, Tensor norms)",
-    _embedding_loss_cpu,
-    _embedding_loss_cuda,
-    _embedding_loss_fake,
-)
-
-
-def _embedding_loss_backward_cpu(
+def _backward_on_cpu(
     gradient: Tensor,
     weights: Sequence[Tensor],
-    keys: Sequence[int],
     residual: Tensor,
     norms: Tensor,
+    keys: Sequence[int],
     carrier: str,
     projection: str,
     scale: float,
@@ -142,64 +113,31 @@ def _embedding_loss_backward_cpu(
     return out
 
 
-def _embedding_loss_backward_cuda(
-    gradient: Tensor,
-    weights: Sequence[Tensor],
-    keys: Sequence[int],
-    residual: Tensor,
-    norms: Tensor,
-    carrier: str,
-    projection: str,
-    scale: float,
-) -> list[Tensor]:
-    plain = [unsigned(key) for key in keys]
-    result: list[Tensor] = cuda().embedding_loss_backward(
-        gradient, list(weights), plain, residual, norms, carrier, projection, scale
-    )
-    return result
-
-
 define(
-    "embedding_loss_backward(Tensor gradient, Tensor[] weights, int[] keys, Tensor residual, Tensor norms, "
-    "str carrier, str projection, float scale) -> Tensor[]",
-    _embedding_loss_backward_cpu,
-    _embedding_loss_backward_cuda,
-    lambda gradient, weights, keys, residual, norms, carrier, projection, scale: [
-        w.new_empty(w.shape) for w in weights
-    ],
+    schema("embedding_loss_backward", _backward_on_cpu),
+    _backward_on_cpu,
+    kernel("embedding_loss", "backward"),
+    lambda gradient, weights, *_: [w.new_empty(w.shape) for w in weights],
 )
 
 
 class _EmbeddingLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        keys: Sequence[int],
-        bits: Tensor,
-        carrier: str,
-        projection: str,
-        link: str,
-        margin: float,
-        scale: float,
-        *weights: Tensor,
+        ctx: Any, bits: Tensor, settings: tuple[Sequence[int], str, str, float, str, float], *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        loss, y, residual, norms = torch.ops.wmengine.embedding_loss(
-            weights, keys, bits, carrier, projection, link, margin, scale
-        )
+        loss, y, residual, norms = torch.ops.wmengine.embedding_loss(weights, bits, *settings)
         ctx.save_for_backward(residual, norms, *weights)
         ctx.mark_non_differentiable(y)
-        ctx.settings = (keys, carrier, projection, scale)
+        ctx.settings = settings[:4]
         return loss, y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         residual, norms, *weights = ctx.saved_tensors
-        keys, carrier, projection, scale = ctx.settings
-        by_weight = torch.ops.wmengine.embedding_loss_backward(
-            gradients[0], weights, keys, residual, norms, carrier, projection, scale
-        )
-        return (None, None, None, None, None, None, None, *by_weight)
+        by_weight = torch.ops.wmengine.embedding_loss_backward(gradients[0], weights, residual, norms, *ctx.settings)
+        return (None, None, *by_weight)
 
 
 def embedding_loss(
@@ -242,12 +180,10 @@ def embedding_loss(
         raise ValueError(f"bits are on {bits.device}, the weights on {weights[0].device}: move the bits")
     if scale is None:
         scale = projection_scale(bits.numel(), carrier_size(weights, carrier), projection)
-    unsigned = [check_key(key) for key in keys]
+    settings = ([signed(key) for key in keys], carrier, projection, float(scale), link, float(margin))
     if any(w.dtype == torch.float64 for w in weights):
-        return torch_reference.embedding_loss(weights, unsigned, bits, carrier, projection, link, margin, scale)
+        return torch_reference.embedding_loss(weights, bits, *settings)
     if weights[0].device.type == "cpu":
         weights = [w.float() for w in weights]
-    loss, y = _EmbeddingLoss.apply(  # type: ignore[no-untyped-call]
-        [signed(key) for key in unsigned], bits, carrier, projection, link, float(margin), float(scale), *weights
-    )
+    loss, y = _EmbeddingLoss.apply(bits, settings, *weights)  # type: ignore[no-untyped-call]
     return loss, y

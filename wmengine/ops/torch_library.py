@@ -1,23 +1,31 @@
 """What all torch operators share: one library of schemas, 64-bit keys in torch's signed ints, and argument checks.
 
 `define` + `impl` + `register_fake` with an `autograd.Function` outside costs a seventh of `custom_op` with
-`register_autograd`, and `torch.compile(fullgraph=True)` traces through it. float64 runs the plain formulas of
-:mod:`wmengine.ops.torch_reference`. float16 and bfloat16 are read as they are by cross entropies, and on a GPU by the
-embedding loss; the other operators widen them.
+`register_autograd`, and `torch.compile(fullgraph=True)` traces through it. An operator's signature is that of its
+function for CPU tensors, from whose annotations the schema is inferred; its front in :mod:`wmengine.kernels` takes the
+same arguments. float64 runs the plain formulas of :mod:`wmengine.ops.torch_reference`. float16 and bfloat16 are read as
+they are by the cross entropy, and on a GPU by the embedding loss; the other operators widen them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from wmengine._optional import require
 from wmengine.ops.cpu import check_key
 
 Tensor = torch.Tensor
 
 LIBRARY = torch.library.Library("wmengine", "DEF")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def schema(name: str, function: Callable[..., Any]) -> str:
+    """The schema of an operator that takes and returns what the function's annotations say; it changes no argument."""
+    return name + torch.library.infer_schema(function, mutates_args=()).replace("SymInt", "int")
 
 
 def define(schema: str, cpu: Any, on_cuda: Any, fake: Any) -> None:
@@ -29,16 +37,25 @@ def define(schema: str, cpu: Any, on_cuda: Any, fake: Any) -> None:
     torch.library.register_fake(f"wmengine::{name}", fake, lib=LIBRARY)
 
 
+def kernel(module: str, front: str) -> Callable[..., Any]:
+    """The function `front` of wmengine.kernels.`module`, imported when it is first called: it needs Triton.
+
+    It runs on the device of its first argument, a tensor or a list of tensors.
+    """
+
+    def call(first: Any, *others: Any) -> Any:
+        function = getattr(require(f"wmengine.kernels.{module}", extra="train"), front)
+        with torch.cuda.device((first if isinstance(first, torch.Tensor) else first[0]).device):
+            return function(first, *others)
+
+    return call
+
+
 def cuda() -> Any:
-    """The GPU fronts, loaded when the first CUDA tensor arrives: they need Triton and the compiled ``_cuda``."""
+    """The fronts of the compiled ``_cuda``, loaded when the first CUDA tensor arrives."""
     from wmengine.ops import cuda
 
     return cuda
-
-
-def unsigned(key: int) -> int:
-    """The key 0 ≤ key < 2⁶⁴ that a signed one stands for."""
-    return key & 0xFFFF_FFFF_FFFF_FFFF
 
 
 def signed(key: int) -> int:
@@ -47,9 +64,9 @@ def signed(key: int) -> int:
     return key - (1 << 64) if key >= 1 << 63 else key
 
 
-def rows_of(values: Tensor) -> Tensor:
-    """A matrix whose columns lie side by side; rows may be any distance apart."""
-    return values if values.stride(1) == 1 else values.contiguous()
+def unsigned(key: int) -> int:
+    """The key 0 ≤ key < 2⁶⁴ that a signed one stands for."""
+    return key & 0xFFFF_FFFF_FFFF_FFFF
 
 
 def check_tensor(name: str, value: object, dimensions: int | None = None) -> Tensor:
@@ -61,3 +78,17 @@ def check_tensor(name: str, value: object, dimensions: int | None = None) -> Ten
     if dimensions is not None and value.ndim != dimensions:
         raise ValueError(f"{name} must have {dimensions} dimension(s), not shape {tuple(value.shape)}")
     return value
+
+
+def check_length(name: str, value: object, length: int, device: torch.device) -> Tensor:
+    """A tensor of the shape [length] on `device`; TypeError or ValueError naming the argument otherwise."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch tensor, not {type(value).__name__}")
+    if value.shape != (length,) or value.device != device:
+        raise ValueError(f"{name} must have shape ({length},) on {device}, not {tuple(value.shape)} on {value.device}")
+    return value
+
+
+def is_integer(values: Tensor) -> bool:
+    """Whether the tensor holds integers; truth values are none."""
+    return not (values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool)

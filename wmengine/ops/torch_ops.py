@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from wmengine.ops.torch_cross_entropy import MarkedCrossEntropy, marked_cross_entropy
 from wmengine.ops.torch_embedding import embedding_loss
-from wmengine.ops.torch_linear_cross_entropy import marked_linear_cross_entropy
 from wmengine.ops.torch_matches import bit_matches, label_matches, match_counts, pack_bits
-from wmengine.ops.torch_projection import project, project_adjoint, sketch, sketch_adjoint
+from wmengine.ops.torch_projection import project, project_adjoint
 from wmengine.ops.torch_soft_nearest_neighbor import soft_nearest_neighbor
 
 __all__ = [
@@ -15,12 +14,9 @@ __all__ = [
     "embedding_loss",
     "label_matches",
     "marked_cross_entropy",
-    "marked_linear_cross_entropy",
     "match_counts",
     "pack_bits",
     "project",
     "project_adjoint",
-    "sketch",
-    "sketch_adjoint",
     "soft_nearest_neighbor",
 ]

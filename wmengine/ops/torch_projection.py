@@ -1,4 +1,4 @@
-"""sketch and project for torch tensors: each the other's gradient, with its adjoint."""
+"""sketch and project for torch tensors: each the gradient of its adjoint; a CPU reads them through NumPy, uncopied."""
 
 from __future__ import annotations
 
@@ -6,124 +6,52 @@ from typing import Any
 
 import torch
 
-from wmengine import _cpu
-from wmengine.ops import torch_reference
-from wmengine.ops.cpu import check_choice, check_count, check_key
-from wmengine.ops.reference import CARRIERS, PROJECTIONS, projection_scale
-from wmengine.ops.torch_library import Tensor, check_tensor, cuda, define, signed, unsigned
+from wmengine.ops import cpu
+from wmengine.ops.cpu import check_count
+from wmengine.ops.reference import projection_scale
+from wmengine.ops.torch_library import Tensor, check_tensor, define, kernel, schema, signed, unsigned
 
 
-def _project_cpu(values: Tensor, key: int, total: int, projection: str) -> Tensor:
-    values = values.contiguous()
-    y = torch.empty(total, dtype=torch.float32)
-    _cpu.carrier_projection(
-        [(values.data_ptr(), 0, 1, values.numel(), unsigned(key))],
-        CARRIERS.index("flat"),
-        PROJECTIONS.index(projection),
-        total,
-        projection_scale(total, values.numel(), projection),
-        0,
-        y.data_ptr(),
-    )
-    return y
+def _on_cpu(values: Tensor, key: int, size: int, projection: str, adjoint: bool) -> Tensor:
+    run = cpu.project_adjoint if adjoint else cpu.project
+    return torch.from_numpy(run(values.numpy(), unsigned(key), size, projection))
 
 
-def _project_adjoint_cpu(gradient: Tensor, key: int, count: int, projection: str) -> Tensor:
-    gradient = gradient.contiguous()
-    out = torch.empty(count, dtype=torch.float32)
-    _cpu.projection_adjoint(
-        gradient.data_ptr(),
-        gradient.numel(),
-        count,
-        unsigned(key),
-        PROJECTIONS.index(projection),
-        projection_scale(gradient.numel(), count, projection),
-        False,
-        out.data_ptr(),
-    )
-    return out
+def _on_cuda(values: Tensor, key: int, size: int, projection: str, adjoint: bool) -> Tensor:
+    if values.dtype == torch.float64:
+        return _on_cpu(values.cpu(), key, size, projection, adjoint).to(values.device)
+    count, total = (size, values.numel()) if adjoint else (values.numel(), size)
+    scale = projection_scale(total, count, projection)
+    front = kernel("embedding_loss", "project_adjoint" if adjoint else "project")
+    return front(values, key, size, projection, scale)  # type: ignore[no-any-return]
 
 
-def _project_cuda(values: Tensor, key: int, total: int, projection: str) -> Tensor:
-    scale = projection_scale(total, values.numel(), projection)
-    result: Tensor = cuda().project(values, unsigned(key), total, projection, scale)
-    return result
-
-
-def _project_adjoint_cuda(gradient: Tensor, key: int, count: int, projection: str) -> Tensor:
-    scale = projection_scale(gradient.numel(), count, projection)
-    result: Tensor = cuda().project_adjoint(gradient, unsigned(key), count, projection, scale)
-    return result
-
-
-define(
-    "project(Tensor values, int key, int total, str projection) -> Tensor",
-    _project_cpu,
-    _project_cuda,
-    lambda values, key, total, projection: values.new_empty(total, dtype=torch.float32),
-)
-define(
-    "project_adjoint(Tensor gradient, int key, int count, str projection) -> Tensor",
-    _project_adjoint_cpu,
-    _project_adjoint_cuda,
-    lambda gradient, key, count, projection: gradient.new_empty(count, dtype=torch.float32),
-)
+define(schema("project", _on_cpu), _on_cpu, _on_cuda, lambda values, key, size, *_: values.new_empty(size))
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, key: int, total: int, projection: str) -> Tensor:
-        ctx.key, ctx.count, ctx.projection = key, values.numel(), projection
-        return torch.ops.wmengine.project(values, key, total, projection)  # type: ignore[no-any-return]
+    def forward(ctx: Any, values: Tensor, key: int, size: int, projection: str, adjoint: bool) -> Tensor:
+        ctx.back = (key, values.numel(), projection, not adjoint)
+        return torch.ops.wmengine.project(values, key, size, projection, adjoint)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        return _ProjectAdjoint.apply(gradients[0], ctx.key, ctx.count, ctx.projection), None, None, None  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _Project.apply(gradients[0], *ctx.back), None, None, None, None  # type: ignore[no-untyped-call]
 
 
-class _ProjectAdjoint(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, key: int, count: int, projection: str) -> Tensor:
-        ctx.key, ctx.total, ctx.projection = key, gradient.numel(), projection
-        return torch.ops.wmengine.project_adjoint(gradient, key, count, projection)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Project.apply(gradients[0], ctx.key, ctx.total, ctx.projection), None, None, None  # type: ignore[no-untyped-call]
+def _apply(values: Tensor, key: int, size: int, projection: str, adjoint: bool) -> Tensor:
+    wide = values if values.dtype == torch.float64 else values.float()
+    return _Project.apply(wide, signed(key), size, projection, adjoint)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _project(values: Tensor, key: int, total: int, projection: str) -> Tensor:
-    values, total = check_tensor("values", values, 1), check_count("total", total)
-    if values.dtype == torch.float64:
-        return torch_reference.project(values, check_key(key), total, projection)
-    return _Project.apply(values.float(), signed(key), total, projection)  # type: ignore[no-untyped-call, no-any-return]
+def project(values: Tensor, key: int, total: int, projection: str) -> Tensor:
+    """scale · P(key)·w of w[M] → [total], any projection; scaled as :func:`wmengine.ops.project` says."""
+    check_tensor("values", values, 1)
+    return _apply(values, key, check_count("total", total), projection, False)
 
 
-def _project_adjoint(gradient: Tensor, key: int, count: int, projection: str) -> Tensor:
-    gradient = check_tensor("gradient", gradient, 1)
-    check_count("the number of symbols in gradient", gradient.numel())
-    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise ValueError(f"count must be an int of at least 0, not {count!r}")
-    if gradient.dtype == torch.float64:
-        return torch_reference.project_adjoint(gradient, check_key(key), count, projection)
-    return _ProjectAdjoint.apply(gradient.float(), signed(key), count, projection)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def sketch(values: Tensor, key: int, total: int) -> Tensor:
-    """See :func:`wmengine.ops.sketch`."""
-    return _project(values, key, total, "sketch")
-
-
-def sketch_adjoint(gradient: Tensor, key: int, count: int) -> Tensor:
-    """See :func:`wmengine.ops.sketch_adjoint`."""
-    return _project_adjoint(gradient, key, count, "sketch")
-
-
-def project(values: Tensor, key: int, total: int, kind: str = "rademacher") -> Tensor:
-    """See :func:`wmengine.ops.project`."""
-    return _project(values, key, total, check_choice("kind", kind, PROJECTIONS[1:]))
-
-
-def project_adjoint(gradient: Tensor, key: int, count: int, kind: str = "rademacher") -> Tensor:
-    """See :func:`wmengine.ops.project_adjoint`."""
-    return _project_adjoint(gradient, key, count, check_choice("kind", kind, PROJECTIONS[1:]))
+def project_adjoint(gradient: Tensor, key: int, count: int, projection: str) -> Tensor:
+    """The transpose of :func:`project`: g[total] → [count]."""
+    check_count("the number of symbols in gradient", check_tensor("gradient", gradient, 1).numel())
+    return _apply(gradient, key, check_count("count", count, least=0), projection, True)

@@ -44,60 +44,14 @@ constexpr uint32_t kDomainSwap = 4;
 constexpr uint32_t kDomainGaussian = 5;
 
 // Row offset of run m / P: a multiple of 32 below `buckets`.
-WM_HOST_DEVICE uint32_t run_offset(uint64_t run, uint32_t buckets, uint64_t key) {
+WM_INLINE uint32_t run_offset(uint64_t run, uint32_t buckets, uint64_t key) {
     const Words words = philox4x32(static_cast<uint32_t>(run), static_cast<uint32_t>(run >> 32), 0, kDomainRun, key);
     return words.w[0] & (buckets - 1) & ~31u;
 }
 
 // Lane swap of block m / 4096: below 32.
-WM_HOST_DEVICE uint32_t lane_swap(uint64_t block, uint64_t key) {
+WM_INLINE uint32_t lane_swap(uint64_t block, uint64_t key) {
     return philox4x32(static_cast<uint32_t>(block), 0, 0, kDomainSwap, key).w[0] & 31u;
-}
-
-// log2(e)-free natural logarithm of u = n * 2^-24, n in [1, 2^24], by atanh series on [sqrt(1/2), sqrt(2)); < 2 ulp.
-WM_HOST_DEVICE float log_unit24(uint32_t n) {
-    union {
-        float f;
-        uint32_t u;
-    } value;
-    value.f = static_cast<float>(n);        // exact
-    uint32_t bits = value.u - 0x3F3504F3u;  // so that the mantissa lands in [sqrt(1/2), sqrt(2))
-    const int exponent = static_cast<int>(bits) >> 23;
-    value.u = (bits & 0x007FFFFFu) + 0x3F3504F3u;
-    const float f = value.f - 1.0f;
-    const float s = f / (2.0f + f), z = s * s;
-    const float series = z * (0.66666668f + z * (0.4000000f + z * (0.28571429f + z * (0.22222222f + z * 0.18181818f))));
-    const float k = static_cast<float>(exponent - 24);
-    // log(1+f) = 2s + s*series; the high part of ln 2 times k is exact.
-    return k * 0.693145752f + (k * 1.42860677e-06f + (2.0f * s + s * series));
-}
-
-// cos and sin of 2*pi*n*2^-24, n < 2^24: octant by integer arithmetic, then minimax polynomials on [-pi/4, pi/4].
-WM_HOST_DEVICE void cos_sin_turn24(uint32_t n, float* cosine, float* sine) {
-    const uint32_t shifted = n + (1u << 21);  // quadrant boundaries at odd multiples of pi/4
-    const uint32_t quadrant = (shifted >> 22) & 3u;
-    const float x = static_cast<float>(static_cast<int>(shifted & 0x3FFFFFu) - (1 << 21)) * (1.57079633f / 4194304.0f);
-    const float z = x * x;
-    const float s = x + x * z * (-1.6666654611e-1f + z * (8.3321608736e-3f - z * 1.9515295891e-4f));
-    const float c =
-        1.0f - 0.5f * z + z * z * (4.166664568298827e-2f + z * (-1.388731625493765e-3f + z * 2.443315711809948e-5f));
-    const float a = (quadrant & 1u) ? s : c, b = (quadrant & 1u) ? c : s;
-    *cosine = (quadrant == 1u || quadrant == 2u) ? -a : a;
-    *sine = (quadrant >= 2u) ? -b : b;
-}
-
-// Two standard normal values from two words (Box and Muller 1958); |z| <= 5.77.
-WM_HOST_DEVICE void box_muller(uint32_t word0, uint32_t word1, float* first, float* second) {
-    const float logarithm = log_unit24((word0 >> 8) + 1u);
-#if defined(__CUDA_ARCH__)
-    const float radius = sqrtf(-2.0f * logarithm);
-#else
-    const float radius = __builtin_sqrtf(-2.0f * logarithm);
-#endif
-    float cosine, sine;
-    cos_sin_turn24(word1 >> 8, &cosine, &sine);
-    *first = radius * cosine;
-    *second = radius * sine;
 }
 
 }  // namespace wmengine

@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3"), for host and device.
+// Philox4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3").
 //
 // Known-answer vectors of Random123 are in tests/test_generator.py. Not cryptographic: the engine uses it for
 // projection signs and trigger noise only; symbols come from SHAKE-256.
@@ -6,11 +6,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define WM_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define WM_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "simd.h"
 
 namespace wmengine {
 
@@ -25,7 +21,7 @@ constexpr uint32_t kPhiloxWeyl1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
 // The 64-bit key is (low word, high word).
-WM_HOST_DEVICE Words philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t key) {
+WM_INLINE Words philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t key) {
     uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
     for (int round = 0; round < kPhiloxRounds; ++round) {
         const uint64_t p0 = static_cast<uint64_t>(kPhiloxMultiplier0) * c0;
