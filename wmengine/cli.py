@@ -285,6 +285,7 @@ def scan(
             "--out", metavar="FILE.parquet", help="The table to write; an interrupted scan is resumed beside it."
         ),
     ],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a table that is finished.")] = False,
     jobs: Annotated[int | None, typer.Option(metavar="N", help="Suspects at a time (default: the cores).")] = None,
     alpha: Annotated[float, typer.Option(help="Owned when p times the number of pairs is at most this.")] = 1e-9,
     all_queries: Annotated[
@@ -300,7 +301,7 @@ def scan(
     memory: MemoryOption = 4.0,
     ray: Annotated[
         str | None,
-        typer.Option(metavar="ADDRESS|local", help="Judge on this Ray cluster; --jobs are then those of each node."),
+        typer.Option(metavar="ADDRESS|local", help="Judge on this Ray cluster; --jobs are then those of all nodes."),
     ] = None,
     passphrase_file: PassphraseOption = None,
     as_json: Annotated[
@@ -320,6 +321,7 @@ def scan(
             paths,
             watermarks,
             out=out,
+            force=force,
             jobs=jobs,
             alpha=alpha,
             queries="all" if all_queries else "sequential",
