@@ -157,7 +157,8 @@ def test_bare_operator(size: Size, compare: Callable[[Case], None], device: str)
     def ours() -> None:
         _cpu.marked_cross_entropy(
             logits.data_ptr(), stored, size.rows, size.classes, size.classes, labels.data_ptr(), 0, group.data_ptr(), 1,
-            0.0, -100, True, loss.data_ptr(), group_loss.data_ptr(), group_hits.data_ptr(), 0, denominator.data_ptr(), gradient.data_ptr(),
+            0.0, -100, True, loss.data_ptr(), group_loss.data_ptr(), group_hits.data_ptr(), 0, denominator.data_ptr(),
+            gradient.data_ptr(),
         )  # fmt: skip
 
     ours()

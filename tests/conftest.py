@@ -60,3 +60,11 @@ def no_long_pauses(monkeypatch):
     from wmengine.suspects.endpoint import patience
 
     monkeypatch.setattr(patience, "FIRST_PAUSE", 0.001)
+
+
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory):
+    """A folder of suspects and the registry of two marks: see `scan_models.fill`."""
+    import scan_models
+
+    return scan_models.fill(tmp_path_factory.mktemp("bucket"))

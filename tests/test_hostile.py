@@ -6,6 +6,7 @@ WMENGINE_FUZZ=20000 makes the run of mutants that long; its seed is WMENGINE_FUZ
 import math
 import os
 import re
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -17,7 +18,7 @@ from hostile_models import CORPUS, SECRET, classifier, constant, model, node, va
 from lying_service import LIES
 from mutations import mutants
 from onnx import TensorProto
-from test_scan import CLASSES, KEY, SHAPE, copy_of, mark, stranger
+from scan_models import CLASSES, KEY, SHAPE, copy_of, mark, stranger
 
 from wmengine import ops
 from wmengine.errors import SuspectError
@@ -26,7 +27,7 @@ from wmengine.sandbox import Limits, Supervisor
 from wmengine.scan import scan
 from wmengine.schemes import scheme, white_box_parameters
 from wmengine.suspects import onnx_file
-from wmengine.suspects.answers import choose_readings
+from wmengine.suspects.answers import ABSTAINED, choose_readings, highest
 from wmengine.suspects.model_file import read_model
 from wmengine.suspects.onnx_file import OnnxSuspect, open_engine
 from wmengine.verify import verify
@@ -295,6 +296,40 @@ def test_outputs_are_chosen_without_a_look_at_their_values():
     assert choose_readings(outputs, 32, CLASSES, "m.onnx")[0].output == 2
     with pytest.raises(SuspectError, match=f"answers with {1 << 36} classes"):
         choose_readings(outputs[:2], 32, CLASSES, "m.onnx")
+
+
+def test_an_output_that_loses_its_width_abstains(tmp_path):
+    """The first batch has scores of all classes in both outputs, the second in one of them."""
+    cut = [
+        node("Shape", "x", "shape"), node("Gather", "shape zero", "n", axis=0), node("Sub", "n few", "more"),
+        node("Mul", "more ten", "ends"), node("Slice", "s zero ends one", "z"), node("Identity", "s", "y"),
+    ]  # fmt: skip
+    numbers = {"zero": 0, "one": 1, "few": 28, "ten": 10}
+    constants = [constant(name, np.array([number])) for name, number in numbers.items()]
+    onnx.save(classifier(*cut, initializers=constants, outputs=[value("z"), value("y")]), tmp_path / "m.onnx")
+    MARK.save(tmp_path / "m.wm")
+    (row,) = scan(tmp_path / "m.onnx", tmp_path / "m.wm", queries="all").to_pylist()
+    assert (row["decision"], row["error"]) == ("not_proven", None)
+    assert highest(np.zeros((3, 0))).tolist() == [ABSTAINED] * 3
+
+
+@pytest.mark.parametrize("error", [IndexError("index 7"), RecursionError("too deep"), MemoryError(), KeyError("x")])
+def test_whatever_goes_wrong_with_a_suspect_is_its_own_row(tmp_path, monkeypatch, error):
+    copy_of(MARK, tmp_path / "a.onnx")
+    stranger(tmp_path / "b.onnx", 1)
+    pool = sys.modules["wmengine.scan.pool"]
+    score = pool.score_suspect
+
+    def fail(suspect, *arguments, **options):
+        if suspect.name.endswith("b.onnx"):
+            raise error
+        return score(suspect, *arguments, **options)
+
+    monkeypatch.setattr(pool, "score_suspect", fail)
+    MARK.save(tmp_path / "m.wm")
+    owned, failed = scan(tmp_path, tmp_path / "m.wm", jobs=1).to_pylist()
+    assert (owned["decision"], failed["decision"]) == ("owned", "error")
+    assert failed["error"].startswith(f"{tmp_path}/b.onnx ")
 
 
 def test_a_file_that_is_longer_than_it_says_is_refused():

@@ -12,10 +12,10 @@ from wmengine._processors import available
 from wmengine.reordering import CLASSES
 from wmengine.sandbox import Limits
 from wmengine.scan.journal import Journal, Plan
-from wmengine.scan.listing import list_suspects, load_watermarks
+from wmengine.scan.listing import Listing, held_anywhere, list_suspects, load_watermarks
 from wmengine.scan.pool import Hashes, Judged, judge_locally
-from wmengine.scan.results import copied, renamed, table_of, write_parquet
-from wmengine.suspects.devices import check_device
+from wmengine.scan.results import check_stored, copied, of_every_name, renamed, table_of, write_parquet
+from wmengine.suspects.devices import check_provider
 from wmengine.suspects.onnx_file import ISOLATION
 from wmengine.trial import MODES
 
@@ -31,6 +31,7 @@ def scan(
     watermarks: Paths,
     *,
     out: str | os.PathLike[str] | None = None,
+    force: bool = False,
     jobs: int | None = None,
     alpha: float = 1e-9,
     queries: str = "sequential",
@@ -47,19 +48,22 @@ def scan(
 
     paths: ONNX files, folders, patterns, URLs of object stores (through fsspec). watermarks: .wm files or folders. out:
     a Parquet file; finished suspects go to a journal beside it (`<out>.journal`) as they are done, and the same call
-    resumes after an interruption. jobs: suspects at a time, by default the cores. alpha: of the whole scan: a pair is
-    "owned" where its p-value times the number of all pairs is at most alpha; that number is fixed before the first
-    query. queries: "sequential" stops asking a suspect when the answer is clear, "all" asks every trigger. adapters:
-    "likely" puts triggers on another scale than the recorded one only to graphs that begin by rescaling their input,
-    "all" to every suspect, as `verify` does. classes: "same" order as the marks', or "any", with queries="all": every
-    order is tried and paid for, for black-box marks, as `verify` does without clean data. isolation, limits and
-    provider: see OnnxSuspect. ray: the address of a Ray cluster to judge on ("auto" on one of its nodes), or "local"
-    for one started here; jobs are then those of each node, and models run on their CPUs.
+    resumes after an interruption. force: a table that is finished is overwritten. jobs: suspects at a time, by default
+    the cores. alpha: of the whole scan: a pair is "owned" where its p-value times the number of all pairs is at most
+    alpha; that number is fixed before the first query. queries: "sequential" stops asking a suspect when the answer is
+    clear, "all" asks every trigger. adapters: "likely" puts triggers on another scale than the recorded one only to
+    graphs that begin by rescaling their input, "all" to every suspect, as `verify` does. classes: "same" order as the
+    marks', or "any", with queries="all": every order is tried and paid for, for black-box marks, as `verify` does
+    without clean data. isolation, limits and provider: see OnnxSuspect. ray: the address of a Ray cluster to judge on
+    ("auto" on one of its nodes), or "local" for one started here; jobs are then those of the whole cluster, and models
+    run on its CPUs.
 
     A suspect that cannot be judged has the decision "error", and the scan goes on. Files with equal bytes are judged
-    once. Raises FileNotFoundError, WatermarkError, SuspectError (a folder or store that cannot be listed) or ValueError
-    for what is wrong with the arguments; ScanError where the scan cannot go on: another one has the journal, a disk is
-    full, no sandbox starts, no node of the Ray cluster is left. What was finished is kept.
+    once. Several names of one file count as one suspect, each with its rows, and empty files below a folder as none.
+    Raises FileExistsError for a table that is finished, FileNotFoundError, WatermarkError, SuspectError (a folder or
+    store that cannot be listed) or ValueError for what is wrong with the arguments; ScanError where the scan cannot go
+    on: another one has the journal, a disk is full, no sandbox starts, no node of the Ray cluster is left. What was
+    finished is kept.
     """
     if queries not in MODES:
         raise ValueError(f"queries must be one of {', '.join(MODES)}, and it is {queries!r}")
@@ -77,7 +81,7 @@ def scan(
         from wmengine.scan.ray_pool import check_ray
 
         check_ray(ray)  # before there is a journal
-    check_device(provider)
+    check_provider(provider)
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"alpha must be between 0 and 1, and it is {alpha}")
     if jobs is not None and jobs < 1:
@@ -85,14 +89,17 @@ def scan(
     if out is not None and os.path.isdir(out):
         raise ValueError(f"{os.fspath(out)} is a folder: give the name of a Parquet file")
     marks = load_watermarks(_several(watermarks), passphrase)
-    asked = tuple(map(os.fsdecode, _several(paths)))
-    folder = "" if all("://" in path or os.path.isabs(path) for path in asked) else os.getcwd()
-    journal = Journal(":memory:" if out is None else f"{os.fspath(out)}.journal")
+    beside = ":memory:" if out is None else f"{os.fspath(out)}.journal"
+    if out is not None and not force and os.path.lexists(out) and not os.path.lexists(beside):
+        raise FileExistsError(f"{os.fspath(out)} exists, and its scan is finished: give another name, or --force")
+    asked = tuple(map(held_anywhere, _several(paths)))
+    journal = Journal(beside)
     try:
         stored = journal.plan
-        resumes = stored is not None and (stored.paths, stored.folder) == (asked, folder)
+        resumes = stored is not None and stored.paths == asked
+        found = Listing(stored.suspects, stored.empty) if resumes and stored else list_suspects(_several(paths))
         plan = Plan(
-            suspects=stored.suspects if resumes and stored else tuple(list_suspects(asked)),
+            suspects=found.suspects,
             watermarks=tuple(mark.commitment for mark in marks),
             alpha=alpha,
             queries=queries,
@@ -102,9 +109,11 @@ def scan(
             engine=__version__,
             provider=provider,
             paths=asked,
-            folder=folder,
+            empty=found.empty,
         )
         journal.begin(plan)
+        if stored is not None:
+            check_stored(journal, plan)
     except BaseException:
         journal.close(remove=journal.plan is None)
         raise
@@ -143,12 +152,12 @@ def _run(journal: Journal, plan: Plan, judged: Any, progress: Progress | None) -
         journal.add(one.place, one.sha256, rows if one.same_as is None else None)
         finished.add(one.place)
         if progress is not None:
-            progress(len(finished), len(plan.suspects), rows)
+            progress(len(finished), len(plan.suspects), of_every_name(rows, plan.suspects[one.place]))
 
     def copy_rows(one: Judged) -> list[dict[str, Any]]:
         assert one.same_as is not None
-        original = plan.suspects[one.same_as]
-        return copied(renamed(journal.rows(one.same_as), plan.suspects[one.place], original), original)
+        original = plan.suspects[one.same_as].name
+        return copied(renamed(journal.rows(one.same_as), plan.suspects[one.place].name, original), original)
 
     for one in judged:
         if one.same_as is not None and one.same_as not in finished:

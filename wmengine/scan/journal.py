@@ -2,7 +2,7 @@
 
 The journal begins with the plan: the suspects, the watermarks, and everything that a p-value depends on. A resumed scan
 has the same plan, because the number of tests was fixed by it before the first query: its suspects too are those that
-were listed then, whatever has come since.
+were listed then, whatever has come since. What is read back is checked, as somebody else may have written it.
 """
 
 from __future__ import annotations
@@ -10,21 +10,29 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from wmengine.errors import ScanError
+from wmengine.scan.listing import Listed
+
+TABLES = (
+    "CREATE TABLE plan (text TEXT NOT NULL)",
+    "CREATE TABLE suspects (place INTEGER PRIMARY KEY, sha256 TEXT, rows TEXT)",
+)
 
 
 @dataclass(frozen=True)
 class Plan:
     """What was fixed before the first query. tests = suspects × watermarks; engine: the version that scores.
 
-    paths: as they were given, of which suspects is the list; folder: where they were, if one of them is relative.
+    paths: what was to be scanned, as it holds in any working folder; suspects is the list of it, without the `empty`
+    files that hold nothing.
     """
 
-    suspects: tuple[str, ...]
+    suspects: tuple[Listed, ...]
     watermarks: tuple[str, ...]  # commitments
     alpha: float
     queries: str
@@ -34,7 +42,7 @@ class Plan:
     provider: str = "cpu"
     classes: str = "same"
     paths: tuple[str, ...] = ()
-    folder: str = ""
+    empty: int = 0
 
     @property
     def tests(self) -> int:
@@ -51,22 +59,30 @@ class Journal:
         """Open or create, and keep every other scan out. plan: of the scan that it belongs to, None for a new one."""
         self.path = os.fspath(path)
         self.plan: Plan | None = None
+        if self.path != ":memory:" and not _is_own_file(self.path):
+            raise ScanError(f"{self.path} is a link or no regular file, and no journal of a scan: choose another --out")
         try:
             self._database = sqlite3.connect(self.path, timeout=1.0, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
             raise self._cannot(error) from None
         try:
+            self._execute("PRAGMA trusted_schema=OFF")
             self._execute("PRAGMA locking_mode=EXCLUSIVE")
             self._execute("PRAGMA journal_mode=WAL")
             self._execute("PRAGMA synchronous=FULL")
-            self._execute("CREATE TABLE IF NOT EXISTS plan (text TEXT NOT NULL)")
-            self._execute("CREATE TABLE IF NOT EXISTS suspects (place INTEGER PRIMARY KEY, sha256 TEXT, rows TEXT)")
+            there = {str(sql) for (sql,) in self._execute("SELECT sql FROM sqlite_master")}
+            if not there <= set(TABLES):  # a view may have no end, a trigger may undo what is written
+                raise self.damaged("it holds other tables than a journal")
+            for table in TABLES:
+                if table not in there:
+                    self._execute(table)
             (state,) = self._execute("PRAGMA integrity_check(1)").fetchone()
             if state != "ok":
-                raise self._damaged(state)
+                raise self.damaged(state)
             stored = self._execute("SELECT text FROM plan").fetchone()
             if stored is not None:
                 self.plan = self._read_plan(stored[0])
+                self._check_places(self.plan)
         except BaseException:
             self._database.close()
             raise
@@ -78,12 +94,11 @@ class Journal:
             self.plan = plan
             return
         # Other paths may lead to the same suspects.
-        names = [each.name for each in fields(Plan) if each.name != "paths"]
+        names = [each.name for each in fields(Plan) if each.name not in ("paths", "empty")]
         other = [name for name in names if getattr(self.plan, name) != getattr(plan, name)]
         if other:
-            named = " and ".join(name.replace("folder", "working folder") for name in other)
             raise ValueError(
-                f"{self.path} belongs to a scan of other {named}: finish that one with its own command, "
+                f"{self.path} belongs to a scan of other {' and '.join(other)}: finish that one with its own command, "
                 "choose another --out, or delete the file to give up what it has finished; the number of tests is "
                 "fixed before the first query"
             )
@@ -91,6 +106,10 @@ class Journal:
     def finished(self) -> set[int]:
         """Places of the suspects that are done."""
         return {place for (place,) in self._execute("SELECT place FROM suspects")}
+
+    def judged(self) -> set[int]:
+        """Places of those among them that have rows of their own."""
+        return {place for (place,) in self._execute("SELECT place FROM suspects WHERE rows IS NOT NULL")}
 
     def hashes(self) -> dict[str, int]:
         """The first place that was judged with each hash."""
@@ -119,6 +138,12 @@ class Journal:
             first, source = (firsts[sha256], judged[sha256]) if sha256 else (place, place)
             yield place, first, source, self.rows(source)
 
+    def damaged(self, error: object) -> ScanError:
+        """What to raise where this is no journal of a scan."""
+        return ScanError(
+            f"{self.path} is no journal of a scan, or a damaged one ({error}): delete it to begin from the start"
+        )
+
     def close(self, remove: bool = False) -> None:
         """Close, and with `remove` delete: its results are elsewhere now."""
         self._database.close()
@@ -138,22 +163,36 @@ class Journal:
                 ) from None
             raise self._cannot(error) from None
         except sqlite3.DatabaseError as error:
-            raise self._damaged(error) from None
+            raise self.damaged(error) from None
+
+    def _check_places(self, plan: Plan) -> None:
+        judged = self.hashes()
+        for place, sha256, has_rows in self._execute("SELECT place, sha256, rows IS NOT NULL FROM suspects"):
+            if not 0 <= place < len(plan.suspects) or not (has_rows or sha256 in judged):
+                raise self.damaged(f"it holds suspect {place} without its rows")
+            if not isinstance(sha256, str | None):
+                raise self.damaged(f"it holds suspect {place} without its hash")
 
     def _rows(self, text: str) -> list[dict[str, Any]]:
         try:
             found: list[dict[str, Any]] = json.loads(text)
-        except (ValueError, TypeError) as error:
-            raise self._damaged(error) from None
+            if self.plan is None or not isinstance(found, list) or len(found) != len(self.plan.watermarks):
+                raise ValueError("a suspect has other rows than one for each watermark")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise self.damaged(error) from None
         return found
 
     def _read_plan(self, text: str) -> Plan:
         try:
             stored: dict[str, Any] = json.loads(text)
             known = {each.name for each in fields(Plan)} & stored.keys()
-            return Plan(**{name: _as_tuple(stored[name]) for name in known})
-        except (ValueError, TypeError, AttributeError) as error:
-            raise self._damaged(error) from None
+            plan = Plan(**{name: _as_tuple(stored[name]) for name in known})
+            suspects = tuple(_read_listed(each, plan.paths) for each in plan.suspects)
+            if not suspects or not plan.watermarks or type(plan.empty) is not int:
+                raise ValueError("a plan of nothing")
+            return replace(plan, suspects=suspects)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise self.damaged(error) from None
 
     def _cannot(self, error: sqlite3.Error) -> ScanError:
         if "locked" in str(error):
@@ -163,11 +202,25 @@ class Journal:
             "was finished is kept, and the same command resumes"
         )
 
-    def _damaged(self, error: object) -> ScanError:
-        return ScanError(
-            f"{self.path} is no journal of a scan, or a damaged one ({error}): delete it to begin from the start"
-        )
-
 
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _is_own_file(path: str) -> bool:
+    """Whether nothing is there, or a regular file that has no other name."""
+    try:
+        status = os.lstat(path)
+    except OSError:  # who opens it says why
+        return True
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+
+
+def _read_listed(stored: Any, paths: Sequence[str]) -> Listed:
+    """A suspect of a stored plan. Raises ValueError, TypeError or KeyError for what is none."""
+    names, store, path = stored["names"], stored["store"], stored["path"]
+    if not names or not all(isinstance(text, str) for text in (*names, store, path)):
+        raise ValueError("a suspect without a name")
+    if store and store not in paths:
+        raise ValueError("a suspect in a store that nobody asked for")
+    return Listed(tuple(names), store, path)

@@ -1,44 +1,108 @@
-"""Which files a scan is about: files, folders, patterns, URLs of object stores; each file once, in one fixed order."""
+"""Which files a scan is about: files, folders, patterns, URLs of object stores; each file once, in one fixed order.
+
+Strangers may fill what is listed here. Whatever they can make for nothing (empty files, pipes, links to nowhere, more
+names of one file) is no suspect of its own, as every suspect is paid for by all others. What a store has listed is
+opened by the path that it gave, and never read as a URL again: names are strangers' too.
+"""
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
+import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from wmengine.errors import SuspectError, WatermarkError
-from wmengine.suspects.model_file import LocalSource, Source
+from wmengine.suspects.model_file import MAXIMUM_BYTES, LocalSource, Source
+from wmengine.suspects.onnx_engine import may_name_files
 from wmengine.watermark import Watermark
 
 SUFFIX = ".onnx"
 PAUSES = (0.5, 2.0)  # seconds before a store that failed is asked again
 
 
-def list_suspects(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
+@dataclass(frozen=True)
+class Listed:
+    """A suspect: every name that its file is shown by, its store (the URL that listed it, "" for this machine), and
+    its path there, which holds in any working folder."""
+
+    names: tuple[str, ...]
+    store: str
+    path: str
+
+    @property
+    def name(self) -> str:
+        """The first of its names: the one that is judged."""
+        return self.names[0]
+
+
+class Listing(NamedTuple):
+    """All suspects, and how many files were left out because they hold nothing."""
+
+    suspects: tuple[Listed, ...]
+    empty: int
+
+
+class _Found(NamedTuple):
+    """A name; `file` is equal for names of one file."""
+
+    name: str
+    store: str
+    path: str
+    file: tuple[Any, ...]
+    empty: bool = False
+
+
+def list_suspects(paths: Iterable[str | os.PathLike[str]]) -> Listing:
     """Every suspect below the paths, sorted, each once.
 
-    A file is taken whatever it is called; a folder or a prefix of an object store gives all files below it that end in
-    .onnx, in capitals or not; a pattern (`*`, `?`, `[…]`, `**`) gives the files and folders that it matches. Links to
-    folders are followed only where a path names one itself. URLs (`s3://bucket/prefix`) go through fsspec. Raises
-    FileNotFoundError for a path that names nothing, SuspectError for a folder or a store that cannot be listed, as a
-    scan must not pass over it in silence, ValueError where there is no suspect in all.
+    A file is taken whatever it is called, and if it is empty; a folder or a prefix of an object store gives all files
+    below it that end in .onnx, in capitals or not, and hold something; a pattern (`*`, `?`, `[…]`, `**`) gives the
+    files and folders that it matches. Links to folders are followed only where a path names one itself. A folder below
+    that cannot be listed is a suspect, of which its row will say that it cannot be read. URLs (`s3://bucket/prefix`) go
+    through fsspec. Raises FileNotFoundError for a path that names nothing, SuspectError for a folder or a store of the
+    caller's that cannot be listed, ValueError where there is no suspect in all.
     """
-    found: set[str] = set()
+    found: dict[str, _Found] = {}
     for path in map(_without_protocol, map(os.fsdecode, paths)):
-        found.update(_remote(path) if "://" in path else _local(path))
-    if not found:
-        raise ValueError(f"there is no {SUFFIX} file to scan: give files, folders, patterns or URLs that hold some")
-    return sorted(found)
+        for each in _remote(path) if "://" in path else _local(path):
+            if each.name not in found or found[each.name].empty:
+                found[each.name] = each
+    files: dict[tuple[Any, ...], list[_Found]] = {}
+    for _, each in sorted(found.items()):
+        if not each.empty:
+            files.setdefault(each.file, []).append(each)
+    if not files:
+        left_out = f", and {len(found)} that are empty" if found else ""
+        raise ValueError(
+            f"there is no {SUFFIX} file to scan{left_out}: give files, folders, patterns or URLs that hold some"
+        )
+    suspects = [
+        Listed(tuple(each.name for each in names), names[0].store, names[0].path)
+        for same in files.values()
+        for names in _with_the_same_weights(same)
+    ]
+    return Listing(tuple(sorted(suspects, key=lambda each: each.name)), sum(each.empty for each in found.values()))
 
 
-def open_source(suspect: str) -> Source:
+def held_anywhere(path: str | os.PathLike[str]) -> str:
+    """A path or URL of the caller's as it holds in any working folder."""
+    text = _without_protocol(os.fsdecode(path))
+    return text if "://" in text or os.path.isabs(text) else os.path.join(os.getcwd(), text)
+
+
+def open_source(suspect: Listed) -> Source:
     """Where a listed suspect is read from."""
-    suspect = _without_protocol(suspect)
-    return RemoteSource(suspect) if "://" in suspect else LocalSource(suspect)
+    if suspect.store:
+        return RemoteSource(suspect.name, suspect.store, suspect.path)
+    return LocalSource(suspect.path, suspect.name)
 
 
 def load_watermarks(paths: Sequence[str | os.PathLike[str]], passphrase: str | None = None) -> list[Watermark]:
@@ -65,67 +129,141 @@ def _without_protocol(path: str) -> str:
     return path
 
 
-def _local(path: str) -> Iterator[str]:
+def _local(path: str) -> Iterator[_Found]:
     if os.path.isdir(path):
-        for folder, _, names in os.walk(path, onerror=_refuse):
-            yield from (os.path.join(folder, name) for name in names if _is_model(name))
+        yield from _below(path, ())
     elif os.path.lexists(path):
-        yield path
+        yield _look_at(path)._replace(empty=False)
     elif glob.has_magic(path):
-        matches = sorted(_matches(path))
+        parts = Path(path).parts
+        plain = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+        matches = list(_below(os.path.join("", *parts[:plain]), parts[plain:]))
         if not matches:
             raise FileNotFoundError(f"{path} matches no file")
-        for match in matches:
-            yield from _local(match)
+        yield from matches
     else:
         raise FileNotFoundError(f"{path} does not exist; give ONNX files, folders, patterns or URLs")
 
 
-def _matches(pattern: str) -> set[str]:
-    """What a pattern matches; `**` follows no links, as two that lead to their own folder would have no end."""
-    parts = Path(pattern).parts
-    while parts and parts[-1] == "**":  # all below: a folder is looked through anyhow
-        parts = parts[:-1]
-    plain = next((place for place, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-    root = Path(*parts[:plain])
-    found = root.glob(os.path.join(*parts[plain:])) if plain < len(parts) else [root]
-    # A link to a folder is followed where the caller names it, and not where a stranger has put it.
-    return {os.fspath(match) for match in found if not (match.is_symlink() and match.is_dir())}
+def _below(root: str, parts: Sequence[str]) -> Iterator[_Found]:
+    """What the parts of a pattern match below a folder, and the models below folders that they match.
+
+    Strangers nest folders as deep as they like, and link them into circles: nothing here is recursive, and no link is
+    followed. Each folder comes with the places in the pattern that its own name may have led to.
+    """
+
+    def reached(places: Iterable[int]) -> set[int]:
+        found = set(places)
+        for place in range(len(parts)):
+            if place in found and parts[place] == "**":  # any number of folders, none included
+                found.add(place + 1)
+        return found
+
+    waiting = [(root, reached({0}))]
+    while waiting:
+        folder, places = waiting.pop()
+        try:
+            with os.scandir(folder or ".") as listed:
+                entries = list(listed)
+        except FileNotFoundError:
+            continue  # one that has just been removed holds nothing
+        except OSError as error:
+            if folder == root:
+                raise SuspectError(
+                    f"{folder} cannot be listed ({error.strerror}); check its permissions, or name the folders to scan"
+                ) from None
+            yield _Found(folder, "", held_anywhere(folder), (folder,))
+            continue
+        whole = len(parts) in places
+        for entry in entries:
+            name = os.path.join(folder, entry.name)
+            matched = {place for place in places if place == len(parts) or parts[place] == "**"} | {
+                place + 1 for place in places if place < len(parts) and fnmatchcase(entry.name, parts[place])
+            }
+            if _is_folder(entry):
+                waiting.append((name, reached(matched)))
+            elif len(parts) in reached(matched) and (not whole or _is_model(name)):
+                found = _look_at(name)
+                if found.file:
+                    yield found
 
 
-def _refuse(error: OSError) -> None:
-    """Called by `os.walk` for a folder that it cannot list."""
-    if not isinstance(error, FileNotFoundError):  # one that has just been removed holds nothing
-        raise SuspectError(
-            f"{error.filename} cannot be listed ({error.strerror}); check its permissions, or name the folders to scan"
-        )
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:  # its row will say why
+        return False
+
+
+def _look_at(name: str) -> _Found:
+    """A file of this machine; one without `file` is a link to a folder."""
+    path = held_anywhere(name)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return _Found(name, "", path, (path,), empty=error.errno in (errno.ENOENT, errno.ELOOP))
+    if stat.S_ISDIR(status.st_mode):
+        return _Found(name, "", path, ())
+    # Size and time, as not every network's file system gives each file a number of its own.
+    file = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) if status.st_ino else (path,)
+    return _Found(name, "", path, file, empty=status.st_size == 0)
+
+
+def _with_the_same_weights(names: list[_Found]) -> list[list[_Found]]:
+    """Names of one file that are one model: in several folders, other weights may lie beside each of them."""
+    folders: dict[str, list[_Found]] = {}
+    for each in names:
+        folders.setdefault(os.path.dirname(each.path), []).append(each)
+    if len(folders) > 1:
+        try:
+            if may_name_files(LocalSource(names[0].path).read(MAXIMUM_BYTES)):
+                return list(folders.values())
+        except (SuspectError, OSError, MemoryError):
+            return list(folders.values())
+    return [names]
 
 
 def _is_model(name: str) -> bool:
     return name.lower().endswith(SUFFIX)
 
 
-def _remote(url: str) -> list[str]:
+def _remote(url: str) -> Iterator[_Found]:
     if "::" in url:
         raise SuspectError(f"{url} is a chain of stores, and a scan reads from one: copy the files out of it first")
     filesystem, path = _filesystem(url)
+    found: dict[str, Any] = {}
     try:
         if not url.endswith("/") and filesystem.isfile(path):  # first, as a signed URL holds what looks like a pattern
-            names = [path]
+            found[path] = {}
         elif glob.has_magic(path):
-            names = []
             for match, about in filesystem.glob(path, detail=True).items():
-                folder = about["type"] == "directory"
-                names += [name for name in filesystem.find(match) if _is_model(name)] if folder else [match]
+                found |= _models(filesystem, match) if about["type"] == "directory" else {match: about}
         else:
-            names = [name for name in filesystem.find(path) if _is_model(name)]
+            found = _models(filesystem, path)
     except Exception as error:  # every store has its own exceptions
         raise SuspectError(
             f"{url} cannot be listed ({_reason(error)}); check the address and the rights to it"
         ) from None
-    if not names:
+    if not found:
         raise FileNotFoundError(f"{url} holds no {SUFFIX} file")
-    return [str(filesystem.unstrip_protocol(name)) for name in names]
+    for name, about in found.items():
+        shown = str(filesystem.unstrip_protocol(name))
+        yield _Found(shown, url, name, (shown,), empty=about.get("size") == 0)
+
+
+def _models(filesystem: Any, path: str) -> dict[str, Any]:
+    """Every model below a path of a store, with what the store says of it."""
+    try:
+        found = filesystem.find(path, detail=True)
+    except RecursionError:  # of fsspec's, in the folders that somebody has nested
+        found, waiting = {}, [path]
+        while waiting:
+            for about in filesystem.ls(waiting.pop(), detail=True):
+                if about["type"] == "directory":
+                    waiting.append(about["name"])
+                else:
+                    found[about["name"]] = about
+    return {name: about for name, about in found.items() if _is_model(name)}
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -139,39 +277,45 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 class RemoteSource:
-    """A file in an object store, or wherever else fsspec reads from."""
+    """A file in an object store, or wherever else fsspec reads from: at exactly this path of what the URL leads to."""
 
-    def __init__(self, url: str) -> None:
-        self.name = url
+    def __init__(self, name: str, store: str, path: str) -> None:
+        self.name = name
+        self._store, self._path = store, path
 
     def read(self, maximum_bytes: int) -> bytes:
-        return _fetch(self.name, maximum_bytes)
+        return _fetch(self.name, self._store, self._path, maximum_bytes)
 
     def read_beside(self, location: str, maximum_bytes: int) -> bytes:
-        if self.name.startswith(("http://", "https://")):
+        name = f"{self.name.rpartition('/')[0]}/{location}"
+        if self._store.startswith(("http://", "https://")):
             location = quote(location)  # %2e%2e would lead out of the model's folder, and ? is no part of a name
-        return _fetch(f"{self.name.rpartition('/')[0]}/{location}", maximum_bytes)
+        return _fetch(name, self._store, f"{self._path.rpartition('/')[0]}/{location}", maximum_bytes)
 
 
-def _fetch(url: str, maximum_bytes: int) -> bytes:
-    """The bytes behind a URL; what fails is tried again, as stores fail now and then.
+def _fetch(name: str, store: str, path: str, maximum_bytes: int) -> bytes:
+    """The bytes at a path of a store; what fails is tried again, as stores fail now and then.
 
     Not what is missing, and not what took as long as the store's client waits, which is minutes already.
     """
-    filesystem, path = _filesystem(url)
+    if "?versionId=" in path and not store.startswith(("http://", "https://")):
+        raise SuspectError(
+            f"{name} holds ?versionId= in its name, and S3's client would read another object: rename it"
+        )
+    filesystem, _ = _filesystem(store)
     for pause in (*PAUSES, None):
         try:
             with filesystem.open(path, "rb") as file:
                 data: bytes = file.read(maximum_bytes + 1)
             break
         except (FileNotFoundError, PermissionError, IsADirectoryError, TimeoutError) as error:
-            raise SuspectError(f"{url} cannot be read ({_reason(error)})") from None
+            raise SuspectError(f"{name} cannot be read ({_reason(error)})") from None
         except Exception as error:  # every store has its own exceptions
             if pause is None:
-                raise SuspectError(f"{url} cannot be read ({_reason(error)}), tried {len(PAUSES) + 1} times") from None
+                raise SuspectError(f"{name} cannot be read ({_reason(error)}), tried {len(PAUSES) + 1} times") from None
             time.sleep(pause)
     if len(data) > maximum_bytes:
-        raise SuspectError(f"{url} is larger than the {maximum_bytes} bytes that a model and its weights may have")
+        raise SuspectError(f"{name} is larger than the {maximum_bytes} bytes that a model and its weights may have")
     return data
 
 

@@ -20,8 +20,9 @@ from wmengine.errors import ScanError, SuspectError, printable
 from wmengine.judge import Score, score_suspect
 from wmengine.sandbox import Limits
 from wmengine.scan.journal import Plan
-from wmengine.scan.listing import open_source
+from wmengine.scan.listing import Listed, open_source
 from wmengine.scan.results import decision, rows_of
+from wmengine.suspects.base import one_line
 from wmengine.suspects.model_file import MAXIMUM_BYTES, ModelFile, read_model
 from wmengine.suspects.onnx_file import Engine, NoWorker, OnnxSuspect, open_engine
 from wmengine.watermark import Watermark
@@ -55,12 +56,12 @@ class Judge:
 
         Raises ScanError where there is no sandboxed worker to be had.
         """
-        name, started = self._plan.suspects[place], time.monotonic()
+        suspect, started = self._plan.suspects[place], time.monotonic()
         file: ModelFile | None = None
         for left in reversed(range(TRIES)):
             try:
                 if file is None:
-                    file = self._read(name)
+                    file = self._read(suspect)
                 else:
                     self._ready_engine()
                 first = self._hashes.claim(file.sha256, place)
@@ -74,13 +75,12 @@ class Judge:
                     scores = self._scores(file)
             except NoWorker as error:
                 raise ScanError(f"{error}; what is finished is kept, and the same command resumes") from None
-            except (SuspectError, OSError, MemoryError) as error:
-                message = str(error) or f"{name} needs more memory than there is"
-                scores = [Score(0, mark.total, 0, 0.0, error=printable(message)) for mark in self._marks]
+            except Exception as error:  # whatever a stranger's file brings about: it is that file's own row
+                scores = [Score(0, mark.total, 0, 0.0, error=_said(suspect.name, error)) for mark in self._marks]
             if not left or self._engine is None or not self._engine.abandoned:
                 break
         sha256 = None if file is None else file.sha256
-        rows = rows_of(name, sha256, self._marks, scores, time.monotonic() - started, self._plan)
+        rows = rows_of(suspect.name, sha256, self._marks, scores, time.monotonic() - started, self._plan)
         return Judged(place, sha256, rows)
 
     def interrupt(self) -> None:
@@ -92,14 +92,14 @@ class Judge:
     def close(self) -> None:
         self._discard()
 
-    def _read(self, name: str) -> ModelFile:
+    def _read(self, suspect: Listed) -> ModelFile:
         # A model that its worker has no room for need not come into this process either.
         most = min(MAXIMUM_BYTES, self._limits.memory_bytes)
 
         def locations(name: str, data: bytes) -> list[str]:
             return self._ready_engine().locations(name, data)  # the time of a slow store is not the suspect's
 
-        return read_model(open_source(name), locations, most)
+        return read_model(open_source(suspect), locations, most)
 
     def _scores(self, file: ModelFile) -> list[Score]:
         suspect = OnnxSuspect(file, engine=self._engine)
@@ -132,16 +132,6 @@ class Hashes:
         """The first place that asked for this hash: this one's own, or that of an earlier copy."""
         with self._lock:
             return self._places.setdefault(sha256, place)
-
-    def forget(self, sha256: str) -> None:
-        """Whoever claims this hash next is the first."""
-        with self._lock:
-            self._places.pop(sha256, None)
-
-    def known(self) -> dict[str, int]:
-        """Every hash with its place."""
-        with self._lock:
-            return dict(self._places)
 
 
 def judge_locally(
@@ -200,6 +190,14 @@ def judge_locally(
                 done.get_nowait()
             for thread in threads:
                 thread.join(0.05)
+
+
+def _said(name: str, error: Exception) -> str:
+    if isinstance(error, SuspectError | OSError):
+        return printable(str(error))
+    if isinstance(error, MemoryError):
+        return printable(f"{name} needs more memory than there is")
+    return printable(f"{name} cannot be judged ({type(error).__name__}: {one_line(error)})")
 
 
 def _log10_bar(plan: Plan) -> float:

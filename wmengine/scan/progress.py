@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from wmengine.errors import ScanError, printable
-from wmengine.scan.results import DECISIONS
+from wmengine.scan.results import DECISIONS, EMPTY
 
 NAMED = 10  # suspects with an error
 
@@ -36,7 +36,7 @@ class Report:
 
     def add(self, done: int, total: int, rows: list[dict[str, Any]]) -> None:
         """One more suspect is done. Raises ScanError where nobody reads the rows any more."""
-        self._judged += 1
+        self._judged += len({row["suspect"] for row in rows})
         if self._as_json:
             try:
                 for row in rows:
@@ -57,10 +57,13 @@ class Report:
         names = table.column("suspect").to_pylist()
         suspects = len(set(names))
         resumed = suspects - self._judged
+        empty = int((table.schema.metadata or {}).get(EMPTY.encode(), 0))
         if self._as_json:
             print(
                 json.dumps(
-                    {"suspects": suspects, "resumed": resumed, "seconds": seconds, **counts, "out": os.fspath(out)}
+                    {"suspects": suspects, "resumed": resumed, "empty": empty, "seconds": seconds}
+                    | counts
+                    | {"out": os.fspath(out)}
                 )
             )
             return
@@ -83,6 +86,8 @@ class Report:
             f"{_counted(suspects, 'suspect')}, {_counted(len(names), 'pair')} in {seconds:.1f} s{before}: {said}; "
             f"{_counted(len(failed), 'suspect')} could not be judged"
         )
+        if empty:
+            print(f"{_counted(empty, 'empty file')} {'was' if empty == 1 else 'were'} left out")
         or_error = ", or its error" if failed else ""
         print(f"{out}: every pair with its p-value, paid for all pairs of the scan{or_error}")
 

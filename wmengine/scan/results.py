@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 from wmengine.errors import ScanError, printable
 from wmengine.judge import Score, is_owned
 from wmengine.scan.journal import Journal, Plan
+from wmengine.scan.listing import Listed
 from wmengine.sequential import e_bh
 from wmengine.watermark import Watermark
 
 DECISIONS = ("owned", "not_proven", "error")
+EMPTY = "empty files left out"
 _ROWS_A_GROUP = 10_000
 
 
@@ -84,27 +87,52 @@ def renamed(rows: Sequence[dict[str, Any]], suspect: str, judged: str) -> list[d
 
 def copied(rows: Sequence[dict[str, Any]], original: str) -> list[dict[str, Any]]:
     """The rows of a suspect that is a copy of another one, which was judged: no time, and a note."""
-    note = f"the same bytes as {shown(original)}, judged once"
+    note = f"the same bytes as {printable(original)}, judged once"
     return [row | {"seconds": 0.0, "notes": [note, *row["notes"]]} for row in rows]
+
+
+def of_every_name(rows: Sequence[dict[str, Any]], suspect: Listed) -> list[dict[str, Any]]:
+    """The rows of a suspect for each name that its file has."""
+    others = (copied(renamed(rows, name, suspect.name), suspect.name) for name in suspect.names[1:])
+    return [*rows, *(row for other in others for row in other)]
+
+
+def check_stored(journal: Journal, plan: Plan) -> None:
+    """Raises ScanError where a journal's rows are not such as a scan of this plan writes."""
+    import pyarrow
+
+    schema = _schema(plan)
+    names = {*schema.names, "log10_e"} - {"q_value"}
+    for place in sorted(journal.judged()):
+        try:
+            for row, commitment in zip(journal.rows(place), plan.watermarks, strict=True):
+                if row.keys() != names or row["commitment"] != commitment:
+                    raise ValueError("a row is of another scan")
+                float(row["log10_e"])
+                pyarrow.RecordBatch.from_pylist([row | {"q_value": 1.0}], schema=schema)
+        except (ValueError, TypeError, AttributeError, OverflowError, pyarrow.ArrowException) as error:
+            raise journal.damaged(error) from None
 
 
 def table_of(journal: Journal, plan: Plan) -> Any:
     """All rows as a pyarrow.Table."""
     import pyarrow
 
-    return pyarrow.Table.from_batches(_batches(journal, plan), schema=_schema())
+    return pyarrow.Table.from_batches(_batches(journal, plan), schema=_schema(plan))
 
 
 def write_parquet(journal: Journal, plan: Plan, path: str | os.PathLike[str]) -> None:
     """All rows into one Parquet file, which appears at once when it is whole. Raises ScanError where it cannot."""
     from pyarrow import parquet
 
-    partial = f"{os.fspath(path)}.partial"
+    partial = f"{os.fspath(path)}.{secrets.token_hex(8)}.partial"
     try:
-        with parquet.ParquetWriter(partial, _schema(), compression="zstd") as writer:
-            for batch in _batches(journal, plan):
-                writer.write_batch(batch)
-        with open(partial, "rb+") as file:
+        # Others may write to the folder, too: never through a link, or to a file, that is there already.
+        with open(partial, "xb") as file:
+            with parquet.ParquetWriter(file, _schema(plan), compression="zstd") as writer:
+                for batch in _batches(journal, plan):
+                    writer.write_batch(batch)
+            file.flush()
             os.fsync(file.fileno())  # the journal goes when the table is there
         os.replace(partial, path)
     except OSError as error:
@@ -124,14 +152,14 @@ def _batches(journal: Journal, plan: Plan) -> Iterator[Any]:
         row["log10_e"] if row["error"] is None else -math.inf for *_, rows in journal.all_rows() for row in rows
     ]
     q_values = iter(e_bh(evidence, plan.tests))
-    schema, group = _schema(), []
+    schema, group = _schema(plan), []
     for place, first, judged, rows in journal.all_rows():
         suspects = plan.suspects
         if place != judged:
-            rows = renamed(rows, suspects[place], suspects[judged])
+            rows = renamed(rows, suspects[place].name, suspects[judged].name)
         if place != first:
-            rows = copied(rows, suspects[first])
-        group += [row | {"q_value": next(q_values)} for row in rows]
+            rows = copied(rows, suspects[first].name)
+        group += of_every_name([row | {"q_value": next(q_values)} for row in rows], suspects[place])
         if len(group) >= _ROWS_A_GROUP:
             yield pyarrow.RecordBatch.from_pylist(group, schema=schema)
             group = []
@@ -139,7 +167,8 @@ def _batches(journal: Journal, plan: Plan) -> Iterator[Any]:
         yield pyarrow.RecordBatch.from_pylist(group, schema=schema)
 
 
-def _schema() -> Any:
+def _schema(plan: Plan) -> Any:
+    """The table's columns; its metadata hold how many empty files were left out."""
     import pyarrow
 
     text, whole, real = pyarrow.string(), pyarrow.int64(), pyarrow.float64()
@@ -152,5 +181,6 @@ def _schema() -> Any:
             ("decision", text), ("matched", whole), ("total", whole), ("queries", whole), ("log10_p", real),
             ("log10_p_corrected", real), ("q_value", real), ("evidence", evidence), ("seconds", real), ("error", text),
             ("notes", pyarrow.list_(text)),
-        ]
+        ],
+        {EMPTY: str(plan.empty)},
     )  # fmt: skip

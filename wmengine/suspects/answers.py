@@ -82,11 +82,12 @@ class Reading:
 
 
 def highest(scores: Array) -> NDArray[np.int64]:
-    """The class of each row of scores [N, C], the first of equals; ABSTAINED where there is NaN or the highest is Inf.
+    """The class of each row of scores [N, C], the first of equals; ABSTAINED where there is NaN or the highest is Inf,
+    or C is 0.
 
     A score of −Inf is lower than all others, as the logarithm of a chance that was rounded to 0 is.
     """
-    if not scores.shape[1]:
+    if scores.shape[1] == 0:
         return np.full(len(scores), ABSTAINED, np.int64)
     return np.where(np.isfinite(scores.max(axis=1)), scores.argmax(axis=1), ABSTAINED).astype(np.int64)
 
@@ -240,7 +241,7 @@ def _last_resorts(
 def _renamed(labels: Reading, scores: Reading, outputs: Outputs, rows: int, classes: int) -> bool:
     """Whether labels name the columns of scores as text sorts their numbers, "0", "1", "10", "11", "2"."""
     named, answered = labels.read(outputs, rows), scores.read(outputs, rows)
-    if named is None or answered is None:
+    if named is None or answered is None or classes == 0:
         return False
     column = answered[:, 0] if answered.dtype.kind == "i" else answered.argmax(axis=1)
     order = np.array(sorted(range(classes), key=str))

@@ -81,14 +81,15 @@ def read_model(
 
 
 class LocalSource:
-    """A file on this machine. FileNotFoundError for a path that does not exist."""
+    """A file on this machine, shown by its path or another name. FileNotFoundError for a path that does not exist."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.name = os.fsdecode(path)
+    def __init__(self, path: str | os.PathLike[str], name: str | None = None) -> None:
+        self._path = os.fsdecode(path)
+        self.name = self._path if name is None else name
 
     def read(self, maximum_bytes: int) -> bytes:
         try:
-            descriptor = os.open(self.name, os.O_RDONLY | os.O_NONBLOCK)  # O_NONBLOCK: a pipe must not hold us up
+            descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)  # O_NONBLOCK: a pipe must not hold us up
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.name} does not exist; give the path of an ONNX file") from None
         except OSError as error:
@@ -99,8 +100,8 @@ class LocalSource:
 
     def read_beside(self, location: str, maximum_bytes: int) -> bytes:
         """Opened part by part below the model's directory, no part of it through a symbolic link."""
-        directory = os.path.dirname(self.name) or "."
-        path = os.path.join(directory, location)
+        directory = os.path.dirname(self._path) or "."
+        path = os.path.join(os.path.dirname(self.name), location)
         parts = PurePosixPath(location).parts
         try:
             descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
