@@ -7,34 +7,37 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
-from wmengine import __version__
 from wmengine._processors import available
-from wmengine.reordering import CLASSES
+from wmengine._version import __version__
+from wmengine.identity.key import Key
+from wmengine.judging.asking import TESTS
+from wmengine.judging.orders import CLASSES
+from wmengine.judging.verification import check_choice, check_derivations
+from wmengine.marks.watermark import Watermark
 from wmengine.sandbox import Limits
-from wmengine.scan.journal import Journal, Plan
-from wmengine.scan.listing import Listing, held_anywhere, list_suspects, load_watermarks
-from wmengine.scan.pool import Hashes, Judged, judge_locally
-from wmengine.scan.results import check_stored, copied, of_every_name, renamed, table_of, write_parquet
-from wmengine.suspects.devices import check_provider
+from wmengine.scanning.journal import Journal, Plan
+from wmengine.scanning.listing import Listing, held_anywhere, list_suspects, load_watermarks
+from wmengine.scanning.pool import Hashes, Judged, judge_locally
+from wmengine.scanning.results import check_stored, copied, of_every_name, renamed, table_of, write_parquet
+from wmengine.suspects.devices import check_device
 from wmengine.suspects.onnx_file import ISOLATION
-from wmengine.trial import MODES
-
-__all__ = ["scan"]
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+Marks = Paths | Watermark | Sequence[Watermark | str | os.PathLike[str]]
 # Told after every suspect: how many are done, how many there are, and its rows.
 Progress = Callable[[int, int, list[dict[str, Any]]], None]
 
 
 def scan(
     paths: Paths,
-    watermarks: Paths,
+    watermarks: Marks,
     *,
     out: str | os.PathLike[str] | None = None,
     force: bool = False,
     jobs: int | None = None,
     alpha: float = 1e-9,
-    queries: str = "sequential",
+    test: str = "sequential",
+    key: Key | str | os.PathLike[str] | None = None,
     adapters: str = "likely",
     classes: str = "same",
     isolation: str = "persistent",
@@ -42,21 +45,22 @@ def scan(
     passphrase: str | None = None,
     progress: Progress | None = None,
     ray: str | None = None,
-    provider: str = "cpu",
+    device: str = "cpu",
 ) -> Any:
     """Judge every suspect with every watermark → pyarrow.Table, a row for each pair.
 
-    paths: ONNX files, folders, patterns, URLs of object stores (through fsspec). watermarks: .wm files or folders. out:
-    a Parquet file; finished suspects go to a journal beside it (`<out>.journal`) as they are done, and the same call
-    resumes after an interruption. force: a table that is finished is overwritten. jobs: suspects at a time, by default
-    the cores. alpha: of the whole scan: a pair is "owned" where its p-value times the number of all pairs is at most
-    alpha; that number is fixed before the first query. queries: "sequential" stops asking a suspect when the answer is
-    clear, "all" asks every trigger. adapters: "likely" puts triggers on another scale than the recorded one only to
-    graphs that begin by rescaling their input, "all" to every suspect, as `verify` does. classes: "same" order as the
-    marks', or "any", with queries="all": every order is tried and paid for, for black-box marks, as `verify` does
-    without clean data. isolation, limits and provider: see OnnxSuspect. ray: the address of a Ray cluster to judge on
-    ("auto" on one of its nodes), or "local" for one started here; jobs are then those of the whole cluster, and models
-    run on its CPUs.
+    paths: ONNX files, folders, patterns, URLs of object stores (through fsspec). watermarks: Watermarks, .wm files or
+    folders of them. out: a Parquet file; finished suspects go to a journal beside it (`<out>.journal`) as they are
+    done, and the same call resumes after an interruption. force: a table that is finished is overwritten. jobs:
+    suspects at a time, by default the cores. alpha: of the whole scan: a pair is "owned" where its p-value times the
+    number of all pairs is at most alpha; that number is fixed before the first query. test: "sequential" stops asking a
+    suspect when the answer is clear, "fixed" asks every trigger. key: the owner's Key or its file: every watermark is
+    derived from it again and compared, and `derivation` is "checked" in all rows. adapters: "likely" puts triggers on
+    another scale than the recorded one only to graphs that begin by rescaling their input, "all" to every suspect, as
+    `verify` does. classes: "same" order as the marks', or "any", with test="fixed": every order is tried and paid for,
+    for black-box marks, as `verify` does without clean data. isolation, limits and device: see OnnxSuspect. ray: the
+    address of a Ray cluster to judge on ("auto" on one of its nodes), or "local" for one started here; jobs are then
+    those of the whole cluster, and models run on its CPUs.
 
     A suspect that cannot be judged has the decision "error", and the scan goes on. Files with equal bytes are judged
     once. Several names of one file count as one suspect, each with its rows, and empty files below a folder as none.
@@ -65,23 +69,19 @@ def scan(
     on: another one has the journal, a disk is full, no sandbox starts, no node of the Ray cluster is left. What was
     finished is kept.
     """
-    if queries not in MODES:
-        raise ValueError(f"queries must be one of {', '.join(MODES)}, and it is {queries!r}")
-    if adapters not in ("likely", "all"):
-        raise ValueError(f"adapters must be likely or all, and it is {adapters!r}")
-    if classes not in CLASSES:
-        raise ValueError(f"classes must be one of {', '.join(CLASSES)}, and it is {classes!r}")
-    if classes == "any" and queries != "all":
-        raise ValueError('classes="any" needs queries="all", as one order must fit all answers')
-    if isolation not in ISOLATION:
-        raise ValueError(f"isolation must be one of {', '.join(ISOLATION)}, and it is {isolation!r}")
-    if ray is not None and provider != "cpu":
-        raise ValueError(f"provider={provider!r} is for this machine's own GPU: leave ray= out, or the provider")
+    check_choice("test", test, TESTS)
+    check_choice("adapters", adapters, ("likely", "all"))
+    check_choice("classes", classes, CLASSES)
+    check_choice("isolation", isolation, ISOLATION)
+    if classes == "any" and test != "fixed":
+        raise ValueError('classes="any" needs test="fixed", as one order must fit all answers')
+    if ray is not None and device != "cpu":
+        raise ValueError(f"device={device!r} is for this machine's own GPU: leave ray= out, or the device")
     if ray is not None:
-        from wmengine.scan.ray_pool import check_ray
+        from wmengine.scanning.ray_pool import check_ray
 
         check_ray(ray)  # before there is a journal
-    check_provider(provider)
+    check_device(device)
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"alpha must be between 0 and 1, and it is {alpha}")
     if jobs is not None and jobs < 1:
@@ -89,6 +89,7 @@ def scan(
     if out is not None and os.path.isdir(out):
         raise ValueError(f"{os.fspath(out)} is a folder: give the name of a Parquet file")
     marks = load_watermarks(_several(watermarks), passphrase)
+    check_derivations(marks, key, passphrase)
     beside = ":memory:" if out is None else f"{os.fspath(out)}.journal"
     if out is not None and not force and os.path.lexists(out) and not os.path.lexists(beside):
         raise FileExistsError(f"{os.fspath(out)} exists, and its scan is finished: give another name, or --force")
@@ -102,12 +103,13 @@ def scan(
             suspects=found.suspects,
             watermarks=tuple(mark.commitment for mark in marks),
             alpha=alpha,
-            queries=queries,
+            test=test,
             adapters=adapters,
             classes=classes,
             isolation=isolation,
             engine=__version__,
-            provider=provider,
+            device=device,
+            derivation="not_checked" if key is None else "checked",
             paths=asked,
             empty=found.empty,
         )
@@ -125,7 +127,7 @@ def scan(
             jobs = jobs or len(available())
             judged = judge_locally(plan, marks, left, hashes, jobs, limits or Limits())
         else:
-            from wmengine.scan.ray_pool import judge_on_ray
+            from wmengine.scanning.ray_pool import judge_on_ray
 
             judged = judge_on_ray(plan, marks, left, hashes, jobs, limits or Limits(), ray)
         with closing(judged):
@@ -168,5 +170,5 @@ def _run(journal: Journal, plan: Plan, judged: Any, progress: Progress | None) -
             record(copy, copy_rows(copy))
 
 
-def _several(paths: Paths) -> list[str | os.PathLike[str]]:
-    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+def _several(paths: Any) -> list[Any]:
+    return [paths] if isinstance(paths, str | os.PathLike | Watermark) else list(paths)

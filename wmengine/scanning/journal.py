@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from wmengine.errors import ScanError
-from wmengine.scan.listing import Listed
+from wmengine.scanning.listing import Listed
 
 TABLES = (
     "CREATE TABLE plan (text TEXT NOT NULL)",
@@ -35,11 +35,12 @@ class Plan:
     suspects: tuple[Listed, ...]
     watermarks: tuple[str, ...]  # commitments
     alpha: float
-    queries: str
+    test: str
     adapters: str
     isolation: str
     engine: str
-    provider: str = "cpu"
+    device: str = "cpu"
+    derivation: str = "not_checked"
     classes: str = "same"
     paths: tuple[str, ...] = ()
     empty: int = 0
@@ -47,6 +48,12 @@ class Plan:
     @property
     def tests(self) -> int:
         return len(self.suspects) * len(self.watermarks)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """How suspects are asked, as every row says it."""
+        names = ("test", "classes", "adapters", "isolation", "device")
+        return {name: getattr(self, name) for name in names}
 
 
 class Journal:

@@ -19,16 +19,16 @@ from collections.abc import Generator, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from wmengine import __version__
 from wmengine._optional import require
 from wmengine._processors import available
+from wmengine._version import __version__
 from wmengine.errors import ScanError, printable
-from wmengine.judge import Score
+from wmengine.judging.judge import failed
+from wmengine.marks.watermark import Watermark
 from wmengine.sandbox import Limits
-from wmengine.scan.journal import Plan
-from wmengine.scan.pool import Hashes, Judged, judge_locally
-from wmengine.scan.results import rows_of
-from wmengine.watermark import Watermark
+from wmengine.scanning.journal import Plan
+from wmengine.scanning.pool import Hashes, Judged, judge_locally
+from wmengine.scanning.results import rows_of
 
 TRIES = 3  # of a suspect whose task is lost
 SUSPECTS_A_SHARD = 32  # at most
@@ -122,8 +122,8 @@ def _slots(ray: Any, jobs: int | None) -> int:
 def _given_up(plan: Plan, marks: Sequence[Watermark], place: int, why: str) -> Judged:
     name = plan.suspects[place].name
     error = printable(f"{name} was given up: {TRIES} times the task that judged it was lost ({why})")
-    scores = [Score(0, mark.total, 0, 0.0, error=error) for mark in marks]
-    return Judged(place, None, rows_of(name, None, marks, scores, 0.0, plan))
+    findings = [failed(mark, error) for mark in marks]
+    return Judged(place, None, rows_of(name, None, marks, findings, 0.0, plan))
 
 
 def check_ray(address: str) -> None:

@@ -17,15 +17,17 @@ from typing import Any
 
 from wmengine._processors import available, keep_to
 from wmengine.errors import ScanError, SuspectError, printable
-from wmengine.judge import Score, score_suspect
+from wmengine.judging.asking import Terms
+from wmengine.judging.judge import Finding, failed, judge_suspect
+from wmengine.judging.verdict import decide
+from wmengine.marks.watermark import Watermark
 from wmengine.sandbox import Limits
-from wmengine.scan.journal import Plan
-from wmengine.scan.listing import Listed, open_source
-from wmengine.scan.results import decision, rows_of
+from wmengine.scanning.journal import Plan
+from wmengine.scanning.listing import Listed, open_source
+from wmengine.scanning.results import rows_of
 from wmengine.suspects.base import one_line
 from wmengine.suspects.model_file import MAXIMUM_BYTES, ModelFile, read_model
 from wmengine.suspects.onnx_file import Engine, NoWorker, OnnxSuspect, open_engine
-from wmengine.watermark import Watermark
 
 PATIENCE = 5.0  # seconds
 TRIES = 3  # of a suspect under whom somebody kills the sandbox's template
@@ -47,7 +49,12 @@ class Judge:
 
     def __init__(self, plan: Plan, marks: Sequence[Watermark], limits: Limits, hashes: Hashes) -> None:
         self._plan, self._marks, self._limits, self._hashes = plan, marks, limits, hashes
-        self._bar = _log10_bar(plan)
+        self._terms = Terms(
+            sequential=plan.test == "sequential",
+            log10_bar=math.log10(plan.tests) - math.log10(plan.alpha),
+            every_way=plan.adapters == "all",
+            any_order=plan.classes == "any",
+        )
         self._engine: Engine | None = None
         self._served = 0
 
@@ -67,20 +74,19 @@ class Judge:
                 first = self._hashes.claim(file.sha256, place)
                 if first != place:
                     return Judged(place, file.sha256, [], first)
-                scores = self._scores(file)
-                owned = any(decision(score, self._plan) == "owned" for score in scores)
-                if owned and self._plan.isolation == "persistent":
+                findings = self._judged(file)
+                if self._plan.isolation == "persistent" and any(map(self._is_owned, findings, self._marks)):
                     self._discard()
                     self._ready_engine()
-                    scores = self._scores(file)
+                    findings = self._judged(file)
             except NoWorker as error:
                 raise ScanError(f"{error}; what is finished is kept, and the same command resumes") from None
             except Exception as error:  # whatever a stranger's file brings about: it is that file's own row
-                scores = [Score(0, mark.total, 0, 0.0, error=_said(suspect.name, error)) for mark in self._marks]
+                findings = [failed(mark, _said(suspect.name, error)) for mark in self._marks]
             if not left or self._engine is None or not self._engine.abandoned:
                 break
         sha256 = None if file is None else file.sha256
-        rows = rows_of(suspect.name, sha256, self._marks, scores, time.monotonic() - started, self._plan)
+        rows = rows_of(suspect.name, sha256, self._marks, findings, time.monotonic() - started, self._plan)
         return Judged(place, sha256, rows)
 
     def interrupt(self) -> None:
@@ -101,17 +107,18 @@ class Judge:
 
         return read_model(open_source(suspect), locations, most)
 
-    def _scores(self, file: ModelFile) -> list[Score]:
-        suspect = OnnxSuspect(file, engine=self._engine)
-        every, any_order = self._plan.adapters == "all", self._plan.classes == "any"
-        return score_suspect(suspect, self._marks, self._plan.queries, self._bar, every, any_order=any_order)
+    def _judged(self, file: ModelFile) -> list[Finding]:
+        return judge_suspect(OnnxSuspect(file, engine=self._engine), self._marks, self._terms)
+
+    def _is_owned(self, finding: Finding, mark: Watermark) -> bool:
+        return decide(finding, mark, self._plan.alpha, self._plan.tests) == "owned"
 
     def _ready_engine(self) -> Engine:
         """An engine for the next suspect, its time starting now."""
         fresh = self._plan.isolation == "per-model" or self._served == SUSPECTS_A_WORKER
         if self._engine is None or fresh or not self._engine.begin():
             self._discard()
-            self._engine = open_engine(self._plan.isolation, self._limits, self._plan.provider)
+            self._engine = open_engine(self._plan.isolation, self._limits, self._plan.device)
         self._served += 1
         return self._engine
 
@@ -151,7 +158,7 @@ def judge_locally(
 
     # A judge and its worker take turns, so a processor for both of them costs nothing and keeps their caches warm.
     processors = available()
-    bound = jobs == len(processors) and plan.isolation != "none" and plan.provider == "cpu"
+    bound = jobs == len(processors) and plan.isolation != "none" and plan.device == "cpu"
 
     def work(judge: Judge, number: int) -> None:
         try:
@@ -198,7 +205,3 @@ def _said(name: str, error: Exception) -> str:
     if isinstance(error, MemoryError):
         return printable(f"{name} needs more memory than there is")
     return printable(f"{name} cannot be judged ({type(error).__name__}: {one_line(error)})")
-
-
-def _log10_bar(plan: Plan) -> float:
-    return math.log10(plan.tests) - math.log10(plan.alpha)

@@ -9,7 +9,8 @@ import time
 from typing import Any
 
 from wmengine.errors import ScanError, printable
-from wmengine.scan.results import DECISIONS, EMPTY
+from wmengine.scanning.results import DECISIONS
+from wmengine.scanning.schema import EMPTY
 
 NAMED = 10  # suspects with an error
 

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from wmengine.errors import SuspectError, WatermarkError
+from wmengine.judging.verification import load_watermark
+from wmengine.marks.watermark import Watermark
 from wmengine.suspects.model_file import MAXIMUM_BYTES, LocalSource, Source
 from wmengine.suspects.onnx_engine import may_name_files
-from wmengine.watermark import Watermark
 
 SUFFIX = ".onnx"
 PAUSES = (0.5, 2.0)  # seconds before a store that failed is asked again
@@ -105,21 +106,30 @@ def open_source(suspect: Listed) -> Source:
     return LocalSource(suspect.path, suspect.name)
 
 
-def load_watermarks(paths: Sequence[str | os.PathLike[str]], passphrase: str | None = None) -> list[Watermark]:
-    """The watermarks in these files and folders (.wm), sorted by file, each commitment once.
+def load_watermarks(
+    given: Sequence[Watermark | str | os.PathLike[str]], passphrase: str | None = None
+) -> list[Watermark]:
+    """The watermarks that are given, or in these files and folders (.wm), each commitment once.
 
-    Raises WatermarkError for a file that is none, ValueError where there is none in all.
+    Raises WatermarkError for a file that is none, and where there is none in all.
     """
+    marks: dict[str, Watermark] = {}
+    for each in given:
+        found = [each] if isinstance(each, Watermark) else watermark_files([each])
+        for file in found:
+            mark = load_watermark(file, passphrase)
+            marks.setdefault(mark.commitment, mark)
+    if not marks:
+        raise WatermarkError(f"there is no watermark in {', '.join(map(str, given))}: give .wm files or their folder")
+    return list(marks.values())
+
+
+def watermark_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """These files, and the .wm files of these folders, sorted."""
     files: list[Path] = []
     for path in map(Path, paths):
         files += sorted(path.rglob("*.wm")) if path.is_dir() else [path]
-    marks: dict[str, Watermark] = {}
-    for file in files:
-        mark = Watermark.load(file, passphrase)
-        marks.setdefault(mark.commitment, mark)
-    if not marks:
-        raise WatermarkError(f"there is no watermark in {', '.join(map(str, paths))}: give .wm files or their folder")
-    return list(marks.values())
+    return files
 
 
 def _without_protocol(path: str) -> str:

@@ -1,0 +1,1 @@
+"""Many suspects × many watermarks, in sandboxes, on all cores or a cluster, resumed where it stopped."""
