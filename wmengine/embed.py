@@ -256,8 +256,7 @@ class Embedder:
                 f"the model answers {list(inputs.shape)} inputs with {list(answers.shape)} and not with "
                 f"[{len(inputs)}, {self.num_classes}] logits; is num_classes right?"
             )
-        counts, _ = ops.match_counts(answers.float().cpu().numpy()[None], mark.watermark.arrays["labels"][None])
-        return int(counts[0, 0])
+        return int(ops.match_counts(answers.float().cpu().numpy(), mark.watermark.arrays["labels"]).hits[0])
 
     def _filters(self, carrier: ModuleTensor) -> torch.Tensor:
         """A carrier's weight as it is now, looked up anew: the parameter may have been replaced, or be computed."""

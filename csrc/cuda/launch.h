@@ -46,11 +46,6 @@ inline unsigned grid_for(int64_t items, int64_t items_per_block) {
 void reduce_partials(const float* partials, int64_t groups, int64_t width, int64_t total, float scale, float* y,
                      cudaStream_t stream);
 
-// counts[s, k] of label_matches, and where `invalid` is given invalid[s], the negative labels of predicted[s].
-template <typename Label>
-void count_labels(const Label* predicted, int64_t suspects, int64_t rows, const int64_t* expected, int64_t sets,
-                  int32_t* counts, int32_t* invalid, cudaStream_t stream, const char* operation);
-
 // The value with its sign flipped where bit `bit` of `word` is set.
 __device__ __forceinline__ float flip(float value, uint32_t word, uint32_t bit) {
     return __uint_as_float(__float_as_uint(value) ^ ((word << (31u - bit)) & 0x80000000u));
