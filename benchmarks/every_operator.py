@@ -39,7 +39,8 @@ def counts() -> Iterator[object]:
     """Each way in which rows are shared out, each width of load."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for classes in (10, 1001, 20_001):
-            yield cuda.match_counts(random(9, 5, classes).to(dtype), labels(8, 5))
+            yield cuda.match_counts(random(45, classes).to(dtype), labels(45), None, 1, True)
+            yield cuda.match_counts(random(45, classes).softmax(dim=1).to(dtype), labels(45), labels(45) % 3, 3, False)
     for suspects, rows, sets in ((3, 50, 2), (2, 5000, 3), (65, 1100, 9)):
         for integer in (torch.int32, torch.int64):
             yield cuda.label_matches(labels(suspects, rows).to(integer), labels(sets, rows))

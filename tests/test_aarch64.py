@@ -48,7 +48,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     lines = answers([str(program("g++", tmp_path_factory.mktemp("host")))])
-    assert len(lines) == 3 * 4 * 3 + 4 * 2
+    assert len(lines) == 3 * 4 * 3 + 4 * 2 * 2
     return lines
 
 

@@ -17,18 +17,18 @@ def test_it_counts_devices_without_a_driver_too():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "suspects", "rows", "classes", "sets", "named"),
+    ("dtype", "rows", "classes", "groups", "named"),
     [
-        (0, 1, 1, 0, 1, r"outputs is \[1, 1, 0\]"),
-        (0, -1, 1, 2, 1, r"outputs is \[-1, 1, 2\]"),
-        (0, 1, 2**31, 2, 1, "rows below 2"),
-        (1, 1, 1, 2, -1, "expected has -1"),
-        (3, 1, 1, 2, 1, "dtype is 3"),
+        (0, 1, 0, 1, r"outputs is \[1, 0\]"),
+        (0, -1, 2, 1, r"outputs is \[-1, 2\]"),
+        (0, 1, 2**31, 1, "classes from 1 to 2"),
+        (1, 1, 2, -1, "there are -1 groups"),
+        (3, 1, 2, 1, "dtype is 3"),
     ],
 )
-def test_match_counts_names_the_size_it_refuses(dtype, suspects, rows, classes, sets, named):
+def test_match_counts_names_the_size_it_refuses(dtype, rows, classes, groups, named):
     with pytest.raises(ValueError, match=named):
-        _cuda.match_counts(*NOWHERE, 0, dtype, suspects, rows, classes, 0, sets, 0, 0, 0)
+        _cuda.match_counts(*NOWHERE, 0, dtype, rows, classes, 0, 0, groups, *[0] * 6)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_the_best_need_few_lists_of_so_many(best):
 @pytest.mark.skipif(_cuda.device_count() > 0, reason="this machine has a GPU; tests/test_gpu.py runs the kernels")
 def test_without_a_gpu_a_call_says_what_failed():
     with pytest.raises(RuntimeError, match="match_counts failed on the GPU: "):
-        _cuda.match_counts(*NOWHERE, 0, 0, 1, 1, 2, 0, 1, 0, 0, 0)
+        _cuda.match_counts(*NOWHERE, 0, 0, 1, 2, 0, 0, 1, *[0] * 6)
     with pytest.raises(RuntimeError, match="label_matches failed on the GPU: "):
         _cuda.label_matches(*NOWHERE, 0, 0, 1, 1, 0, 1, 0)
     with pytest.raises(RuntimeError, match=r"bit_matches failed on the GPU: "):
@@ -91,7 +91,7 @@ def test_the_fronts_refuse_tensors_that_are_not_on_a_gpu():
     from wmengine.ops import cuda
 
     for call in (
-        lambda: cuda.match_counts(torch.ones(2, 3, 4), torch.ones(1, 3, dtype=torch.int64)),
+        lambda: cuda.match_counts(torch.ones(3, 4), torch.ones(3, dtype=torch.int64), None, 1, False),
         lambda: cuda.label_matches(torch.ones(2, 3, dtype=torch.int32), torch.ones(1, 3, dtype=torch.int64)),
         lambda: cuda.bit_matches(*(torch.ones(2, 3, dtype=torch.uint8) for _ in range(2)), 20),
         lambda: cuda.best_bit_matches(*(torch.ones(2, 3, dtype=torch.uint8) for _ in range(2)), 20, 1),
@@ -105,15 +105,12 @@ def test_the_fronts_name_the_argument_they_refuse():
     from wmengine.ops import cuda
 
     labels, bits = torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.uint8)
+    matching = labels[:, 0], None, 1, False
     for error, named, call in (
-        (
-            TypeError,
-            "predicted must be integer labels, not torch.float32",
-            (cuda.label_matches, labels.float(), labels),
-        ),
-        (ValueError, r"predicted must have shape \[S, N\], not \(3,\)", (cuda.label_matches, labels[0], labels)),
-        (ValueError, r"expected must have shape \[K, 3\]", (cuda.label_matches, labels, labels[:, :2])),
-        (TypeError, "expected must be integer labels, not torch.float32", (cuda.label_matches, labels, labels.float())),
+        (TypeError, "outputs must be float32, .* not torch.int64", (cuda.match_counts, labels, *matching)),
+        (ValueError, r"outputs must be \[N, C\]", (cuda.match_counts, bits[0].float(), *matching)),
+        (TypeError, "predicted must hold integers, not torch.float32", (cuda.label_matches, labels.float(), labels)),
+        (ValueError, r"predicted must be \[S, N\]", (cuda.label_matches, labels[0], labels)),
         (TypeError, "messages must be packed uint8 bits, not torch.int64", (cuda.bit_matches, labels, bits, 20)),
         (ValueError, r"registry must have 3 bytes a row for 20 bits", (cuda.bit_matches, bits, bits[:, :2], 20)),
         (ValueError, r"messages must have 2 bytes a row for 16 bits", (cuda.bit_matches, bits, bits, 16)),

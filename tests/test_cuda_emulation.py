@@ -50,21 +50,59 @@ def test_launches_are_rewritten():
     )
 
 
+KINDS = {
+    "logits": lambda z: z.round(decimals=1),  # ties
+    "distributions": lambda z: z.softmax(dim=1),
+    "logarithms": lambda z: torch.where(z < -1, -torch.inf, z).log_softmax(dim=1),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    "shape", [(3, 7, 1, 2), (9, 5, 10, 8), (2, 9, 33, 2), (2, 3, 1001, 4), (1, 2, 16_385, 1), (1, 4100, 3, 1)]
-)
-def test_match_counts(dtype, shape):
-    suspects, rows, classes, sets = shape
-    outputs = random(suspects, rows, classes).round(decimals=1).to(dtype)  # ties
-    outputs[0, 0, classes - 1] = float("nan")
-    outputs[-1, 1, 0] = float("inf")
-    answers = outputs.float().numpy()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(9, 1), (45, 10), (5, 1001), (3, 5003)])
+def test_match_counts(dtype, kind, shape):
+    rows, classes = shape
+    outputs = KINDS[kind](random(rows, classes)).to(dtype)
+    outputs[0, classes - 1], outputs[1, 0], outputs[2] = float("nan"), float("inf"), -float("inf")
+    answers = outputs.double().numpy()
     rng = np.random.default_rng(classes)
-    expected = np.where(rng.random((sets, rows)) < 0.5, rng.integers(-1, classes, (sets, rows)), answers.argmax(-1)[0])
-    counts, invalid = cuda.match_counts(outputs, torch.from_numpy(expected))
-    for actual, wanted in zip((counts, invalid), reference.match_counts(answers, expected), strict=True):
-        np.testing.assert_array_equal(actual.numpy(), wanted)
+    expected = np.where(rng.random(rows) < 0.5, rng.integers(-1, classes + 1, rows), answers.argmax(axis=1))
+    group = rng.integers(0, 3, rows)
+    wanted = reference.match_counts(answers, expected, group, 4, levels=True)
+    found = cuda.match_counts(outputs, torch.from_numpy(expected), torch.from_numpy(group), 4, True)
+    for name in ("predicted", "hits", "invalid"):
+        np.testing.assert_array_equal(getattr(found, name).numpy(), getattr(wanted, name), err_msg=name)
+    levels = found.levels.numpy().astype(int)
+    off = np.abs(levels - wanted.levels)
+    assert off.max() <= 1
+    assert off.sum() <= 2 + 0.001 * off.size
+    counted = [np.bincount(row + 30, minlength=61) for row in levels]
+    np.testing.assert_array_equal(found.histogram.numpy(), counted)
+    known = (expected >= 0) & (expected < classes)
+    np.testing.assert_array_equal(
+        found.at.numpy(), np.where(known, levels[np.arange(rows), np.where(known, expected, 0)], 0)
+    )
+    everything = cuda.match_counts(outputs, torch.from_numpy(expected), None, 1, False)
+    assert (everything.hits.tolist(), everything.levels) == ([wanted.hits.sum()], None)
+
+
+def test_match_counts_of_nothing_and_of_groups_that_are_none():
+    found = cuda.match_counts(random(0, 5), torch.zeros(0, dtype=torch.int64), None, 3, True)
+    assert (found.hits.tolist(), found.invalid.tolist(), found.levels.shape) == ([0] * 3, [0] * 3, (0, 5))
+    group = torch.tensor([0, -1, 2, 2**40])
+    assert cuda.match_counts(torch.eye(4), torch.arange(4), group, 2, False).hits.tolist() == [1, 0]
+
+
+def test_classes_and_levels_are_found_without_labels(module):
+    outputs = random(20, 7)
+    found = cuda.match_counts(outputs, torch.zeros(20, dtype=torch.int64), None, 1, True)
+    predicted, levels = torch.empty_like(found.predicted), torch.empty_like(found.levels)
+    unasked = (0, 0, 0, 0)
+    module.match_counts(0, 0, outputs.data_ptr(), 0, 20, 7, 0, 0, 0, predicted.data_ptr(), *unasked, levels.data_ptr())
+    assert torch.equal(predicted, found.predicted)
+    assert torch.equal(levels, found.levels)
+    module.match_counts(0, 0, outputs.data_ptr(), 0, 20, 7, 0, 0, 0, predicted.zero_().data_ptr(), *unasked, 0)
+    assert torch.equal(predicted, found.predicted)
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])

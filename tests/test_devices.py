@@ -16,6 +16,7 @@ import wmengine
 from wmengine.cli import main
 from wmengine.errors import SuspectError
 from wmengine.key import Key
+from wmengine.ops import reference
 from wmengine.sandbox import MECHANISMS, Limits
 from wmengine.scan import scan
 from wmengine.schemes import black_box_parameters, scheme
@@ -141,16 +142,17 @@ class Compiled:
         self.calls = 0
 
     def match_counts(
-        self, device, stream, outputs, dtype, suspects, rows, classes, expected, sets, predicted, counts, invalid
-    ):
-        assert (device, stream, suspects, expected, sets, counts) == (0, 0, 1, 0, 0, 0)
+        self, device, stream, outputs, dtype, rows, classes, expected, group, groups,
+        predicted, at, histogram, hits, invalid, levels,
+    ):  # fmt: skip
+        assert (device, stream) == (0, 0)
+        assert (expected, group, groups, at, histogram, hits, invalid) == (0,) * 7  # no label goes to a worker
         self.calls += 1
         unit, kind = ((ctypes.c_float, np.float32), (ctypes.c_uint16, np.float16))[dtype]
         scores = np.ctypeslib.as_array((unit * (rows * classes)).from_address(outputs)).view(kind)
-        scores = scores.reshape(rows, classes)
-        found = np.where(np.isfinite(scores).all(axis=1), scores.argmax(axis=1), -1)
-        np.ctypeslib.as_array((ctypes.c_int32 * rows).from_address(predicted))[:] = found
-        ctypes.c_int32.from_address(invalid).value = int((found < 0).sum())
+        found = reference.match_counts(scores.reshape(rows, classes), np.zeros(rows, int), levels=True)
+        np.ctypeslib.as_array((ctypes.c_int32 * rows).from_address(predicted))[:] = found.predicted
+        np.ctypeslib.as_array((ctypes.c_int8 * (rows * classes)).from_address(levels))[:] = found.levels.ravel()
 
 
 def test_the_compiled_modules_arguments_are_the_ones_given():
@@ -171,6 +173,12 @@ def test_classes_are_read_where_the_scores_lie(tmp_path, monkeypatch, kind):
     outputs = engine_of(path, bound=True).run("x", INPUTS)
     stayed = sum(isinstance(value, Predicted) for _, value in outputs)
     assert module.calls == stayed == {"doubles": 0, "labels": 0, "features too": 2}.get(kind, 1)
+    for (_, value), (_, plain) in zip(outputs, engine_of(path).run("x", INPUTS), strict=True):
+        if isinstance(value, Predicted):
+            rows = plain.reshape(COUNT, value.classes)
+            wanted = reference.match_counts(rows, LABELS, levels=True)
+            np.testing.assert_array_equal(value.labels, wanted.predicted)
+            np.testing.assert_array_equal(value.levels, wanted.levels)
     told = verify(OnnxSuspect(path, engine=OnnxEngine(), isolation="none"), MARK)
     found = verify(OnnxSuspect(path, engine=OnnxEngine(bound=True), isolation="none"), MARK)
     assert (found.matched, found.log10_p, found.decision) == (told.matched, told.log10_p, told.decision)
@@ -178,20 +186,28 @@ def test_classes_are_read_where_the_scores_lie(tmp_path, monkeypatch, kind):
     assert found.owned or kind == "NaN"
 
 
-def test_classes_travel_from_a_sandbox():
-    outputs = [("y", Predicted(np.array([3, -1], np.int32), 10)), ("f", np.ones((2, 3), np.float32))]
+def test_classes_and_levels_travel_from_a_sandbox():
+    levels = np.arange(-10, 10, dtype=np.int8).reshape(2, 10)
+    outputs = [("y", Predicted(np.array([3, -1], np.int32), 10, levels)), ("f", np.ones((2, 3), np.float32))]
 
     class Engine:
         def run(self, name, rows):
             return outputs
 
     header, arrays = engine_wire._answer(Engine(), {"ask": engine_wire.RUN, "input": "x"}, [INPUTS], ())
-    (_, labels), (_, features) = engine_wire._read_outputs(header, list(arrays))
-    assert (labels.labels.tolist(), labels.classes) == ([3, -1], 10)
+    (_, stayed), (_, features) = engine_wire._read_outputs(header, list(arrays))
+    assert (stayed.labels.tolist(), stayed.classes, stayed.levels.tolist()) == ([3, -1], 10, levels.tolist())
     assert features.tolist() == np.ones((2, 3)).tolist()
-    for classes, array in ((0, arrays[0]), ("9", arrays[0]), (True, arrays[0]), (3, arrays[1]), (3, arrays[0][None])):
-        with pytest.raises(ValueError, match="not what an engine says"):
-            engine_wire._read_outputs({"outputs": ["y"], "classes": [classes]}, [array])
+    labels = arrays[0]
+    for classes, sent in (
+        (0, [labels, levels[:, :0]]), ("9", [labels, levels]), (True, [labels, levels[:, :1]]),
+        (3, [arrays[1], levels[:, :3]]), (10, [labels[None], levels]), (9, [labels, levels]),
+        (10, [labels, levels.astype(np.int32)]), (10, [labels, levels[:1]]), (10, [labels, levels - 21]),
+        (10, [labels, np.full((2, 10), -128, np.int8)]), (10, [labels, levels + 22]), (10, [labels]),
+        (10, [labels, levels, levels]), (None, [labels, levels]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"not what an engine says|zip\(\)"):
+            engine_wire._read_outputs({"outputs": ["y"], "classes": [classes]}, sent)
 
 
 # --- never the CPU in silence -----------------------------------------------------------------------------------------

@@ -560,7 +560,7 @@ def test_ranks_and_their_scores_are_told_from_scores():
     np.testing.assert_array_equal(read([("v", lost), ("i", order[:, :3])], 12), [*order[:2, 0], -1, order[3, 0]])
     counts = np.array([[7, 1, 1], [0, 2, 2], [3, 3, 3], [0, 0, 9]])
     np.testing.assert_array_equal(read([("counts", counts)], 3), counts)
-    on_device = [("v", Predicted(np.array([2, 0, -1, 1], np.int32), 3)), ("i", order[:, :3])]
+    on_device = [("v", Predicted(np.array([2, 0, -1, 1], np.int32), 3, np.zeros((4, 3), np.int8))), ("i", order[:, :3])]
     np.testing.assert_array_equal(read(on_device, 12), [order[0, 2], order[1, 0], -1, order[3, 1]])
 
 
@@ -575,7 +575,7 @@ def test_ones_and_zeros_beside_the_chances_of_two_classes_are_no_ranks():
         readings = choose_readings(outputs, 4, 2, "m.onnx")
         assert read_all(readings, outputs, 4).tolist() == [[0, 0], [1, 1], [1, 1], [0, 0]]
     best = np.array([[0, 1], [1, 0], [1, 0], [0, 1]])
-    for values in (np.sort(chances, axis=1)[:, ::-1], Predicted(np.zeros(4, np.int32), 2)):
+    for values in (np.sort(chances, axis=1)[:, ::-1], Predicted(np.zeros(4, np.int32), 2, np.zeros((4, 2), np.int8))):
         assert read([("values", values), ("indices", best)], 2).tolist() == [0, 1, 1, 0]
 
 

@@ -96,42 +96,48 @@ def test_sketches_of_more_than_two_to_the_31_weights(total):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    "shape", [(3, 7, 1, 2), (20, 50, 10, 3), (2, 9, 33, 2), (2, 3, 1001, 4), (1, 2, 40_003, 2), (1, 5000, 3, 2)]
-)
-def test_match_counts_equals_the_reference(dtype, shape):
-    suspects, rows, classes, sets = shape
-    outputs = random(suspects, rows, classes, dtype=dtype).round(decimals=1)  # ties
-    outputs[0, 0, classes - 1] = float("nan")
-    outputs[0, 1, 0] = float("inf")
-    answers = outputs.float().cpu().numpy()
+@pytest.mark.parametrize("distribution", [False, True])
+@pytest.mark.parametrize("shape", [(9, 1), (1000, 10), (18, 33), (6, 1001), (3, 40_003), (5000, 3)])
+def test_match_counts_equals_the_reference(dtype, distribution, shape):
+    rows, classes = shape
+    scores = random(rows, classes)
+    outputs = (scores.softmax(dim=1) if distribution else scores.round(decimals=1)).to(dtype)  # ties
+    outputs[0, classes - 1], outputs[1, 0], outputs[2] = float("nan"), float("inf"), -float("inf")
+    answers = outputs.double().cpu().numpy()
     rng = np.random.default_rng(classes)
-    expected = np.where(rng.random((sets, rows)) < 0.5, rng.integers(-1, classes, (sets, rows)), answers.argmax(-1)[0])
-    counts, invalid = ops.match_counts(outputs, torch.from_numpy(expected).to(DEVICE))
-    for actual, wanted in zip((counts, invalid), reference.match_counts(answers, expected), strict=True):
-        assert actual.dtype == torch.int32
-        np.testing.assert_array_equal(actual.cpu().numpy(), wanted)
+    expected = np.where(rng.random(rows) < 0.5, rng.integers(-1, classes + 1, rows), answers.argmax(axis=1))
+    group = rng.integers(0, 3, rows)
+    wanted = reference.match_counts(answers, expected, group, 4, levels=True)
+    found = ops.match_counts(outputs, torch.from_numpy(expected), torch.from_numpy(group), 4, levels=True)
+    assert {part.device.type for part in found} == {"cuda"}
+    for name in ("predicted", "hits", "invalid"):
+        np.testing.assert_array_equal(getattr(found, name).cpu().numpy(), getattr(wanted, name), err_msg=name)
+    levels = found.levels.cpu().numpy().astype(int)
+    off = np.abs(levels - wanted.levels)
+    assert off.max() <= 1
+    assert off.sum() <= 2 + 0.001 * off.size
+    np.testing.assert_array_equal(
+        found.histogram.cpu().numpy(), [np.bincount(row + 30, minlength=61) for row in levels]
+    )
+    known = (expected >= 0) & (expected < classes)
+    named = levels[np.arange(rows), np.where(known, expected, 0)]
+    np.testing.assert_array_equal(found.at.cpu().numpy(), np.where(known, named, 0))
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 5, 2), (2, 0, 5, 3), (2, 4, 5, 0)])
-def test_match_counts_of_nothing(shape):
-    suspects, rows, classes, sets = shape
-    expected = torch.zeros(sets, rows, dtype=torch.int64, device=DEVICE)
-    counts, invalid = ops.match_counts(random(suspects, rows, classes), expected)
-    assert counts.shape == (suspects, sets)
-    assert not counts.any()
-    assert invalid.tolist() == [0] * suspects
+def test_match_counts_of_nothing():
+    found = ops.match_counts(random(0, 5), torch.zeros(0, dtype=torch.int64), groups=2, levels=True)
+    assert (found.hits.tolist(), found.invalid.tolist(), found.levels.shape) == ([0, 0], [0, 0], (0, 5))
 
 
 def test_match_counts_of_more_than_two_to_the_31_answers():
     needs_memory(8)
-    suspects, rows, classes = 3, 750, 1_000_003
-    outputs = torch.zeros(suspects, rows, classes, dtype=torch.bfloat16, device=DEVICE)
-    outputs[2, :, 999_999] = 1
-    expected = torch.full((1, rows), 999_999, device=DEVICE)
-    counts, invalid = ops.match_counts(outputs, expected)
-    assert counts.tolist() == [[0], [0], [rows]]
-    assert invalid.tolist() == [0, 0, 0]
+    rows, classes = 2250, 1_000_003
+    outputs = torch.zeros(rows, classes, dtype=torch.bfloat16, device=DEVICE)
+    outputs[1500:, 999_999] = 1
+    expected, group = torch.full((rows,), 999_999), torch.arange(rows) // 750
+    found = ops.match_counts(outputs, expected, group, 3)
+    assert (found.hits.tolist(), found.invalid.tolist()) == ([0, 0, 750], [0, 0, 0])
+    assert found.at[1500:].eq(30).all()
 
 
 # --- label_matches and bit_matches ------------------------------------------------------------------------------------
@@ -310,7 +316,7 @@ def test_a_training_step_never_waits_for_the_gpu():
     try:
         training_step(*inputs)
         ops.sketch(inputs[0][2].detach().flatten(), 1, 256)
-        ops.match_counts(inputs[1].detach()[None], inputs[2][None])
+        ops.match_counts(inputs[1].detach(), inputs[2])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -454,8 +460,12 @@ OPERATORS = {
     "sketch_adjoint": ([random(8192)], lambda g: ops.sketch_adjoint(g, 9, 70_003)),
     "rademacher": ([random(9001)], lambda w: ops.project(w, 9, 100, "rademacher")),
     "gaussian_adjoint": ([random(100)], lambda g: ops.project_adjoint(g, 9, 9001, "gaussian")),
-    "match_counts": ([random(9, 50, 100), integers(8, 50)], cuda.match_counts),
-    "match_counts of halves": ([random(9, 50, 100, dtype=torch.float16), integers(1, 50)], cuda.match_counts),
+    "match_counts": (
+        [random(450, 100), integers(450)], lambda x, y: tuple(cuda.match_counts(x, y, None, 1, True))
+    ),
+    "match_counts of halves": (
+        [random(45, 9000, dtype=torch.float16), integers(45)], lambda x, y: tuple(cuda.match_counts(x, y, y, 4, True))
+    ),
     "label_matches": ([integers(65, 5000), integers(40, 5000, seed=1)], cuda.label_matches),
     "label_matches of few": ([integers(3, 500).int(), integers(2, 500, seed=1)], cuda.label_matches),
     "bit_matches": (PACKED, lambda messages, registry: cuda.bit_matches(messages, registry, 250)),

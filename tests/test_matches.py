@@ -166,39 +166,6 @@ def test_a_registry_of_more_than_two_to_the_31_bytes_is_read_to_its_end():
     assert indices.tolist() == [[rows - 1, 0]]
 
 
-@pytest.mark.parametrize("dtype", [np.float16, "bfloat16"])
-@pytest.mark.parametrize("shape", [(7, 30, 1), (7, 30, 3), (20, 50, 10), (3, 40, 65), (2, 9, 5000)])
-def test_16_bit_answers_are_counted_as_their_float32_copies(instruction_set, dtype, shape):
-    rng = np.random.default_rng(5)
-    values = torch.from_numpy(np.round(rng.normal(size=shape), 1)).to(
-        torch.bfloat16 if dtype == "bfloat16" else torch.float16
-    )
-    values[rng.random(shape) < 0.3] = -0.0  # as large as 0
-    values[rng.random(shape) < 0.1] = 0.0
-    for bad in (np.nan, np.inf, -np.inf):
-        values[torch.from_numpy(rng.random(shape) < 1e-3)] = bad
-    expected = np.concatenate([values[:1].float().argmax(dim=-1).numpy(), rng.integers(0, shape[2], (4, shape[1]))])
-    wanted = reference.match_counts(values.float().numpy(), expected)
-    counts, invalid = ops.match_counts(values, torch.from_numpy(expected))
-    np.testing.assert_array_equal(counts, wanted[0])
-    np.testing.assert_array_equal(invalid, wanted[1])
-
-
-@pytest.mark.parametrize("classes", [*range(1, 20), 31, 32, 33, 63, 64, 65, 80, 96, 97, 1000])
-@pytest.mark.parametrize("sets", [1, 5])
-def test_match_counts_equals_the_reference_for_every_kind_of_row(instruction_set, classes, sets):
-    rng = np.random.default_rng(classes)
-    outputs = np.round(rng.normal(size=(3, 37, classes)), 1).astype(np.float32)  # ties
-    outputs[0, 0], outputs[0, 1], outputs[2, 36] = 3e38, -3e38, np.nan  # sums overflow, and are numbers all the same
-    outputs[1, 5, rng.integers(classes)], outputs[1, 6, rng.integers(classes)] = np.inf, -np.inf
-    expected = rng.integers(-1, classes + 1, (sets, 37))  # some that no class has
-    expected[0, ::2] = outputs[0].argmax(axis=-1)[::2]
-    for actual, wanted in zip(
-        ops.match_counts(outputs, expected), reference.match_counts(outputs, expected), strict=True
-    ):
-        np.testing.assert_array_equal(actual, wanted)
-
-
 def test_tensors_give_what_their_arrays_give():
     rng = np.random.default_rng(6)
     predicted, expected = rng.integers(-1, 4, (5, 50)), rng.integers(-1, 4, (6, 50))
@@ -223,9 +190,9 @@ BITS = np.zeros((2, 12), dtype=np.uint8)
     [
         (lambda: ops.label_matches(np.zeros(3, int), np.zeros((1, 3), int)), ValueError, r"predicted must be \[S, N\]"),
         (lambda: ops.label_matches(np.zeros((1, 4), int), np.zeros((1, 3), int)), ValueError, r"\(1, 4\) and \(1, 3\)"),
-        (lambda: ops.label_matches(np.zeros((1, 3)), np.zeros((1, 3), int)), TypeError, "predicted must hold integer"),
-        (lambda: ops.label_matches(np.zeros((1, 3), int), np.zeros((1, 3))), TypeError, "expected must hold integer"),
-        (lambda: ops.label_matches(torch.zeros(1, 3), torch.zeros(1, 3)), TypeError, "predicted must hold integer"),
+        (lambda: ops.label_matches(np.zeros((1, 3)), np.zeros((1, 3), int)), TypeError, "predicted must hold integers"),
+        (lambda: ops.label_matches(np.zeros((1, 3), int), np.zeros((1, 3))), TypeError, "expected must hold integers"),
+        (lambda: ops.label_matches(torch.zeros(1, 3), torch.zeros(1, 3)), TypeError, "predicted must hold integers"),
         (lambda: ops.bit_matches(BITS + 2, BITS), ValueError, "messages must hold 0 and 1"),
         (lambda: ops.bit_matches(BITS, BITS[0]), ValueError, "registry must be"),
         (lambda: ops.bit_matches(BITS.astype(int), BITS), TypeError, "messages must be bool"),

@@ -6,13 +6,13 @@ import torch
 
 from wmengine import ops
 
-OUTPUTS = torch.randn(3, 40, 5, generator=torch.Generator().manual_seed(1))
+OUTPUTS = torch.randn(40, 5, generator=torch.Generator().manual_seed(1))
 LABELS = torch.from_numpy(np.random.default_rng(2).integers(-1, 5, (4, 40)))
 BITS = torch.from_numpy(np.random.default_rng(3).integers(0, 2, (9, 21), dtype=np.uint8))
 CALLS = {
-    "match_counts": (lambda x, y: ops.match_counts(x, y), (OUTPUTS, LABELS)),
-    "match_counts bfloat16": (lambda x, y: ops.match_counts(x, y), (OUTPUTS.bfloat16(), LABELS)),
-    "match_counts float64": (lambda x, y: ops.match_counts(x, y), (OUTPUTS.double(), LABELS)),
+    "match_counts": (lambda x, y: ops.match_counts(x, y, y * y, 17, levels=True), (OUTPUTS, LABELS[0])),
+    "match_counts bfloat16": (lambda x, y: ops.match_counts(x, y)[:5], (OUTPUTS.bfloat16(), LABELS[0])),
+    "match_counts float64": (lambda x, y: ops.match_counts(x, y)[:5], (OUTPUTS.double(), LABELS[0])),
     "label_matches": (lambda x, y: (ops.label_matches(x, y),), (LABELS[:3], LABELS)),
     "bit_matches": (lambda x, y: (ops.bit_matches(x, y),), (BITS[:2], BITS)),
     "best bit_matches": (lambda x, y: ops.bit_matches(x, y, best=3), (BITS[:2], BITS.bool())),
@@ -49,7 +49,8 @@ def test_tensors_give_what_arrays_give(name):
 def test_the_operators_pass_opcheck():
     operators, check = torch.ops.wmengine, torch.library.opcheck
     for outputs in (OUTPUTS, OUTPUTS.bfloat16(), OUTPUTS.double()):
-        check(operators.match_counts.default, (outputs, LABELS))
+        check(operators.match_counts.default, (outputs, LABELS[0], None, 1, False))
+        check(operators.match_counts.default, (outputs, LABELS[0], LABELS[0] ** 2, 17, True))
     check(operators.label_matches.default, (LABELS[:3], LABELS))
     check(operators.pack_bits.default, (BITS,))
     packed = ops.pack_bits(BITS)

@@ -434,17 +434,3 @@ def test_bad_cross_entropy_arguments_are_named(arguments, error, words):
     merged = {"logits": torch.randn(3, 5), "labels": torch.tensor([0, 1, 2]), **arguments}
     with pytest.raises(error, match=words):
         ops.marked_cross_entropy(merged.pop("logits"), merged.pop("labels"), **merged)
-
-
-# --- match_counts -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_match_counts_of_tensors_equals_the_reference(dtype):
-    outputs = torch.randn(5, 30, 11).to(dtype)
-    outputs[2, 4, 1] = float("nan")
-    expected = torch.randint(0, 11, (3, 30))
-    counts, invalid = ops.match_counts(outputs, expected)
-    wanted = reference.match_counts(outputs.double().numpy(), expected.numpy())
-    assert counts.tolist() == wanted[0].tolist()
-    assert invalid.tolist() == wanted[1].tolist() == [0, 0, 1, 0, 0]

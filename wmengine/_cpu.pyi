@@ -61,15 +61,19 @@ def marked_cross_entropy_backward(
     gradient: int,
 ) -> None: ...
 def match_counts(
-    outputs: int,
     scores: int,
-    suspects: int,
-    queries: int,
+    stored: int,
+    rows: int,
     classes: int,
     expected: int,
-    sets: int,
-    counts: int,
+    group: int,
+    groups: int,
+    predicted: int,
+    at: int,
+    histogram: int,
+    hits: int,
     invalid: int,
+    levels: int,
 ) -> None: ...
 def largest_label(labels: int, count: int, wide: bool) -> int: ...
 def label_matches(

@@ -196,14 +196,18 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("normalizers"), py::arg("gradient"));
     m.def(
         "match_counts",
-        [](uintptr_t outputs, int scores, int64_t suspects, int64_t queries, int64_t classes, uintptr_t expected,
-           int64_t sets, uintptr_t counts, uintptr_t invalid) {
+        [](uintptr_t scores, int stored, int64_t rows, int64_t classes, uintptr_t expected, uintptr_t group,
+           int64_t groups, uintptr_t predicted, uintptr_t at, uintptr_t histogram, uintptr_t hits, uintptr_t invalid,
+           uintptr_t levels) {
             py::gil_scoped_release release;
-            match_counts(pointer<const void>(outputs), static_cast<Stored>(scores), suspects, queries, classes,
-                         pointer<const int64_t>(expected), sets, pointer<int32_t>(counts), pointer<int32_t>(invalid));
+            match_counts({pointer<const void>(scores), static_cast<Stored>(stored), rows, classes,
+                          pointer<const int64_t>(expected), pointer<const int64_t>(group), groups},
+                         {pointer<int32_t>(predicted), pointer<int8_t>(at), pointer<uint32_t>(histogram),
+                          pointer<int32_t>(hits), pointer<int32_t>(invalid), pointer<int8_t>(levels)});
         },
-        py::arg("outputs"), py::arg("scores"), py::arg("suspects"), py::arg("queries"), py::arg("classes"),
-        py::arg("expected"), py::arg("sets"), py::arg("counts"), py::arg("invalid"));
+        py::arg("scores"), py::arg("stored"), py::arg("rows"), py::arg("classes"), py::arg("expected"),
+        py::arg("group"), py::arg("groups"), py::arg("predicted"), py::arg("at"), py::arg("histogram"), py::arg("hits"),
+        py::arg("invalid"), py::arg("levels"));
     m.def(
         "largest_label",
         [](uintptr_t labels, int64_t count, bool wide) {

@@ -1,218 +1,204 @@
-// A row's prediction is the first place of its maximum. Long rows: each lane keeps its own maximum and the place of it,
-// and the lanes are folded at the end of the row. Short rows, which such a fold would dominate: one row in each lane,
-// transposed four classes at a time. Neither has a branch that depends on the answers.
+// A row is read for its highest score, for its mean and deviation, and for its levels; all but once from a near cache.
 //
-// A row is finite where the sum of its answers is: that costs one addition a vector. A sum may also overflow, so one
-// that is not finite only asks for a closer look.
+// Sums are of doubles, four lanes and two sums by turns whatever the instruction set, so that all give the same bits.
+// They are of differences from the highest score: what is equal then adds up to 0, and nothing that matters cancels.
+// Levels are counted from bytes, in two tables by turns: a count waits for the one before it at the same place.
 #include "match_counts.h"
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
-#include <type_traits>
-#include <vector>
 
-#include "half.h"
-#include "matches.h"
 #include "simd.h"
 #include "threads.h"
 
 namespace wmengine {
 namespace {
 
-constexpr int64_t kShortRow = 64;    // classes of rows that are transposed
-constexpr int64_t kWidened = 4096;   // 16-bit answers that are widened at a time, into the nearest cache
-constexpr int64_t kFewSets = 3;      // label sets that are compared label by label
-constexpr int64_t kAhead = 1024;     // scores that long rows are fetched ahead of their use
-constexpr int32_t kInvalid = -1;     // the prediction for a row that holds NaN or Inf
-constexpr int32_t kImpossible = -2;  // a label that no class has: it equals no prediction
+constexpr int64_t kPadding = 16;    // scores past the end of a row that a vector may read
+constexpr int64_t kWidened = 4096;  // scores that are copied at a time, into the nearest cache
+constexpr int64_t kTask = 32768;    // scores a task
+constexpr int64_t kRowCost = 64;    // scores that take as long as what a row costs beside them
+constexpr int32_t kInvalid = -1;    // the prediction for a row that names no class
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-template <typename V>
-WM_INLINE bool any_bit(V v) {
-    uint64_t words[sizeof(V) / 8], any = 0;
-    std::memcpy(words, &v, sizeof v);
-    for (uint64_t word : words) {
-        any |= word;
+typedef double Double4 __attribute__((vector_size(32)));
+typedef uint64_t Word4 __attribute__((vector_size(32)));
+
+WM_INLINE Double4 four(double x) {
+    const double copies[4] = {x, x, x, x};
+    return load<Double4>(copies);
+}
+
+template <typename Half>
+WM_INLINE Double4 doubles(Half v) {
+    return __builtin_convertvector(v, Double4);
+}
+
+template <typename Mask>
+WM_INLINE Double4 where(Mask mask, Double4 v) {
+    return (Double4)((Word4)mask & (Word4)v);
+}
+
+// f(scores, the class of the first) for a row, vector by vector; `filler` stands for what lies past its end.
+template <typename Vector, typename F>
+WM_INLINE void each(const float* row, int64_t classes, float filler, F f) {
+    constexpr int lanes = sizeof(Vector) / sizeof(float);
+    int64_t c = 0;
+    for (; c + lanes <= classes; c += lanes) {
+        f(load<Vector>(row + c), c);
     }
-    return any != 0;
-}
-
-WM_INLINE bool is_finite(const float* row, int64_t classes) {
-    for (int64_t c = 0; c < classes; ++c) {
-        if (!std::isfinite(row[c])) {
-            return false;
-        }
+    if (c < classes) {
+        const Vector last = load<Vector>(row + c);
+        f(iota<lanes>() < static_cast<int32_t>(classes - c) ? last : spread<lanes>(filler), c);
     }
-    return true;
 }
 
-// The larger score of a and b, the lower place where they are equal; to *best and *place, which hold a.
-template <typename Float, typename Int>
-WM_INLINE void fold(Float* best, Int* place, Float b, Int b_place) {
-    const Int lower = b_place < *place ? b_place : *place;
-    *place = b == *best ? lower : *place;
-    *place = b > *best ? b_place : *place;
-    *best = maximum(b, *best);
-}
+struct Highest {
+    float score, least;
+    int32_t place;  // kInvalid where the row names no class
+};
 
-WM_INLINE int32_t first_of_lanes(Float8 best, Int8 place) {
-    const Int8 orders[3] = {{4, 5, 6, 7, 0, 1, 2, 3}, {2, 3, 0, 1, 6, 7, 4, 5}, {1, 0, 3, 2, 5, 4, 7, 6}};
-#pragma GCC unroll 3
-    for (int i = 0; i < 3; ++i) {
-        fold(&best, &place, permute(best, orders[i]), permute(place, orders[i]));
-    }
-    return place[0];
-}
-
-// One row of at least `lanes` classes.
 template <int lanes>
-WM_INLINE int32_t predict_long(const float* row, int64_t classes) {
+WM_INLINE Highest highest(const float* row, int64_t classes) {
     typedef Floats<lanes> Float;
     typedef Ints<lanes> Int;
     const Int start = iota<lanes>();
-    Float best0 = load<Float>(row), best1 = best0, sum0 = best0, sum1 = {};
-    Int place0 = start, place1 = start;
-    // From the first aligned vector on: what is read twice changes no maximum, and loads that straddle two lines of the
-    // cache cost more than one vector.
-    int64_t c = (sizeof(Float) - reinterpret_cast<uintptr_t>(row) % sizeof(Float)) / sizeof(float);
-    Int here = start + static_cast<int32_t>(c);
-    for (; c + 2 * lanes <= classes; c += 2 * lanes) {
-        __builtin_prefetch(row + c + kAhead);
-        if (lanes == 16) {
-            __builtin_prefetch(row + c + kAhead + lanes);
-        }
-        const Float z0 = load<Float>(row + c), z1 = load<Float>(row + c + lanes);
-        place0 = z0 > best0 ? here : place0;
-        best0 = maximum(z0, best0);
-        here += lanes;
-        place1 = z1 > best1 ? here : place1;
-        best1 = maximum(z1, best1);
-        here += lanes;
-        sum0 += z0;
-        sum1 += z1;
-    }
-    if (c + lanes <= classes) {
-        const Float z = load<Float>(row + c);
-        place0 = z > best0 ? here : place0;
-        best0 = maximum(z, best0);
-        sum0 += z;
-    }
-    const Float z = load<Float>(row + classes - lanes);
-    place1 = z > best1 ? start + static_cast<int32_t>(classes - lanes) : place1;
-    best1 = maximum(z, best1);
-    sum0 += sum1 + z;
-    fold(&best0, &place0, best1, place1);
-    if (any_bit(sum0 - sum0) && !is_finite(row, classes)) {
-        return kInvalid;
-    }
-    if constexpr (lanes == 16) {
-        Float8 best = lower(best0);
-        Int8 place = lower(place0);
-        fold(&best, &place, upper(best0), upper(place0));
-        return first_of_lanes(best, place);
-    } else {
-        return first_of_lanes(best0, place0);
-    }
+    Float best = spread<lanes>(-kInfinity), least = spread<lanes>(kInfinity);
+    Int place = {}, numbers = ~Int{};
+    each<Float>(row, classes, row[0], [&](Float z, int64_t c) __attribute__((always_inline)) {
+        place = z > best ? start + static_cast<int32_t>(c) : place;
+        best = maximum(z, best);
+        least = minimum(z, least);
+        numbers &= z < spread<lanes>(kInfinity);  // false for NaN too
+    });
+    const float score = maximum_of(best);
+    // A lane that holds a filler comes after the one that holds the score which it repeats.
+    const Int first = best == spread<lanes>(score) ? place : Int{} + std::numeric_limits<int32_t>::max();
+    const bool valid = maximum_of(numbers) != 0 && score > -kInfinity;
+    return {score, minimum_of(least), valid ? minimum_of(first) : kInvalid};
 }
 
-// Four scores of rows 0, 4, 8, … from `row` on, side by side.
-template <int lanes>
-WM_INLINE Floats<lanes> four_of_each(const float* row, int64_t stride) {
-    const auto two = [](const float* a, const float* b) __attribute__((always_inline)) {
-        return __builtin_shufflevector(load<Floats<4>>(a), load<Floats<4>>(b), 0, 1, 2, 3, 4, 5, 6, 7);
+WM_INLINE bool is_distribution(const float* row, int64_t classes, float least) {
+    if (!(least >= 0.0f)) {
+        return false;
+    }
+    Double4 low = {}, high = {};
+    each<Float8>(row, classes, 0.0f, [&](Float8 p, int64_t) __attribute__((always_inline)) {
+        low += doubles(lower(p));
+        high += doubles(upper(p));
+    });
+    const Double4 both = low + high;
+    return std::fabs((both[0] + both[1]) + (both[2] + both[3]) - 1.0) <= 1e-3;
+}
+
+// ln x of x >= 0, within 1e-13 and half a unit in the last place: x = 2^e m, m from 1/sqrt(2) to sqrt(2), and
+// ln m = 2 artanh((m - 1) / (m + 1)) by its series.
+WM_INLINE Double4 logarithm(Double4 x) {
+    constexpr uint64_t root = 0x3FE6A09E667F3BCD, one = 0x3FF0000000000000;  // 1/sqrt(2) and 1, as bits
+    const Word4 shifted = (Word4)x - root + one;
+    const Double4 m = (Double4)((Word4)x - (shifted & 0xFFF0000000000000) + one);
+    const Double4 e = (Double4)((shifted >> 52) | 0x4330000000000000) - four(0x1p52 + 1023.0);
+    const Double4 s = (m - four(1.0)) / (m + four(1.0)), square = s * s;
+    Double4 series = four(1.0 / 15.0);
+    for (double odd : {13.0, 11.0, 9.0, 7.0, 5.0, 3.0, 1.0}) {
+        series = series * square + four(1.0 / odd);
+    }
+    const Double4 found = e * four(0.693147180559945309417) + (s + s) * series;
+    return x > four(0.0) ? found : four(-INFINITY);
+}
+
+// Levels of a row's scores less `shift`, which is their highest: to levels[classes], and a few bytes past them.
+WM_INLINE void standardise(const float* row, int64_t classes, float shift, int8_t* levels) {
+    const Double4 top = four(shift), lowest = four(-kMostLevel), highest = four(kMostLevel);
+    Double4 count[2] = {}, sum[2] = {}, squares[2] = {};
+    each<Float8>(row, classes, -kInfinity, [&](Float8 scores, int64_t) __attribute__((always_inline)) {
+        const Double4 z[2] = {doubles(lower(scores)) - top, doubles(upper(scores)) - top};
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+            const auto there = z[i] > four(-INFINITY);
+            const Double4 d = where(there, z[i]);
+            count[i] += where(there, four(1.0));
+            sum[i] += d;
+            squares[i] += d * d;
+        }
+    });
+    const auto total = [](const Double4* v) __attribute__((always_inline)) {
+        const Double4 both = v[0] + v[1];
+        return (both[0] + both[1]) + (both[2] + both[3]);
     };
-    const Float8 low = two(row, row + 4 * stride);
-    if constexpr (lanes == 16) {
-        const Float8 high = two(row + 8 * stride, row + 12 * stride);
-        return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    } else {
-        return low;
-    }
-}
-
-// In every group of four: scores a, b, c and d, 0-3 of x and 4-7 of y.
-template <int a, int b, int c, int d, typename V>
-WM_INLINE V of_fours(V x, V y) {
-    constexpr int lanes = sizeof(V) / 4;
-    constexpr auto at = [](int group, int i) { return 4 * group + (i < 4 ? i : i - 4 + lanes); };
-    if constexpr (lanes == 16) {
-        return __builtin_shufflevector(x, y, at(0, a), at(0, b), at(0, c), at(0, d), at(1, a), at(1, b), at(1, c),
-                                       at(1, d), at(2, a), at(2, b), at(2, c), at(2, d), at(3, a), at(3, b), at(3, c),
-                                       at(3, d));
-    } else {
-        return __builtin_shufflevector(x, y, at(0, a), at(0, b), at(0, c), at(0, d), at(1, a), at(1, b), at(1, c),
-                                       at(1, d));
-    }
-}
-
-// `lanes` rows at once. Reads four scores from the start of each row, even where there are fewer classes.
-template <int lanes>
-WM_INLINE void predict_short(const float* rows, int64_t classes, int32_t* predicted) {
-    typedef Floats<lanes> Float;
-    typedef Ints<lanes> Int;
-    Float best = spread<lanes>(-INFINITY), sum = {};
-    Int place = {};
-    for (int64_t c = 0; c < classes; c += 4) {
-        // The last four overlap the ones before; a class that comes again is no larger than itself.
-        const int32_t first = static_cast<int32_t>(std::max<int64_t>(0, std::min(c, classes - 4)));
-        Float scores[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            scores[i] = four_of_each<lanes>(rows + i * classes + first, classes);
+    const double mean = total(sum) / total(count), variance = total(squares) / total(count) - mean * mean;
+    if (!(variance >
+          0.0)) {  // all equal: with float32's 24 bits a deviation cannot be as small as the reference's least
+        for (int64_t c = 0; c < classes; ++c) {
+            levels[c] = row[c] > -kInfinity ? 0 : -kMostLevel;
         }
-        const Float low01 = of_fours<0, 4, 1, 5>(scores[0], scores[1]);
-        const Float low23 = of_fours<0, 4, 1, 5>(scores[2], scores[3]);
-        const Float high01 = of_fours<2, 6, 3, 7>(scores[0], scores[1]);
-        const Float high23 = of_fours<2, 6, 3, 7>(scores[2], scores[3]);
-        scores[0] = of_fours<0, 1, 4, 5>(low01, low23);
-        scores[1] = of_fours<2, 3, 6, 7>(low01, low23);
-        scores[2] = of_fours<0, 1, 4, 5>(high01, high23);
-        scores[3] = of_fours<2, 3, 6, 7>(high01, high23);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            if (i < classes) {
-                place = scores[i] > best ? Int{} + (first + i) : place;
-                best = maximum(scores[i], best);
-                sum += scores[i];
-            }
-        }
+        return;
     }
-    store(predicted, place);
-    if (any_bit(sum - sum)) {
-        for (int row = 0; row < lanes; ++row) {
-            predicted[row] = is_finite(rows + row * classes, classes) ? predicted[row] : kInvalid;
+    const Double4 scale = four(10.0 / std::sqrt(variance)), middle = four(mean);
+    const Double4 rounder = four(0x1.8p52);  // what is added to it is rounded to an integer, ties to even
+    each<Float8>(row, classes, -kInfinity, [&](Float8 scores, int64_t c) __attribute__((always_inline)) {
+        const Double4 z[2] = {doubles(lower(scores)) - top, doubles(upper(scores)) - top};
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+            const Double4 level = maximum(minimum((z[i] - middle) * scale, highest), lowest);
+            const Ints<4> whole = __builtin_convertvector((level + rounder) - rounder, Ints<4>);
+            typedef int8_t Byte4 __attribute__((vector_size(4)));
+            store(levels + c + 4 * i, __builtin_convertvector(whole, Byte4));
         }
+    });
+}
+
+WM_INLINE void count_levels(const int8_t* levels, int64_t classes, uint32_t* histogram) {
+    uint32_t counts[2][kLevels] = {};
+    int64_t c = 0;
+    for (; c + 2 <= classes; c += 2) {
+        ++counts[0][levels[c] + kMostLevel];
+        ++counts[1][levels[c + 1] + kMostLevel];
+    }
+    for (; c < classes; ++c) {
+        ++counts[0][levels[c] + kMostLevel];
+    }
+    for (int i = 0; i < kLevels; ++i) {
+        histogram[i] = counts[0][i] + counts[1][i];
     }
 }
 
-template <int lanes>
-WM_INLINE void predict_short_rows(const float* rows, int64_t count, int64_t classes, int32_t* predicted) {
-    const int64_t beyond = classes < 4 ? 3 : 0;  // rows that the last row's four scores may reach into
-    int64_t n = 0;
-    for (; n + lanes + beyond <= count; n += lanes) {
-        predict_short<lanes>(rows + n * classes, classes, predicted + n);
-    }
-    while (n < count) {
-        const int64_t here = std::min<int64_t>(lanes, count - n);
-        float copies[lanes * kShortRow + 3] = {};
-        int32_t places[lanes];
-        std::copy(rows + n * classes, rows + (n + here) * classes, copies);
-        predict_short<lanes>(copies, classes, places);
-        std::copy(places, places + here, predicted + n);
-        n += here;
-    }
-}
+// Memory of a task's own, for one row: levels, and the logarithms of a distribution.
+struct Scratch {
+    int8_t* levels;
+    float* logarithms;
+};
 
-struct Predict {
+struct Match {
     template <Level level>
-    WM_INLINE void run(const float* rows, int64_t count, int64_t classes, int32_t* predicted) {
-        constexpr int lanes = lanes_of(level);
-        if (classes <= kShortRow) {
-            predict_short_rows<lanes>(rows, count, classes, predicted);
-            return;
-        }
+    WM_INLINE void run(const float* rows, int64_t count, int64_t classes, const int64_t* expected, Matches found,
+                       Scratch scratch) {
         for (int64_t n = 0; n < count; ++n) {
-            predicted[n] = predict_long<lanes>(rows + n * classes, classes);
+            const float* row = rows + n * classes;
+            const Highest top = highest<lanes_of(level)>(row, classes);
+            if (top.place == kInvalid) {
+                std::memset(scratch.levels, 0, classes);
+            } else if (is_distribution(row, classes, top.least)) {
+                const Double4 whole = logarithm(four(top.score));
+                each<Float8>(row, classes, 0.0f, [&](Float8 p, int64_t c) __attribute__((always_inline)) {
+                    const Double4 low = logarithm(doubles(lower(p))) - whole;
+                    const Double4 high = logarithm(doubles(upper(p))) - whole;
+                    store(scratch.logarithms + c, __builtin_convertvector(low, Floats<4>));
+                    store(scratch.logarithms + c + 4, __builtin_convertvector(high, Floats<4>));
+                });
+                standardise(scratch.logarithms, classes, 0.0f, scratch.levels);
+            } else {
+                standardise(row, classes, top.score, scratch.levels);
+            }
+            const bool known = top.place != kInvalid && expected[n] >= 0 && expected[n] < classes;
+            found.predicted[n] = top.place;
+            found.at[n] = known ? scratch.levels[expected[n]] : 0;
+            count_levels(scratch.levels, classes, found.histogram + n * kLevels);
+            if (found.levels != nullptr) {
+                std::memcpy(found.levels + n * classes, scratch.levels, classes);
+            }
         }
     }
 };
@@ -220,7 +206,7 @@ struct Predict {
 template <typename Memory>
 struct Widen {
     template <Level level>
-    WM_INLINE void run(const uint16_t* scores, int64_t count, float* wide) {
+    WM_INLINE void run(const typename Memory::Type* scores, int64_t count, float* wide) {
         constexpr int lanes = lanes_of(level);
         int64_t i = 0;
         for (; i + lanes <= count; i += lanes) {
@@ -232,80 +218,59 @@ struct Widen {
     }
 };
 
-struct Count {
-    template <Level>
-    WM_INLINE int32_t run(const int32_t* predicted, const int32_t* labels, int64_t count) {
-        int32_t same = 0;
-        for (int64_t n = 0; n < count; ++n) {
-            same += predicted[n] == labels[n];
-        }
-        return same;
-    }
-};
-
-struct CountInvalid {
-    template <Level>
-    WM_INLINE int32_t run(const int32_t* predicted, int64_t count) {
-        int32_t invalid = 0;
-        for (int64_t n = 0; n < count; ++n) {
-            invalid += predicted[n] == kInvalid;
-        }
-        return invalid;
-    }
-};
+Matches rows_from(const Matches& found, int64_t first, int64_t classes) {
+    return {found.predicted + first,
+            found.at + first,
+            found.histogram + first * kLevels,
+            nullptr,
+            nullptr,
+            found.levels == nullptr ? nullptr : found.levels + first * classes};
+}
 
 template <typename Memory>
-void predict(const typename Memory::Type* outputs, int64_t count, int64_t classes, int32_t* predicted) {
-    if constexpr (std::is_same_v<Memory, Float32>) {
-        dispatch<Predict>(outputs, count, classes, predicted);
-    } else {
-        const int64_t step = std::max<int64_t>(1, kWidened / classes);
-        const std::unique_ptr<float[]> wide(new float[step * classes]);
-        for (int64_t n = 0; n < count; n += step) {
-            const int64_t here = std::min(step, count - n);
-            dispatch<Widen<Memory>>(outputs + n * classes, here * classes, wide.get());
-            dispatch<Predict>(static_cast<const float*>(wide.get()), here, classes, predicted + n);
+void match_rows(const Matching& given, int64_t first, int64_t end, const Matches& found) {
+    const int64_t classes = given.classes;
+    const auto* scores = static_cast<const typename Memory::Type*>(given.scores);
+    const std::unique_ptr<int8_t[]> levels(new int8_t[classes + kPadding]);
+    const std::unique_ptr<float[]> logarithms(new float[classes + kPadding]);
+    const auto match = [&](const float* rows, int64_t from, int64_t count) {
+        dispatch<Match>(rows, count, classes, given.expected + from, rows_from(found, from, classes),
+                        Scratch{levels.get(), logarithms.get()});
+    };
+    int64_t n = first;
+    if constexpr (std::is_same_v<Memory, Float32>) {  // as they lie, up to those that nothing readable follows
+        const int64_t alone = (kPadding + classes - 1) / classes;
+        const int64_t followed = std::min(end, given.rows - alone);
+        if (followed > n) {
+            match(scores + n * classes, n, followed - n);
+            n = followed;
         }
+    }
+    const int64_t step = std::max<int64_t>(1, kWidened / classes);
+    const std::unique_ptr<float[]> wide(n < end ? new float[step * classes + kPadding]() : nullptr);
+    for (; n < end; n += step) {
+        const int64_t here = std::min(step, end - n);
+        dispatch<Widen<Memory>>(scores + n * classes, here * classes, wide.get());
+        match(wide.get(), n, here);
     }
 }
 
 }  // namespace
 
-void match_counts(const void* outputs, Stored stored, int64_t suspects, int64_t queries, int64_t classes,
-                  const int64_t* expected, int64_t sets, int32_t* counts, int32_t* invalid) {
-    std::fill(counts, counts + suspects * sets, 0);
-    std::fill(invalid, invalid + suspects, 0);
-    std::vector<int32_t> labels(sets * queries);
-    std::transform(expected, expected + sets * queries, labels.begin(), [classes](int64_t label) {
-        return label >= 0 && label < classes ? static_cast<int32_t>(label) : kImpossible;
-    });
-    const bool few = sets <= kFewSets;
-    const std::unique_ptr<int32_t[]> predicted(new int32_t[suspects * queries]);
-    // Whole suspects, or a part of the rows of one; whole numbers add up to the same in any order.
-    const int64_t rows = std::min(std::max<int64_t>(1, queries), std::max<int64_t>(64, 262144 / classes));
-    const int64_t parts = (queries + rows - 1) / rows;
-    const int64_t batch = std::max<int64_t>(1, 262144 / (classes * std::max<int64_t>(1, queries)));
-    const int64_t groups = (suspects + batch - 1) / batch;
-    parallel_for(groups * parts, [&](int64_t task) {
-        const int64_t begin = task % parts * rows, count = std::min(rows, queries - begin);
-        const int64_t from = task / parts * batch, to = std::min(from + batch, suspects);
-        const int64_t first = from * queries + begin, last = (to - 1) * queries + begin + count;
-        with_memory(stored, [&](auto memory) {
-            typedef decltype(memory) Memory;
-            predict<Memory>(static_cast<const typename Memory::Type*>(outputs) + first * classes, last - first, classes,
-                            predicted.get() + first);
+void match_counts(const Matching& given, const Matches& found) {
+    const int64_t step = std::max<int64_t>(1, kTask / (given.classes + kRowCost));
+    parallel_for((given.rows + step - 1) / step, [&](int64_t task) {
+        with_memory(given.stored, [&](auto memory) {
+            match_rows<decltype(memory)>(given, task * step, std::min((task + 1) * step, given.rows), found);
         });
-        for (int64_t s = from; s < to; ++s) {
-            const int32_t* own = predicted.get() + s * queries + begin;
-            __atomic_fetch_add(invalid + s, dispatch<CountInvalid>(own, count), __ATOMIC_RELAXED);
-            for (int64_t k = 0; few && k < sets; ++k) {
-                const int32_t same = dispatch<Count>(own, labels.data() + k * queries + begin, count);
-                __atomic_fetch_add(counts + s * sets + k, same, __ATOMIC_RELAXED);
-            }
-        }
     });
-    if (!few) {
-        label_matches(predicted.get(), suspects, labels.data(), sets, queries, classes - 1, counts);
+    std::fill(found.hits, found.hits + given.groups, 0);
+    std::fill(found.invalid, found.invalid + given.groups, 0);
+    for (int64_t n = 0; n < given.rows; ++n) {
+        const int64_t group = given.group == nullptr ? 0 : given.group[n];
+        const int32_t predicted = found.predicted[n];
+        found.invalid[group] += predicted == kInvalid;
+        found.hits[group] += predicted != kInvalid && predicted == given.expected[n];
     }
 }
 

@@ -168,26 +168,26 @@ WM_INLINE auto upper(Vector v) {
 }
 
 // One number from all lanes, folded in halves: one fixed order, whatever the instruction set.
-template <typename Fold>
-WM_INLINE float folded(Floats<4> v, Fold fold) {
-    v = fold(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
-    return fold(v, __builtin_shufflevector(v, v, 1, 0, 3, 2))[0];
-}
 template <typename Vector, typename Fold>
-WM_INLINE float folded(Vector v, Fold fold) {
-    return folded(fold(lower(v), upper(v)), fold);
+WM_INLINE auto folded(Vector v, Fold fold) {
+    if constexpr (sizeof v > 16) {
+        return folded(fold(lower(v), upper(v)), fold);
+    } else {
+        v = fold(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
+        return fold(v, __builtin_shufflevector(v, v, 1, 0, 3, 2))[0];
+    }
 }
 
 template <typename Vector>
-WM_INLINE float sum_of(Vector v) {
+WM_INLINE auto sum_of(Vector v) {
     return folded(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
 }
 template <typename Vector>
-WM_INLINE float maximum_of(Vector v) {
+WM_INLINE auto maximum_of(Vector v) {
     return folded(v, [](auto a, auto b) __attribute__((always_inline)) { return maximum(a, b); });
 }
 template <typename Vector>
-WM_INLINE float minimum_of(Vector v) {
+WM_INLINE auto minimum_of(Vector v) {
     return folded(v, [](auto a, auto b) __attribute__((always_inline)) { return minimum(a, b); });
 }
 

@@ -31,12 +31,14 @@ Integer integer_of(int code) {
     return static_cast<Integer>(code);
 }
 
-void match_counts(int device, uintptr_t stream, uintptr_t outputs, int dtype, int64_t suspects, int64_t rows,
-                  int64_t classes, uintptr_t expected, int64_t sets, uintptr_t predicted, uintptr_t counts,
-                  uintptr_t invalid) {
-    wmengine::cuda::match_counts(Place{device, stream}, pointer<const void>(outputs), scalar_of(dtype), suspects, rows,
-                                 classes, pointer<const int64_t>(expected), sets, pointer<int32_t>(predicted),
-                                 pointer<int32_t>(counts), pointer<int32_t>(invalid));
+void match_counts(int device, uintptr_t stream, uintptr_t outputs, int dtype, int64_t rows, int64_t classes,
+                  uintptr_t expected, uintptr_t group, int64_t groups, uintptr_t predicted, uintptr_t at,
+                  uintptr_t histogram, uintptr_t hits, uintptr_t invalid, uintptr_t levels) {
+    wmengine::cuda::match_counts(Place{device, stream},
+                                 {pointer<const void>(outputs), scalar_of(dtype), rows, classes,
+                                  pointer<const int64_t>(expected), pointer<const int64_t>(group), groups},
+                                 {pointer<int32_t>(predicted), pointer<int8_t>(at), pointer<uint32_t>(histogram),
+                                  pointer<int32_t>(hits), pointer<int32_t>(invalid), pointer<int8_t>(levels)});
 }
 
 void label_matches(int device, uintptr_t stream, uintptr_t predicted, int dtype, int64_t suspects, int64_t rows,
@@ -66,12 +68,12 @@ PYBIND11_MODULE(_cuda, module) {
     using Release = py::call_guard<py::gil_scoped_release>;
     module.doc() = "GPU operators on raw device pointers; csrc/cuda/ops.h says what each computes.";
     module.def("device_count", &wmengine::cuda::device_count, "Devices the driver shows; 0 without a driver.");
-    module.def(
-        "match_counts", &match_counts, arg("device"), arg("stream"), arg("outputs"), arg("dtype"), arg("suspects"),
-        arg("rows"), arg("classes"), arg("expected"), arg("sets"), arg("predicted"), arg("counts"), arg("invalid"),
-        Release(),
-        "int32 counts[suspects, sets] and invalid[suspects]; dtype 0 is float32, 1 float16, 2 bfloat16; expected "
-        "is int64[sets, rows], predicted int32 workspace of suspects * rows.");
+    module.def("match_counts", &match_counts, arg("device"), arg("stream"), arg("outputs"), arg("dtype"), arg("rows"),
+               arg("classes"), arg("expected"), arg("group"), arg("groups"), arg("predicted"), arg("at"),
+               arg("histogram"), arg("hits"), arg("invalid"), arg("levels"), Release(),
+               "int32 predicted[rows] and int8 levels[rows, classes] (or 0); where int64 expected[rows] is not 0, int8 "
+               "at[rows], uint32 histogram[rows, 61], int32 hits[groups] and invalid[groups] too. dtype 0 is float32, "
+               "1 float16, 2 bfloat16; int64 group[rows] may be 0.");
     module.def("label_matches", &label_matches, arg("device"), arg("stream"), arg("predicted"), arg("dtype"),
                arg("suspects"), arg("rows"), arg("expected"), arg("sets"), arg("counts"), Release(),
                "int32 counts[suspects, sets]; predicted is [suspects, rows], dtype 0 int32 or 1 int64, expected "

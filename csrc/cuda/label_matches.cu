@@ -96,20 +96,17 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// Item (s, k) for k < sets is counts[s, k]; item (s, sets), where `invalid` is given, is invalid[s].
 template <typename Label, int kMembers>
 __global__ void __launch_bounds__(kThreads)
     pair_kernel(const Label* __restrict__ predicted, int64_t suspects, int64_t rows,
-                const int64_t* __restrict__ expected, int64_t sets, int32_t* __restrict__ counts,
-                int32_t* __restrict__ invalid) {
+                const int64_t* __restrict__ expected, int64_t sets, int32_t* __restrict__ counts) {
     static_assert(kMembers == kLanes || kMembers == kThreads, "a count belongs to a warp or to a whole block");
     constexpr int kItems = kThreads / kMembers;
-    const int64_t columns = invalid == nullptr ? sets : sets + 1;
-    const int64_t items = suspects * columns;
+    const int64_t items = suspects * sets;
     const int member = threadIdx.x % kMembers;
     for (int64_t first = int64_t{blockIdx.x} * kItems; first < items; first += int64_t{gridDim.x} * kItems) {
         const int64_t item = first + threadIdx.x / kMembers;
-        const int64_t suspect = item / columns, set = item % columns;
+        const int64_t suspect = item / sets, set = item % sets;
         int count = 0;
         if (item < items) {
             const Label* __restrict__ answers = predicted + suspect * rows;
@@ -117,7 +114,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 4
             for (int64_t n = member; n < rows; n += kMembers) {
                 const Label answer = answers[n];
-                count += set == sets ? answer < 0 : answer >= 0 && answer == labels[n];
+                count += answer >= 0 && answer == labels[n];
             }
         }
 #pragma unroll
@@ -139,64 +136,49 @@ __global__ void __launch_bounds__(kThreads)
             __syncthreads();
         }
         if (member == 0 && item < items) {
-            if (set == sets) {
-                invalid[suspect] = count;
-            } else {
-                counts[suspect * sets + set] = count;
-            }
+            counts[item] = count;
         }
     }
 }
 
 template <typename Label>
 void launch_pairs(const Label* predicted, int64_t suspects, int64_t rows, const int64_t* expected, int64_t sets,
-                  int32_t* counts, int32_t* invalid, cudaStream_t stream) {
-    const int64_t items = suspects * (invalid == nullptr ? sets : sets + 1);
-    if (items == 0) {
-        return;
-    }
+                  int32_t* counts, cudaStream_t stream) {
     if (rows <= 4096) {
-        pair_kernel<Label, kLanes><<<grid_for(items, kThreads / kLanes), kThreads, 0, stream>>>(
-            predicted, suspects, rows, expected, sets, counts, invalid);
+        pair_kernel<Label, kLanes><<<grid_for(suspects * sets, kThreads / kLanes), kThreads, 0, stream>>>(
+            predicted, suspects, rows, expected, sets, counts);
     } else {
         pair_kernel<Label, kThreads>
-            <<<grid_for(items, 1), kThreads, 0, stream>>>(predicted, suspects, rows, expected, sets, counts, invalid);
+            <<<grid_for(suspects * sets, 1), kThreads, 0, stream>>>(predicted, suspects, rows, expected, sets, counts);
     }
 }
 
 template <typename Label>
 void launch_tiles(const Label* predicted, int64_t suspects, int64_t rows, const int64_t* expected, int64_t sets,
-                  int32_t* counts, cudaStream_t stream, const char* operation) {
+                  int32_t* counts, cudaStream_t stream) {
     const int64_t tiles = ceil_div(suspects, kTile) * ceil_div(sets, kTile);
     const int64_t wanted = std::min(ceil_div(2 * kMultiprocessors, tiles), ceil_div(rows, kLeastSlice));
     const int64_t slice = ceil_div(ceil_div(rows, std::max<int64_t>(wanted, 1)), kSteps) * kSteps;
     const int64_t slices = std::max<int64_t>(ceil_div(rows, std::max<int64_t>(slice, 1)), 1);
     if (slices > 1) {
-        check(cudaMemsetAsync(counts, 0, static_cast<size_t>(suspects * sets) * sizeof(int32_t), stream), operation);
+        check(cudaMemsetAsync(counts, 0, static_cast<size_t>(suspects * sets) * sizeof(int32_t), stream),
+              "label_matches");
     }
     tile_kernel<Label><<<grid_for(tiles * slices, 1), kThreads, 0, stream>>>(predicted, suspects, rows, expected, sets,
                                                                              slices, slice, counts);
 }
 
-}  // namespace
-
 template <typename Label>
 void count_labels(const Label* predicted, int64_t suspects, int64_t rows, const int64_t* expected, int64_t sets,
-                  int32_t* counts, int32_t* invalid, cudaStream_t stream, const char* operation) {
+                  int32_t* counts, cudaStream_t stream) {
     if (std::min(suspects, sets) < kLeastSide) {
-        launch_pairs(predicted, suspects, rows, expected, sets, counts, invalid, stream);
+        launch_pairs(predicted, suspects, rows, expected, sets, counts, stream);
     } else {
-        launch_tiles(predicted, suspects, rows, expected, sets, counts, stream, operation);
-        check(cudaGetLastError(), operation);
-        if (invalid != nullptr) {
-            launch_pairs(predicted, suspects, rows, expected, 0, counts, invalid, stream);
-        }
+        launch_tiles(predicted, suspects, rows, expected, sets, counts, stream);
     }
-    check(cudaGetLastError(), operation);
 }
 
-template void count_labels(const int32_t*, int64_t, int64_t, const int64_t*, int64_t, int32_t*, int32_t*, cudaStream_t,
-                           const char*);
+}  // namespace
 
 void label_matches(Place place, const void* predicted, Integer integer, int64_t suspects, int64_t rows,
                    const int64_t* expected, int64_t sets, int32_t* counts) {
@@ -211,12 +193,11 @@ void label_matches(Place place, const void* predicted, Integer integer, int64_t 
     const DeviceGuard guard(place.device, "label_matches");
     const cudaStream_t stream = stream_of(place);
     if (integer == Integer::kInt32) {
-        count_labels(static_cast<const int32_t*>(predicted), suspects, rows, expected, sets, counts, nullptr, stream,
-                     "label_matches");
+        count_labels(static_cast<const int32_t*>(predicted), suspects, rows, expected, sets, counts, stream);
     } else {
-        count_labels(static_cast<const int64_t*>(predicted), suspects, rows, expected, sets, counts, nullptr, stream,
-                     "label_matches");
+        count_labels(static_cast<const int64_t*>(predicted), suspects, rows, expected, sets, counts, stream);
     }
+    check(cudaGetLastError(), "label_matches");
 }
 
 }  // namespace wmengine::cuda

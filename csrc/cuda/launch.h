@@ -41,9 +41,4 @@ inline unsigned grid_for(int64_t items, int64_t items_per_block) {
     return static_cast<unsigned>(std::min(ceil_div(items, items_per_block), kMultiprocessors * 32));
 }
 
-// counts[s, k] of label_matches, and where `invalid` is given invalid[s], the negative labels of predicted[s].
-template <typename Label>
-void count_labels(const Label* predicted, int64_t suspects, int64_t rows, const int64_t* expected, int64_t sets,
-                  int32_t* counts, int32_t* invalid, cudaStream_t stream, const char* operation);
-
 }  // namespace wmengine::cuda

@@ -20,10 +20,29 @@ struct Place {
 enum class Scalar : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 enum class Integer : int { kInt32 = 0, kInt64 = 1 };
 
-// counts[s, k] = rows n of outputs[suspects, rows, classes] whose first maximum stands at expected[k, n]; invalid[s] =
-// rows with NaN or infinity, which never match. `predicted` is workspace for suspects * rows integers.
-void match_counts(Place place, const void* outputs, Scalar scalar, int64_t suspects, int64_t rows, int64_t classes,
-                  const int64_t* expected, int64_t sets, int32_t* predicted, int32_t* counts, int32_t* invalid);
+// Rows of scores [rows, classes], and what is expected of them: labels are any integers, and a row of a group outside
+// 0 … groups - 1 counts nowhere. `group` may be null, all rows are then of group 0.
+struct Matching {
+    const void* outputs;
+    Scalar scalar;
+    int64_t rows, classes;
+    const int64_t* expected;
+    const int64_t* group;
+    int64_t groups;
+};
+
+// As wmengine/ops/reference.py says of match_counts; levels may be null. Where nothing is expected (null), only
+// `predicted` and levels are written: a process that must not see labels needs no others.
+struct Matches {
+    int32_t* predicted;   // [rows]
+    int8_t* at;           // [rows]
+    uint32_t* histogram;  // [rows, 61]
+    int32_t* hits;        // [groups]
+    int32_t* invalid;     // [groups]
+    int8_t* levels;       // [rows, classes]
+};
+
+void match_counts(Place place, const Matching& given, const Matches& found);
 
 // counts[s, k] = places n of predicted[suspects, rows] that hold expected[k, n]; a negative label matches nothing.
 void label_matches(Place place, const void* predicted, Integer integer, int64_t suspects, int64_t rows,

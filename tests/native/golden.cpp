@@ -2,6 +2,7 @@
 #include <cinttypes>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "cpu/embedding.h"
@@ -59,18 +60,28 @@ int main() {
             print("  gradient", second_gradient);
         }
     }
-    const int64_t suspects = 3, queries = 90, sets = 4;
+    const int64_t rows = 270, groups = 3;
     for (const int64_t classes : {2, 10, 37, 1000}) {
-        const std::vector<float> outputs = values(suspects * queries * classes, 4);
-        std::vector<int64_t> expected(sets * queries);
-        for (size_t i = 0; i < expected.size(); ++i) {
-            expected[i] = static_cast<int64_t>(i * 7919 % classes);
+        for (const bool distribution : {false, true}) {
+            std::vector<float> scores = values(rows * classes, 4);
+            std::vector<int64_t> expected(rows), group(rows);
+            for (int64_t n = 0; n < rows; ++n) {
+                expected[n] = n * 7919 % classes;
+                group[n] = n % groups;
+                float* const row = scores.data() + n * classes;
+                const float sum = std::accumulate(row, row + classes, 0.0f, [](float a, float b) { return a + b * b; });
+                for (int64_t c = 0; distribution && c < classes; ++c) {
+                    row[c] = row[c] * row[c] / sum;
+                }
+            }
+            std::vector<int32_t> predicted(rows), hits(groups), invalid(groups);
+            std::vector<int8_t> at(rows), levels(rows * classes);
+            std::vector<uint32_t> histogram(rows * kLevels);
+            match_counts({scores.data(), Stored::kFloat32, rows, classes, expected.data(), group.data(), groups},
+                         {predicted.data(), at.data(), histogram.data(), hits.data(), invalid.data(), levels.data()});
+            print("match_counts", hits);
+            print("  levels", levels);
         }
-        std::vector<int32_t> counts(suspects * sets), invalid(suspects);
-        match_counts(outputs.data(), Stored::kFloat32, suspects, queries, classes, expected.data(), sets, counts.data(),
-                     invalid.data());
-        print("match_counts", counts);
-        print("  invalid", invalid);
     }
     return 0;
 }

@@ -14,7 +14,7 @@ from wmengine._optional import missing
 from wmengine.ops import cpu
 from wmengine.ops.cpu import carrier_projection, check_choice, check_count
 from wmengine.ops.matches import PackedBits
-from wmengine.ops.reference import PROJECTIONS
+from wmengine.ops.reference import PROJECTIONS, MatchCounts
 
 if TYPE_CHECKING:
     from wmengine.ops.torch_ops import (
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MarkedCrossEntropy",
+    "MatchCounts",
     "PackedBits",
     "bit_matches",
     "carrier_projection",
@@ -88,13 +89,21 @@ def project_adjoint(gradient: Any, key: int, count: int, kind: str = "rademacher
     return _front(gradient).project_adjoint(gradient, key, count, _dense(kind))
 
 
-def match_counts(outputs: Any, expected: Any) -> Any:
-    """Count the rows of outputs[S, N, C] whose argmax is expected[K, N] → (counts int32[S, K], invalid int32[S]).
+def match_counts(outputs: Any, expected: Any, group: Any = None, groups: int = 1, *, levels: bool = False) -> Any:
+    """The class of each row of outputs[N, C], how far its classes stand out, and the expected ones counted by group.
 
-    A row that holds NaN or Inf never matches and is counted as invalid; ties go to the lowest class. CUDA tensors are
-    counted on their device.
+    outputs: float32, float16, bfloat16 (of torch) or float64. expected: integers [N]; what is not in 0..C−1 matches
+    nothing. group: integers [N], 0 ≤ group < groups, or None where all rows are of group 0. Returns
+    :class:`wmengine.ops.MatchCounts`, `levels` int8[N, C] with it only where they are asked for.
+
+    A row is invalid that holds NaN or +Inf, or nothing above −Inf. Others name the class of their highest score, the
+    first of equals. With z the scores, or their logarithms where none is negative and they add up to 1 within 10⁻³, and
+    μ and σ the mean and deviation of those above −Inf, the level of class c is 10 (z_c − μ)/σ, rounded, from −30 to 30;
+    −30 where z_c is −Inf, and else 0 where σ ≤ 10⁻¹² max |z|. A level may differ by 1 between devices where it falls on
+    an edge of rounding. Raises TypeError or ValueError naming the argument; CUDA tensors are counted on their device,
+    where a group that is none counts nowhere.
     """
-    return _front(outputs).match_counts(outputs, expected)
+    return _front(outputs).match_counts(outputs, expected, group, groups, levels=levels)
 
 
 def label_matches(predicted: Any, expected: Any) -> Any:

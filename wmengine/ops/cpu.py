@@ -14,10 +14,10 @@ from numpy.typing import ArrayLike, NDArray
 from wmengine import _cpu
 from wmengine.ops import reference
 from wmengine.ops.matches import bit_matches as bit_matches
+from wmengine.ops.matches import check_integers, plain
 from wmengine.ops.matches import label_matches as label_matches
 from wmengine.ops.matches import pack_bits as pack_bits
-from wmengine.ops.matches import plain
-from wmengine.ops.reference import CARRIERS, PROJECTIONS
+from wmengine.ops.reference import CARRIERS, PROJECTIONS, MatchCounts
 
 Floats = NDArray[np.floating[Any]]
 
@@ -134,43 +134,62 @@ def carrier_projection(weight: ArrayLike, key: int, total: int, carrier: str, pr
 _SCORES = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 
-def match_counts(
-    outputs: ArrayLike, expected: ArrayLike, *, bfloat16: bool = False
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Count, for S suspects and K label sets, the rows of outputs[S, N, C] whose argmax is expected[K, N].
-
-    Returns (counts int32[S, K], invalid int32[S]): a row that holds NaN or Inf never matches and is counted as invalid;
-    ties go to the lowest class. `bfloat16`: outputs are the bits of such numbers, as uint16. Raises ValueError where
-    the shapes do not fit together, TypeError for other types.
-    """
-    answers, labels = np.asarray(outputs), np.asarray(expected)
-    if answers.ndim != 3 or labels.ndim != 2 or answers.shape[1] != labels.shape[1]:
-        raise ValueError(f"outputs must be [S, N, C] and expected [K, N], not {answers.shape} and {labels.shape}")
-    if answers.shape[2] < 1:
+def check_matching(outputs: Any, expected: Any, group: Any, groups: int) -> None:
+    """TypeError or ValueError unless these are [N, C], [N] and [N] or None, labels and groups integers."""
+    if outputs.ndim != 2 or expected.ndim != 1 or len(expected) != len(outputs):
+        shapes = f"{tuple(outputs.shape)} and {tuple(expected.shape)}"
+        raise ValueError(f"outputs must be [N, C] and expected [N], not {shapes}")
+    if outputs.shape[1] < 1:
         raise ValueError("outputs must have at least one class")
-    if labels.dtype.kind not in "iu":
-        raise TypeError(f"expected must hold integer labels, not {labels.dtype}")
+    check_integers("expected", expected)
+    check_count("groups", groups)
+    if group is not None:
+        check_integers("group", group)
+        if tuple(group.shape) != tuple(expected.shape):
+            raise ValueError(f"group must be [{len(expected)}] as expected is, not {tuple(group.shape)}")
+
+
+def match_counts(
+    outputs: ArrayLike,
+    expected: ArrayLike,
+    group: ArrayLike | None = None,
+    groups: int = 1,
+    *,
+    levels: bool = False,
+    bfloat16: bool = False,
+) -> MatchCounts:
+    """See :func:`wmengine.ops.match_counts`. `bfloat16`: outputs are the bits of such numbers, as uint16."""
+    answers, labels = np.asarray(outputs), np.asarray(expected)
+    of = None if group is None else np.asarray(group)
+    check_matching(answers, labels, of, groups)
+    if of is not None and of.size and (of.min() < 0 or of.max() >= groups):
+        raise ValueError(f"group must hold 0 to {groups - 1}, not {of.min()} to {of.max()}")
     if answers.dtype == np.float64:
-        return reference.match_counts(answers, labels)
-    scores = _SCORES.get("bfloat16" if bfloat16 and answers.dtype == np.uint16 else answers.dtype.name)
-    if scores is None:
+        return reference.match_counts(answers, labels, of, groups, levels=levels)
+    stored = _SCORES.get("bfloat16" if bfloat16 and answers.dtype == np.uint16 else answers.dtype.name)
+    if stored is None:
         raise TypeError(f"outputs must be float32, float16 or float64, not {answers.dtype}")
     if labels.dtype == np.uint64:
         labels = np.minimum(labels, np.uint64(2**63 - 1))  # a class that no network has stays one
-    answers = plain(answers)
-    labels = plain(labels, np.int64)
-    suspects, queries, classes = answers.shape
-    counts = np.empty((suspects, labels.shape[0]), dtype=np.int32)
-    invalid = np.empty(suspects, dtype=np.int32)
+    answers, labels = plain(answers), plain(labels, np.int64)
+    of = None if of is None else plain(of, np.int64)
+    rows, classes = answers.shape
+    found = MatchCounts(
+        predicted=np.empty(rows, dtype=np.int32),
+        at=np.empty(rows, dtype=np.int8),
+        histogram=np.empty((rows, 2 * reference.MOST_LEVEL + 1), dtype=np.uint32),
+        hits=np.empty(groups, dtype=np.int32),
+        invalid=np.empty(groups, dtype=np.int32),
+        levels=np.empty((rows, classes), dtype=np.int8) if levels else None,
+    )
     _cpu.match_counts(
         answers.ctypes.data,
-        scores,
-        suspects,
-        queries,
+        stored,
+        rows,
         classes,
         labels.ctypes.data,
-        labels.shape[0],
-        counts.ctypes.data,
-        invalid.ctypes.data,
+        0 if of is None else of.ctypes.data,
+        groups,
+        *(0 if array is None else array.ctypes.data for array in found),
     )
-    return counts, invalid
+    return found

@@ -9,11 +9,14 @@ from types import ModuleType
 
 import torch
 
+from wmengine.ops.cpu import check_matching
+from wmengine.ops.matches import check_labels
+from wmengine.ops.reference import MOST_LEVEL, MatchCounts
+
 Tensor = torch.Tensor
 
 _SCALARS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _INTEGERS = {torch.int32: 0, torch.int64: 1}
-_NARROW = (torch.uint8, torch.int8, torch.int16)
 _MOST_BEST = 1024  # of best_bit_matches: what a thread block's shared memory holds
 
 
@@ -35,47 +38,44 @@ def _place(tensor: Tensor) -> tuple[int, int]:
     return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
 
 
-def match_counts(outputs: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
-    """(counts int32[S, K], invalid int32[S]) of outputs[S, N, C], not float64, against labels expected[K, N]."""
+def match_counts(outputs: Tensor, expected: Tensor, group: Tensor | None, groups: int, levels: bool) -> MatchCounts:
+    """As :func:`wmengine.ops.match_counts`, of outputs that are not float64."""
+    check_matching(outputs, expected, group, groups)
     if outputs.dtype not in _SCALARS:
         raise TypeError(f"outputs must be float32, float16 or bfloat16, not {outputs.dtype}")
-    suspects, rows, classes = outputs.shape
-    labels = _labels(expected, rows, "outputs", outputs)
-    module, place = _compiled(), _place(outputs)
-    outputs = outputs.detach().contiguous()
-    sets = labels.shape[0]
-    predicted, counts, invalid = (
-        torch.empty(shape, dtype=torch.int32, device=outputs.device)
-        for shape in (suspects * rows, (suspects, sets), suspects)
+    module, place, device = _compiled(), _place(outputs), outputs.device
+    outputs, labels = outputs.detach().contiguous(), _wide(expected, device)
+    of = None if group is None else _wide(group, device)
+    rows, classes = outputs.shape
+    found = MatchCounts(
+        predicted=torch.empty(rows, dtype=torch.int32, device=device),
+        at=torch.empty(rows, dtype=torch.int8, device=device),
+        histogram=torch.empty((rows, 2 * MOST_LEVEL + 1), dtype=torch.uint32, device=device),
+        hits=torch.empty(groups, dtype=torch.int32, device=device),
+        invalid=torch.empty(groups, dtype=torch.int32, device=device),
+        levels=torch.empty((rows, classes), dtype=torch.int8, device=device) if levels else None,
     )
     module.match_counts(
         *place,
         outputs.data_ptr(),
         _SCALARS[outputs.dtype],
-        suspects,
         rows,
         classes,
         labels.data_ptr(),
-        sets,
-        predicted.data_ptr(),
-        counts.data_ptr(),
-        invalid.data_ptr(),
+        0 if of is None else of.data_ptr(),
+        groups,
+        *(0 if tensor is None else tensor.data_ptr() for tensor in found),
     )
-    return counts, invalid
+    return found
 
 
 def label_matches(predicted: Tensor, expected: Tensor) -> Tensor:
     """int32[S, K]: places at which labels predicted[S, N] and expected[K, N] agree; a negative label never does."""
-    if predicted.dtype in _NARROW:
-        predicted = predicted.int()
-    if predicted.dtype not in _INTEGERS:
-        raise TypeError(f"predicted must be integer labels, not {predicted.dtype}")
-    if predicted.ndim != 2:
-        raise ValueError(f"predicted must have shape [S, N], not {tuple(predicted.shape)}")
-    suspects, rows = predicted.shape
-    labels = _labels(expected, rows, "predicted", predicted)
+    check_labels(predicted, expected)
     module, place = _compiled(), _place(predicted)
-    predicted = predicted.contiguous()
+    predicted = (predicted if predicted.dtype in _INTEGERS else predicted.long()).contiguous()
+    labels = _wide(expected, predicted.device)
+    suspects, rows = predicted.shape
     counts = torch.empty((suspects, labels.shape[0]), dtype=torch.int32, device=predicted.device)
     module.label_matches(
         *place,
@@ -90,15 +90,8 @@ def label_matches(predicted: Tensor, expected: Tensor) -> Tensor:
     return counts
 
 
-def _labels(expected: Tensor, rows: int, name: str, beside: Tensor) -> Tensor:
-    """`expected` as contiguous int64[K, rows] on the device of `beside`, which errors call `name`."""
-    if expected.ndim != 2 or expected.shape[1] != rows:
-        raise ValueError(
-            f"expected must have shape [K, {rows}] for {name} {tuple(beside.shape)}, not {tuple(expected.shape)}"
-        )
-    if expected.is_floating_point() or expected.is_complex():
-        raise TypeError(f"expected must be integer labels, not {expected.dtype}")
-    return expected.to(beside.device, torch.int64).contiguous()
+def _wide(labels: Tensor, device: torch.device) -> Tensor:
+    return labels.to(device, torch.int64).contiguous()
 
 
 def bit_matches(messages: Tensor, registry: Tensor, total: int) -> Tensor:

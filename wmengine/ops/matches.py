@@ -60,8 +60,16 @@ def check_bits(name: str, bits: Any) -> Any:
     return bits
 
 
-def check_label_shapes(predicted: Any, expected: Any) -> None:
-    """ValueError unless the two are [S, N] and [K, N]."""
+def check_integers(name: str, labels: Any) -> None:
+    """TypeError naming the argument unless the array or tensor holds integers."""
+    if not str(labels.dtype).removeprefix("torch.").startswith(("int", "uint")):
+        raise TypeError(f"{name} must hold integers, not {labels.dtype}")
+
+
+def check_labels(predicted: Any, expected: Any) -> None:
+    """TypeError or ValueError unless the two hold integers, [S, N] and [K, N]."""
+    check_integers("predicted", predicted)
+    check_integers("expected", expected)
     if predicted.ndim != 2 or expected.ndim != 2 or predicted.shape[1] != expected.shape[1]:
         shapes = f"{tuple(predicted.shape)} and {tuple(expected.shape)}"
         raise ValueError(f"predicted must be [S, N] and expected [K, N], not {shapes}")
@@ -95,10 +103,7 @@ def pack_bits(bits: ArrayLike, name: str = "bits") -> PackedBits:
 def label_matches(predicted: ArrayLike, expected: ArrayLike) -> Counts:
     """int32[S, K] of places where predicted[S, N] is expected[K, N]. See :func:`wmengine.ops.label_matches`."""
     left, right = np.asarray(predicted), np.asarray(expected)
-    check_label_shapes(left, right)
-    for name, labels in (("predicted", left), ("expected", right)):
-        if labels.dtype.kind not in "iu":
-            raise TypeError(f"{name} must hold integer labels, not {labels.dtype}")
+    check_labels(left, right)
     narrow = all(labels.dtype.itemsize <= 4 and labels.dtype != np.uint32 for labels in (left, right))
     if np.uint64 in (left.dtype, right.dtype):
         left, right, narrow = *_renamed(left, right), False

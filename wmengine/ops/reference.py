@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,6 +17,7 @@ BLOCK = 4096
 GAUSSIAN_BLOCK = 128
 DOMAIN_DENSE, DOMAIN_SKETCH, DOMAIN_RUN, DOMAIN_SWAP, DOMAIN_GAUSSIAN = 1, 2, 3, 4, 5
 STDM_ALPHA, STDM_BETA = 10.0, 10.0
+MOST_LEVEL = 30
 SMALLEST_NORM = 1.0 / float(np.finfo(np.float32).max)
 
 CARRIERS = ("flat", "unit_filters", "filter_mean", "unit_filter_mean")
@@ -288,13 +290,64 @@ def marked_cross_entropy(
     )
 
 
-def match_counts(outputs: ArrayLike, expected: ArrayLike) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """(counts[S, K] of rows whose argmax is the expected label, rows[S] that hold NaN or Inf and never match)."""
-    answers = np.asarray(outputs)
-    finite = np.isfinite(answers).all(axis=-1)
-    predicted = np.where(finite, answers.argmax(axis=-1), -1)
-    matches = (predicted[:, None, :] == np.asarray(expected)[None, :, :]) & finite[:, None, :]
-    return matches.sum(axis=-1).astype(np.int32), (~finite).sum(axis=-1).astype(np.int32)
+class MatchCounts(NamedTuple):
+    """What `match_counts` returns for N rows of C scores in G groups: arrays, or tensors on the device of the scores.
+
+    predicted: int32[N], the class of each row, −1 where the row is invalid. at: int8[N], the level of the expected
+    class, 0 where the row is invalid or the label is no class. histogram: uint32[N, 61], how many classes of the row
+    have level −30 … 30; an invalid row has all of them at 0. hits and invalid: int32[G], rows of each group that name
+    the expected class, and that are invalid. levels: int8[N, C], of every class, or None where they were not asked for.
+    """
+
+    predicted: Any
+    at: Any
+    histogram: Any
+    hits: Any
+    invalid: Any
+    levels: Any
+
+
+def match_counts(
+    outputs: ArrayLike, expected: ArrayLike, group: ArrayLike | None = None, groups: int = 1, *, levels: bool = False
+) -> MatchCounts:
+    """The class of each row of outputs[N, C], the first of its highest scores, and the levels of its classes.
+
+    A row is invalid that holds NaN or +Inf, or nothing above −Inf, which is the score of a chance of 0. expected[N] are
+    any integers, of which those in 0..C−1 are classes; 0 ≤ group[N] < groups.
+    """
+    x, label = np.asarray(outputs, dtype=np.float64), np.asarray(expected)
+    rows, classes = x.shape
+    valid = np.isfinite(x.max(axis=1))
+    predicted = np.where(valid, x.argmax(axis=1), -1).astype(np.int32)
+    level = np.zeros((rows, classes), dtype=np.int8)
+    level[valid] = standard_levels(x[valid])
+    known = valid & (label >= 0) & (label < classes)
+    at = np.where(known, level[np.arange(rows), np.where(known, label, 0).astype(np.int64)], 0).astype(np.int8)
+    histogram = np.zeros((rows, 2 * MOST_LEVEL + 1), dtype=np.uint32)
+    np.add.at(histogram, (np.arange(rows)[:, None], level.astype(np.int64) + MOST_LEVEL), 1)
+    g = np.zeros(rows, dtype=np.int64) if group is None else np.asarray(group, dtype=np.int64)
+    hit = known & (predicted == label)
+    hits, invalid = (np.bincount(g[those], minlength=groups).astype(np.int32) for those in (hit, ~valid))
+    return MatchCounts(predicted, at, histogram, hits, invalid, level if levels else None)
+
+
+def standard_levels(x: Float64) -> NDArray[np.int8]:
+    """Tenths of a deviation from the row's mean, −30 to 30, of scores x[N, C] or of the logarithms of distributions.
+
+    Mean and deviation are of what is above −Inf, which itself has level −30. Where all are equal, but for rounding, the
+    level is 0.
+    """
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        distribution = (x >= 0.0).all(axis=1, keepdims=True) & (np.abs(x.sum(axis=1, keepdims=True) - 1.0) <= 1e-3)
+        z = np.where(distribution, np.log(x), x)
+        there = z > -np.inf
+        largest = np.where(there, np.abs(z), 0.0).max(axis=1, keepdims=True)
+        z = z / np.where(largest > 0.0, largest, 1.0)  # so that no square is too large; levels have no unit
+        count = there.sum(axis=1, keepdims=True)
+        from_mean = z - np.where(there, z, 0.0).sum(axis=1, keepdims=True) / count
+        deviation = np.sqrt((np.where(there, from_mean, 0.0) ** 2).sum(axis=1, keepdims=True) / count)
+        scaled = np.where(deviation > 1e-12, 10.0 * from_mean / deviation, 0.0)
+        return np.where(there, np.clip(np.rint(scaled), -MOST_LEVEL, MOST_LEVEL), -MOST_LEVEL).astype(np.int8)
 
 
 @dataclass(frozen=True)

@@ -7,33 +7,43 @@ from typing import Any
 import torch
 
 from wmengine.ops import cpu, matches
-from wmengine.ops.matches import PackedBits, check_best, check_bits, check_label_shapes, check_totals
+from wmengine.ops.matches import PackedBits, check_best, check_bits, check_totals
+from wmengine.ops.reference import MOST_LEVEL, MatchCounts
 from wmengine.ops.torch_library import Tensor, check_tensor, cuda, define
 
+Tensors = tuple[Tensor, ...]
 
-def _match_counts_cpu(outputs: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+
+def _match_counts_cpu(outputs: Tensor, expected: Tensor, group: Tensor | None, groups: int, levels: bool) -> Tensors:
     bfloat16 = outputs.dtype == torch.bfloat16  # which NumPy lacks: it goes there as its bits
-    scores = (outputs.view(torch.uint16) if bfloat16 else outputs).numpy()
-    counts, invalid = cpu.match_counts(scores, expected.numpy(), bfloat16=bfloat16)
-    return torch.from_numpy(counts), torch.from_numpy(invalid)
+    scores, of = (outputs.view(torch.uint16) if bfloat16 else outputs).numpy(), None if group is None else group.numpy()
+    found = cpu.match_counts(scores, expected.numpy(), of, groups, levels=levels, bfloat16=bfloat16)
+    return tuple(outputs.new_empty(0, dtype=torch.int8) if part is None else torch.from_numpy(part) for part in found)
 
 
-def _match_counts_cuda(outputs: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+def _match_counts_cuda(outputs: Tensor, expected: Tensor, group: Tensor | None, groups: int, levels: bool) -> Tensors:
     if outputs.dtype == torch.float64:
-        counts, invalid = _match_counts_cpu(outputs.cpu(), expected.cpu())
-        return counts.to(outputs.device), invalid.to(outputs.device)
-    result: tuple[Tensor, Tensor] = cuda().match_counts(outputs, expected)
-    return result
+        of = None if group is None else group.cpu()
+        return tuple(
+            part.to(outputs.device) for part in _match_counts_cpu(outputs.cpu(), expected.cpu(), of, groups, levels)
+        )
+    found = cuda().match_counts(outputs, expected, group, groups, levels)
+    return tuple(outputs.new_empty(0, dtype=torch.int8) if part is None else part for part in found)
+
+
+def _match_counts_fake(outputs: Tensor, expected: Tensor, group: Tensor | None, groups: int, levels: bool) -> Tensors:
+    rows, classes = outputs.shape
+    shapes = (rows,), (rows,), (rows, 2 * MOST_LEVEL + 1), (groups,), (groups,), (rows, classes) if levels else (0,)
+    types = torch.int32, torch.int8, torch.uint32, torch.int32, torch.int32, torch.int8
+    return tuple(outputs.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, types, strict=True))
 
 
 define(
-    "match_counts(Tensor outputs, Tensor expected) -> (Tensor counts, Tensor invalid)",
+    "match_counts(Tensor outputs, Tensor expected, Tensor? group, int groups, bool levels) -> "
+    "(Tensor predicted, Tensor at, Tensor histogram, Tensor hits, Tensor invalid, Tensor levels)",
     _match_counts_cpu,
     _match_counts_cuda,
-    lambda outputs, expected: (
-        outputs.new_empty((outputs.shape[0], expected.shape[0]), dtype=torch.int32),
-        outputs.new_empty(outputs.shape[0], dtype=torch.int32),
-    ),
+    _match_counts_fake,
 )
 define(
     "label_matches(Tensor predicted, Tensor expected) -> Tensor",
@@ -89,25 +99,20 @@ define(
 )
 
 
-def match_counts(outputs: Tensor, expected: Any) -> tuple[Tensor, Tensor]:
+def match_counts(
+    outputs: Tensor, expected: Any, group: Any = None, groups: int = 1, *, levels: bool = False
+) -> MatchCounts:
     """See :func:`wmengine.ops.match_counts`."""
-    check_tensor("outputs", outputs, 3)
+    check_tensor("outputs", outputs, 2)
     expected = torch.as_tensor(expected, device=outputs.device)
-    if expected.ndim != 2 or expected.shape[1] != outputs.shape[1]:
-        raise ValueError(
-            f"outputs must be [S, N, C] and expected [K, N], not {tuple(outputs.shape)} and {tuple(expected.shape)}"
-        )
-    result: tuple[Tensor, Tensor] = torch.ops.wmengine.match_counts(outputs.detach(), expected)
-    return result
+    of = None if group is None else torch.as_tensor(group, device=outputs.device)
+    found = MatchCounts(*torch.ops.wmengine.match_counts(outputs.detach(), expected, of, groups, levels))
+    return found if levels else found._replace(levels=None)
 
 
 def label_matches(predicted: Tensor, expected: Any) -> Tensor:
     """See :func:`wmengine.ops.label_matches`."""
     expected = torch.as_tensor(expected, device=predicted.device)
-    check_label_shapes(predicted, expected)
-    for name, labels in (("predicted", predicted), ("expected", expected)):
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"{name} must hold integer labels, not {labels.dtype}")
     counts: Tensor = torch.ops.wmengine.label_matches(predicted, expected)
     return counts
 

@@ -26,10 +26,14 @@ MAXIMUM_READINGS = 16  # outputs of scores that are read beside each other
 
 @dataclass(frozen=True)
 class Predicted:
-    """Scores [N, C] that stayed on their device: each row's class came back, ABSTAINED where there is none."""
+    """Scores [N, C] that stayed on their device: each row's class came back, ABSTAINED where there is none.
+
+    levels: int8[N, C], those of :func:`wmengine.ops.match_counts`, −30 to 30.
+    """
 
     labels: NDArray[np.int32]
     classes: int
+    levels: NDArray[np.int8]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Where ONNX models run: the processors that ONNX Runtime is asked for, and answers that stay on their device.
 
 On a GPU a batch goes up once, the outputs stay there, and `wmengine._cuda` reads the class of each row where the scores
-lie: four bytes a row come back. Addresses are ONNX Runtime's own, so no torch is needed.
+lie: four bytes a row come back, and one a score, its level. Addresses are ONNX Runtime's own, so no torch is needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine._optional import require
-from wmengine.suspects.answers import Outputs, Predicted, highest, shape_of_answers
+from wmengine.suspects.answers import Outputs, Predicted, shape_of_answers
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DEVICE = 0  # the first that CUDA_VISIBLE_DEVICES leaves
@@ -76,9 +76,8 @@ def can_stay(session: Any) -> bool:
 def run_bound(session: Any, feeds: Mapping[str, NDArray[Any]], device: str, module: ModuleType | None) -> Outputs:
     """The outputs for a batch, run with inputs and outputs on a device ("cpu" or "cuda").
 
-    Scores [N, C] of float32, float16 or bfloat16 become `Predicted` by `module`, wmengine._cuda; without one, of any
-    other type, and where a row holds NaN or Inf, they are copied back. What has more axes than answers have stays where
-    it is and is left out.
+    Scores [N, C] of float32, float16 or bfloat16 become `Predicted` by `module`, wmengine._cuda; without one, and of
+    any other type, they are copied back. What has more axes than answers have stays where it is and is left out.
     """
     binding, values = session.io_binding(), require("onnxruntime", extra="cpu").OrtValue
     for name, rows in feeds.items():
@@ -95,41 +94,38 @@ def run_bound(session: Any, feeds: Mapping[str, NDArray[Any]], device: str, modu
         if shape is None:
             continue
         if module is not None and len(shape) == 2 and shape[1] > 1 and value.data_type() in _SCORES:
-            predicted = predict(module, value, shape, device)
-            if (predicted.labels < 0).any() and value.data_type() != "tensor(bfloat16)":
-                # The kernel takes no row with an infinite score; one of −Inf only is lower than the others.
-                scores = value.numpy().reshape(shape)
-                predicted = Predicted(highest(scores).astype(np.int32), predicted.classes)
-            found.append((output.name, predicted))
+            found.append((output.name, predict(module, value, shape, device)))
         else:
             found.append((output.name, value.numpy()))
     return found
 
 
 def predict(module: ModuleType, scores: Any, shape: tuple[int, ...], device: str) -> Predicted:
-    """The class of each row of an OrtValue of scores [N, C], found where they lie.
+    """The class of each row of an OrtValue of scores [N, C] and the levels of its classes, found where they lie.
 
-    match_counts writes it for every row before it counts; there are no labels to count here. Its stream is CUDA's
-    default one, which the copy of the classes waits for.
+    Nothing is expected here: labels stay with who judges. The stream is CUDA's default one, which the copies wait for.
     """
     make = require("onnxruntime", extra="cpu").OrtValue.ortvalue_from_shape_and_type
     rows, classes = shape
-    labels, invalid = (make([count], np.int32, device, DEVICE) for count in (rows, 1))
+    labels, levels = make([rows], np.int32, device, DEVICE), make([rows, classes], np.int8, device, DEVICE)
     module.match_counts(
         device=DEVICE,
         stream=0,
         outputs=scores.data_ptr(),
         dtype=_SCORES[scores.data_type()],
-        suspects=1,
         rows=rows,
         classes=classes,
         expected=0,
-        sets=0,
+        group=0,
+        groups=0,
         predicted=labels.data_ptr(),
-        counts=0,
-        invalid=invalid.data_ptr(),
+        at=0,
+        histogram=0,
+        hits=0,
+        invalid=0,
+        levels=levels.data_ptr(),
     )
-    return Predicted(labels.numpy(), classes)
+    return Predicted(labels.numpy(), classes, levels.numpy())
 
 
 def _driver_shows_a_device() -> bool:

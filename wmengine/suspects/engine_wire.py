@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from wmengine.errors import SuspectError, SuspectGone, printable
 from wmengine.facts import Fact, fact
+from wmengine.ops.reference import MOST_LEVEL
 from wmengine.sandbox import MECHANISMS, wire
 from wmengine.sandbox.supervisor import TemplateGone, Worker, WorkerFailure
 from wmengine.suspects.answers import Outputs, Predicted
@@ -75,10 +76,10 @@ def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechan
         return {"inputs": inputs}, ()
     if asked == RUN:
         outputs = engine.run(dict(zip(question["inputs"], arrays, strict=True)))
-        header = {"outputs": [name for name, _ in outputs]}
-        if any(isinstance(value, Predicted) for _, value in outputs):
-            header["classes"] = [value.classes if isinstance(value, Predicted) else None for _, value in outputs]
-        return header, [value.labels if isinstance(value, Predicted) else value for _, value in outputs]
+        stayed = [value if isinstance(value, Predicted) else None for _, value in outputs]
+        header = {"outputs": [name for name, _ in outputs], "classes": [each and each.classes for each in stayed]}
+        values = [each.labels if each else value for each, (_, value) in zip(stayed, outputs, strict=True)]
+        return header, values + [each.levels for each in stayed if each]
     if asked == READ:
         tensors, facts = engine.tensors()
         header = {
@@ -244,19 +245,25 @@ def _read_inputs(header: dict[str, Any], arrays: Arrays) -> list[Input]:
 
 
 def _read_outputs(header: dict[str, Any], arrays: Arrays) -> Outputs:
-    if len(arrays) > MAXIMUM_OUTPUTS:
+    names, classes = list(header["outputs"]), header["classes"]
+    if len(names) > MAXIMUM_OUTPUTS:
         raise ValueError("not what a graph is let through with")
-    stayed = header.get("classes", [None] * len(arrays))
+    stayed = [index for index, each in enumerate(classes) if each is not None]
+    levels = dict(zip(stayed, arrays[len(names) :], strict=True))
     return [
-        (str(output), array if classes is None else _read_predicted(array, classes))
-        for output, classes, array in zip(header["outputs"], stayed, arrays, strict=True)
+        (str(name), _read_predicted(array, each, levels[index]) if index in levels else array)
+        for index, (name, each, array) in enumerate(zip(names, classes, arrays[: len(names)], strict=True))
     ]
 
 
-def _read_predicted(labels: NDArray[Any], classes: Any) -> Predicted:
+def _read_predicted(labels: NDArray[Any], classes: Any, levels: NDArray[Any]) -> Predicted:
     if labels.dtype != np.int32 or labels.ndim != 1 or type(classes) is not int or classes < 1:
         raise ValueError("not what an engine says of scores that stayed on their device")
-    return Predicted(labels, classes)
+    if levels.dtype != np.int8 or levels.shape != (len(labels), classes):
+        raise ValueError("not what an engine says of the levels of scores that stayed on their device")
+    if ((levels < -MOST_LEVEL) | (levels > MOST_LEVEL)).any():
+        raise ValueError("not what an engine says of a level")
+    return Predicted(labels, classes, levels)
 
 
 def _read_tensors(header: dict[str, Any], arrays: Arrays) -> tuple[list[Tensor], list[Fact]]:
