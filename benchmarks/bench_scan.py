@@ -173,7 +173,19 @@ def test_scan(
     def run(*arguments: str) -> None:
         subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
 
-    command = ["-m", "wmengine", "scan", paths[0], "--watermarks", paths[1], "--out", str(out), "--jobs", threads]
+    command = [
+        "-m",
+        "wmengine",
+        "scan",
+        paths[0],
+        "--watermarks",
+        paths[1],
+        "--out",
+        str(out),
+        "--force",
+        "--jobs",
+        threads,
+    ]
 
     def ours() -> None:
         run(*command, *(["--all-queries"] if size.queries == "all" else []))
