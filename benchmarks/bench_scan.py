@@ -139,7 +139,7 @@ def test_scan(
         return lambda: subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
 
     command = ["-m", "wmengine", "scan", models, "--watermarks", mark, "--out", out, "--jobs", threads]
-    command += ["--all-queries"] if size.queries == "all" else []
+    command += ["--force", "--test", "fixed" if size.queries == "all" else "sequential"]
     ours = process(*command)
     ours()
     rows = parquet.read_table(out, columns=["suspect", "queries", "decision"]).to_pylist()

@@ -68,3 +68,21 @@ def bucket(tmp_path_factory):
     import scan_models
 
     return scan_models.fill(tmp_path_factory.mktemp("bucket"))
+
+
+@pytest.fixture(scope="module")
+def supervisor():
+    """A template of workers that do what `sandbox_service` is asked for."""
+    from wmengine.sandbox import Supervisor
+
+    with Supervisor("sandbox_service") as one:
+        yield one
+
+
+@pytest.fixture
+def worker(supervisor):
+    from sandbox_service import LIMITS
+
+    one = supervisor.worker(LIMITS)
+    yield one
+    one.close()

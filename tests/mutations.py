@@ -6,7 +6,9 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import onnx
+from hostile_models import classifier, constant, model, node, value
 from onnx import TensorProto, helper
 
 # Numbers at the edges of what fields, sizes and counters hold.
@@ -59,9 +61,9 @@ def _changed_bytes(data: bytes, generator: random.Random) -> bytes:
 def _messages(message: Any) -> list[Any]:
     """A message and every one below it."""
     found = [message]
-    for field, value in message.ListFields():
+    for field, held in message.ListFields():
         if field.message_type is not None:
-            for part in [value] if hasattr(value, "ListFields") else value:
+            for part in [held] if hasattr(held, "ListFields") else held:
                 found += _messages(part)
     return found
 
@@ -179,3 +181,59 @@ _CHANGES: list[Callable[[Any, random.Random], None]] = [
     _nest,
     _flip_a_bit_of_a_weight,
 ]
+
+
+def seeds():
+    """Honest models of several kinds: convolutions, quantised weights, branches, functions, recurrences."""
+    generator = np.random.default_rng(0)
+
+    def normal(name, *shape):
+        return constant(name, generator.normal(size=shape).astype(np.float32))
+
+    convolutions = [
+        node("Conv", "x w1 b1", "c", pads=[1, 1, 1, 1]), node("BatchNormalization", "c b1 b1 b1 v", "n"),
+        node("Relu", "n", "r"), node("MaxPool", "r", "p", kernel_shape=[2, 2]), node("Conv", "p w2", "g", group=2),
+        node("GlobalAveragePool", "g", "a"), node("Flatten", "a", "f"), node("Gemm", "f w3", "y", transB=1),
+    ]  # fmt: skip
+    weights = [
+        normal("w1", 4, 1, 3, 3),
+        normal("b1", 4),
+        constant("v", np.ones(4, np.float32)),
+        normal("w2", 6, 2, 1, 1),
+    ]
+    quantised = [
+        node("Flatten", "x", "f"), node("QuantizeLinear", "f s z", "q"), node("DequantizeLinear", "q s z", "d"),
+        node("DequantizeLinear", "wq ws", "w", axis=0), node("Transpose", "w", "t", perm=[1, 0]),
+        node("MatMul", "d t", "h"), node("Reshape", "h shape", "y"),
+    ]  # fmt: skip
+    integers = [constant("s", np.float32(0.1)), constant("z", np.uint8(128)), constant("shape", np.array([0, -1]))]
+    integers += [
+        constant("wq", generator.integers(-99, 99, (10, 16)).astype(np.int8)),
+        constant("ws", np.full(10, 0.1, np.float32)),
+    ]
+    branch = onnx.helper.make_graph([node("Relu", "s", "o")], "inner", [], [value("o")])
+    recurrent = [
+        node("Squeeze", "x one", "q"), node("Transpose", "q", "t", perm=[1, 0, 2]),
+        node("GRU", "t w r", "- h", hidden_size=10), node("Squeeze", "h zero", "y"),
+    ]  # fmt: skip
+    states = [normal("w", 1, 30, 4), normal("r", 1, 30, 10)]
+    states += [constant("one", np.array([1])), constant("zero", np.array([0]))]
+    attention = [
+        node("Reshape", "x shape", "t"), node("Attention", "t w b", "a", domain="com.microsoft", num_heads=2),
+        node("ReduceMean", "a", "m", axes=[1], keepdims=0), node("Gemm", "m o", "y"),
+    ]  # fmt: skip
+    heads = [normal("w", 4, 12), normal("b", 12), normal("o", 4, 10), constant("shape", np.array([-1, 4, 4]))]
+    return [
+        each.SerializeToString()
+        for each in (
+            classifier(),
+            model(convolutions, [*weights, normal("w3", 10, 6)]),
+            model(quantised, integers),
+            classifier(
+                node("If", "c", "y", then_branch=branch, else_branch=branch), initializers=[constant("c", True)]
+            ),
+            model(recurrent, states),
+            model(attention, heads),
+            classifier(node("ArgMax", "s", "y", axis=1), outputs=[value("y", TensorProto.INT64)]),
+        )
+    ]

@@ -12,7 +12,9 @@ import time
 
 import numpy as np
 
-from wmengine.sandbox import wire
+from wmengine.sandbox import Limits, wire
+
+LIMITS = Limits(seconds=20.0, memory_bytes=256 << 20, answer_bytes=1 << 20)
 
 
 def preload():

@@ -18,7 +18,7 @@ import fsspec
 import onnx
 import pyarrow.parquet as parquet
 import pytest
-from scan_models import by_pair
+from scan_models import by_pair, stranger
 
 from wmengine.cli import main
 from wmengine.errors import SuspectError, WatermarkError
@@ -139,6 +139,34 @@ def test_names_of_one_file_count_once_and_each_has_its_rows(bucket, tmp_path):
             assert row["notes"][0] == f"the same bytes as {tmp_path}/a.onnx, judged once"
             for same in ("sha256", "decision", "matched", "queries", "log10_p_corrected", "q_value"):
                 assert row[same] == first[same]
+
+
+def test_a_name_that_is_led_elsewhere_speaks_for_no_other(bucket, tmp_path):
+    """A stranger links to somebody's clean file, and once that is listed to a stolen one."""
+    for source, name in (("stranger1.onnx", "clean.onnx"), ("copy.onnx", "stolen.onnx")):
+        (tmp_path / name).write_bytes((bucket / "models" / source).read_bytes())
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "m.onnx").hardlink_to(tmp_path / "clean.onnx")
+    given = {"watermarks": bucket / "registry" / "first.wm", "jobs": 1, "out": tmp_path / "rows.parquet"}
+    for link, make in (("a.onnx", "symlink_to"), ("b.onnx", "hardlink_to")):
+        stranger(folder / "0.onnx", 1)
+        getattr(folder / link, make)(tmp_path / "clean.onnx")
+
+        def lead_elsewhere(done, total, rows, link=link, make=make):
+            if done == 1:
+                (folder / link).unlink()
+                getattr(folder / link, make)(tmp_path / "stolen.onnx")
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            scan(folder, **given, progress=lead_elsewhere)
+        rows = by_pair(scan(folder, **given, force=True))
+        decision, error = rows["m.onnx", "detector"]["decision"], rows["m.onnx", "detector"]["error"] or ""
+        assert rows[link, "detector"]["decision"] == decision == {"a.onnx": "not_proven", "b.onnx": "error"}[link]
+        assert ("is another file than the one that was listed" in error) == (link == "b.onnx")
+        (folder / link).unlink()
+        given["out"] = tmp_path / f"{link}.parquet"
 
 
 def test_links_to_one_graph_are_as_many_models_as_there_are_weights_beside_them(bucket, tmp_path):

@@ -225,9 +225,9 @@ def _is_own_file(path: str) -> bool:
 
 def _read_listed(stored: Any, paths: Sequence[str]) -> Listed:
     """A suspect of a stored plan. Raises ValueError, TypeError or KeyError for what is none."""
-    names, store, path = stored["names"], stored["store"], stored["path"]
-    if not names or not all(isinstance(text, str) for text in (*names, store, path)):
+    names, store, path, inode = stored["names"], stored["store"], stored["path"], stored["inode"]
+    if type(inode) is not int or not names or not all(isinstance(text, str) for text in (*names, store, path)):
         raise ValueError("a suspect without a name")
     if store and store not in paths:
         raise ValueError("a suspect in a store that nobody asked for")
-    return Listed(tuple(names), store, path)
+    return Listed(tuple(names), store, path, inode)

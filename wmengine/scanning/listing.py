@@ -32,11 +32,15 @@ PAUSES = (0.5, 2.0)  # seconds before a store that failed is asked again
 @dataclass(frozen=True)
 class Listed:
     """A suspect: every name that its file is shown by, its store (the URL that listed it, "" for this machine), and
-    its path there, which holds in any working folder."""
+    the first name's path there, which holds in any working folder.
+
+    inode: which file that must be, where it has several names, as the verdict is all of them's; else 0.
+    """
 
     names: tuple[str, ...]
     store: str
     path: str
+    inode: int = 0
 
     @property
     def name(self) -> str:
@@ -59,6 +63,8 @@ class _Found(NamedTuple):
     path: str
     file: tuple[Any, ...]
     empty: bool = False
+    link: bool = False
+    inode: int = 0
 
 
 def list_suspects(paths: Iterable[str | os.PathLike[str]]) -> Listing:
@@ -77,7 +83,7 @@ def list_suspects(paths: Iterable[str | os.PathLike[str]]) -> Listing:
             if each.name not in found or found[each.name].empty:
                 found[each.name] = each
     files: dict[tuple[Any, ...], list[_Found]] = {}
-    for _, each in sorted(found.items()):
+    for each in sorted(found.values(), key=lambda each: (each.link, each.name)):  # links are led elsewhere too easily
         if not each.empty:
             files.setdefault(each.file, []).append(each)
     if not files:
@@ -86,7 +92,7 @@ def list_suspects(paths: Iterable[str | os.PathLike[str]]) -> Listing:
             f"there is no {SUFFIX} file to scan{left_out}: give files, folders, patterns or URLs that hold some"
         )
     suspects = [
-        Listed(tuple(each.name for each in names), names[0].store, names[0].path)
+        Listed(tuple(each.name for each in names), names[0].store, names[0].path, names[0].inode * (len(names) > 1))
         for same in files.values()
         for names in _with_the_same_weights(same)
     ]
@@ -103,7 +109,7 @@ def open_source(suspect: Listed) -> Source:
     """Where a listed suspect is read from."""
     if suspect.store:
         return RemoteSource(suspect.name, suspect.store, suspect.path)
-    return LocalSource(suspect.path, suspect.name)
+    return LocalSource(suspect.path, suspect.name, suspect.inode)
 
 
 def load_watermarks(
@@ -209,14 +215,16 @@ def _look_at(name: str) -> _Found:
     """A file of this machine; one without `file` is a link to a folder."""
     path = held_anywhere(name)
     try:
-        status = os.stat(path)
+        status = os.lstat(path)
+        link = stat.S_ISLNK(status.st_mode)
+        status = os.stat(path) if link else status
     except OSError as error:
         return _Found(name, "", path, (path,), empty=error.errno in (errno.ENOENT, errno.ELOOP))
     if stat.S_ISDIR(status.st_mode):
         return _Found(name, "", path, ())
     # Size and time, as not every network's file system gives each file a number of its own.
     file = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) if status.st_ino else (path,)
-    return _Found(name, "", path, file, empty=status.st_size == 0)
+    return _Found(name, "", path, file, status.st_size == 0, link, status.st_ino)
 
 
 def _with_the_same_weights(names: list[_Found]) -> list[list[_Found]]:

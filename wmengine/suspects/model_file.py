@@ -81,10 +81,13 @@ def read_model(
 
 
 class LocalSource:
-    """A file on this machine, shown by its path or another name. FileNotFoundError for a path that does not exist."""
+    """A file on this machine, shown by its path or another name. FileNotFoundError for a path that does not exist.
 
-    def __init__(self, path: str | os.PathLike[str], name: str | None = None) -> None:
-        self._path = os.fsdecode(path)
+    inode: the number of the file that it must be, 0 for any.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], name: str | None = None, inode: int = 0) -> None:
+        self._path, self._inode = os.fsdecode(path), inode
         self.name = self._path if name is None else name
 
     def read(self, maximum_bytes: int) -> bytes:
@@ -96,6 +99,9 @@ class LocalSource:
             raise SuspectError(
                 f"{self.name} cannot be read ({error.strerror}); check the path and its permissions"
             ) from None
+        if self._inode not in (0, os.fstat(descriptor).st_ino):
+            os.close(descriptor)
+            raise SuspectError(f"{self.name} is another file than the one that was listed; scan it again")
         return _read(descriptor, self.name, maximum_bytes, links_allowed=True)
 
     def read_beside(self, location: str, maximum_bytes: int) -> bytes:
