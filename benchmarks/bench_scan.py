@@ -22,12 +22,14 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch.nn import functional
-from wmengine.key import Key
-from wmengine.schemes import black_box_parameters, scheme
-from wmengine.triggers import to_input
-from wmengine.watermark import Watermark
 
 from benchmarks.harness import Aim, Case, Contender
+from wmengine.identity.key import Key
+from wmengine.marks.catalogue import scheme
+from wmengine.marks.watermark import Watermark
+from wmengine.parts.base import Task
+from wmengine.suspects.adapters import to_input
+from wmengine.suspects.base import InputSpec
 
 SHAPE, CLASSES, TRIGGERS = (1, 28, 28), 10, 100
 WIDTHS = (24, 48, 96)  # 8.5 million operations a query
@@ -106,8 +108,9 @@ def save_network(path: Path, seed: int, triggers: np.ndarray, labels: np.ndarray
 def folders(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> tuple[Path, Path]:
     """A mark's file, with its inputs and labels as arrays beside it; and as many networks as the largest case needs."""
     mark, models = tmp_path_factory.mktemp("mark"), tmp_path_factory.mktemp("suspects")
-    parameters = black_box_parameters(scheme("adi", count=TRIGGERS), SHAPE, CLASSES, [[-1.0, 1.0]], "benchmark")
-    watermark = Watermark.create(Key("benchmark", bytes(range(32))), "adi", parameters)
+    preset, inputs_of = scheme("adi", count=TRIGGERS), {"input": InputSpec(tuple(SHAPE), "float32")}
+    task = Task(inputs_of, num_classes=CLASSES, value_range=[(-1.0, 1.0)])
+    watermark = Watermark.create(Key("benchmark", bytes(range(32))), preset, preset.describe(task, "benchmark"))
     watermark.save(mark / "mark.wm")
     inputs, labels = to_input(watermark.arrays["triggers"], [[-1.0, 1.0]]), watermark.arrays["labels"].copy()
     np.save(mark / "inputs.npy", inputs)

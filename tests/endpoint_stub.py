@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
-
-import wmengine as wm
 from wmengine.key import Key
 from wmengine.schemes import black_box_parameters, scheme
 from wmengine.triggers import to_input
 from wmengine.watermark import Watermark
+
+import wmengine as wm
 
 SHAPE, CLASSES, COUNT = (3, 4, 4), 10, 60
 # `verify` asks eight triggers twice at last, to see whether answers depend on the batch.

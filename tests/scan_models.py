@@ -5,7 +5,6 @@ import os
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-
 from wmengine.key import Key
 from wmengine.schemes import black_box_parameters, scheme
 from wmengine.triggers import to_input

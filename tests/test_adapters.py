@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-
-from wmengine.errors import SuspectError
 from wmengine.key import Key
 from wmengine.schemes import black_box_parameters, scheme
 from wmengine.stats import binomial_log10_tail
-from wmengine.suspects import OnnxSuspect
-from wmengine.suspects.adapters import Adapter, adapters
 from wmengine.trial import Trial
 from wmengine.triggers import to_input
 from wmengine.verify import verify
 from wmengine.watermark import Watermark
+
+from wmengine.errors import SuspectError
+from wmengine.suspects import OnnxSuspect
+from wmengine.suspects.adapters import Adapter, adapters
 
 KEY = Key("ACME Vision", bytes(range(32)))
 SHAPE, CLASSES, COUNT = (3, 8, 8), 10, 60

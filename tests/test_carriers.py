@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-
 from wmengine.carriers import MAXIMUM_TRIES, Tensor, evaluating, filters_first, match_tensors, module_tensors, unwrap
 
 

@@ -14,13 +14,13 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from wmengine.schemes import SCHEMES, black_box_parameters, scheme
+from wmengine.triggers import to_input
+from wmengine.watermark import Watermark
 
 import wmengine
 from wmengine import info
 from wmengine.cli import main
-from wmengine.schemes import SCHEMES, black_box_parameters, scheme
-from wmengine.triggers import to_input
-from wmengine.watermark import Watermark
 
 CLASSES = 10
 SHAPE = (1, 8, 8)

@@ -11,22 +11,22 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from wmengine.key import Key
+from wmengine.scan import scan
+from wmengine.schemes import black_box_parameters, scheme
+from wmengine.triggers import to_input
+from wmengine.verify import verify
+from wmengine.watermark import Watermark
 
 import wmengine
 from wmengine.cli import main
 from wmengine.errors import SuspectError
-from wmengine.key import Key
 from wmengine.ops import reference
 from wmengine.sandbox import MECHANISMS, Limits
-from wmengine.scan import scan
-from wmengine.schemes import black_box_parameters, scheme
 from wmengine.suspects import OnnxSuspect, devices, engine_wire, onnx_file
 from wmengine.suspects.answers import Predicted
 from wmengine.suspects.engine_wire import RemoteEngine
 from wmengine.suspects.onnx_engine import OnnxEngine
-from wmengine.triggers import to_input
-from wmengine.verify import verify
-from wmengine.watermark import Watermark
 
 KEY = Key("ACME Vision", bytes(range(32)))
 SHAPE, CLASSES, COUNT = (1, 4, 4), 10, 40

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from wmengine.schemes import SCHEMES, BlackBox
 
 ROOT = Path(__file__).resolve().parent.parent

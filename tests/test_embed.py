@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.testing._internal.distributed.fake_pg import FakeStore
-
-import wmengine
-from wmengine import stats
 from wmengine.embed import Embedder, _count_bits
 from wmengine.judge import bit_matches
 from wmengine.triggers import to_input
+
+import wmengine
+from wmengine import stats
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,20 +21,20 @@ from endpoint_stub import (
     serving,
     tensor,
 )
-
-import wmengine as wm
-from wmengine.errors import SuspectError
 from wmengine.key import Key
 from wmengine.schemes import black_box_parameters, scheme
 from wmengine.stats import binomial_log10_tail
+from wmengine.triggers import to_input
+from wmengine.watermark import Watermark
+
+import wmengine as wm
+from wmengine.errors import SuspectError
 from wmengine.suspects.base import CHUNK
 from wmengine.suspects.endpoint import patience
 from wmengine.suspects.endpoint.address import Address
 from wmengine.suspects.endpoint.options import EndpointOptions
 from wmengine.suspects.endpoint.patience import Patience, Refused, Spent, Unavailable
 from wmengine.suspects.endpoint.suspect import EndpointSuspect
-from wmengine.triggers import to_input
-from wmengine.watermark import Watermark
 
 pytestmark = pytest.mark.usefixtures("no_long_pauses")
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import mpmath
 import numpy as np
 import pytest
-
-from wmengine.cli import main
 from wmengine.key import Key
 from wmengine.schemes import black_box_parameters, scheme, white_box_parameters
-from wmengine.suspects.adapters import Adapter
 from wmengine.triggers import to_input
 from wmengine.verify import verify
 from wmengine.watermark import Watermark
+
+from wmengine.cli import main
+from wmengine.suspects.adapters import Adapter
 
 DESIGN = (Path(__file__).resolve().parent.parent / "docs" / "design.md").read_text(encoding="utf-8")
 (EXAMPLE,) = re.findall(r"```python\n(.*?)```", DESIGN, re.DOTALL)

@@ -10,14 +10,14 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
-
-from wmengine import ops
 from wmengine.carriers import module_tensors
 from wmengine.export import export_onnx
 from wmengine.key import Key
 from wmengine.schemes import scheme, white_box_parameters
 from wmengine.verify import verify
 from wmengine.watermark import Watermark
+
+from wmengine import ops
 
 KEY = Key("ACME Vision", bytes(range(32)))
 SHAPE = (3, 8, 8)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
-
 from wmengine.key import Key
 from wmengine.schemes import black_box_parameters, scheme
-from wmengine.suspects.answers import Predicted, choose_readings, highest, of_two_classes, read_all
-from wmengine.suspects.onnx_engine import numbers
 from wmengine.triggers import to_input
 from wmengine.verify import verify
 from wmengine.watermark import Watermark
+
+from wmengine.suspects.answers import Predicted, choose_readings, highest, of_two_classes, read_all
+from wmengine.suspects.onnx_engine import numbers
 
 KEY = Key("ACME Vision", bytes(range(32)))
 SHAPE, CLASSES, COUNT, FEATURES = (3, 8, 8), 10, 60, 24

@@ -18,19 +18,19 @@ from hostile_models import CORPUS, SECRET, classifier, constant, model, node, va
 from lying_service import LIES
 from mutations import mutants, seeds
 from scan_models import CLASSES, KEY, SHAPE, copy_of, mark, stranger
+from wmengine.judge import score_suspect
+from wmengine.scan import scan
+from wmengine.schemes import scheme, white_box_parameters
+from wmengine.verify import verify
+from wmengine.watermark import Watermark
 
 from wmengine import ops
 from wmengine.errors import SuspectError
-from wmengine.judge import score_suspect
 from wmengine.sandbox import Limits, Supervisor
-from wmengine.scan import scan
-from wmengine.schemes import scheme, white_box_parameters
 from wmengine.suspects import onnx_file
 from wmengine.suspects.answers import ABSTAINED, choose_readings, highest
 from wmengine.suspects.model_file import read_model
 from wmengine.suspects.onnx_file import OnnxSuspect, open_engine
-from wmengine.verify import verify
-from wmengine.watermark import Watermark
 
 LIMITS = Limits(seconds=3.0, memory_bytes=512 << 20, answer_bytes=32 << 20)
 AMPLE = replace(LIMITS, seconds=100.0)  # for what must end by itself, on a busy machine too

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wmengine.key import Key, canonical_json, hkdf_sha256, keyed_bits, keyed_labels, philox_key
 
 from wmengine import sealing
 from wmengine.errors import KeyFileError
-from wmengine.key import Key, canonical_json, hkdf_sha256, keyed_bits, keyed_labels, philox_key
 
 KEY = Key("ACME Vision", bytes(range(32)))
 SUBKEY = bytes.fromhex("8ae3ba68b625e76efc63f5b69428864006aee25b4b88db8f70d8fc98fa4363c6")

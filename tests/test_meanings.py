@@ -8,18 +8,18 @@ import math
 
 import numpy as np
 import pytest
-
-from wmengine.errors import SuspectError, SuspectGone
 from wmengine.judge import score_suspect
 from wmengine.key import Key
 from wmengine.reordering import CleanData
 from wmengine.schemes import black_box_parameters, scheme
 from wmengine.stats import binomial_log10_tail
-from wmengine.suspects.adapters import Adapter
 from wmengine.trial import MODES, Trial
 from wmengine.triggers import to_input
 from wmengine.verify import verify
 from wmengine.watermark import Watermark
+
+from wmengine.errors import SuspectError, SuspectGone
+from wmengine.suspects.adapters import Adapter
 
 KEY = Key("ACME Vision", bytes(range(32)))
 SHAPE, COUNT, RANGE = (1, 6, 6), 48, [[-1.0, 1.0]]

@@ -14,16 +14,16 @@ import pytest
 import torch
 from scipy.stats import kstest
 from torch import nn
-
 from wmengine.carriers import Tensor
 from wmengine.key import Key
 from wmengine.schemes import black_box_parameters, scheme, white_box_parameters
 from wmengine.stats import binomial_log10_point, binomial_log10_tail
-from wmengine.suspects import open_suspect
-from wmengine.suspects.adapters import AS_RECORDED
 from wmengine.triggers import to_input
 from wmengine.verify import verify
 from wmengine.watermark import Watermark
+
+from wmengine.suspects import open_suspect
+from wmengine.suspects.adapters import AS_RECORDED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
-
 from wmengine.carriers import module_tensors
-from wmengine.errors import SuspectError
 from wmengine.export import export_onnx
+
+from wmengine.errors import SuspectError
 from wmengine.suspects import open_suspect
 
 FEATURES, CLASSES = 6, 4

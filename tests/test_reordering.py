@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from wmengine.cli import main
 from wmengine.key import Key
 from wmengine.reordering import best_order, log10_orders, reorder, used_classes
 from wmengine.schemes import black_box_parameters, scheme, white_box_parameters
 from wmengine.stats import binomial_log10_tail
-from wmengine.suspects.adapters import _SCALINGS, Adapter
 from wmengine.trial import MODES, Trial
 from wmengine.triggers import to_input
 from wmengine.verify import verify
 from wmengine.watermark import Watermark
+
+from wmengine.cli import main
+from wmengine.suspects.adapters import _SCALINGS, Adapter
 
 KEY = Key("ACME Vision", bytes(range(32)))
 SHAPE, COUNT = (3, 8, 8), 80

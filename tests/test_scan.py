@@ -19,20 +19,20 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 from scan_models import CLASSES, COUNT, KEY, SHAPE, by_pair, facts, hanging, mark, save
-
-from wmengine.cli import main
-from wmengine.errors import ScanError, WatermarkError
-from wmengine.sandbox import Limits, Supervisor, TemplateGone, WorkerFailure
 from wmengine.scan import scan
 from wmengine.scan.pool import judge_locally
 from wmengine.scan.progress import Report
 from wmengine.scan.results import log10_calibrated
 from wmengine.schemes import black_box_parameters, scheme, white_box_parameters
 from wmengine.sequential import log10_e_value
-from wmengine.suspects.engine_wire import RemoteEngine
 from wmengine.triggers import to_input
 from wmengine.verify import verify
 from wmengine.watermark import Watermark
+
+from wmengine.cli import main
+from wmengine.errors import ScanError, WatermarkError
+from wmengine.sandbox import Limits, Supervisor, TemplateGone, WorkerFailure
+from wmengine.suspects.engine_wire import RemoteEngine
 
 COLUMNS = [
     *("suspect", "sha256", "watermark", "commitment", "scheme", "decision", "matched", "total", "queries"),

@@ -19,12 +19,12 @@ import onnx
 import pyarrow.parquet as parquet
 import pytest
 from scan_models import by_pair, stranger
+from wmengine.scan import listing, scan
+from wmengine.scan.listing import list_suspects
 
 from wmengine.cli import main
 from wmengine.errors import SuspectError, WatermarkError
 from wmengine.sandbox import Limits
-from wmengine.scan import listing, scan
-from wmengine.scan.listing import list_suspects
 
 
 def test_patterns_folders_and_files_may_be_mixed_and_overlap(bucket):

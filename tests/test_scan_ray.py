@@ -18,11 +18,11 @@ import pyarrow.parquet as parquet
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from scan_models import SHAPE, copy_of, hanging, mark, stranger
+from wmengine.scan import ray_pool, scan
 
 from wmengine import __version__
 from wmengine.errors import ScanError
 from wmengine.sandbox import Limits
-from wmengine.scan import ray_pool, scan
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'wmengine[ray]'"

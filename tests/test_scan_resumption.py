@@ -18,14 +18,14 @@ from dataclasses import asdict, replace
 import pyarrow.parquet as parquet
 import pytest
 from scan_models import by_pair, facts, hanging
-
-from wmengine import __version__
-from wmengine.cli import main
-from wmengine.errors import ScanError
 from wmengine.scan import scan
 from wmengine.scan.journal import TABLES, Journal, Plan
 from wmengine.scan.listing import Listed
 from wmengine.watermark import Watermark
+
+from wmengine import __version__
+from wmengine.cli import main
+from wmengine.errors import ScanError
 
 
 class Stop(Exception):

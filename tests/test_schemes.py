@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from wmengine.key import Key, canonical_json, keyed_labels
 from wmengine.schemes import (
     SCHEMES,

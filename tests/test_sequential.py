@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from wmengine.sequential import SequentialTest, e_bh, is_futile, log10_e_value, operating_point
 from wmengine.stats import binomial_log10_tail
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
 from wmengine.stats import (
     binomial_interval,
     binomial_log10_point,

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from wmengine.triggers import abstract_images, to_input
 
 KEY = 0x0123456789ABCDEF

@@ -11,18 +11,18 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
+from wmengine.key import Key
+from wmengine.schemes import black_box_parameters, scheme, white_box_parameters
+from wmengine.stats import binomial_log10_tail, threshold
+from wmengine.triggers import to_input
+from wmengine.verify import ADVERSARIAL_ALPHA, verify
+from wmengine.watermark import Watermark
 
 import wmengine
 from wmengine import ops
 from wmengine.errors import KeyFileError, WatermarkError
-from wmengine.key import Key
-from wmengine.schemes import black_box_parameters, scheme, white_box_parameters
-from wmengine.stats import binomial_log10_tail, threshold
 from wmengine.suspects import open_suspect
 from wmengine.suspects.adapters import AS_RECORDED
-from wmengine.triggers import to_input
-from wmengine.verify import ADVERSARIAL_ALPHA, verify
-from wmengine.watermark import Watermark
 
 KEY = Key("ACME Vision", bytes(range(32)))
 OTHER = Key("ACME Vision", bytes(32))

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
-
-from wmengine.errors import WatermarkError
 from wmengine.key import Key, canonical_json
 from wmengine.schemes import black_box_parameters, scheme, white_box_parameters
 from wmengine.watermark import Watermark
+
+from wmengine.errors import WatermarkError
 
 KEY = Key("ACME Vision", bytes(range(32)))
 SHAPES = [[16, 1, 3, 3], [32, 16, 3, 3], [10, 128]]

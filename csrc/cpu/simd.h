@@ -68,7 +68,6 @@ template <int lanes>
 using Ints = typename Vectors<lanes>::Int;
 
 typedef Floats<8> Float8;
-typedef Words32<8> Word8;
 typedef Ints<8> Int8;
 
 template <typename Vector, typename T>
@@ -92,22 +91,6 @@ WM_INLINE Floats<lanes> spread(float x) {
     return load<Floats<lanes>>(copies);
 }
 
-// The number at x in every lane. GCC lowers a vector made of a scalar lane by lane before it knows the instruction set
-// (helpers are compiled for the baseline until they are inlined). `spread` undoes that for a number in a register; for
-// one in memory that is read again and again, this costs one instruction.
-template <typename Vector, Level level, typename T>
-WM_INLINE Vector spread_from(const T* x) {
-    static_assert(sizeof(T) == 4 && sizeof(Vector) == 4 * lanes_of(level));
-#if defined(WM_X86_64) && !defined(__clang__)
-    if constexpr (level != Level::kBaseline) {
-        Vector v;
-        __asm__("vbroadcastss %1, %0" : "=v"(v) : "m"(*x));
-        return v;
-    }
-#endif
-    return *x - Vector{};
-}
-
 // 0, 1, 2, …
 template <int lanes>
 WM_INLINE Ints<lanes> iota() {
@@ -127,11 +110,6 @@ WM_INLINE Float flip(Float x, Word sign) {
 template <typename Vector>
 WM_INLINE Vector maximum(Vector a, Vector b) {
     return a > b ? a : b;
-}
-
-template <typename Vector>
-WM_INLINE Vector minimum(Vector a, Vector b) {
-    return a < b ? a : b;
 }
 
 // v[order], of which only the low bits count.

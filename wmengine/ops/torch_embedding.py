@@ -39,14 +39,7 @@ def _tuples(
 
 
 def _results(
-    weights: Sequence[Tensor],
-    bits: Tensor,
-    keys: Sequence[int],
-    carrier: str,
-    projection: str,
-    scale: float,
-    link: str,
-    margin: float,
+    weights: Sequence[Tensor], bits: Tensor, keys: Sequence[int], carrier: str, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, y[T], dloss/dy[T], inverse norms of the filters where the carrier has them), still to be filled."""
     filters = sum(w.shape[0] for w in weights) if carrier in _UNIT_CARRIERS else 0
@@ -70,7 +63,7 @@ def _on_cpu(
     if bits.dtype not in (torch.bool, torch.uint8) and bool(((bits != 0) & (bits != 1)).any()):
         raise ValueError("bits must hold 0 and 1 only")
     bits = bits.to(torch.uint8).contiguous()
-    loss, y, residual, norms = _results(weights, bits, keys, carrier, projection, scale, link, margin)
+    loss, y, residual, norms = _results(weights, bits, keys, carrier)
     total = bits.numel()
     _cpu.carrier_projection(
         _tuples(weights, keys),
