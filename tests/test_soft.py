@@ -1,6 +1,6 @@
 """The soft statistic against brute force, against high precision, and against its own promise P(p <= a) <= a."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import mpmath
 import numpy as np
@@ -97,9 +97,7 @@ def strangers(kind, generator, keys):
     starts = [0, *range(16, 97, 8)]
     for _ in range(keys):
         labels = generator.integers(0, 10, 96)
-        yield [
-            look(scores[start:stop], labels[start:stop]) for start, stop in zip(starts[:-1], starts[1:], strict=True)
-        ]
+        yield [look(scores[start:stop], labels[start:stop]) for start, stop in pairwise(starts)]
 
 
 @pytest.mark.parametrize("sequential", [False, True])
@@ -179,9 +177,11 @@ def test_a_single_huge_weight_cannot_outvote_the_others():
 
 def test_what_says_nothing_matches_nothing_and_weighs_nothing():
     (seen,) = looks_of_bits(np.array([1.0, 0.0, np.nan, np.inf, 1e-9, 1.0, 2.0]), [np.ones(7, np.uint8)])
-    assert seen.matched == 3 and seen.at.tolist() == [10, 0, 0, 0, 0, 10, 20]
+    assert seen.matched == 3
+    assert seen.at.tolist() == [10, 0, 0, 0, 0, 10, 20]
     (seen,) = looks_of_labels(np.array([3, -1, 12]), [np.array([3, 3, 12])], 10)
-    assert seen.matched == 1 and seen.at.tolist() == [30, 0, 0]
+    assert seen.matched == 1
+    assert seen.at.tolist() == [30, 0, 0]
     assert seen.histogram.sum(axis=1).tolist() == [10, 10, 10]
 
 
