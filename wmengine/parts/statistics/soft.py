@@ -43,12 +43,14 @@ class _SoftTest:
         self._log10_bar, self._sequential = log10_bar, sequential
         self._looks: list[Look] = []
         self._ln_e = np.zeros(len(RATES))
+        self._tail: float | None = None  # of all looks so far
         self._peak, self._peak_looks = 0.0, 0  # log10 of the highest e-value, and after how many looks
 
     def add(self, look: Look) -> None:
         self.matched += look.matched
         self.asked += len(look)
         self._looks.append(look)
+        self._tail = None
         shares = look.histogram / look.histogram.sum(axis=1, keepdims=True)
         self._ln_e += np.outer(look.at, RATES).sum(axis=0) - np.log(shares @ _TILTS).sum(axis=0)
         if self._sequential and self._log10_e > self._peak:
@@ -69,7 +71,9 @@ class _SoftTest:
             return -self._peak
         if not self._looks or -float(self._ln_e.max()) / _LN10 > _WORTH_LOOKING:
             return 0.0
-        return soft_log10_tail(*_joined(self._looks))
+        if self._tail is None:
+            self._tail = soft_log10_tail(*_joined(self._looks))
+        return self._tail
 
     @property
     def log10_e(self) -> float | None:
