@@ -97,7 +97,7 @@ class Trial:
         self._said: dict[Fact, None] = {}  # by the suspect, of how it was asked
         self._names_paid = names_given(suspect, marks[0])
         try:
-            self._ways = marks[0].preset.source.ways(marks[0], suspect, terms.every_way)  # type: ignore[attr-defined]
+            self._ways += marks[0].preset.source.ways(marks[0], suspect, terms.every_way)  # type: ignore[attr-defined]
         except SuspectError as error:
             self.error = str(error)
         self._possible = len(self._ways)
