@@ -259,9 +259,10 @@ class Trial:
         found += reading_facts(current.hypotheses, best)
         if current.total < self.marks[mark].total:
             found.append(fact("room", asked=current.total, total=self.marks[mark].total))
-        for code, reasons in {"refused": current.refused, "unasked": current.unasked}.items():
-            if reasons:
-                found.append(fact(code, count=len(reasons), reason=reasons[0]))
+        if current.refused:
+            found.append(fact("refused", count=len(current.refused), reason=current.refused[0]))
+        if current.unasked:
+            found.append(fact("unasked", count=len(current.unasked), reason=current.unasked[0]))
         if current.abstained:
             found.append(fact("abstained", count=current.abstained, asked=current.asked))
         found += self._order_facts(mark, best)
