@@ -42,15 +42,19 @@ class _SoftTest:
         self.matched = self.asked = 0
         self._log10_bar, self._sequential = log10_bar, sequential
         self._looks: list[Look] = []
-        self._ln_e = np.zeros(len(RATES))
+        self._tail: float | None = None  # of the fixed test, once it was asked for
+        self._ln_e, self._log10_e = np.zeros(len(RATES)), 0.0
         self._peak, self._peak_looks = 0.0, 0  # log10 of the highest e-value, and after how many looks
 
     def add(self, look: Look) -> None:
         self.matched += look.matched
         self.asked += len(look)
         self._looks.append(look)
+        self._tail = None
         shares = look.histogram / look.histogram.sum(axis=1, keepdims=True)
         self._ln_e += np.outer(look.at, RATES).sum(axis=0) - np.log(shares @ _TILTS).sum(axis=0)
+        top = float(self._ln_e.max())
+        self._log10_e = (top + math.log(float(np.exp(self._ln_e - top).sum()) / len(RATES))) / _LN10
         if self._sequential and self._log10_e > self._peak:
             self._peak, self._peak_looks = self._log10_e, len(self._looks)
 
@@ -69,7 +73,9 @@ class _SoftTest:
             return -self._peak
         if not self._looks or -float(self._ln_e.max()) / _LN10 > _WORTH_LOOKING:
             return 0.0
-        return soft_log10_tail(*_joined(self._looks))
+        if self._tail is None:
+            self._tail = soft_log10_tail(*_joined(self._looks))
+        return self._tail
 
     @property
     def log10_e(self) -> float | None:
@@ -81,11 +87,6 @@ class _SoftTest:
         test = "sequential" if self._sequential else "fixed"
         rows = tuple(sorted(_rows(*_joined(looks)))) if looks else ()
         return Evidence("soft", test, matched, asked, self.chance, log10_share, rows)
-
-    @property
-    def _log10_e(self) -> float:
-        top = float(self._ln_e.max())
-        return (top + math.log(float(np.exp(self._ln_e - top).mean()))) / _LN10
 
 
 def soft_log10_tail(at: NDArray[np.integer], histogram: NDArray[np.integer]) -> float:
