@@ -43,11 +43,11 @@ def scheme(name: str, /, **options: Any) -> Preset:
 
 def find(name: str, version: int) -> Preset:
     """The preset of this name and version: marks of old versions verify for ever. Raises ValueError where none is."""
-    preset = _every().get((name, version))
-    if preset is None:
-        known = ", ".join(f"{each}/{number}" for each, number in _every())
-        raise ValueError(f"this wmengine has no scheme {name!r} of version {version!r}; it has {known}")
-    return preset
+    for preset in _every().values():
+        if (preset.name, preset.version) == (name, version):
+            return preset
+    known = ", ".join(preset.full_name for preset in _every().values())
+    raise ValueError(f"this wmengine has no scheme {name!r} of version {version!r}; it has {known}")
 
 
 @contextmanager
@@ -91,7 +91,14 @@ def _newest() -> dict[str, Preset]:
 
 
 def _brought() -> Iterator[Preset]:
-    """An entry point names a Preset, or a sequence of them."""
+    """An entry point names a Preset, or a sequence of them. Raises ImportError, naming the package, where one does not."""
     for point in entry_points(group=ENTRY_POINT):
-        brought = point.load()
-        yield from [brought] if isinstance(brought, Preset) else brought
+        package = point.dist.name if point.dist else point.value
+        try:
+            brought = point.load()
+            presets = [brought] if isinstance(brought, Preset) else list(brought)
+        except Exception as error:  # whatever the package's own code raises
+            raise ImportError(f"the presets of {package} cannot be loaded ({error}); mend or uninstall it") from error
+        if not all(isinstance(each, Preset) for each in presets):
+            raise ImportError(f"the entry point {point.name!r} of {package} names no presets; mend or uninstall it")
+        yield from presets

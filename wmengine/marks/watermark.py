@@ -60,7 +60,7 @@ class Watermark:
     def __post_init__(self) -> None:
         preset = find(self.scheme, self.version)
         for what, name in {"owner": self.owner, "message": self.message}.items():
-            if name is not None and check_name(what, name) != name:
+            if (what == "owner" or name is not None) and check_name(what, name) != name:
                 raise ValueError(f"the {what} {name!r} is not in NFC")
         preset.check(self.parameters)
         for what, digits in {"salt": self.salt, "record": self.record}.items():
