@@ -56,16 +56,20 @@ def registered(preset: Preset) -> Iterator[None]:
 
     Raises ValueError where another one has its name and version.
     """
-    if _every().get((preset.name, preset.version), preset) != preset:
-        raise ValueError(f"there is another preset {preset.full_name}: give this one a name or a version of its own")
-    before = (preset.name, preset.version) in _every()
-    _every()[preset.name, preset.version] = preset
+    place = preset.name, preset.version
+    known = _every().get(place)
+    if known is not None:
+        # Options steer what a new mark is like; what a mark is stands in its parameters.
+        if known.options.keys() != preset.options.keys() or known.with_options(**preset.options) != preset:
+            raise ValueError(f"another preset is called {preset.full_name}: give this one a name or version of its own")
+        yield
+        return
+    _every()[place] = preset
     _newest.cache_clear()
     try:
         yield
     finally:
-        if not before:
-            del _every()[preset.name, preset.version]
+        del _every()[place]
         _newest.cache_clear()
 
 
@@ -91,7 +95,7 @@ def _newest() -> dict[str, Preset]:
 
 
 def _brought() -> Iterator[Preset]:
-    """An entry point names a Preset, or a sequence of them. Raises ImportError, naming the package, where one does not."""
+    """An entry point names a Preset, or a sequence of them. ImportError, naming the package, for one that does not."""
     for point in entry_points(group=ENTRY_POINT):
         package = point.dist.name if point.dist else point.value
         try:
