@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wmengine.sequential import SequentialTest, e_bh, is_futile, log10_e_value, operating_point
-from wmengine.stats import binomial_log10_tail
+
+from wmengine.parts.statistics.sequential import SequentialTest, e_bh, is_futile, log10_e_value, operating_point
+from wmengine.parts.statistics.tails import binomial_log10_tail
 
 
 @pytest.mark.parametrize("p0", [0.5, 0.1, 0.01, 0.001])
@@ -52,7 +53,7 @@ def crossing_probability(p0, total, log10_bar, chunk, rate):
         for k in range(asked + 1):
             if alive[k] > 0:
                 test = SequentialTest(p0, total, log10_bar)
-                test.add(k, asked)
+                test.count(k, asked)
                 if test.decision is not None:
                     proven += alive[k] * (test.decision == "proven")
                     asked_mean += alive[k] * asked
@@ -119,7 +120,7 @@ def test_p_never_rises_as_answers_come_in(steps):
     test = SequentialTest(0.1, 1000, 100.0)
     last = 0.0
     for matched, missed in steps:
-        test.add(matched, matched + missed)
+        test.count(matched, matched + missed)
         assert test.log10_p <= last
         last = test.log10_p
     assert test.log10_p == min(0.0, -test.log10_e_peak)
@@ -128,9 +129,9 @@ def test_p_never_rises_as_answers_come_in(steps):
 def test_more_answers_than_triggers_are_refused():
     test = SequentialTest(0.1, 10, 9.0)
     with pytest.raises(ValueError, match="do not fit"):
-        test.add(5, 11)
+        test.count(5, 11)
     with pytest.raises(ValueError, match="do not fit"):
-        test.add(6, 5)
+        test.count(6, 5)
 
 
 def test_e_bh_equals_its_definition():
