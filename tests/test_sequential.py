@@ -5,7 +5,6 @@ reaches 1/a) is computed and not estimated.
 """
 
 import math
-from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -148,17 +147,7 @@ def test_e_bh_equals_its_definition():
         e_bh([1.0, 2.0], 1)
 
 
-def test_the_table_of_operating_points_is_what_is_computed():
-    text = (Path(__file__).parents[1] / "docs" / "design.md").read_text()
-    table = text.split("<!-- operating points:begin -->")[1].split("<!-- operating points:end -->")[0]
-    bars = {"10^-9": 9.0, "10^-9 / 10^6 pairs": 15.0, "2^-64": 64 * math.log10(2), "2^-128": 128 * math.log10(2)}
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
-    assert len(rows) == 12
-    for classes, bar, *cells in rows:
-        p0 = 1 / int(classes)
-        for rate, cell in zip((1.0, 0.8, 0.6, 0.5, 0.4), cells[:-1], strict=True):
-            proven, queries = operating_point(rate, p0, 100, bars[bar])
-            assert cell == f"{100 * proven:.1f} %, {queries:.0f}"
-        proven, queries = operating_point(p0, p0, 100, bars[bar])
-        assert proven <= 10.0 ** -bars[bar]
-        assert cells[-1] == f"{queries:.0f}"
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.8, 1.0])
+def test_operating_points_are_the_sum_over_all_paths(rate):
+    proven, queries = operating_point(rate, 0.1, 100, 9.0, first_look=8, next_look=8)
+    assert (proven, queries) == pytest.approx(crossing_probability(0.1, 100, 9.0, 8, rate))
