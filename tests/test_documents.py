@@ -1,6 +1,9 @@
 """What the documents promise: examples that run as typed, links that lead somewhere, and what they say of the code."""
 
 import ast
+import hashlib
+import hmac
+import json
 import math
 import re
 import shutil
@@ -19,6 +22,7 @@ from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Task
 from wmengine.parts.sources.weights import Weights
 from wmengine.parts.statistics.sequential import operating_point
+from wmengine.parts.triggers.pictures import abstract_images
 from wmengine.scanning.schema import schema_of
 from wmengine.suspects.base import InputSpec
 
@@ -38,6 +42,7 @@ def rows_below(page, header):
 
 
 # A few batches teach nothing: that the marks say so is part of the example's promise.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the mark .* does not prove itself")
 def test_the_examples_of_the_readme_run_as_they_are_typed(tmp_path, monkeypatch, capsys):
     embed, go_on, check = examples("README.md")
@@ -68,10 +73,11 @@ def test_the_example_of_a_preset_keeps_what_every_preset_promises(capsys):
     assert "acme_widest" in capsys.readouterr().out
 
 
-def trigger_mark():
+def trigger_mark(message=None, baseline=None):
     preset = scheme("adi", count=60)
     task = Task({"input": InputSpec((1, 6, 6), "float32")}, num_classes=10, value_range=[[0.0, 1.0]])
-    return Watermark.create(Key("ACME Vision", bytes(range(32))), preset, preset.describe(task, "detector"))
+    key, parameters = Key("ACME Vision", bytes(range(32))), preset.describe(task, "detector")
+    return Watermark.create(key, preset, parameters, message=message, baseline=baseline)
 
 
 @pytest.mark.parametrize("test", ["fixed", "sequential"])
@@ -116,6 +122,39 @@ def test_the_example_of_evidence_is_right_for_bits(clear, tmp_path, monkeypatch,
     exec(example, {})
     assert float(capsys.readouterr().out) == pytest.approx(verdict.log10_p, abs=1e-9)
     assert verdict.owned
+
+
+def canonical(value):
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+@pytest.mark.parametrize("message", [None, "customer-0042"])
+def test_sections_4_and_10_are_enough_to_derive_a_mark(message):
+    """With hash functions only, as another engine would."""
+    secret = bytes(range(32))
+    mark = trigger_mark(message, baseline={"matched": 3, "total": 60, "log10_p": "-0.2"})
+    identified = {"owner": mark.owner, "parameters": mark.parameters, "scheme": "adi/1"}
+    identity = hashlib.sha256(b"wmengine/1/identity\0" + canonical(identified)).hexdigest()
+
+    def subkey(family, purpose="", place="", **more):
+        info = {"family": family, "identity": identity, "place": place, "purpose": purpose, **more}
+        extracted = hmac.digest(bytes(32), secret, "sha256")
+        return hmac.digest(extracted, b"wmengine/1/" + canonical(info) + b"\1", "sha256")
+
+    with_message = {} if message is None else {"message": message}
+    words = np.frombuffer(hashlib.shake_256(subkey("symbols", **with_message)).digest(4 * 80), "<u4")
+    assert np.array_equal(mark.symbols, (words[words < 2**32 - 2**32 % 10] % 10)[:60])
+    philox_key = int.from_bytes(subkey("geometry", "triggers")[:8], "little")
+    assert np.array_equal(mark.arrays["triggers"], abstract_images(philox_key, 60, (1, 6, 6)))
+    salt = subkey("commitment", **with_message)
+    assert mark.salt == salt.hex()
+    record = canonical({"created": mark.created, "baseline": mark.baseline})
+    assert mark.record == hmac.digest(subkey("record", **with_message), record, "sha256").hex()
+    stated = {"format": "wmengine/1", "owner": mark.owner, "parameters": mark.parameters, "scheme": "adi", "version": 1}
+    stated |= {"arrays": {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in mark.arrays.items()}}
+    stated |= {"total": 60, **with_message}
+    hashed = b"wmengine/1/watermark-commitment\0" + canonical(stated) + salt
+    assert mark.commitment == hashlib.sha256(hashed).hexdigest()
 
 
 def test_every_file_the_documents_link_to_exists():
