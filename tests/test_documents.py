@@ -132,7 +132,7 @@ def canonical(value):
 def test_sections_4_and_10_are_enough_to_derive_a_mark(message):
     """With hash functions only, as another engine would."""
     secret = bytes(range(32))
-    mark = trigger_mark(message, baseline={"matched": 3, "total": 60, "log10_p": "-0.2"})
+    mark = trigger_mark(message, baseline={"matched": 3, "total": 60, "log10_p": "-0.2000"})
     identified = {"owner": mark.owner, "parameters": mark.parameters, "scheme": "adi/1"}
     identity = hashlib.sha256(b"wmengine/1/identity\0" + canonical(identified)).hexdigest()
 
