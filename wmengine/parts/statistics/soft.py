@@ -42,8 +42,8 @@ class _SoftTest:
         self.matched = self.asked = 0
         self._log10_bar, self._sequential = log10_bar, sequential
         self._looks: list[Look] = []
-        self._ln_e = np.zeros(len(RATES))
-        self._tail: float | None = None  # of all looks so far
+        self._tail: float | None = None  # of the fixed test, once it was asked for
+        self._ln_e, self._log10_e = np.zeros(len(RATES)), 0.0
         self._peak, self._peak_looks = 0.0, 0  # log10 of the highest e-value, and after how many looks
 
     def add(self, look: Look) -> None:
@@ -53,6 +53,8 @@ class _SoftTest:
         self._tail = None
         shares = look.histogram / look.histogram.sum(axis=1, keepdims=True)
         self._ln_e += np.outer(look.at, RATES).sum(axis=0) - np.log(shares @ _TILTS).sum(axis=0)
+        top = float(self._ln_e.max())
+        self._log10_e = (top + math.log(float(np.exp(self._ln_e - top).sum()) / len(RATES))) / _LN10
         if self._sequential and self._log10_e > self._peak:
             self._peak, self._peak_looks = self._log10_e, len(self._looks)
 
@@ -85,11 +87,6 @@ class _SoftTest:
         test = "sequential" if self._sequential else "fixed"
         rows = tuple(sorted(_rows(*_joined(looks)))) if looks else ()
         return Evidence("soft", test, matched, asked, self.chance, log10_share, rows)
-
-    @property
-    def _log10_e(self) -> float:
-        top = float(self._ln_e.max())
-        return (top + math.log(float(np.exp(self._ln_e - top).mean()))) / _LN10
 
 
 def soft_log10_tail(at: NDArray[np.integer], histogram: NDArray[np.integer]) -> float:
