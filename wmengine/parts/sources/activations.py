@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine import ops
+from wmengine.facts import fact
 from wmengine.identity.subkeys import philox_key
 from wmengine.parts.base import Draw, Drawn, Layout, Need, Observation, Observations, Parameters, Setting, Task
 from wmengine.parts.fields import MAX_DIMENSION, canonical_integer, integer, positive
@@ -78,7 +79,7 @@ class MeanActivations:
         way = _INPUTS.ways(mark, suspect, every=False)[0]
         found = suspect.activations(mark.parameters["place"], _INPUTS.inputs(mark, way))
         if found.shape[1] != mark.parameters["features"]:
-            return Observations(facts=list(suspect.facts))
+            return Observations(facts=[*suspect.facts, fact("no_carrier")])
         return Observations([Observation(np.asarray(projected(found, mark, total), np.float64))], list(suspect.facts))
 
 
