@@ -123,7 +123,7 @@ def test_the_mark_is_found_behind_a_model_that_the_server_does_not_describe(serv
     assert (verdict.decision, verdict.matched, verdict.total) == ("owned", COUNT, COUNT)
     assert verdict.notes[0] == "answers were read from output 'scores', one of 2"
     assert not [note for note in verdict.notes if "change" in note]
-    assert wm.verify(suspect, MARK, queries="sequential").queries == 16
+    assert wm.verify(suspect, MARK, test="sequential").queries == 16
     suspect.close()
 
 
