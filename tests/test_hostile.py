@@ -18,11 +18,11 @@ from hostile_models import CORPUS, SECRET, classifier, constant, model, node, va
 from lying_service import LIES
 from mutations import mutants, seeds
 from scan_models import CLASSES, KEY, SHAPE, copy_of, mark, stranger
-from wmengine.judge import score_suspect
-from wmengine.scan import scan
+from wmengine.judging.judge import judge_suspect
+from wmengine.scanning.scanner import scan
 from wmengine.schemes import scheme, white_box_parameters
-from wmengine.verify import verify
-from wmengine.watermark import Watermark
+from wmengine.judging.verification import verify
+from wmengine.marks.watermark import Watermark
 
 from wmengine import ops
 from wmengine.errors import SuspectError
@@ -311,7 +311,7 @@ def test_an_output_that_loses_its_width_abstains(tmp_path):
     constants = [constant(name, np.array([number])) for name, number in numbers.items()]
     onnx.save(classifier(*cut, initializers=constants, outputs=[value("z"), value("y")]), tmp_path / "m.onnx")
     MARK.save(tmp_path / "m.wm")
-    (row,) = scan(tmp_path / "m.onnx", tmp_path / "m.wm", queries="all").to_pylist()
+    (row,) = scan(tmp_path / "m.onnx", tmp_path / "m.wm", test="fixed").to_pylist()
     assert (row["decision"], row["error"]) == ("not_proven", None)
     assert highest(np.zeros((3, 0))).tolist() == [ABSTAINED] * 3
 

@@ -19,12 +19,13 @@ import onnx
 import pyarrow.parquet as parquet
 import pytest
 from scan_models import by_pair, stranger
-from wmengine.scan import listing, scan
-from wmengine.scan.listing import list_suspects
 
 from wmengine.cli import main
 from wmengine.errors import SuspectError, WatermarkError
 from wmengine.sandbox import Limits
+from wmengine.scanning import listing
+from wmengine.scanning.listing import list_suspects
+from wmengine.scanning.scanner import scan
 
 
 def test_patterns_folders_and_files_may_be_mixed_and_overlap(bucket):
@@ -90,9 +91,6 @@ def test_a_pattern_gives_folders_and_follows_no_link_into_a_circle(tmp_path):
     assert listed(tmp_path / "models" / "[1].onnx") == own[:1]
     with pytest.raises(FileNotFoundError, match="matches no file"):
         listed(tmp_path / "nowhere" / "*.onnx")
-
-
-# --- what strangers make ----------------------------------------------------------------------------------------------
 
 
 def test_what_holds_nothing_is_left_out_and_counted(bucket, tmp_path, capsys):
@@ -220,8 +218,6 @@ def test_a_folder_that_cannot_be_listed_is_not_passed_over(bucket, monkeypatch):
     assert "cannot be read (Permission denied)" in rows["deep", "detector"]["error"]
     assert rows["copy.onnx", "detector"]["decision"] == "owned"
 
-
-# --- stores -----------------------------------------------------------------------------------------------------------
 
 STRANGE = [
     "clean.onnx::stolen.onnx", "memory:::bucket.onnx", "a?b=c.onnx", "a#b.onnx", "%2e%2e.onnx", "*.onnx", "[a]*.onnx",
