@@ -19,6 +19,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 from made_marks import KEY, asking, triggers
+from processes import template_of
 from scan_models import CLASSES, COUNT, by_pair, copy_of, facts, hanging, mark, save, stranger, weights_mark
 
 from wmengine.cli import main
@@ -31,7 +32,7 @@ from wmengine.scanning.pool import judge_locally
 from wmengine.scanning.progress import Report
 from wmengine.scanning.scanner import scan
 from wmengine.suspects.engine_wire import RemoteEngine
-from wmengine.suspects.onnx_file import OnnxSuspect
+from wmengine.suspects.onnx_file import OnnxSuspect, shared_supervisor
 
 
 def test_every_pair_has_its_row_and_the_right_decision(bucket, tmp_path):
@@ -307,11 +308,9 @@ def test_calibrated_p_values_are_e_values():
 
 
 def test_a_killed_template_costs_no_suspect_its_verdict(bucket):
-    from wmengine.suspects.onnx_file import shared_supervisor
-
     def kill_once(done, total, rows):
         if done == 3:
-            os.kill(shared_supervisor()._process.pid, signal.SIGKILL)
+            os.kill(template_of(shared_supervisor().worker(Limits())), signal.SIGKILL)
 
     rows = by_pair(scan(bucket / "models", bucket / "registry", jobs=2, progress=kill_once))
     assert {pair[0] for pair, row in rows.items() if row["decision"] == "error"} == {"broken.onnx"}

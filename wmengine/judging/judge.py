@@ -43,23 +43,26 @@ def failed(mark: Watermark, error: BaseException | str) -> Finding:
 def judge_suspect(suspect: Suspect, marks: Sequence[Watermark], terms: Terms) -> list[Finding]:
     """One finding for each mark. A mark that the suspect cannot be judged by has an error, and the others go on.
 
-    Whatever goes wrong while a suspect is read or asked is that suspect's error.
+    Whatever goes wrong while a suspect is read or asked is that suspect's error. It is asked before it is read: weights
+    that are made to be too many end its worker.
     """
     findings: dict[int, Finding] = {}
     geometries: dict[str, list[int]] = {}
     for index, mark in enumerate(marks):
         geometries.setdefault(mark.geometry, []).append(index)
     asking: dict[int, list[list[int]]] = {}  # geometries of marks that ask, by number of classes
+    reading: list[list[int]] = []
     for indices in geometries.values():
         mark = marks[indices[0]]
         if mark.preset.source.needs == Need.ANSWERS:
             asking.setdefault(mark.preset.symbols.alphabet(mark.parameters), []).append(indices)
         else:
-            found = _read(suspect, [marks[index] for index in indices], terms)
-            findings.update(zip(indices, found, strict=True))
+            reading.append(indices)
     for together in asking.values():  # if the suspect fails one group, the others are still asked
         found = _asked(suspect, [[marks[index] for index in indices] for indices in together], terms)
         findings.update(zip((index for indices in together for index in indices), found, strict=True))
+    for indices in reading:
+        findings.update(zip(indices, _read(suspect, [marks[index] for index in indices], terms), strict=True))
     return [findings[index] for index in range(len(marks))]
 
 

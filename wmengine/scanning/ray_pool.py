@@ -22,7 +22,7 @@ from typing import Any
 from wmengine._optional import require
 from wmengine._processors import available
 from wmengine._version import __version__
-from wmengine.errors import ScanError, printable
+from wmengine.errors import ScanError
 from wmengine.judging.judge import failed
 from wmengine.marks.watermark import Watermark
 from wmengine.sandbox import Limits
