@@ -26,6 +26,7 @@ PYTHON = Path(os.environ.get("WMENGINE_MLSERVER", ROOT / ".mlserver" / "bin" / "
 
 pytestmark = [
     pytest.mark.mlserver,
+    pytest.mark.slow,
     pytest.mark.skipif(not PYTHON.exists(), reason=f"no mlserver: `make mlserver` sets it up ({PYTHON} is not there)"),
 ]
 
