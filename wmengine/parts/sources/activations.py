@@ -134,7 +134,8 @@ class _Term:
         from wmengine.suspects.weights import going_into
 
         like = next(model.parameters())
-        inputs = {name: rows.to(like.device, like.dtype) for name, rows in self._inputs.items()}
+        # Copies: a model may write into its input.
+        inputs = {name: rows.to(like.device, like.dtype, copy=True) for name, rows in self._inputs.items()}
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:
