@@ -71,7 +71,7 @@ SENTENCES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Fact:
-    """code: one of SENTENCES; values: what its sentence names. Raises KeyError for a code or a value unknown to it."""
+    """code: one of SENTENCES; values: what its sentence names."""
 
     code: str
     values: Mapping[str, Value] = field(default_factory=dict)
@@ -80,11 +80,11 @@ class Fact:
         return SENTENCES[self.code].format(**self.values)
 
     def __hash__(self) -> int:
-        return hash((self.code, tuple(self.values.items())))
+        return hash((self.code, frozenset(self.values.items())))
 
 
 def fact(code: str, **values: Any) -> Fact:
-    """A fact, its sentence tried once."""
+    """A fact; KeyError for a code that has no sentence, or without a value that its sentence names."""
     found = Fact(code, values)
     str(found)
     return found

@@ -22,6 +22,7 @@ from wmengine.judging.looks import looks_of_labels, looks_of_scores
 from wmengine.judging.orders import CleanData, best_order, log10_orders, reorder, used_classes
 from wmengine.judging.questions import put
 from wmengine.marks.watermark import Watermark
+from wmengine.parts.base import inputs_of
 from wmengine.parts.statistics.base import Evidence, Look
 from wmengine.suspects.adapters import AS_RECORDED, Adapter
 from wmengine.suspects.answers import ABSTAINED, highest
@@ -190,7 +191,7 @@ class Trial:
         if clean is None or current.clean is not None:
             return None
         scale = self.marks[0].parameters["value_range"]
-        (name,) = self.marks[0].parameters["inputs"]
+        (name,) = inputs_of(self.marks[0].parameters)
         way = current.way.inputs if clean.inputs.dtype == np.uint8 else current.way.recorded_inputs
         rows = way(clean.inputs, scale)
         room = self._suspect.limit({name: np.concatenate([rows, rows[:1]])})

@@ -24,6 +24,7 @@ from wmengine.errors import WatermarkError
 from wmengine.identity.canonical import canonical_digest, canonical_json, check_name
 from wmengine.identity.key import Key
 from wmengine.identity.sealing import FORMAT, is_sealed, read_file, seal, unseal, write_file
+from wmengine.identity.subkeys import Subkeys
 from wmengine.marks.catalogue import find
 from wmengine.marks.preset import Preset
 
@@ -60,7 +61,7 @@ class Watermark:
     def __post_init__(self) -> None:
         preset = find(self.scheme, self.version)
         for what, name in {"owner": self.owner, "message": self.message}.items():
-            if name is not None and check_name(what, name) != name:
+            if (what == "owner" or name is not None) and check_name(what, name) != name:
                 raise ValueError(f"the {what} {name!r} is not in NFC")
         preset.check(self.parameters)
         for what, digits in {"salt": self.salt, "record": self.record}.items():
@@ -170,18 +171,44 @@ class Watermark:
         return f"Watermark(name={self.name!r}, scheme={self.scheme!r}, owner={self.owner!r}, total={self.total})"
 
     def with_baseline(self, key: Key, baseline: dict[str, Any]) -> Watermark:
-        """The same mark with what it scored before it was embedded."""
-        subkeys = self.preset.subkeys(key, self.parameters, self.message)
-        record = subkeys.record(_recorded(self.created, baseline))
+        """The same mark with what it scored before it was embedded. Raises WatermarkError for another key."""
+        record = self._subkeys(key).record(_recorded(self.created, baseline))
         return replace(self, baseline=baseline, record=record)
 
-    def check_derivation(self, key: Key) -> None:
-        """Raises WatermarkError, saying what differs, unless this key makes this very mark and wrote its record."""
+    def with_message(self, key: Key, message: str) -> Watermark:
+        """The mark of another copy, dated today, without drawing again what all copies share. Raises WatermarkError for
+        another key."""
+        self._subkeys(key)
+        message, created = check_name("message", message), _today().isoformat()
+        subkeys, symbols = self.preset.subkeys(key, self.parameters, message), self.preset.symbols
+        return replace(
+            self,
+            arrays={**self.arrays, symbols.name: symbols.draw(subkeys.symbols, self.parameters)},
+            salt=subkeys.salt.hex(),
+            created=created,
+            record=subkeys.record(_recorded(created, None)),
+            message=message,
+            baseline=None,
+        )
+
+    def _subkeys(self, key: Key) -> Subkeys:
+        """Those of this mark. Raises WatermarkError unless this key made it."""
         if key.owner != self.owner:
             raise WatermarkError(
                 f"the watermark of {self.name!r} belongs to {self.owner!r} and the key to {key.owner!r}; "
                 "give the key that it was made with"
             )
+        subkeys = self.preset.subkeys(key, self.parameters, self.message)
+        if subkeys.salt.hex() != self.salt:
+            raise WatermarkError(
+                f"the watermark of {self.name!r} was not made with this key of {key.owner!r}; "
+                "give the key that it was made with"
+            )
+        return subkeys
+
+    def check_derivation(self, key: Key) -> None:
+        """Raises WatermarkError, saying what differs, unless this key makes this very mark and wrote its record."""
+        self._subkeys(key)
         derived = Watermark.create(
             key,
             self.preset,
@@ -190,11 +217,6 @@ class Watermark:
             baseline=self.baseline,
             created=self.created,
         )
-        if derived.salt != self.salt:
-            raise WatermarkError(
-                f"the watermark of {self.name!r} was not made with this key of {key.owner!r}; "
-                "give the key that it was made with"
-            )
         for name, array in derived.arrays.items():
             if not np.array_equal(array, self.arrays[name]):
                 raise WatermarkError(

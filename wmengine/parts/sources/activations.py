@@ -49,17 +49,17 @@ class MeanActivations:
         shapes, _ = task.weights()
         if not shapes or len(shapes[-1]) != 2:
             raise ValueError("it marks what goes into a linear layer at the network's end, and there is none")
-        if total % self.groups or shapes[-1][1] < total // self.groups:
-            raise ValueError(f"{self.groups} groups of {shapes[-1][1]} activations cannot hold {total} bits")
         own = {"groups": int(self.groups), "members": int(self.members), "place": len(shapes) - 1}
         return own | {"features": shapes[-1][1], **_INPUTS.describe(task, self.groups * self.members)}
 
-    def check(self, parameters: Parameters) -> None:
-        canonical_integer("groups", parameters["groups"], 1, _MOST)
-        canonical_integer("members", parameters["members"], 1, _MOST)
+    def check(self, parameters: Parameters, total: int) -> None:
+        groups = canonical_integer("groups", parameters["groups"], 1, _MOST)
+        members = canonical_integer("members", parameters["members"], 1, _MOST)
         canonical_integer("place", parameters["place"], 0, MAX_DIMENSION)
-        canonical_integer("features", parameters["features"], 1, MAX_DIMENSION)
-        _INPUTS.check(parameters)
+        features = canonical_integer("features", parameters["features"], 1, MAX_DIMENSION)
+        if total % groups or features < total // groups:
+            raise ValueError(f"{groups} groups of {features} activations cannot hold {total} bits")
+        _INPUTS.check(parameters, groups * members)
 
     def layout(self, parameters: Parameters, total: int) -> Layout:
         count = parameters["groups"] * parameters["members"]
