@@ -168,7 +168,7 @@ def test_two_embedders_share_no_state():
 
 def test_marks_of_another_model_or_other_inputs_do_not_go_on(marked):
     marks = marked[1].watermarks()
-    with pytest.raises(ValueError, match="is for inputs .* and the sample holds"):
+    with pytest.raises(ValueError, match=r"is for inputs .* and the sample holds"):
         wmengine.Embedder(network(), sample=torch.zeros(2, 1, 9, 9), marks=marks)
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, CLASSES))
     with pytest.raises(ValueError, match="'sketch' is of a model with other weights"):
@@ -283,5 +283,5 @@ def test_a_model_that_does_not_answer_is_refused():
         def forward(self, x):
             self.inner(x)
 
-    with pytest.raises(ValueError, match="cannot be judged by its mark 'adi'.*do its answers hold logits"):
+    with pytest.raises(ValueError, match=r"cannot be judged by its mark 'adi'.*do its answers hold logits"):
         embedder(Silent())

@@ -1,4 +1,4 @@
-"""What `loss`, `regulariser` and `metrics` promise inside a training loop, whatever wraps the model or splits a batch."""
+"""What `loss`, `regulariser` and `metrics` promise in a training loop, whatever wraps the model or splits a batch."""
 
 import copy
 import io

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from embedding import CLASSES, KEY, batch, embedder, network, unproven
+from embedding import CLASSES, batch, embedder, network, unproven
 from torch import nn
 from torch.nn import functional
 
@@ -145,60 +145,3 @@ def test_mix_refuses_inputs_unlike_the_sample(inputs, error, message):
 def test_loss_refuses_logits_of_another_width_and_labels_of_another_embedder(logits, labels, error, message):
     with pytest.raises(error, match=message):
         embedder(network()).loss(logits, labels)
-
-
-# Token models
-
-
-class Reader(nn.Module):
-    """A classifier of texts as transformers have them: input_ids and attention_mask, mean of embeddings."""
-
-    def __init__(self):
-        super().__init__()
-        self.tokens = nn.Embedding(50, 16)
-        self.hidden = nn.Linear(16, 64)
-        self.head = nn.Linear(64, CLASSES)
-
-    def forward(self, input_ids, attention_mask=None):
-        embedded = self.tokens(input_ids)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        weight = mask[..., None].to(embedded.dtype)
-        return self.head(torch.relu(self.hidden((embedded * weight).sum(1) / weight.sum(1))))
-
-
-@pytest.mark.parametrize("single", [False, True])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_models_of_tokens_take_weights_marks_and_trigger_rows(single, dtype):
-    """One tensor or a dict of names, integers as the loop feeds them; further inputs of a trigger row are 1."""
-    ids = torch.randint(5, 50, (32, 7), generator=torch.Generator().manual_seed(0)).to(dtype)
-    sample = ids if single else {"input_ids": ids, "attention_mask": (ids % 3 > 0).to(dtype)}
-    torch.manual_seed(0)
-    model = Reader()
-    schemes = [wmengine.scheme("sketch", bits=32), wmengine.scheme("adi_tokens", count=40, special=5)]
-    emb = wmengine.Embedder(model, KEY, schemes, num_classes=CLASSES, sample=sample, name="reader", value_range=(0, 49))
-    mixed, y = emb.mix(sample, torch.zeros(32, dtype=torch.int64))
-    rows = {"input_ids": mixed} if single else mixed
-    assert {name: (tuple(values.shape), values.dtype) for name, values in rows.items()} == dict.fromkeys(
-        rows, ((36, 7), dtype)
-    )
-    if not single:
-        assert bool((rows["attention_mask"][32:] == 1).all())
-    assert int(rows["input_ids"][32:].min()) >= 5
-    emb.loss(model(**rows), y).backward()
-    sketch, tokens = unproven(emb)
-    assert sketch.parameters["inputs"] == tokens.parameters["inputs"]
-    drawn = {tuple(row) for row in rows["input_ids"][32:].tolist()}
-    assert drawn <= {tuple(row) for row in tokens.arrays["triggers"].tolist()}
-
-
-def test_inputs_of_other_names_are_refused():
-    ids = torch.randint(5, 50, (8, 7), generator=torch.Generator().manual_seed(0))
-    emb = wmengine.Embedder(
-        Reader(), KEY, ["adi_tokens"], num_classes=CLASSES, name="reader",
-        sample={"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-    )  # fmt: skip
-    for given in ({"input_ids": ids}, {"input_ids": ids, "mask": ids}, ids):
-        with pytest.raises(TypeError, match="inputs must be a dict with input_ids, attention_mask"):
-            emb.mix(given, torch.zeros(8, dtype=torch.int64))
-    with pytest.raises(TypeError, match="inputs must be integers"):
-        emb.mix({"input_ids": ids, "attention_mask": torch.ones(8, 7)}, torch.zeros(8, dtype=torch.int64))
