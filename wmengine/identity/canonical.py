@@ -17,7 +17,8 @@ _FILLERS = "\u115f\u1160\u3164\uffa0\u2800\u034f\u17b4\u17b5\U00016fe4\U0001d159
 def check_name(what: str, value: object) -> str:
     """`value` in NFC if it can name an owner, a model, a class or a customer.
 
-    A str of 1 to 200 visible characters, no blanks at its ends and never two in a row, as pages show one. Raises TypeError or ValueError, naming `what`.
+    A str of 1 to 200 visible characters, no blanks at its ends and never two in a row, as pages show one. Raises
+    TypeError or ValueError, naming `what`.
     """
     if not isinstance(value, str):
         raise TypeError(f"{what} must be a str, and it is {type(value).__name__}")
