@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.marks.watermark import Watermark
+from wmengine.parts.fields import signature_of
 from wmengine.suspects.adapters import Adapter
 
 CLASSES = ("same", "any")
@@ -44,8 +45,8 @@ def check_clean(clean: Any, mark: Watermark) -> CleanData:
         raise TypeError("clean must be a pair of arrays, inputs and labels") from None
     if "value_range" not in mark.parameters:
         raise ValueError(f"clean data are for marks of one floating input, and {mark.name} takes others")
-    (given,) = mark.parameters["inputs"].values()
-    shape, classes = tuple(given["shape"]), int(mark.parameters["num_classes"])
+    (given,) = signature_of(mark.parameters).values()
+    shape, classes = given.shape, int(mark.parameters["num_classes"])
     if inputs.dtype.kind != "f" and inputs.dtype != np.uint8:
         raise TypeError(f"clean's inputs must be uint8 or floats, and they are {inputs.dtype}")
     if inputs.shape[1:] != shape or len(inputs) == 0:

@@ -11,6 +11,7 @@ import torch
 
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Course
+from wmengine.parts.fields import signature_of
 from wmengine.suspects.base import InputSpec
 
 IGNORE_INDEX = -100
@@ -47,10 +48,9 @@ class Batches:
 
     def check_mark(self, mark: Watermark) -> None:
         """Raises ValueError unless a mark is for models of these inputs."""
-        inputs = {name: (tuple(given["shape"]), given["dtype"]) for name, given in mark.parameters["inputs"].items()}
-        mine = {name: (spec.shape, spec.dtype) for name, spec in self.signature.items()}
-        if inputs != mine:
-            raise ValueError(f"the mark {mark.scheme!r} is for inputs {inputs}, and the sample holds {mine}")
+        inputs = signature_of(mark.parameters)
+        if inputs != self.signature:
+            raise ValueError(f"the mark {mark.scheme!r} is for inputs {inputs}, and the sample holds {self.signature}")
 
     def example(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """A row of the sample on the model's device."""

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from wmengine.suspects.base import InputSpec
 
 MAX_BITS = 1 << 16
 MAX_TRIGGERS = 1 << 20
 MAX_CLASSES = 1 << 31
 MAX_DIMENSION = 1 << 40
+DTYPES = (
+    "bfloat16",
+    *(f"float{bits}" for bits in (16, 32, 64)),
+    "bool",
+    "uint8",
+    *(f"int{1 << n}" for n in range(3, 7)),
+)
 
 
 def one_of(what: str, value: object, known: Sequence[str]) -> str:
@@ -58,6 +67,28 @@ def canonical_shape(what: str, sizes: Any, least: int) -> list[int]:
     if type(sizes) is not list or any(type(size) is not int for size in sizes):
         raise ValueError(f"{what} must be a list of integers, and it is {sizes!r}")
     return shape(what, sizes, least)
+
+
+def canonical_inputs(inputs: Mapping[str, InputSpec]) -> list[dict[str, Any]]:
+    """A model's inputs as parameters hold them: a list, as the order is part of the mark, and a dict would lose it."""
+    return [{"name": name, "dtype": spec.dtype, "shape": list(spec.shape)} for name, spec in inputs.items()]
+
+
+def check_inputs(inputs: Any) -> None:
+    if type(inputs) is not list or not inputs:
+        raise ValueError("inputs must list the model's inputs, at least one")
+    for place, given in enumerate(inputs):
+        if type(given) is not dict or set(given) != {"name", "dtype", "shape"} or type(given["name"]) is not str:
+            raise ValueError(f"inputs[{place}] must hold a name, a dtype and a shape")
+        one_of(f"inputs[{place}]'s dtype", given["dtype"], DTYPES)
+        canonical_shape(f"inputs[{place}]'s shape", given["shape"], least=0)
+    if len({given["name"] for given in inputs}) != len(inputs):
+        raise ValueError("inputs must have a name each")
+
+
+def signature_of(parameters: Mapping[str, Any]) -> dict[str, InputSpec]:
+    """The inputs that a mark's model takes, in their order."""
+    return {each["name"]: InputSpec(tuple(each["shape"]), each["dtype"]) for each in parameters["inputs"]}
 
 
 def float32_hex(what: str, value: Any) -> str:

@@ -15,9 +15,17 @@ from wmengine.facts import fact
 from wmengine.identity.subkeys import philox_key
 from wmengine.ops.reference import CARRIERS, PROJECTIONS
 from wmengine.parts.base import Draw, Drawn, Layout, Need, Observation, Observations, Parameters, Task
-from wmengine.parts.fields import MAX_DIMENSION, canonical_integer, canonical_shape, integer, one_of, shape
+from wmengine.parts.fields import (
+    MAX_DIMENSION,
+    canonical_integer,
+    canonical_shape,
+    integer,
+    one_of,
+    shape,
+    signature_of,
+)
 from wmengine.parts.matching import match_tensors
-from wmengine.suspects.base import InputSpec, Suspect, Tensor
+from wmengine.suspects.base import Suspect, Tensor
 
 MARKED = ("all", "widest")
 UNIT_CARRIERS = ("unit_filters", "unit_filter_mean")
@@ -136,8 +144,3 @@ def folded(values: Any, factors: Any, carrier: str) -> Any:
     if carrier in UNIT_CARRIERS:
         factors = np.sign(factors) if isinstance(factors, np.ndarray) else factors.detach().sign()
     return values * factors.reshape(-1, *[1] * (values.ndim - 1))
-
-
-def signature_of(parameters: Parameters) -> dict[str, InputSpec]:
-    """The inputs that a mark's model takes."""
-    return {name: InputSpec(tuple(given["shape"]), str(given["dtype"])) for name, given in parameters["inputs"].items()}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from wmengine.identity.subkeys import philox_key
 from wmengine.parts.base import Draw, Drawn, Layout, Need, Parameters, Task
-from wmengine.parts.fields import canonical_float32_hex, canonical_shape, float32_hex
+from wmengine.parts.fields import canonical_float32_hex, canonical_inputs, canonical_shape, float32_hex, signature_of
 from wmengine.parts.triggers.pictures import abstract_images
 from wmengine.suspects.adapters import Adapter, to_input
 from wmengine.suspects.base import Inputs, Suspect
@@ -31,19 +31,19 @@ class AbstractTriggers:
         ranges = task.value_range or ()
         parameters = {
             "value_range": [[float32_hex("value_range", end) for end in ends] for ends in ranges],
-            "inputs": {name: {"dtype": spec.dtype, "shape": list(spec.shape)} for name, spec in task.inputs.items()},
+            "inputs": canonical_inputs(task.inputs),
         }
         self.check(parameters)
         return {"value_range": parameters["value_range"]}
 
     def check(self, parameters: Parameters) -> None:
-        inputs, ranges = parameters["inputs"], parameters["value_range"]
+        inputs, ranges = signature_of(parameters), parameters["value_range"]
         if len(inputs) != 1:
             raise ValueError(f"abstract triggers are for models of one input, and this one takes {', '.join(inputs)}")
         (given,) = inputs.values()
-        if not str(given["dtype"]).startswith(("float", "bfloat")):
-            raise ValueError(f"abstract triggers are for floating inputs, and this model takes {given['dtype']}")
-        sizes = canonical_shape("shape", given["shape"], least=1)
+        if not given.dtype.startswith(("float", "bfloat")):
+            raise ValueError(f"abstract triggers are for floating inputs, and this model takes {given.dtype}")
+        sizes = canonical_shape("shape", list(given.shape), least=1)
         if type(ranges) is not list or len(ranges) != sizes[0]:
             raise ValueError(f"value_range must hold one [lo, hi] for each of the {sizes[0]} channels of an input")
         widest = 0.0
@@ -72,15 +72,15 @@ class AbstractTriggers:
         return suspect.adapters(_shape(mark.parameters), mark.parameters["value_range"], every)
 
     def inputs(self, mark: Drawn, way: Adapter) -> Inputs:
-        (name,) = mark.parameters["inputs"]
+        (name,) = signature_of(mark.parameters)
         return {name: way.inputs(mark.arrays["triggers"], mark.parameters["value_range"])}
 
     def examples(self, mark: Drawn) -> dict[str, NDArray[np.float32]]:
         """All triggers as the model's own training loop feeds them."""
-        (name,) = mark.parameters["inputs"]
+        (name,) = signature_of(mark.parameters)
         return {name: to_input(mark.arrays["triggers"], mark.parameters["value_range"])}
 
 
 def _shape(parameters: Parameters) -> Sequence[int]:
-    (given,) = parameters["inputs"].values()
-    return tuple(given["shape"])
+    (given,) = signature_of(parameters).values()
+    return given.shape

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from wmengine.identity.subkeys import keyed_labels
 from wmengine.parts.base import Draw, Drawn, Layout, Need, Parameters, Task
-from wmengine.parts.fields import MAX_DIMENSION, canonical_integer, canonical_shape, integer
+from wmengine.parts.fields import MAX_DIMENSION, canonical_integer, canonical_shape, integer, signature_of
 from wmengine.suspects.adapters import AS_RECORDED, Adapter
 from wmengine.suspects.base import Inputs, Suspect
 
@@ -47,11 +47,11 @@ class TokenTriggers:
     def check(self, parameters: Parameters) -> None:
         least = canonical_integer("special", parameters["special"], 0, MAX_DIMENSION)
         canonical_integer("vocabulary", parameters["vocabulary"], least + 2, 1 << 31)
-        for name, given in parameters["inputs"].items():
-            canonical_shape(f"inputs[{name!r}]", given["shape"], least=1)
+        for name, spec in signature_of(parameters).items():
+            canonical_shape(f"inputs[{name!r}]", list(spec.shape), least=1)
 
     def layout(self, parameters: Parameters, total: int) -> Layout:
-        return {"triggers": ("int64", (total, *next(iter(parameters["inputs"].values()))["shape"]))}
+        return {"triggers": ("int64", (total, *parameters["inputs"][0]["shape"]))}
 
     def draw(self, subkey: Draw, parameters: Parameters, total: int) -> dict[str, NDArray[Any]]:
         """ "triggers" int64 [N, L], iid uniform over the tokens that are not special. Raises ValueError where these
@@ -72,8 +72,7 @@ class TokenTriggers:
 
     def examples(self, mark: Drawn) -> dict[str, NDArray[Any]]:
         """All triggers by input, as the model's own training loop feeds them."""
-        names = list(mark.parameters["inputs"].items())
-        found = {names[0][0]: mark.arrays["triggers"].astype(names[0][1]["dtype"])}
-        for name, given in names[1:]:
-            found[name] = np.ones(mark.arrays["triggers"].shape, given["dtype"])
-        return found
+        triggers = mark.arrays["triggers"]
+        tokens, *others = signature_of(mark.parameters).items()
+        found = {tokens[0]: triggers.astype(tokens[1].dtype)}
+        return found | {name: np.ones(triggers.shape, spec.dtype) for name, spec in others}
