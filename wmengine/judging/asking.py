@@ -19,9 +19,10 @@ from wmengine.errors import SuspectError, SuspectGone
 from wmengine.facts import Fact, fact
 from wmengine.judging.hypotheses import Hypothesis, reading_facts, readings_of
 from wmengine.judging.looks import looks_of_labels, looks_of_scores
-from wmengine.judging.orders import CleanData, best_order, log10_orders, reorder, used_classes
+from wmengine.judging.orders import CleanData, best_order, log10_orders, reorder
 from wmengine.judging.questions import put
 from wmengine.marks.watermark import Watermark
+from wmengine.parts.fields import signature_of
 from wmengine.parts.statistics.base import Evidence, Look
 from wmengine.suspects.adapters import AS_RECORDED, Adapter
 from wmengine.suspects.answers import ABSTAINED, highest
@@ -163,7 +164,9 @@ class Trial:
             classes = hypothesis.classes(predicted)
             if hypothesis.order is not None:
                 classes = reorder(classes, hypothesis.order)
-            hypothesis.named = np.union1d(hypothesis.named, classes)
+            hypothesis.named = np.union1d(hypothesis.named, classes[classes != ABSTAINED])
+            hypothesis.nameless += int((classes == ABSTAINED).sum()) - missing
+            hypothesis.ranked |= answers.kind == "scores"
             hypothesis.add(looks if looks is not None else looks_of_labels(classes, expected, self.num_classes))
             if self._terms.any_order and self._terms.clean is None:
                 hypothesis.try_orders(classes, expected, self.num_classes)
@@ -190,7 +193,7 @@ class Trial:
         if clean is None or current.clean is not None:
             return None
         scale = self.marks[0].parameters["value_range"]
-        (name,) = self.marks[0].parameters["inputs"]
+        (name,) = signature_of(self.marks[0].parameters)
         way = current.way.inputs if clean.inputs.dtype == np.uint8 else current.way.recorded_inputs
         rows = way(clean.inputs, scale)
         room = self._suspect.limit({name: np.concatenate([rows, rows[:1]])})
@@ -306,8 +309,12 @@ class Trial:
         clean = None if current.clean is None else _columns(current, current.clean)
         seen = predicted[:, 0] if clean is None else np.concatenate([predicted[:, 0], clean[:, 0]])
         preset, chance = self.marks[0].preset, 1.0 / self.num_classes
+        # The moments at which the ways before were given up are all that a suspect can know of the symbols: each is
+        # paid, so that nothing is gained by answering otherwise after some than after others.
+        before = self._rounds[:-1] if self._terms.sequential else []
+        moments = math.prod(_looks_of(each.total) for each in before if each.asked)
         for output, first, share in readings_of(predicted, seen, self.num_classes, single):
-            share *= current.way.share
+            share *= current.way.share / moments
             bar = self._terms.log10_bar - math.log10(share)
             tests = [preset.statistic.begin(chance, current.total, bar, self._terms.sequential) for _ in self.marks]
             hypothesis = Hypothesis(share, output, first, chance, tests)
@@ -351,7 +358,11 @@ class Trial:
         return share - self._log10_names(hypothesis) if self._names_paid else share
 
     def _log10_names(self, hypothesis: Hypothesis) -> float:
-        return log10_orders(self.num_classes, used_classes(hypothesis.named, self.num_classes))
+        """Of scores every order counts. Of names each may stand for any class, or be left out, as those that are no
+        class may have been: all different, as far as is known."""
+        if hypothesis.ranked:
+            return log10_orders(self.num_classes, self.num_classes)
+        return (len(hypothesis.named) + hypothesis.nameless) * math.log10(self.num_classes + 1.0)
 
     def _order_facts(self, mark: int, best: Hypothesis) -> list[Fact]:
         found = []
@@ -368,6 +379,11 @@ class Trial:
             if -least < self._terms.log10_bar:
                 found.append(fact("orders_too_many", total=total, classes=self.num_classes))
         return found
+
+
+def _looks_of(total: int) -> int:
+    """After how many looks a sequential test of so many questions may stop."""
+    return 1 + -(-max(0, total - FIRST_LOOK) // NEXT_LOOK)
 
 
 def classes_of(answers: Answers) -> Labels:

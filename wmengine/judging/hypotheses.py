@@ -37,7 +37,8 @@ class Hypothesis:
     answer; first: what the suspect calls class 0. chance: a stranger's, for one symbol. tests: one for each mark.
 
     order: what each class of the suspect stands for, estimated on clean data, and how many of those it names rightly
-    then. any_order: where every order is tried. used: how many classes it has named.
+    then. any_order: where every order is tried. named: what it has named, classes or not; nameless: how many answers
+    name nothing that is known; ranked: whether it gives scores, so that the order of all classes is read.
     """
 
     share: float
@@ -49,6 +50,8 @@ class Hypothesis:
     agreed: int = 0
     any_order: list[AnyOrder] = field(default_factory=list)
     named: Labels = field(default_factory=lambda: np.empty(0, np.int64))
+    nameless: int = 0
+    ranked: bool = False
 
     def classes(self, predicted: Labels) -> Labels:
         """Answers [n, R] as classes, in the suspect's order; below 0 what is none."""

@@ -132,6 +132,8 @@ def _filled(value: Any, content: Any) -> Any:
 def _scores(found: Any, labels: Sequence[str] | None) -> list[float]:
     """The scores of one input, in the order of the classes; an object has them by name."""
     if isinstance(found, dict) and labels is not None:
+        if any(name not in labels for name in found):  # whoever leaves classes out chooses which are highest
+            raise Refused(f"answers with scores of {len(found)} classes, and {len(labels)} labels leave some out")
         found = [found.get(label) for label in labels]
     if not isinstance(found, list) or not found:
         raise Refused("answers with no list of scores where one should be")
