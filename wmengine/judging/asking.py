@@ -304,8 +304,12 @@ class Trial:
         clean = None if current.clean is None else _columns(current, current.clean)
         seen = predicted[:, 0] if clean is None else np.concatenate([predicted[:, 0], clean[:, 0]])
         preset, chance = self.marks[0].preset, 1.0 / self.num_classes
+        # The moments at which the ways before were given up are all that a suspect can know of the symbols: each is
+        # paid, so that nothing is gained by answering otherwise after some than after others.
+        before = self._rounds[:-1] if self._terms.sequential else []
+        moments = math.prod(_looks_of(each.total) for each in before if each.asked)
         for output, first, share in readings_of(predicted, seen, self.num_classes, single):
-            share *= current.way.share
+            share *= current.way.share / moments
             bar = self._terms.log10_bar - math.log10(share)
             tests = [preset.statistic.begin(chance, current.total, bar, self._terms.sequential) for _ in self.marks]
             hypothesis = Hypothesis(share, output, first, chance, tests)
@@ -372,6 +376,11 @@ class Trial:
             if -least < self._terms.log10_bar:
                 found.append(fact("orders_too_many", total=total, classes=self.num_classes))
         return found
+
+
+def _looks_of(total: int) -> int:
+    """After how many looks a sequential test of so many questions may stop."""
+    return 1 + -(-max(0, total - FIRST_LOOK) // NEXT_LOOK)
 
 
 def classes_of(answers: Answers) -> Labels:

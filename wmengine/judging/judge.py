@@ -44,20 +44,22 @@ def failed(mark: Watermark, error: BaseException | str) -> Finding:
 def judge_suspect(suspect: Suspect, marks: Sequence[Watermark], terms: Terms) -> list[Finding]:
     """One finding for each mark. A mark that the suspect cannot be judged by has an error, and the others go on.
 
-    Whatever goes wrong while a suspect is read or asked is that suspect's error.
+    Whatever goes wrong while a suspect is read or asked is that suspect's error. It is asked before it is read: weights
+    that are made to be too many end its worker.
     """
     geometries: dict[str, list[int]] = {}
     for index, mark in enumerate(marks):
         geometries.setdefault(mark.geometry, []).append(index)
     findings: dict[int, Finding] = {}
     asking: dict[tuple[int, ...], list[Watermark]] = {}
+    reading: dict[tuple[int, ...], list[Watermark]] = {}
     for indices in geometries.values():
         group = [marks[index] for index in indices]
-        if group[0].preset.source.needs == Need.ANSWERS:
-            asking[tuple(indices)] = group
-        else:
-            findings.update(zip(indices, _read(suspect, group, terms), strict=True))
+        asks = group[0].preset.source.needs == Need.ANSWERS
+        (asking if asks else reading)[tuple(indices)] = group
     findings.update(zip(chain(*asking), _asked(suspect, [*asking.values()], terms), strict=True))
+    for places, group in reading.items():
+        findings.update(zip(places, _read(suspect, group, terms), strict=True))
     return [findings[index] for index in range(len(marks))]
 
 

@@ -21,6 +21,7 @@ from wmengine.identity.subkeys import philox_key
 from wmengine.parts.base import Draw, Drawn, Layout, Need, Observation, Observations, Parameters, Setting, Task
 from wmengine.parts.fields import MAX_DIMENSION, canonical_integer, integer, positive
 from wmengine.parts.triggers.abstract import AbstractTriggers
+from wmengine.suspects.adapters import AS_RECORDED
 from wmengine.suspects.base import Suspect
 
 if TYPE_CHECKING:
@@ -78,9 +79,12 @@ class MeanActivations:
     def observe(self, mark: Drawn, suspect: Suspect, total: int) -> Observations:
         way = _INPUTS.ways(mark, suspect, every=False)[0]
         found = suspect.activations(mark.parameters["place"], _INPUTS.inputs(mark, way))
+        facts = list(suspect.facts)
+        if str(way) != str(AS_RECORDED):
+            facts.append(fact("put_otherwise", adapter=str(way)))
         if found.shape[1] != mark.parameters["features"]:
-            return Observations(facts=[*suspect.facts, fact("no_carrier")])
-        return Observations([Observation(np.asarray(projected(found, mark, total), np.float64))], list(suspect.facts))
+            return Observations(facts=[*facts, fact("no_carrier")])
+        return Observations([Observation(np.asarray(projected(found, mark, total), np.float64))], facts)
 
 
 def projected(activations: Any, mark: Drawn, total: int) -> Any:
@@ -135,7 +139,8 @@ class _Term:
         from wmengine.suspects.weights import going_into
 
         like = next(model.parameters())
-        inputs = {name: rows.to(like.device, like.dtype) for name, rows in self._inputs.items()}
+        # Copies: a model may write into its input.
+        inputs = {name: rows.to(like.device, like.dtype, copy=True) for name, rows in self._inputs.items()}
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:

@@ -19,7 +19,7 @@ RATES = (0.01, 0.03, 0.1, 0.3)  # per level: 0.1 to 3 per standard deviation, th
 _LEVEL = np.arange(-LEVELS, LEVELS + 1)
 _TILTS = np.exp(np.outer(_LEVEL, RATES))  # [levels, rates]
 _LN10 = math.log(10.0)
-_STEEPEST = 4.0  # per level; e^-4 of a level's weight is left one level below
+_STEEPEST = 40.0  # per level: nothing is left below the highest, so that even a sum of all of them does not underflow
 # A stranger's sum needs no exact tail: where Chernoff's bound at the four rates is above this, p counts as 1.
 _WORTH_LOOKING = -2.0
 
@@ -105,8 +105,8 @@ def soft_log10_tail(at: NDArray[np.integer], histogram: NDArray[np.integer]) -> 
         return 0.0
     if total > int(highest.sum()):
         raise ValueError("the levels of the expected symbols are not among those of their rows")
-    rate = _tilt(shares, total)
-    tilted = shares * np.exp(rate * (_LEVEL - highest[:, None]))
+    rate = _tilt(shares, highest, total)
+    tilted = _tilted(shares, highest, rate)
     mass = tilted.sum(axis=1)
     tilted /= mass[:, None]
     law, start = np.ones(1), 0  # law[i] is the tilted chance of the sum start + i
@@ -127,15 +127,21 @@ def soft_log10_tail(at: NDArray[np.integer], histogram: NDArray[np.integer]) -> 
     return min(0.0, ln / _LN10)
 
 
-def _tilt(shares: Floats, total: int) -> float:
+def _tilt(shares: Floats, highest: NDArray[np.integer], total: int) -> float:
     """The rate at which the tilted rows' mean sum is `total`, as good as it takes: any rate gives the same tail."""
     low, high = 0.0, _STEEPEST
     for _ in range(30):
         middle = (low + high) / 2.0
-        tilted = shares * np.exp(middle * (_LEVEL - LEVELS))
+        tilted = _tilted(shares, highest, middle)
         mean = float(((tilted @ _LEVEL) / tilted.sum(axis=1)).sum())
         low, high = (middle, high) if mean < total else (low, middle)
     return low
+
+
+def _tilted(shares: Floats, highest: NDArray[np.integer], rate: float) -> Floats:
+    """Each row times e^(rate · (level − its highest level))."""
+    tilted: Floats = shares * np.exp(rate * np.minimum(_LEVEL - highest[:, None], 0))
+    return tilted
 
 
 def _joined(looks: list[Look]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
