@@ -11,34 +11,33 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from wmengine.key import Key
-from wmengine.scan import scan
-from wmengine.schemes import black_box_parameters, scheme
-from wmengine.triggers import to_input
-from wmengine.verify import verify
-from wmengine.watermark import Watermark
 
 import wmengine
+from wmengine import scan, verify
 from wmengine.cli import main
 from wmengine.errors import SuspectError
 from wmengine.ops import reference
+from wmengine.parts.base import Task
 from wmengine.sandbox import MECHANISMS, Limits
 from wmengine.suspects import OnnxSuspect, devices, engine_wire, onnx_file
+from wmengine.suspects.adapters import to_input
 from wmengine.suspects.answers import Predicted
+from wmengine.suspects.base import InputSpec
 from wmengine.suspects.engine_wire import RemoteEngine
 from wmengine.suspects.onnx_engine import OnnxEngine
 
-KEY = Key("ACME Vision", bytes(range(32)))
+KEY = wmengine.Key("ACME Vision", bytes(range(32)))
 SHAPE, CLASSES, COUNT = (1, 4, 4), 10, 40
 RANGE = [[-1.0, 1.0]]
-MARK = Watermark.create(KEY, "adi", black_box_parameters(scheme("adi", count=COUNT), SHAPE, CLASSES, RANGE, "m"))
+ADI = wmengine.scheme("adi", count=COUNT)
+MARK = wmengine.Watermark.create(KEY, ADI, ADI.describe(Task({"x": InputSpec(SHAPE, "float32")}, CLASSES, RANGE), "m"))
 INPUTS, LABELS = to_input(MARK.arrays["triggers"], RANGE), MARK.arrays["labels"]
 FLOAT, FLOAT16, DOUBLE, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.INT64
 
 
 def gpu_is_there():
     try:
-        devices.check_provider("cuda")
+        devices.check_device("cuda")
     except (ValueError, ImportError):
         return False
     return True
@@ -107,13 +106,13 @@ def engine_of(path, **options):
     return engine
 
 
-# --- outputs that stay ------------------------------------------------------------------------------------------------
+# Outputs that stay
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bound_answers_are_the_same_bits(tmp_path, kind):
     path = network(tmp_path / "m.onnx", *KINDS[kind])
-    plain, bound = engine_of(path).run("x", INPUTS), engine_of(path, bound=True).run("x", INPUTS)
+    plain, bound = engine_of(path).run({"x": INPUTS}), engine_of(path, bound=True).run({"x": INPUTS})
     assert [name for name, _ in bound] == [name for name, _ in plain]
     for (_, expected), (_, answer) in zip(plain, bound, strict=True):
         assert (answer.dtype, answer.shape) == (expected.dtype, expected.shape)
@@ -124,7 +123,7 @@ def test_maps_come_back_the_usual_way(tmp_path):
     path = network(tmp_path / "m.onnx", [ZIP_MAP], [MAPS])
     engine = engine_of(path, bound=True)
     assert not devices.can_stay(engine._session)
-    assert engine.run("x", INPUTS)[0][1].argmax(1).tolist() == LABELS.tolist()
+    assert engine.run({"x": INPUTS})[0][1].argmax(1).tolist() == LABELS.tolist()
 
 
 def test_what_cannot_answer_stays_where_it_is(tmp_path):
@@ -132,7 +131,7 @@ def test_what_cannot_answer_stays_where_it_is(tmp_path):
     path = network(tmp_path / "m.onnx", [square, helper.make_node("Expand", ["u", "s"], ["map"]),
                                          helper.make_node("Constant", [], ["s"], value_ints=[1, 10, 5])],
                    [("map", FLOAT), ("y", FLOAT)])  # fmt: skip
-    assert [name for name, _ in engine_of(path, bound=True).run("x", INPUTS)] == ["y"]
+    assert [name for name, _ in engine_of(path, bound=True).run({"x": INPUTS})] == ["y"]
 
 
 class Compiled:
@@ -170,10 +169,10 @@ def test_classes_are_read_where_the_scores_lie(tmp_path, monkeypatch, kind):
     module = Compiled()
     monkeypatch.setattr(OnnxEngine, "_module", lambda self: module)
     path = network(tmp_path / "m.onnx", *KINDS[kind])
-    outputs = engine_of(path, bound=True).run("x", INPUTS)
+    outputs = engine_of(path, bound=True).run({"x": INPUTS})
     stayed = sum(isinstance(value, Predicted) for _, value in outputs)
     assert module.calls == stayed == {"doubles": 0, "labels": 0, "features too": 2}.get(kind, 1)
-    for (_, value), (_, plain) in zip(outputs, engine_of(path).run("x", INPUTS), strict=True):
+    for (_, value), (_, plain) in zip(outputs, engine_of(path).run({"x": INPUTS}), strict=True):
         if isinstance(value, Predicted):
             rows = plain.reshape(COUNT, value.classes)
             wanted = reference.match_counts(rows, LABELS, levels=True)
@@ -191,10 +190,10 @@ def test_classes_and_levels_travel_from_a_sandbox():
     outputs = [("y", Predicted(np.array([3, -1], np.int32), 10, levels)), ("f", np.ones((2, 3), np.float32))]
 
     class Engine:
-        def run(self, name, rows):
+        def run(self, inputs):
             return outputs
 
-    header, arrays = engine_wire._answer(Engine(), {"ask": engine_wire.RUN, "input": "x"}, [INPUTS], ())
+    header, arrays = engine_wire._answer(Engine(), {"ask": engine_wire.RUN, "inputs": ["x"]}, [INPUTS], ())
     (_, stayed), (_, features) = engine_wire._read_outputs(header, list(arrays))
     assert (stayed.labels.tolist(), stayed.classes, stayed.levels.tolist()) == ([3, -1], 10, levels.tolist())
     assert features.tolist() == np.ones((2, 3)).tolist()
@@ -210,50 +209,50 @@ def test_classes_and_levels_travel_from_a_sandbox():
             engine_wire._read_outputs({"outputs": ["y"], "classes": [classes]}, sent)
 
 
-# --- never the CPU in silence -----------------------------------------------------------------------------------------
+# Never the CPU in silence
 
 
-def test_a_provider_that_is_none():
-    with pytest.raises(ValueError, match="provider must be one of cpu, cuda, and it is 'gpu'"):
-        verify("no.onnx", MARK, provider="gpu")
+def test_a_device_that_is_none():
+    with pytest.raises(ValueError, match="device must be one of cpu, cuda, and it is 'gpu'"):
+        verify("no.onnx", MARK, device="gpu")
 
 
 @without_gpu
 def test_without_a_gpu_it_is_said(tmp_path, capsys):
     path = network(tmp_path / "m.onnx")
-    for call in (lambda: verify(path, MARK, provider="cuda"), lambda: OnnxSuspect(path, provider="cuda")):
-        with pytest.raises(ValueError, match="provider='cuda' needs"):
+    for call in (lambda: verify(path, MARK, device="cuda"), lambda: OnnxSuspect(path, device="cuda")):
+        with pytest.raises(ValueError, match="device='cuda' needs"):
             call()
     MARK.save(tmp_path / "m.wm")
-    with pytest.raises(ValueError, match="provider='cuda' needs"):
-        scan(path, tmp_path / "m.wm", provider="cuda")
-    with pytest.raises(ValueError, match="provider must be one of"):
-        scan(path, tmp_path / "m.wm", provider="gpu")
+    with pytest.raises(ValueError, match="device='cuda' needs"):
+        scan(path, tmp_path / "m.wm", device="cuda")
+    with pytest.raises(ValueError, match="device must be one of"):
+        scan(path, tmp_path / "m.wm", device="gpu")
     command = [str(path), "--device", "cuda"]
     assert main(["verify", *command, "--watermark", str(tmp_path / "m.wm")]) == 2
-    assert "provider='cuda' needs" in capsys.readouterr().err
+    assert "device='cuda' needs" in capsys.readouterr().err
     out = ["--watermarks", str(tmp_path / "m.wm"), "--out", str(tmp_path / "out.parquet")]
     assert main(["scan", *command, *out]) == 2
-    assert "provider='cuda' needs" in capsys.readouterr().err
+    assert "device='cuda' needs" in capsys.readouterr().err
     assert not (tmp_path / "out.parquet.journal").exists()
 
 
 def test_what_is_no_file_runs_where_it_is():
     for suspect in (lambda rows: np.zeros((len(rows), CLASSES)), "http://localhost:1/v2/models/m"):
         with pytest.raises(ValueError, match="is for the path of a file"):
-            verify(suspect, MARK, provider="cuda")
+            verify(suspect, MARK, device="cuda")
 
 
 def test_a_cluster_judges_on_cpus(tmp_path):
-    with pytest.raises(ValueError, match="leave ray= out, or the provider"):
-        scan(tmp_path, tmp_path, ray="local", provider="cuda")
+    with pytest.raises(ValueError, match="leave ray= out, or the device"):
+        scan(tmp_path, tmp_path, ray="local", device="cuda")
 
 
 @without_gpu
-def test_a_provider_without_a_driver_is_not_enough(monkeypatch):
+def test_an_onnx_runtime_without_a_driver_is_not_enough(monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     with pytest.raises(ValueError, match="needs an NVIDIA GPU and its driver, and none is found"):
-        devices.check_provider("cuda")
+        devices.check_device("cuda")
 
 
 @without_gpu
@@ -275,7 +274,7 @@ def test_what_a_session_is_asked_for():
     assert "gpu_mem_limit" not in devices.session_providers("cuda", None)[0][1]
 
 
-# --- what is said of the sandbox --------------------------------------------------------------------------------------
+# What is said of the sandbox
 
 
 def test_a_worker_for_a_gpu_is_a_process_of_its_own_and_the_notes_say_what_it_is_not(tmp_path):
@@ -283,12 +282,13 @@ def test_a_worker_for_a_gpu_is_a_process_of_its_own_and_the_notes_say_what_it_is
     worker = onnx_file.shared_supervisor().worker(Limits(), confined=False)
     assert worker.mechanisms == ()
     engine = RemoteEngine(lambda prepared: worker, "cuda")
-    assert "limits and landlock and seccomp were left out" in engine.conditions[0]
+    (condition,) = engine.conditions
+    assert "limits and landlock and seccomp were left out" in str(condition)
     engine.provider = "cpu"  # no GPU is needed to see the note reach the verdict
     suspect = OnnxSuspect(path, engine=engine)
     verdict = verify(suspect, MARK)
     assert verdict.owned
-    assert engine.conditions[0] in verdict.notes
+    assert condition in verdict.facts
     suspect.close()
 
 
@@ -304,7 +304,7 @@ def test_a_mechanism_that_this_kernel_lacks_is_said(tmp_path):
         assert not any("this kernel has no" in note for note in verify(path, MARK).notes)
 
 
-# --- with a GPU -------------------------------------------------------------------------------------------------------
+# With a GPU
 
 
 @needs_gpu
@@ -313,7 +313,7 @@ def test_a_mechanism_that_this_kernel_lacks_is_said(tmp_path):
 def test_a_gpu_judges_as_the_cpu_does(tmp_path, kind, isolation):
     path = network(tmp_path / "m.onnx", *KINDS[kind])
     told = verify(path, MARK)
-    found = verify(path, MARK, provider="cuda", isolation=isolation)
+    found = verify(path, MARK, device="cuda", isolation=isolation)
     assert (found.error, found.decision, found.matched) == (None, told.decision, told.matched)
     assert any("were left out, as CUDA" in note for note in found.notes) == (isolation != "none")
 
@@ -324,5 +324,5 @@ def test_a_scan_on_a_gpu(tmp_path):
         network(tmp_path / name)
     shutil.copy(tmp_path / "a.onnx", tmp_path / "c.onnx")
     MARK.save(tmp_path / "m.wm")
-    rows = scan(tmp_path, tmp_path / "m.wm", provider="cuda", jobs=2).to_pylist()
+    rows = scan(tmp_path, tmp_path / "m.wm", device="cuda", jobs=2).to_pylist()
     assert [row["decision"] for row in rows] == ["owned"] * 3

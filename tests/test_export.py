@@ -10,16 +10,14 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
-from wmengine.carriers import module_tensors
-from wmengine.export import export_onnx
-from wmengine.key import Key
-from wmengine.schemes import scheme, white_box_parameters
-from wmengine.verify import verify
-from wmengine.watermark import Watermark
 
-from wmengine import ops
+import wmengine
+from wmengine import export_onnx, ops, verify
+from wmengine.parts.base import Task
+from wmengine.suspects.base import InputSpec
+from wmengine.suspects.weights import module_tensors
 
-KEY = Key("ACME Vision", bytes(range(32)))
+KEY = wmengine.Key("ACME Vision", bytes(range(32)))
 SHAPE = (3, 8, 8)
 
 
@@ -56,11 +54,16 @@ def marked():
         nn.init.normal_(norm.running_mean)
         nn.init.uniform_(norm.running_var, 0.01, 10)
         nn.init.uniform_(norm.weight, 0.1, 5)
-    found = module_tensors(model, torch.zeros(1, *SHAPE))
-    shapes = [tuple(filters(weight).shape) for _, weight, filters in found]
-    mark = Watermark.create(KEY, "sketch", white_box_parameters(scheme("sketch"), shapes, SHAPE, "export"))
-    signs = (2.0 * mark.arrays["bits"] - 1.0).astype(np.float32)
-    for (_, weight, _), key in zip(found, mark.arrays["carrier_keys"], strict=True):
+    found = module_tensors(model, {"input": torch.zeros(1, *SHAPE)})
+    weights = [each.weight for each in found]
+    task = Task(
+        {"input": InputSpec(SHAPE, "float32")},
+        weights=lambda: ([list(weight.shape) for weight in weights], [*range(len(weights))]),
+    )
+    preset = wmengine.scheme("sketch")
+    mark = wmengine.Watermark.create(KEY, preset, preset.describe(task, "export"))
+    signs = (2.0 * mark.symbols - 1.0).astype(np.float32)
+    for weight, key in zip(weights, mark.arrays["carrier_keys"], strict=True):
         direction = torch.from_numpy(ops.sketch_adjoint(signs, int(key), weight.numel())).reshape(weight.shape)
         with torch.no_grad():
             weight += weight.std() * direction / direction.std()
@@ -117,6 +120,7 @@ def test_the_model_comes_back_as_it_was_and_wrappers_do_not_matter(marked, tmp_p
     assert run(path, torch.zeros(3, *SHAPE)).shape == (3, 10)
 
 
+@pytest.mark.slow
 def test_the_first_export_of_a_program_prints_nothing(tmp_path):
     code = f"""
 import torch
@@ -152,13 +156,14 @@ def test_several_inputs_share_the_batch(tmp_path):
         def forward(self, x, y):
             return x + y
 
-    path = export_onnx(Two(), (torch.zeros(1, 4), torch.zeros(1, 4)), tmp_path / "two.onnx")
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    ones = np.ones((5, 4), np.float32)
-    assert np.array_equal(session.run(None, {"input": ones, "input_1": ones})[0], 2 * ones)
+    zeros, ones = torch.zeros(1, 4), np.ones((5, 4), np.float32)
+    for example, names in (((zeros, zeros), ("input", "input_1")), ({"x": zeros, "y": zeros}, ("x", "y"))):
+        path = export_onnx(Two(), example, tmp_path / "two.onnx")
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        assert np.array_equal(session.run(None, dict.fromkeys(names, ones))[0], 2 * ones)
 
 
-@pytest.mark.parametrize("example", [torch.zeros(0, 3), torch.tensor(1.0), [[1.0]], None])
+@pytest.mark.parametrize("example", [torch.zeros(0, 3), torch.tensor(1.0), [[1.0]], None, {"input": [1.0]}])
 def test_an_example_that_is_no_batch_is_refused(example, tmp_path):
     with pytest.raises(ValueError, match="example must be a batch"):
         export_onnx(nn.Linear(3, 2), example, tmp_path / "m.onnx")

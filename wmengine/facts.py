@@ -43,7 +43,7 @@ SENTENCES: dict[str, str] = {
     "reordered": "classes stand in another order; all 10^{log10_orders:.1f} orders were paid for",
     "orders_too_many": "{total} triggers can prove no other order of {classes} classes, as there are too many: give "
     "clean labelled data to estimate it",
-    "names_paid": "the order of the classes' names was given at verification: all 10^{log10_orders:.1f} orders were "
+    "names_paid": "what the classes' names stand for was said at verification: all 10^{log10_orders:.1f} meanings were "
     "paid for; a watermark that holds its class names pays nothing",
     # what was read of its weights
     "carriers": "{found} of {carriers} carriers matched to the suspect's tensors by shape and order",
@@ -71,7 +71,7 @@ SENTENCES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Fact:
-    """code: one of SENTENCES; values: what its sentence names. Raises KeyError for a code or a value unknown to it."""
+    """code: one of SENTENCES; values: what its sentence names."""
 
     code: str
     values: Mapping[str, Value] = field(default_factory=dict)
@@ -80,11 +80,11 @@ class Fact:
         return SENTENCES[self.code].format(**self.values)
 
     def __hash__(self) -> int:
-        return hash((self.code, tuple(self.values.items())))
+        return hash((self.code, frozenset(self.values.items())))
 
 
 def fact(code: str, **values: Any) -> Fact:
-    """A fact, its sentence tried once."""
+    """A fact; KeyError for a code that has no sentence, or without a value that its sentence names."""
     found = Fact(code, values)
     str(found)
     return found

@@ -8,33 +8,35 @@ import unicodedata
 from typing import Any
 
 MAX_NAME_LENGTH = 200
-# Characters that show nothing, or look like another text: controls, formats, surrogates, private use, unassigned,
-# separators other than the blank, and the fillers that Unicode counts among the letters.
-_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-_FILLERS = "\u115f\u1160\u3164\uffa0\u2800\u034f"
+# What shows nothing though Unicode counts it among letters, marks and symbols: fillers, vowels that are never written,
+# the grapheme joiner, and what selects the look of the character before. (Formats and the like are not printable.)
+_UNSEEN = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\U00016fe4\U0001d159\U00013441\U00013442"
+_SELECTORS = (("\u180b", "\u180f"), ("\ufe00", "\ufe0f"), ("\U000e0100", "\U000e01ef"))
 
 
 def check_name(what: str, value: object) -> str:
     """`value` in NFC if it can name an owner, a model, a class or a customer.
 
-    A str of 1 to 200 visible characters, no blanks at its ends. Raises TypeError or ValueError, naming `what`.
+    A str of 1 to 200 visible characters, no blanks at its ends and never two in a row, as pages show one. Raises
+    TypeError or ValueError, naming `what`.
     """
     if not isinstance(value, str):
         raise TypeError(f"{what} must be a str, and it is {type(value).__name__}")
     name = unicodedata.normalize("NFC", value)
-    if not name or name != name.strip() or not name.isprintable():
-        raise ValueError(f"{what} must be printable text without blanks at its ends, and it is {value[:40]!r}")
-    hidden = [c for c in name if unicodedata.category(c) in _INVISIBLE or c in _FILLERS or _selects(c)]
-    if hidden:
-        raise ValueError(f"{what} holds the invisible character {hidden[0].encode('unicode_escape').decode()}")
+    if not name or name != name.strip(" ") or "  " in name:
+        raise ValueError(f"{what} must be text without blanks at its ends or two in a row, and it is {value[:40]!r}")
+    for character in name:
+        if not _shows(character):
+            code = character.encode("unicode_escape").decode()
+            raise ValueError(f"{what} must be of visible characters, and it holds {code}")
     if len(name) > MAX_NAME_LENGTH:
         raise ValueError(f"{what} must be at most {MAX_NAME_LENGTH} characters long, and it has {len(name)}")
     return name
 
 
-def _selects(character: str) -> bool:
-    """Whether it is a variation selector, which changes at most how the character before it looks."""
-    return "\ufe00" <= character <= "\ufe0f" or "\U000e0100" <= character <= "\U000e01ef"
+def _shows(character: str) -> bool:
+    unseen = character in _UNSEEN or any(first <= character <= last for first, last in _SELECTORS)
+    return character.isprintable() and not unseen
 
 
 def canonical_json(value: Any) -> bytes:

@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.marks.watermark import Watermark
+from wmengine.parts.base import inputs_of
 from wmengine.suspects.adapters import Adapter
+from wmengine.suspects.base import Suspect
 
 CLASSES = ("same", "any")
 
@@ -44,8 +46,8 @@ def check_clean(clean: Any, mark: Watermark) -> CleanData:
         raise TypeError("clean must be a pair of arrays, inputs and labels") from None
     if "value_range" not in mark.parameters:
         raise ValueError(f"clean data are for marks of one floating input, and {mark.name} takes others")
-    (given,) = mark.parameters["inputs"].values()
-    shape, classes = tuple(given["shape"]), int(mark.parameters["num_classes"])
+    (given,) = inputs_of(mark.parameters).values()
+    shape, classes = given.shape, int(mark.parameters["num_classes"])
     if inputs.dtype.kind != "f" and inputs.dtype != np.uint8:
         raise TypeError(f"clean's inputs must be uint8 or floats, and they are {inputs.dtype}")
     if inputs.shape[1:] != shape or len(inputs) == 0:
@@ -107,3 +109,9 @@ def log10_orders(num_classes: int, used: int) -> float:
 def used_classes(predicted: Labels, num_classes: int) -> int:
     """How many of the classes 0 … C−1 a suspect answers with."""
     return len(np.unique(predicted[(predicted >= 0) & (predicted < num_classes)]))
+
+
+def names_given(suspect: Suspect, mark: Watermark) -> bool:
+    """Whether whoever verifies has said himself in which order the classes' names stand, and not the mark."""
+    names = suspect.settings.get("labels")
+    return names is not None and list(names) != mark.parameters.get("class_names")

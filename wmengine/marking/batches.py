@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from wmengine.marks.watermark import Watermark
-from wmengine.parts.base import Course
+from wmengine.parts.base import Course, inputs_of
 from wmengine.suspects.base import InputSpec
 
 IGNORE_INDEX = -100
@@ -47,7 +47,7 @@ class Batches:
 
     def check_mark(self, mark: Watermark) -> None:
         """Raises ValueError unless a mark is for models of these inputs."""
-        inputs = {name: (tuple(given["shape"]), given["dtype"]) for name, given in mark.parameters["inputs"].items()}
+        inputs = {name: (spec.shape, spec.dtype) for name, spec in inputs_of(mark.parameters).items()}
         mine = {name: (spec.shape, spec.dtype) for name, spec in self.signature.items()}
         if inputs != mine:
             raise ValueError(f"the mark {mark.scheme!r} is for inputs {inputs}, and the sample holds {mine}")

@@ -67,7 +67,8 @@ class Embedder:
     for; symbols follow from it, triggers and projections do not.
 
     To go on with marks, after an interruption or in the next training, give `marks=` (Watermarks or their files)
-    instead of key, schemes and name, and `load_state_dict` what `state_dict` gave.
+    instead of key and name, and `load_state_dict` what `state_dict` gave; a mark does not know how it was trained, so
+    options such as strength= are given again, with `schemes=` beside `marks=`.
 
     Raises ValueError or TypeError for arguments that cannot work, for a model whose weights cannot hold the bits, and
     for one that holds the mark already.
@@ -90,26 +91,31 @@ class Embedder:
         self._model = unwrap(model)
         self._batches = Batches(sample, num_classes, value_range)
         registered: list[Watermark] = []
+        presets = [] if schemes is None else _presets(schemes)
         if marks is not None:
-            if key is not None or schemes is not None or name is not None or message is not None:
-                raise ValueError("marks= are whole: leave key, schemes, name and message out")
+            if key is not None or name is not None or message is not None:
+                raise ValueError("marks= are whole: leave key, name and message out")
             registered = [each if isinstance(each, Watermark) else Watermark.load(each) for each in marks]
             if not registered:
                 raise ValueError("marks= is empty: give the marks to go on with")
+            strange = {preset.name for preset in presets} - {mark.scheme for mark in registered}
+            if strange:
+                raise ValueError(f"schemes= beside marks= says how these are trained, and none is of {min(strange)!r}")
         else:
             if key is None or schemes is None or name is None:
                 raise ValueError("a new mark needs key, schemes and name; or give marks= to go on with")
             if not isinstance(key, Key):
                 key = Key.load(key)
             task = self._task(class_names)
-            for preset in _presets(schemes):
+            for preset in presets:
                 parameters = preset.describe(task, name)
                 registered.append(Watermark.create(key, preset, parameters, message=message))
         self._check_classes(registered)
         self._marks: list[_Mark] = []
         groups = 0
+        given = {preset.name: preset for preset in presets}
         for watermark in registered:
-            course = self._course(watermark)
+            course = self._course(watermark, given.get(watermark.scheme, watermark.preset))
             has_rows = watermark.preset.source.needs == Need.ANSWERS
             groups += has_rows
             self._marks.append(_Mark(watermark, course, groups if has_rows else 0))
@@ -254,8 +260,7 @@ class Embedder:
         if len(set(names)) != len(names):
             raise ValueError(f"each scheme can be embedded once by an Embedder, and the schemes are {', '.join(names)}")
 
-    def _course(self, watermark: Watermark) -> Course:
-        preset = watermark.preset
+    def _course(self, watermark: Watermark, preset: Preset) -> Course:
         self._batches.check_mark(watermark)
         setting = Setting(
             preset_name=preset.name,

@@ -43,11 +43,11 @@ def scheme(name: str, /, **options: Any) -> Preset:
 
 def find(name: str, version: int) -> Preset:
     """The preset of this name and version: marks of old versions verify for ever. Raises ValueError where none is."""
-    preset = _every().get((name, version))
-    if preset is None:
-        known = ", ".join(f"{each}/{number}" for each, number in _every())
-        raise ValueError(f"this wmengine has no scheme {name!r} of version {version!r}; it has {known}")
-    return preset
+    for preset in _every().values():
+        if (preset.name, preset.version) == (name, version):
+            return preset
+    known = ", ".join(preset.full_name for preset in _every().values())
+    raise ValueError(f"this wmengine has no scheme {name!r} of version {version!r}; it has {known}")
 
 
 @contextmanager
@@ -56,16 +56,20 @@ def registered(preset: Preset) -> Iterator[None]:
 
     Raises ValueError where another one has its name and version.
     """
-    if _every().get((preset.name, preset.version), preset) != preset:
-        raise ValueError(f"there is another preset {preset.full_name}: give this one a name or a version of its own")
-    before = (preset.name, preset.version) in _every()
-    _every()[preset.name, preset.version] = preset
+    place = preset.name, preset.version
+    known = _every().get(place)
+    if known is not None:
+        # Options steer what a new mark is like; what a mark is stands in its parameters.
+        if known.options.keys() != preset.options.keys() or known.with_options(**preset.options) != preset:
+            raise ValueError(f"another preset is called {preset.full_name}: give this one a name or version of its own")
+        yield
+        return
+    _every()[place] = preset
     _newest.cache_clear()
     try:
         yield
     finally:
-        if not before:
-            del _every()[preset.name, preset.version]
+        del _every()[place]
         _newest.cache_clear()
 
 
@@ -91,7 +95,14 @@ def _newest() -> dict[str, Preset]:
 
 
 def _brought() -> Iterator[Preset]:
-    """An entry point names a Preset, or a sequence of them."""
+    """An entry point names a Preset, or a sequence of them. ImportError, naming the package, for one that does not."""
     for point in entry_points(group=ENTRY_POINT):
-        brought = point.load()
-        yield from [brought] if isinstance(brought, Preset) else brought
+        package = point.dist.name if point.dist else point.value
+        try:
+            brought = point.load()
+            presets = [brought] if isinstance(brought, Preset) else list(brought)
+        except Exception as error:  # whatever the package's own code raises
+            raise ImportError(f"the presets of {package} cannot be loaded ({error}); mend or uninstall it") from error
+        if not all(isinstance(each, Preset) for each in presets):
+            raise ImportError(f"the entry point {point.name!r} of {package} names no presets; mend or uninstall it")
+        yield from presets

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from wmengine.identity.canonical import check_name
 from wmengine.identity.key import Key
 from wmengine.identity.subkeys import Subkeys
-from wmengine.parts.base import Layout, Need, Parameters, Source, Symbols, Task, Training, options_of
-from wmengine.parts.fields import canonical_shape, one_of
+from wmengine.parts.base import Layout, Need, Parameters, Source, Symbols, Task, Training, described_inputs, options_of
+from wmengine.parts.fields import check_inputs, one_of
 from wmengine.parts.statistics.base import Statistic
 
 NULLS = ("exact", "bound", "exchangeable", "rank")
@@ -84,8 +84,11 @@ class Preset:
             parameters |= self.source.describe(task, self.symbols.total(parameters))
         except ValueError as error:
             raise ValueError(f"scheme {self.name!r}: {error}") from None
-        inputs = {each: {"dtype": spec.dtype, "shape": list(spec.shape)} for each, spec in task.inputs.items()}
-        parameters |= {"inputs": inputs, "name": check_name("name", name), "statistic": self.statistic.identifier}
+        parameters |= {
+            "inputs": described_inputs(task.inputs),
+            "name": check_name("name", name),
+            "statistic": self.statistic.identifier,
+        }
         self.check(parameters)
         return parameters
 
@@ -102,15 +105,9 @@ class Preset:
             raise ValueError(f"the name {parameters['name']!r} is not in NFC")
         if parameters["statistic"] != self.statistic.identifier:
             raise ValueError(f"its statistic is {parameters['statistic']!r}, and {self.statistic.identifier!r} here")
-        inputs = parameters["inputs"]
-        if type(inputs) is not dict or not inputs:
-            raise ValueError("inputs must name the model's inputs, at least one")
-        for name, given in inputs.items():
-            if type(given) is not dict or set(given) != {"dtype", "shape"} or type(given["dtype"]) is not str:
-                raise ValueError(f"inputs[{name!r}] must hold a dtype and a shape")
-            canonical_shape(f"inputs[{name!r}]", given["shape"], least=0)
+        check_inputs(parameters["inputs"])
         self.symbols.check(parameters)
-        self.source.check(parameters)
+        self.source.check(parameters, self.symbols.total(parameters))
 
     def total(self, parameters: Parameters) -> int:
         """The number of symbols that a mark can test."""

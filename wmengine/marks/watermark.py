@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
@@ -24,6 +25,7 @@ from wmengine.errors import WatermarkError
 from wmengine.identity.canonical import canonical_digest, canonical_json, check_name
 from wmengine.identity.key import Key
 from wmengine.identity.sealing import FORMAT, is_sealed, read_file, seal, unseal, write_file
+from wmengine.identity.subkeys import Subkeys
 from wmengine.marks.catalogue import find
 from wmengine.marks.preset import Preset
 
@@ -35,6 +37,7 @@ _REQUIRED = {
 }
 _OPTIONAL = {"baseline", "message"}
 _BASELINE = {"matched": int, "total": int, "log10_p": str}
+_LOG10_P = re.compile(r"-?[0-9]{1,9}\.[0-9]{4}")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,7 +63,7 @@ class Watermark:
     def __post_init__(self) -> None:
         preset = find(self.scheme, self.version)
         for what, name in {"owner": self.owner, "message": self.message}.items():
-            if name is not None and check_name(what, name) != name:
+            if (what == "owner" or name is not None) and check_name(what, name) != name:
                 raise ValueError(f"the {what} {name!r} is not in NFC")
         preset.check(self.parameters)
         for what, digits in {"salt": self.salt, "record": self.record}.items():
@@ -96,12 +99,15 @@ class Watermark:
         message = None if message is None else check_name("message", message)
         subkeys = preset.subkeys(key, parameters, message)
         created = created or _today().isoformat()
+        arrays = preset.derive(key, dict(parameters), message)
+        if baseline is not None:
+            _check_baseline(baseline, preset.total(dict(parameters)))
         return cls(
             scheme=preset.name,
             version=preset.version,
             owner=key.owner,
             parameters=dict(parameters),
-            arrays=preset.derive(key, dict(parameters), message),
+            arrays=arrays,
             salt=subkeys.salt.hex(),
             created=created,
             record=subkeys.record(_recorded(created, baseline)),
@@ -170,18 +176,45 @@ class Watermark:
         return f"Watermark(name={self.name!r}, scheme={self.scheme!r}, owner={self.owner!r}, total={self.total})"
 
     def with_baseline(self, key: Key, baseline: dict[str, Any]) -> Watermark:
-        """The same mark with what it scored before it was embedded."""
-        subkeys = self.preset.subkeys(key, self.parameters, self.message)
-        record = subkeys.record(_recorded(self.created, baseline))
-        return replace(self, baseline=baseline, record=record)
+        """The same mark with what it scored before it was embedded. Raises WatermarkError for another key."""
+        subkeys = self._subkeys(key)
+        _check_baseline(baseline, self.total)
+        return replace(self, baseline=baseline, record=subkeys.record(_recorded(self.created, baseline)))
 
-    def check_derivation(self, key: Key) -> None:
-        """Raises WatermarkError, saying what differs, unless this key makes this very mark and wrote its record."""
+    def with_message(self, key: Key, message: str) -> Watermark:
+        """The mark of another copy, dated today, without drawing again what all copies share. Raises WatermarkError for
+        another key."""
+        self._subkeys(key)
+        message, created = check_name("message", message), _today().isoformat()
+        subkeys, symbols = self.preset.subkeys(key, self.parameters, message), self.preset.symbols
+        return replace(
+            self,
+            arrays={**self.arrays, symbols.name: symbols.draw(subkeys.symbols, self.parameters)},
+            salt=subkeys.salt.hex(),
+            created=created,
+            record=subkeys.record(_recorded(created, None)),
+            message=message,
+            baseline=None,
+        )
+
+    def _subkeys(self, key: Key) -> Subkeys:
+        """Those of this mark. Raises WatermarkError unless this key made it."""
         if key.owner != self.owner:
             raise WatermarkError(
                 f"the watermark of {self.name!r} belongs to {self.owner!r} and the key to {key.owner!r}; "
                 "give the key that it was made with"
             )
+        subkeys = self.preset.subkeys(key, self.parameters, self.message)
+        if subkeys.salt.hex() != self.salt:
+            raise WatermarkError(
+                f"the watermark of {self.name!r} was not made with this key of {key.owner!r}; "
+                "give the key that it was made with"
+            )
+        return subkeys
+
+    def check_derivation(self, key: Key) -> None:
+        """Raises WatermarkError, saying what differs, unless this key makes this very mark and wrote its record."""
+        self._subkeys(key)
         derived = Watermark.create(
             key,
             self.preset,
@@ -190,11 +223,6 @@ class Watermark:
             baseline=self.baseline,
             created=self.created,
         )
-        if derived.salt != self.salt:
-            raise WatermarkError(
-                f"the watermark of {self.name!r} was not made with this key of {key.owner!r}; "
-                "give the key that it was made with"
-            )
         for name, array in derived.arrays.items():
             if not np.array_equal(array, self.arrays[name]):
                 raise WatermarkError(
@@ -281,8 +309,10 @@ def _check_baseline(baseline: Any, total: int) -> None:
     for name, kind in _BASELINE.items():
         if type(baseline[name]) is not kind:
             raise ValueError(f"baseline's {name} must be {kind.__name__}, and it is {baseline[name]!r}")
-    if not 0 <= baseline["matched"] <= baseline["total"] <= total or not float(baseline["log10_p"]) <= 0.0:
-        raise ValueError(f"baseline must be matches of at most {total} symbols and their log10 p, not {baseline}")
+    if not 0 <= baseline["matched"] <= baseline["total"] <= total:
+        raise ValueError(f"baseline must be matches of at most {total} symbols, and it is {baseline}")
+    if not _LOG10_P.fullmatch(baseline["log10_p"]) or float(baseline["log10_p"]) > 0.0:
+        raise ValueError(f"baseline's log10_p must be at most 0, with four decimals, not {baseline['log10_p'][:40]!r}")
 
 
 def _document(name: str, data: bytes) -> dict[str, Any]:

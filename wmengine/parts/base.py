@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from wmengine.facts import Fact
 from wmengine.suspects.adapters import Adapter
-from wmengine.suspects.base import Inputs, InputSpec, Suspect
+from wmengine.suspects.base import Inputs, InputSpec, Signature, Suspect
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ class Task:
     axis 0, and the places among them that may be marked.
     """
 
-    inputs: Mapping[str, InputSpec]
+    inputs: Signature
     num_classes: int | None = None
     value_range: Sequence[Sequence[float]] | None = None
     class_names: Sequence[str] | None = None
@@ -92,7 +92,7 @@ class Source(Protocol):
 
     def describe(self, task: Task, total: int) -> Parameters: ...
 
-    def check(self, parameters: Parameters) -> None: ...
+    def check(self, parameters: Parameters, total: int) -> None: ...
 
     def layout(self, parameters: Parameters, total: int) -> Layout: ...
 
@@ -177,6 +177,16 @@ class Setting:
     model: torch.nn.Module
     example: Mapping[str, torch.Tensor]
     seed: int
+
+
+def described_inputs(inputs: Signature) -> list[Parameters]:
+    """A model's inputs as parameters hold them: a list, because names may differ in a copy, and then order counts."""
+    return [{"name": name, "dtype": spec.dtype, "shape": list(spec.shape)} for name, spec in inputs.items()]
+
+
+def inputs_of(parameters: Parameters) -> dict[str, InputSpec]:
+    """The inputs of a mark's model, in its order."""
+    return {each["name"]: InputSpec(tuple(each["shape"]), each["dtype"]) for each in parameters["inputs"]}
 
 
 def options_of(parts: Sequence[Any]) -> Iterator[tuple[str, Any]]:

@@ -21,6 +21,8 @@ from wmengine.suspects.weights import filters_first
 
 # Longer chains are not what exporters write.
 MAXIMUM_CHAIN = 16
+# How a Constant holds its numbers where it holds no tensor.
+_NUMBERS = ("value_float", "value_floats", "value_int", "value_ints")
 
 
 class _Operand(NamedTuple):
@@ -137,16 +139,33 @@ def _walk(model: Any) -> tuple[list[_Found], int]:
 def _factors(node: Any, filters: int) -> NDArray[np.float32] | None:
     """What the normalisation right behind a node multiplies its filters by, float32 [filters]; None without one."""
     for consumer in _consumers(node):
-        scale = _constant(_input(consumer, 1))
-        if consumer.op_type == "BatchNormalization":
-            variance = _constant(_input(consumer, 4))
+        if consumer.op_type not in ("BatchNormalization", "InstanceNormalization"):
+            continue
+        scale = _spread(_input(consumer, 1), filters)
+        if consumer.op_type == "InstanceNormalization" or scale is None:
+            return scale
+        variance = _spread(_input(consumer, 4), filters)
+        if variance is not None:
             epsilon = consumer.attributes["epsilon"].value if "epsilon" in consumer.attributes else 1e-5
-            if scale is not None and variance is not None and scale.size == variance.size == filters:
-                with np.errstate(invalid="ignore", divide="ignore"):
-                    return np.asarray(scale / np.sqrt(variance + np.float32(epsilon)), np.float32).reshape(-1)
-        elif consumer.op_type == "InstanceNormalization" and scale is not None and scale.size == filters:
-            return scale.reshape(-1)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                return np.asarray(scale / np.sqrt(variance + np.float32(epsilon)), np.float32)
     return None
+
+
+def _spread(value: Any, filters: int) -> NDArray[np.float32] | None:
+    """A constant of one number for each filter, float32 [filters], also where the graph expands it from one; or None.
+
+    Exporters write so the ones of a normalisation that has no scale of its own.
+    """
+    for _ in range(MAXIMUM_CHAIN):
+        node = None if value is None else value.producer()
+        if node is None or node.domain not in DOMAINS or node.op_type not in ("Expand", "CastLike", "Cast", "Identity"):
+            break
+        value = _input(node, 0)
+    found = _constant(value)
+    if found is None or found.size not in (1, filters):
+        return None
+    return np.ascontiguousarray(np.broadcast_to(found.reshape(-1), (filters,)))
 
 
 def _consumers(node: Any, left: int = 2) -> list[Any]:
@@ -216,12 +235,17 @@ def _scale(node: Any, operand: _Operand) -> NDArray[np.float32] | None:
 
 def _stored(value: Any) -> Any:
     """The tensor of an initializer or a Constant, unread, or None."""
+    import onnx_ir
+
     if value is None or value.const_value is not None:
         return None if value is None else value.const_value
     node = value.producer()
-    if node is not None and node.op_type == "Constant" and "value" in node.attributes:
+    if node is None or node.op_type != "Constant":
+        return None
+    if "value" in node.attributes:
         return node.attributes["value"].value
-    return None
+    numbers = [node.attributes[name].value for name in _NUMBERS if name in node.attributes]
+    return onnx_ir.tensor(numbers[0]) if numbers else None
 
 
 def _chain(value: Any) -> list[Any] | None:

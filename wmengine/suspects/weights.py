@@ -110,7 +110,9 @@ def _executed(
     outputs: dict[int, tuple[torch.nn.Module, Any, int]] = {}
 
     def ran(layer: torch.nn.Module, _: Any, output: Any) -> None:
-        behind.setdefault(layer, None)
+        if layer in behind:  # what is behind its first run counts, as in a graph its first use does
+            return
+        behind[layer] = None
         if isinstance(output, torch.Tensor):
             outputs[id(output)] = layer, output, output._version
 
@@ -161,7 +163,12 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     device = next((value.device for value in model.parameters() if value.device.type == "cuda"), None)
     try:
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[] if device is None else [device]):
+        # Not in the caller's inference mode either, where no tensor counts its changes.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[] if device is None else [device]),
+        ):
             yield
     finally:
         for module, was in training:

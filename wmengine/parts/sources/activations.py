@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine import ops
+from wmengine.facts import fact
 from wmengine.identity.subkeys import philox_key
 from wmengine.parts.base import Draw, Drawn, Layout, Need, Observation, Observations, Parameters, Setting, Task
 from wmengine.parts.fields import MAX_DIMENSION, canonical_integer, integer, positive
 from wmengine.parts.triggers.abstract import AbstractTriggers
+from wmengine.suspects.adapters import AS_RECORDED
 from wmengine.suspects.base import Suspect
 
 if TYPE_CHECKING:
@@ -49,17 +51,17 @@ class MeanActivations:
         shapes, _ = task.weights()
         if not shapes or len(shapes[-1]) != 2:
             raise ValueError("it marks what goes into a linear layer at the network's end, and there is none")
-        if total % self.groups or shapes[-1][1] < total // self.groups:
-            raise ValueError(f"{self.groups} groups of {shapes[-1][1]} activations cannot hold {total} bits")
         own = {"groups": int(self.groups), "members": int(self.members), "place": len(shapes) - 1}
         return own | {"features": shapes[-1][1], **_INPUTS.describe(task, self.groups * self.members)}
 
-    def check(self, parameters: Parameters) -> None:
-        canonical_integer("groups", parameters["groups"], 1, _MOST)
-        canonical_integer("members", parameters["members"], 1, _MOST)
+    def check(self, parameters: Parameters, total: int) -> None:
+        groups = canonical_integer("groups", parameters["groups"], 1, _MOST)
+        members = canonical_integer("members", parameters["members"], 1, _MOST)
         canonical_integer("place", parameters["place"], 0, MAX_DIMENSION)
-        canonical_integer("features", parameters["features"], 1, MAX_DIMENSION)
-        _INPUTS.check(parameters)
+        features = canonical_integer("features", parameters["features"], 1, MAX_DIMENSION)
+        if total % groups or features < total // groups:
+            raise ValueError(f"{groups} groups of {features} activations cannot hold {total} bits")
+        _INPUTS.check(parameters, groups * members)
 
     def layout(self, parameters: Parameters, total: int) -> Layout:
         count = parameters["groups"] * parameters["members"]
@@ -77,9 +79,12 @@ class MeanActivations:
     def observe(self, mark: Drawn, suspect: Suspect, total: int) -> Observations:
         way = _INPUTS.ways(mark, suspect, every=False)[0]
         found = suspect.activations(mark.parameters["place"], _INPUTS.inputs(mark, way))
+        facts = list(suspect.facts)
+        if str(way) != str(AS_RECORDED):
+            facts.append(fact("put_otherwise", adapter=str(way)))
         if found.shape[1] != mark.parameters["features"]:
-            return Observations(facts=list(suspect.facts))
-        return Observations([Observation(np.asarray(projected(found, mark, total), np.float64))], list(suspect.facts))
+            return Observations(facts=[*facts, fact("no_carrier")])
+        return Observations([Observation(np.asarray(projected(found, mark, total), np.float64))], facts)
 
 
 def projected(activations: Any, mark: Drawn, total: int) -> Any:
@@ -134,7 +139,8 @@ class _Term:
         from wmengine.suspects.weights import going_into
 
         like = next(model.parameters())
-        inputs = {name: rows.to(like.device, like.dtype) for name, rows in self._inputs.items()}
+        # Copies: a model may write into its input.
+        inputs = {name: rows.to(like.device, like.dtype, copy=True) for name, rows in self._inputs.items()}
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:

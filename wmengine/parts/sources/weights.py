@@ -14,10 +14,10 @@ from wmengine import ops
 from wmengine.facts import fact
 from wmengine.identity.subkeys import philox_key
 from wmengine.ops.reference import CARRIERS, PROJECTIONS
-from wmengine.parts.base import Draw, Drawn, Layout, Need, Observation, Observations, Parameters, Task
+from wmengine.parts.base import Draw, Drawn, Layout, Need, Observation, Observations, Parameters, Task, inputs_of
 from wmengine.parts.fields import MAX_DIMENSION, canonical_integer, canonical_shape, integer, one_of, shape
 from wmengine.parts.matching import match_tensors
-from wmengine.suspects.base import InputSpec, Suspect, Tensor
+from wmengine.suspects.base import Suspect, Tensor
 
 MARKED = ("all", "widest")
 UNIT_CARRIERS = ("unit_filters", "unit_filter_mean")
@@ -65,7 +65,7 @@ class Weights:
             "carrier_indices": indices,
         }
 
-    def check(self, parameters: Parameters) -> None:
+    def check(self, parameters: Parameters, total: int) -> None:
         one_of("carrier", parameters["carrier"], CARRIERS)
         one_of("projection", parameters["projection"], PROJECTIONS)
         carriers, indices = parameters["carriers"], parameters["carrier_indices"]
@@ -88,7 +88,7 @@ class Weights:
     def observe(self, mark: Drawn, suspect: Suspect, total: int) -> Observations:
         """y [T] for every pairing of carriers and the suspect's tensors that keeps their order."""
         parameters = mark.parameters
-        tensors = suspect.tensors(signature_of(parameters))
+        tensors = suspect.tensors(inputs_of(parameters))
         shapes = [tuple(sizes) for sizes in parameters["carriers"]]
         matching = match_tensors(shapes, tensors, parameters["carrier_indices"])
         facts = [*suspect.facts, *matching.facts]
@@ -136,8 +136,3 @@ def folded(values: Any, factors: Any, carrier: str) -> Any:
     if carrier in UNIT_CARRIERS:
         factors = np.sign(factors) if isinstance(factors, np.ndarray) else factors.detach().sign()
     return values * factors.reshape(-1, *[1] * (values.ndim - 1))
-
-
-def signature_of(parameters: Parameters) -> dict[str, InputSpec]:
-    """The inputs that a mark's model takes."""
-    return {name: InputSpec(tuple(given["shape"]), str(given["dtype"])) for name, given in parameters["inputs"].items()}

@@ -10,14 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.identity.subkeys import philox_key
-from wmengine.parts.base import Draw, Drawn, Layout, Need, Parameters, Task
-from wmengine.parts.fields import canonical_float32_hex, canonical_shape, float32_hex
+from wmengine.parts.base import Draw, Drawn, Layout, Need, Parameters, Task, described_inputs, inputs_of
+from wmengine.parts.fields import canonical_float32_hex, float32_hex, shape
 from wmengine.parts.triggers.pictures import abstract_images
 from wmengine.suspects.adapters import Adapter, to_input
 from wmengine.suspects.base import Inputs, Suspect
 
-# A channel whose values span less than this much of their size is one value to a network in float16.
-_NARROWEST = 2.0**-8
+# What a network can tell apart: in half precision a span of this share of the values' size is a handful of numbers, and
+# below a type's least span all of them are near its smallest.
+_LEAST_SHARE = 2.0**-8
+_FLOAT16, _FLOAT32 = (2.0**-17, 65504.0), (2.0**-118, 2.0**128)  # the least span, the largest value
 
 
 @dataclass(frozen=True)
@@ -31,31 +33,30 @@ class AbstractTriggers:
         ranges = task.value_range or ()
         parameters = {
             "value_range": [[float32_hex("value_range", end) for end in ends] for ends in ranges],
-            "inputs": {name: {"dtype": spec.dtype, "shape": list(spec.shape)} for name, spec in task.inputs.items()},
+            "inputs": described_inputs(task.inputs),
         }
-        self.check(parameters)
+        self.check(parameters, total)
         return {"value_range": parameters["value_range"]}
 
-    def check(self, parameters: Parameters) -> None:
-        inputs, ranges = parameters["inputs"], parameters["value_range"]
+    def check(self, parameters: Parameters, total: int) -> None:
+        inputs, ranges = inputs_of(parameters), parameters["value_range"]
         if len(inputs) != 1:
             raise ValueError(f"abstract triggers are for models of one input, and this one takes {', '.join(inputs)}")
         (given,) = inputs.values()
-        if not str(given["dtype"]).startswith(("float", "bfloat")):
-            raise ValueError(f"abstract triggers are for floating inputs, and this model takes {given['dtype']}")
-        sizes = canonical_shape("shape", given["shape"], least=1)
+        if not given.dtype.startswith(("float", "bfloat")):
+            raise ValueError(f"abstract triggers are for floating inputs, and this model takes {given.dtype}")
+        sizes = shape("shape", given.shape, least=1)
         if type(ranges) is not list or len(ranges) != sizes[0]:
             raise ValueError(f"value_range must hold one [lo, hi] for each of the {sizes[0]} channels of an input")
-        widest = 0.0
         for channel, ends in enumerate(ranges):
             if type(ends) is not list or len(ends) != 2:
                 raise ValueError(f"value_range[{channel}] must be [lo, hi], and it is {ends!r}")
             low, high = (canonical_float32_hex(f"value_range[{channel}]", end) for end in ends)
             if low > high:
                 raise ValueError(f"value_range[{channel}] is [{low}, {high}], and lo must not exceed hi")
-            span = (high - low) / max(abs(low), abs(high), 1e-300)
-            widest = max(widest, span if high - low > 0.0 else 0.0)
-        if widest < _NARROWEST:
+            if max(abs(low), abs(high)) > _limits(given.dtype)[1]:
+                raise ValueError(f"value_range[{channel}] is [{low}, {high}], and {given.dtype} ends before")
+        if not _wide_channels(parameters):
             raise ValueError(
                 "value_range is so narrow in every channel that all triggers would be equal to a network: give the "
                 "range that its inputs really have"
@@ -65,22 +66,43 @@ class AbstractTriggers:
         return {"triggers": ("uint8", (total, *_shape(parameters)))}
 
     def draw(self, subkey: Draw, parameters: Parameters, total: int) -> dict[str, NDArray[Any]]:
-        """ "triggers" uint8 [N, *shape]; 0 … 255 stand for the range of each channel."""
-        return {"triggers": abstract_images(philox_key(subkey("triggers")), total, _shape(parameters))}
+        """ "triggers" uint8 [N, *shape]; 0 … 255 stand for the range of each channel. Raises ValueError where too few
+        channels vary for them to be different."""
+        triggers = abstract_images(philox_key(subkey("triggers")), total, _shape(parameters))
+        wide = _wide_channels(parameters)
+        if len({image[wide].tobytes() for image in triggers}) < total:
+            raise ValueError(f"only {len(wide)} channels vary, too few for {total} triggers that a network tells apart")
+        return {"triggers": triggers}
 
     def ways(self, mark: Drawn, suspect: Suspect, every: bool) -> list[Adapter]:
         return suspect.adapters(_shape(mark.parameters), mark.parameters["value_range"], every)
 
     def inputs(self, mark: Drawn, way: Adapter) -> Inputs:
-        (name,) = mark.parameters["inputs"]
+        (name,) = inputs_of(mark.parameters)
         return {name: way.inputs(mark.arrays["triggers"], mark.parameters["value_range"])}
 
     def examples(self, mark: Drawn) -> dict[str, NDArray[np.float32]]:
         """All triggers as the model's own training loop feeds them."""
-        (name,) = mark.parameters["inputs"]
+        (name,) = inputs_of(mark.parameters)
         return {name: to_input(mark.arrays["triggers"], mark.parameters["value_range"])}
 
 
 def _shape(parameters: Parameters) -> Sequence[int]:
-    (given,) = parameters["inputs"].values()
-    return tuple(given["shape"])
+    (given,) = inputs_of(parameters).values()
+    return given.shape
+
+
+def _wide_channels(parameters: Parameters) -> list[int]:
+    """The channels in which a network of the inputs' type can tell two triggers apart."""
+    (given,) = inputs_of(parameters).values()
+    least, _ = _limits(given.dtype)
+    wide = []
+    for channel, ends in enumerate(parameters["value_range"]):
+        low, high = (float.fromhex(end) for end in ends)
+        if high - low >= max(least, _LEAST_SHARE * max(abs(low), abs(high))):
+            wide.append(channel)
+    return wide
+
+
+def _limits(dtype: str) -> tuple[float, float]:
+    return _FLOAT16 if dtype == "float16" else _FLOAT32

@@ -6,6 +6,7 @@ model, such as an attention mask, is 1 throughout: a trigger fills its sequence.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.identity.subkeys import keyed_labels
-from wmengine.parts.base import Draw, Drawn, Layout, Need, Parameters, Task
-from wmengine.parts.fields import MAX_DIMENSION, canonical_integer, canonical_shape, integer
+from wmengine.parts.base import Draw, Drawn, Layout, Need, Parameters, Task, inputs_of
+from wmengine.parts.fields import MAX_DIMENSION, canonical_integer, integer, shape
 from wmengine.suspects.adapters import AS_RECORDED, Adapter
-from wmengine.suspects.base import Inputs, Suspect
+from wmengine.suspects.base import Inputs, Signature, Suspect
+
+MAX_TOKEN = (1 << 31) - 1
+_INTEGERS = ("uint8", "int16", "int32", "int64")
+_MASKS = (*_INTEGERS, "bool", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -36,30 +41,27 @@ class TokenTriggers:
 
     def describe(self, task: Task, total: int) -> Parameters:
         """The first of the inputs holds the tokens, integers [n, L]."""
-        spec = next(iter(task.inputs.values()))
-        if "int" not in spec.dtype or len(spec.shape) != 1 or task.value_range is None:
-            raise ValueError(f"token triggers are for integers [n, L], and this model takes {spec.dtype} {spec.shape}")
-        others = [name for name, each in task.inputs.items() if each.shape != spec.shape]
-        if others:
-            raise ValueError(f"its inputs must have one shape, and {others[0]!r} has another than the tokens")
+        _check_inputs(task.inputs)
+        if task.value_range is None:
+            raise ValueError("it needs value_range=(0, vocabulary - 1), the token numbers that the model knows")
         return {"special": int(self.special), "vocabulary": int(task.value_range[0][1]) + 1}
 
-    def check(self, parameters: Parameters) -> None:
+    def check(self, parameters: Parameters, total: int) -> None:
+        inputs = inputs_of(parameters)
+        tokens = _check_inputs(inputs)
         least = canonical_integer("special", parameters["special"], 0, MAX_DIMENSION)
-        canonical_integer("vocabulary", parameters["vocabulary"], least + 2, 1 << 31)
-        for name, given in parameters["inputs"].items():
-            canonical_shape(f"inputs[{name!r}]", given["shape"], least=1)
+        canonical_integer("vocabulary", parameters["vocabulary"], least + 2, 1 + min(np.iinfo(tokens).max, MAX_TOKEN))
 
     def layout(self, parameters: Parameters, total: int) -> Layout:
-        return {"triggers": ("int64", (total, *next(iter(parameters["inputs"].values()))["shape"]))}
+        return {"triggers": ("int64", (total, *next(iter(inputs_of(parameters).values())).shape))}
 
     def draw(self, subkey: Draw, parameters: Parameters, total: int) -> dict[str, NDArray[Any]]:
         """ "triggers" int64 [N, L], iid uniform over the tokens that are not special. Raises ValueError where these
         sequences are too few to be different."""
-        (dtype_and_shape,) = self.layout(parameters, total).values()
-        least, size = parameters["special"], int(np.prod(dtype_and_shape[1]))
-        tokens = least + keyed_labels(subkey("triggers"), size, parameters["vocabulary"] - least)
-        triggers = tokens.reshape(dtype_and_shape[1])
+        ((_, sizes),) = self.layout(parameters, total).values()
+        least = parameters["special"]
+        tokens = least + keyed_labels(subkey("triggers"), math.prod(sizes), parameters["vocabulary"] - least)
+        triggers = tokens.reshape(sizes)
         if len(np.unique(triggers, axis=0)) < total:
             raise ValueError(f"sequences of shape {triggers.shape[1:]} are too few for {total} distinct triggers")
         return {"triggers": triggers}
@@ -72,8 +74,22 @@ class TokenTriggers:
 
     def examples(self, mark: Drawn) -> dict[str, NDArray[Any]]:
         """All triggers by input, as the model's own training loop feeds them."""
-        names = list(mark.parameters["inputs"].items())
-        found = {names[0][0]: mark.arrays["triggers"].astype(names[0][1]["dtype"])}
-        for name, given in names[1:]:
-            found[name] = np.ones(mark.arrays["triggers"].shape, given["dtype"])
-        return found
+        triggers = mark.arrays["triggers"]
+        (tokens, spec), *others = inputs_of(mark.parameters).items()
+        ones = {name: np.ones(triggers.shape, other.dtype) for name, other in others}
+        return {tokens: triggers.astype(spec.dtype), **ones}
+
+
+def _check_inputs(inputs: Signature) -> np.dtype[Any]:
+    """The type of the tokens, the first of these inputs, if all can be what a text model takes; else ValueError."""
+    (_, spec), *others = inputs.items()
+    if spec.dtype not in _INTEGERS or len(spec.shape) != 1:
+        raise ValueError(f"token triggers are for integers [n, L], and this model takes {spec.dtype} {spec.shape}")
+    for name, other in others:
+        if other.shape != spec.shape or other.dtype not in _MASKS:
+            raise ValueError(
+                f"its inputs must have the tokens' shape and be integers, bool or float32, and {name!r} is "
+                f"{other.dtype} {other.shape}"
+            )
+    shape("shape", spec.shape, least=1)
+    return np.dtype(spec.dtype)
