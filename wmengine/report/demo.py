@@ -90,7 +90,7 @@ def print_table(result: DemoResult, file: IO[str] | None = None) -> None:
     console = Console(file=file, highlight=False)
     if not console.is_terminal:
         console = Console(file=file, highlight=False, width=80)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column("\nmodel", no_wrap=True)
     table.add_column("test\nright", justify="right")
     for kind in ("weights\nmatched", "answers\nmatched"):
@@ -105,6 +105,7 @@ def print_table(result: DemoResult, file: IO[str] | None = None) -> None:
             cells += [f"{verdict.matched}/{verdict.total}", html.log10_p(verdict.log10_p), decision]
         table.add_row(*cells)
     console.print(table)
+    console.print()
     difference, low, high = (html.points(value) for value in result.accuracy_cost)
     console.print(f"Accuracy cost of both marks: {difference} points, 95 % interval {low} … {high}.", soft_wrap=True)
     console.print(f"Report: {result.report}   table: {result.table}   {result.seconds:.0f} s", soft_wrap=True)
