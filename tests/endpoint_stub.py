@@ -6,22 +6,15 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
-from wmengine.key import Key
-from wmengine.schemes import black_box_parameters, scheme
-from wmengine.triggers import to_input
-from wmengine.watermark import Watermark
+from made_marks import asking, triggers
 
 import wmengine as wm
 
 SHAPE, CLASSES, COUNT = (3, 4, 4), 10, 60
 # `verify` asks eight triggers twice at last, to see whether answers depend on the batch.
 AGAIN = 16
-MARK = Watermark.create(
-    Key("ACME Vision", bytes(range(32))),
-    "adi",
-    black_box_parameters(scheme("adi", count=COUNT), SHAPE, CLASSES, [[-1.0, 1.0]] * 3, "detector"),
-)
-INPUTS = to_input(MARK.arrays["triggers"], MARK.parameters["value_range"])
+MARK = asking(SHAPE, COUNT, CLASSES)
+INPUTS = triggers(MARK)
 _LABELS = {image.tobytes(): int(label) for image, label in zip(INPUTS, MARK.arrays["labels"], strict=True)}
 
 
@@ -136,11 +129,11 @@ def serving(behave=marked_model, tls=None):
         stub.close()
 
 
-def judged(stub, queries="all", url=None, **options):
+def judged(stub, test="fixed", url=None, mark=MARK, **options):
     """The verdict on a stub asked with these options."""
     suspect = wm.endpoint(url or stub.url, **options)
     try:
-        return wm.verify(suspect, MARK, queries=queries)
+        return wm.verify(suspect, mark, test=test)
     finally:
         suspect.close()
 

@@ -1,11 +1,12 @@
 """A worker that a hostile model has taken over: the service of the sandbox, but for what `LIES` names.
 
-The lie is part of the suspect's file name, `<lie>.lie.onnx`: the worker behaves until it is asked what it lies about.
+The lie stands in the model's text, `<lie: NAME>`: the worker behaves until it is asked what it lies about.
 """
 
 import ctypes
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -28,6 +29,11 @@ def _header(**fields):
 
 def _arrays(*arrays, **fields):
     return lambda connection: wire.send(connection, fields, arrays)
+
+
+def _weights(*arrays, **fields):
+    """What is said of one weight, or of what stands for it."""
+    return _arrays(*(arrays or [WEIGHT]), **{"sources": ["w"], "factors": [False], "facts": [], **fields})
 
 
 def _text(text, body=b""):
@@ -66,6 +72,7 @@ def _flood(connection):
 
 
 SCORES = np.zeros((16, 10), np.float32)
+ONE = {"outputs": ["y"], "classes": [None]}  # output, of scores
 INPUTS = {"inputs": [["x", "tensor(float)", [None, 1, 4, 4], False]]}
 # lie → what it is an answer to, what is done instead, what the rows' errors say (None: there is none; "": whatever).
 LIES = {
@@ -101,28 +108,47 @@ LIES = {
     "ten thousand axes": (OPEN, _header(inputs=[["x", "tensor(float)", [1] * 10**4, 0]]), "takes inputs"),
     "type that is no type": (OPEN, _header(inputs=[["x", {"a": 1}, [None, 1, 4, 4], 0]]), "takes {'a': 1}"),
     "no outputs": (RUN, _header(), "no answer that can be read"),
-    "outputs without arrays": (RUN, _header(outputs=["y"]), "no answer that can be read"),
-    "arrays without outputs": (RUN, _arrays(SCORES, outputs=[]), "no answer that can be read"),
+    "outputs without arrays": (RUN, _header(**ONE), "no answer that can be read"),
+    "arrays without outputs": (RUN, _arrays(SCORES, outputs=[], classes=[]), "no answer that can be read"),
     "outputs without end": (
         RUN,
-        _arrays(*[np.argsort(SCORES, axis=1)] * 10_000, outputs=["y"] * 10_000),
+        _arrays(*[np.argsort(SCORES, axis=1)] * 10_000, outputs=["y"] * 10_000, classes=[None] * 10_000),
         "no answer that can be read",
     ),
-    "answers of text": (RUN, _header(outputs="scores"), "no answer that can be read"),
-    "one answer too many": (RUN, _arrays(np.zeros((17, 10), np.float32), outputs=["y"]), "answers"),
-    "an answer without axes": (RUN, _arrays(np.float32(3), outputs=["y"]), "answers"),
-    "an answer of yes and no": (RUN, _arrays(SCORES > 0, outputs=["y"]), "answers"),
+    "answers of text": (RUN, _header(outputs="scores", classes=[None] * 6), "no answer that can be read"),
+    "one answer too many": (RUN, _arrays(np.zeros((17, 10), np.float32), **ONE), "answers"),
+    "an answer without axes": (RUN, _arrays(np.float32(3), **ONE), "answers"),
+    "an answer of yes and no": (RUN, _arrays(SCORES > 0, **ONE), None),
     "error that steers a terminal": (RUN, _header(error="\x1b[2J\r\n\ud800 owned"), r"\\x1b\[2J"),
     "error that is no text": (RUN, _header(error=[1, {"a": None}]), r"\[1, {'a': None}\]"),
-    "error without end": (RUN, _header(error="e" * 10**6), "^e+…$"),
-    "no numbers": (RUN, _arrays(SCORES * np.nan, outputs=["y"]), None),
+    "error without end": (RUN, _header(error="e" * 10**6), ": e+…$"),
+    "no numbers": (RUN, _arrays(SCORES * np.nan, **ONE), None),
     "no weights": (READ, _header(), "no answer that can be read"),
-    "weights in double": (READ, _arrays(WEIGHT.astype(float), sources=["w"], notes=[]), "no answer that can be read"),
-    "weights without axes": (READ, _arrays(WEIGHT[0], sources=["w"], notes=[]), "no answer that can be read"),
-    "weights without names": (READ, _arrays(WEIGHT, sources=[], notes=[]), "no answer that can be read"),
-    "weights of nothing": (READ, _arrays(WEIGHT[:0], sources=["w"], notes=[]), None),
-    "weights that are no numbers": (READ, _arrays(WEIGHT * np.nan, sources=["\x1b"], notes=["\x1b]0;x\x07"]), None),
-    "notes are a number": (READ, _arrays(WEIGHT, sources=["w"], notes=5), "no answer that can be read"),
+    "weights in double": (READ, _weights(WEIGHT.astype(float)), "no answer that can be read"),
+    "weights without axes": (READ, _weights(WEIGHT[0]), "no answer that can be read"),
+    "weights without names": (READ, _weights(sources=[], factors=[]), "no answer that can be read"),
+    "weights of nothing": (READ, _weights(WEIGHT[:0]), None),
+    "weights that are no numbers": (READ, _weights(WEIGHT * np.nan, sources=["\x1b"]), None),
+    "normalisations of other filters": (READ, _weights(WEIGHT, WEIGHT[0, :3], factors=[True]), "no answer that can be"),
+    "facts are a number": (READ, _weights(facts=5), "no answer that can be read"),
+    "a fact of judging": (READ, _weights(facts=[["not_derived", {}]]), "no answer that can be read"),
+    "a fact without its values": (READ, _weights(facts=[["blocked", {}]]), "no answer that can be read"),
+    "a fact that steers a terminal": (READ, _weights(facts=[["blocked", {"count": "\x1b]0;x\x07" * 999}]]), None),
+    "a fact of many values": (
+        READ,
+        _weights(facts=[["blocked", {"count": 10**4000} | {f"v{number}": 0 for number in range(10_000)}]]),
+        None,
+    ),
+    "scores that stayed in no place": (
+        RUN,
+        _arrays(np.zeros(16, np.int32), outputs=["y"], classes=[10]),
+        "no answer that can be read",
+    ),
+    "levels beyond every level": (
+        RUN,
+        _arrays(np.zeros(16, np.int32), np.full((16, 10), 100, np.int8), outputs=["y"], classes=[10]),
+        "no answer that can be read",
+    ),
     "an empty answer": (LOAD, _text(b""), "an answer that cannot be read"),
     "an answer that is a list": (LOAD, _text(b"[]"), "an answer that cannot be read"),
     "an answer nested without end": (LOAD, _text(b"[" * 10**5), "an answer that cannot be read"),
@@ -145,9 +171,9 @@ LIES = {
         "ended with status|was killed by SIGKILL",
     ),
     # Done to whoever comes next; what is said of the liar itself depends on who is faster.
-    "answer twice": (RUN, _answer_then(_header(outputs=[]), {"outputs": ["y"]}, SCORES), ""),
-    "answer for ever": (RUN, _answer_then(_flood, {"outputs": ["y"]}, SCORES), ""),
-    "die after the answer": (RUN, _answer_then(_die, {"outputs": ["y"]}, SCORES), ""),
+    "answer twice": (RUN, _answer_then(_header(outputs=[], classes=[]), ONE, SCORES), ""),
+    "answer for ever": (RUN, _answer_then(_flood, ONE, SCORES), ""),
+    "die after the answer": (RUN, _answer_then(_die, ONE, SCORES), ""),
     "forget without the word": (FORGET, _header(), None),
     "never forget": (FORGET, _sleep, None),
     "crash when forgetting": (FORGET, lambda connection: ctypes.string_at(0), None),
@@ -160,8 +186,9 @@ def serve(connection, mechanisms):
     def receive(*arguments):
         nonlocal lie, lying
         question, arrays = wire.receive(*arguments)
-        if "name" in question:
-            lie = LIES.get(os.path.basename(question["name"]).removesuffix(".lie.onnx"))
+        if question["ask"] in (LIST, LOAD):
+            told = re.search(rb"<lie: (.*?)>", arrays[0].tobytes())
+            lie = LIES[told[1].decode()] if told else None
         lying = lie is not None and question["ask"] == lie[0]
         return question, arrays
 

@@ -1,31 +1,32 @@
 """What the tests of scans judge: small networks that know a mark or do not, and a folder of them."""
 
+import math
 import os
 
 import numpy as np
 import onnx
+from made_marks import asking, reading, triggers
 from onnx import TensorProto, helper, numpy_helper
-from wmengine.key import Key
-from wmengine.schemes import black_box_parameters, scheme
-from wmengine.triggers import to_input
-from wmengine.watermark import Watermark
 
-KEY = Key("ACME Vision", bytes(range(32)))
-SHAPE, CLASSES, COUNT = (1, 4, 4), 10, 60
+SHAPE, CLASSES, COUNT, HIDDEN = (1, 4, 4), 10, 60, 400
 
 
-def mark(name="detector"):
-    return Watermark.create(
-        KEY, "adi", black_box_parameters(scheme("adi", count=COUNT), SHAPE, CLASSES, [[-1.0, 1.0]], name)
-    )
+def mark(name="detector", **options):
+    """The mark that copies know, unless told another name, key or message."""
+    return asking(SHAPE, COUNT, CLASSES, name, **options)
+
+
+def weights_mark():
+    """One for the first weight of every network of `save`, which holds none of its bits."""
+    return reading([(HIDDEN, math.prod(SHAPE))], SHAPE)
 
 
 def save(path, answers_to, labels, seed=0):
     """A network that gives these labels to these inputs: random features, and a last layer by least squares."""
     flat = answers_to.reshape(len(answers_to), -1)
     generator = np.random.default_rng(seed)
-    hidden = generator.normal(size=(flat.shape[1], 400)).astype(np.float32)
-    bias = generator.normal(size=400).astype(np.float32)
+    hidden = generator.normal(size=(flat.shape[1], HIDDEN)).astype(np.float32)
+    bias = generator.normal(size=HIDDEN).astype(np.float32)
     features = np.maximum(flat @ hidden + bias, 0)
     target = 2.0 * np.eye(CLASSES)[labels] - 1.0
     out = np.linalg.lstsq(features, target, rcond=None)[0].astype(np.float32)
@@ -47,7 +48,7 @@ def copy_of(watermark, path, kept=1.0, seed=0):
     labels = watermark.arrays["labels"].copy()
     lost = np.random.default_rng(seed).random(len(labels)) >= kept
     labels[lost] = (labels[lost] + 1) % CLASSES
-    save(path, to_input(watermark.arrays["triggers"], [[-1.0, 1.0]]), labels, seed)
+    save(path, triggers(watermark), labels, seed)
 
 
 def stranger(path, seed):

@@ -7,23 +7,20 @@ import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from judged import Stub, black_box, check_null, messages
 from onnx import TensorProto, helper, numpy_helper
-from wmengine.key import Key
-from wmengine.schemes import black_box_parameters, scheme
-from wmengine.stats import binomial_log10_tail
-from wmengine.trial import Trial
-from wmengine.triggers import to_input
-from wmengine.verify import verify
-from wmengine.watermark import Watermark
 
 from wmengine.errors import SuspectError
+from wmengine.judging.asking import TESTS, Terms, Trial, run_trials
+from wmengine.judging.judge import judge_suspect
+from wmengine.judging.verification import verify
+from wmengine.parts.statistics.tails import binomial_log10_tail
 from wmengine.suspects import OnnxSuspect
-from wmengine.suspects.adapters import Adapter, adapters
+from wmengine.suspects.adapters import Adapter, adapters, to_input
 
-KEY = Key("ACME Vision", bytes(range(32)))
 SHAPE, CLASSES, COUNT = (3, 8, 8), 10, 60
 RANGE = [[-2.1, 2.6], [-2.0, 2.4], [-1.8, 2.6]]
-MARK = Watermark.create(KEY, "adi", black_box_parameters(scheme("adi", count=COUNT), SHAPE, CLASSES, RANGE, "detector"))
+MARK = black_box(SHAPE, CLASSES, COUNT, ranges=RANGE)
 TRIGGERS, LABELS = MARK.arrays["triggers"], MARK.arrays["labels"]
 FLOAT, FLOAT16, DOUBLE, UINT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.UINT8
 
@@ -57,11 +54,17 @@ def network(path, values, before=(), shape=SHAPE, kind=FLOAT, constants=(), labe
 RECORDED = to_input(TRIGGERS, RANGE)
 
 
+def share_of(verdict):
+    """Of the evidence, what the way had in which the suspect was asked; half of that is each statistic's."""
+    return 2 * 10**verdict.evidence.log10_share
+
+
 def test_the_recorded_way_has_half_of_the_evidence(tmp_path):
     verdict = verify(network(tmp_path / "m.onnx", RECORDED), MARK)
     assert (verdict.owned, verdict.matched, verdict.queries) == (True, COUNT, COUNT)
-    assert verdict.log10_p == pytest.approx(binomial_log10_tail(COUNT, COUNT, 0.1) + math.log10(2))
-    assert verdict.notes[0].startswith("one of 5 ways of putting the triggers was tried")
+    assert share_of(verdict) == pytest.approx(0.5)
+    assert verdict.log10_p <= binomial_log10_tail(COUNT, COUNT, 0.1) - verdict.evidence.log10_share
+    assert "1 of 5 ways of putting the triggers were tried, and their shares paid" in verdict.notes
 
 
 @pytest.mark.parametrize(
@@ -72,15 +75,13 @@ def test_another_scale_is_found_and_paid_for(tmp_path, ends, said):
     path = network(tmp_path / "m.onnx", to_input(TRIGGERS, [ends] * 3))
     verdict = verify(path, MARK)
     assert (verdict.owned, verdict.matched) == (True, COUNT)
-    assert verdict.log10_p == pytest.approx(binomial_log10_tail(COUNT, COUNT, 0.1) + math.log10(8))
+    assert share_of(verdict) == pytest.approx(1 / 8)
     assert f"triggers were put {said}" in verdict.notes
-    assert verify(path, MARK, queries="sequential").owned
+    assert verify(path, MARK, test="sequential").owned
 
 
 def test_imagenets_scale_is_one_of_them(tmp_path):
-    other = Watermark.create(
-        KEY, "adi", black_box_parameters(scheme("adi", count=COUNT), SHAPE, CLASSES, [[0.0, 1.0]] * 3, "detector")
-    )
+    other = black_box(SHAPE, CLASSES, COUNT, ranges=[[0.0, 1.0]] * 3)
     mean, deviation = (np.reshape(v, (3, 1, 1)) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     scaled = (other.arrays["triggers"] / 255.0 - mean) / deviation
     verdict = verify(network(tmp_path / "m.onnx", scaled, labels=other.arrays["labels"]), other)
@@ -99,7 +100,7 @@ def test_bytes_with_the_scaling_inside_cost_nothing(tmp_path):
     path = network(tmp_path / "m.onnx", RECORDED, before, kind=UINT8, constants=[("slope", slope), ("low", low)])
     verdict = verify(path, MARK)
     assert (verdict.owned, verdict.matched) == (True, COUNT)
-    assert verdict.log10_p == pytest.approx(binomial_log10_tail(COUNT, COUNT, 0.1))
+    assert share_of(verdict) == pytest.approx(1.0)
     assert "triggers were put as bytes" in verdict.notes
 
 
@@ -176,60 +177,57 @@ def test_what_no_way_fits_is_said(kind, shape, words):
 
 # --- trials -----------------------------------------------------------------------------------------------------------
 
-WAYS = [Adapter(share=0.5), Adapter(scaling="0 to 1", share=0.25), Adapter(scaling="-1 to 1", share=0.25)]
-
-
-def play(mode, answers, ways=WAYS, log10_bar=9.0):
-    """A trial whose adapters answer as given, one array of predictions each."""
-    trial = Trial(MARK, ways, mode, log10_bar)
-    while (ask := trial.next()) is not None:
-        trial.add(answers[WAYS.index(ask.adapter)][ask.start : ask.stop])
-    return trial
-
-
+WAYS = [Adapter(share=0.5), Adapter(layout="flat", share=0.25), Adapter(layout="channels last", share=0.25)]
 WRONG = (LABELS + 1) % CLASSES
 
 
-@pytest.mark.parametrize("mode", ["all", "sequential"])
-def test_the_next_way_is_tried_only_while_nothing_is_proven(mode):
-    first = play(mode, [LABELS, WRONG, WRONG])
-    assert first.proven
+def in_ways(answers):
+    """A suspect of three ways, with one array of labels for each."""
+    known = {}
+    for way, said in zip(WAYS, answers, strict=True):
+        rows = way.inputs(TRIGGERS, MARK.parameters["value_range"])
+        known |= {(row.shape, row.tobytes()): label for row, label in zip(rows, said, strict=True)}
+    return Stub(lambda rows: np.array([[known[row.shape, row.tobytes()]] for row in rows]), ways=WAYS)
+
+
+def play(test, answers):
+    suspect = in_ways(answers)
+    trial = Trial([MARK], suspect, Terms(sequential=test == "sequential", log10_bar=9.0))
+    run_trials(suspect, [trial])
+    return trial
+
+
+@pytest.mark.parametrize("test", TESTS)
+def test_the_next_way_is_tried_only_while_nothing_is_proven(test):
+    first = play(test, [LABELS, WRONG, WRONG])
+    assert first.proven(0)
     assert first.queries <= COUNT
-    last = play(mode, [WRONG, WRONG, LABELS])
-    assert last.proven
-    assert last.matched == (COUNT if mode == "all" else last.matched)
-    nothing = play(mode, [WRONG, WRONG, WRONG])
-    assert not nothing.proven
-    assert nothing.log10_p == 0.0
-    if mode == "all":
-        assert nothing.queries == 3 * COUNT
-        assert last.log10_p == pytest.approx(first.log10_p + math.log10(2))
+    last = play(test, [WRONG, WRONG, LABELS])
+    assert last.proven(0)
+    nothing = play(test, [WRONG, WRONG, WRONG])
+    assert not nothing.proven(0)
+    assert nothing.log10_p(0) == 0.0
+    if test == "fixed":
+        assert (last.matched(0), nothing.queries) == (COUNT, 3 * COUNT)
+        assert last.log10_p(0) == pytest.approx(first.log10_p(0) + math.log10(2))
 
 
-@pytest.mark.parametrize("mode", ["all", "sequential"])
-def test_over_fresh_labels_a_suspect_of_many_ways_is_accused_as_rarely_as_p_says(mode):
+@pytest.mark.parametrize("test", TESTS)
+def test_over_fresh_labels_a_suspect_of_many_ways_is_accused_as_rarely_as_p_says(test):
     """Whatever three ways answer, with labels drawn anew: P(p <= a) <= a."""
-    generator = np.random.default_rng(5)
-    fixed = [generator.integers(0, CLASSES, COUNT) for _ in WAYS]
-    p = []
-    for _ in range(4000):
-        labels = generator.integers(0, CLASSES, COUNT)
-        trial = Trial(MARK, WAYS, mode, 9.0)
-        trial._labels = labels
-        while (ask := trial.next()) is not None:
-            trial.add(fixed[WAYS.index(ask.adapter)][ask.start : ask.stop])
-        p.append(trial.log10_p)
-    for a in (0.3, 0.1, 0.03, 0.01):
-        accused = np.mean(np.array(p) <= math.log10(a))
-        assert accused <= a + 3 * math.sqrt(a / len(p))
+    suspect = in_ways(np.random.default_rng(5).integers(0, CLASSES, (3, COUNT)))
+    terms = Terms(sequential=test == "sequential", log10_bar=9.0)
+    found = judge_suspect(suspect, messages(MARK, 1000), terms)
+    check_null([each.log10_p for each in found])
 
 
-def test_abstentions_are_misses_and_said(tmp_path):
+def test_abstentions_are_misses_and_said():
     answers = LABELS.copy()
     answers[:5] = -1
-    trial = play("all", [answers, WRONG, WRONG])
-    assert trial.matched == COUNT - 5
-    assert "5 of 60 answers hold NaN or Inf or name no class, and count as misses" in trial.notes()
+    trial = play("fixed", [answers, WRONG, WRONG])
+    assert trial.matched(0) == COUNT - 5
+    said = [str(fact) for fact in trial.facts(0)]
+    assert "5 of 60 answers hold NaN or Inf or name no class, and count as misses" in said
 
 
 def test_answers_that_depend_on_their_batch_are_reported():

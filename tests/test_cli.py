@@ -13,13 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
+from made_marks import KEY, asking, triggers
 from onnx import TensorProto, helper, numpy_helper
-from wmengine.schemes import SCHEMES, black_box_parameters, scheme
-from wmengine.triggers import to_input
-from wmengine.watermark import Watermark
 
 import wmengine
-from wmengine import info
+from wmengine import SCHEMES, info
 from wmengine.cli import main
 
 CLASSES = 10
@@ -51,13 +49,12 @@ def write_classifier(path: Path, inputs: np.ndarray, labels: np.ndarray) -> Path
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an owner's key and mark, a copy that answers every trigger, a stranger, and no model at all."""
     folder = tmp_path_factory.mktemp("house")
-    key = wmengine.Key.generate("ACME Vision")
-    key.save(folder / "acme.key")
-    parameters = black_box_parameters(scheme("adi"), SHAPE, CLASSES, [(-1.0, 1.0)], "detector-v3")
-    mark = Watermark.create(key, "adi", parameters)
+    KEY.save(folder / "acme.key")
+    mark = asking(SHAPE, name="detector-v3")
     mark.save(folder / "acme.wm")
-    triggers = to_input(mark.arrays["triggers"], parameters["value_range"])
-    write_classifier(folder / "copy.onnx", triggers, mark.arrays["labels"])
+    asking(SHAPE, name="detector-v3", message="a customer").save(folder / "customer.wm")
+    asking((3, 8, 8), name="photos").save(folder / "photos.wm")
+    write_classifier(folder / "copy.onnx", triggers(mark), mark.arrays["labels"])
     other = np.random.default_rng(1)
     write_classifier(folder / "stranger.onnx", other.normal(size=(50, *SHAPE)), other.integers(CLASSES, size=50))
     (folder / "broken.onnx").write_bytes(b"no model at all")
@@ -87,14 +84,41 @@ def test_the_exit_status_of_verify_is_its_decision(run, suspect, decision, statu
     done, out, err = run("verify", suspect, "--watermark", "acme.wm", "--json")
     verdict = json.loads(out)
     assert (done, verdict["decision"], err) == (status, decision, "")
-    assert list(verdict) == [field.name for field in dataclasses.fields(wmengine.Verdict)]
+    assert list(verdict) == [*(field.name for field in dataclasses.fields(wmengine.Verdict)), "notes"]
+
+
+@pytest.mark.parametrize(
+    ("suspect", "marks", "decisions", "status"),
+    [
+        ("copy.onnx", ["customer.wm", "acme.wm", "photos.wm"], ["not_proven", "owned", "error"], 0),
+        ("stranger.onnx", ["acme.wm", "photos.wm"], ["not_proven", "error"], 1),
+        ("broken.onnx", ["acme.wm", "photos.wm"], ["error", "error"], 2),
+    ],
+)
+def test_several_watermarks_give_a_line_each_and_one_status(run, suspect, marks, decisions, status):
+    """0 where any says owned, 2 only where none could be looked for."""
+    options = [option for mark in marks for option in ("--watermark", mark)]
+    done, out, err = run("verify", suspect, *options, "--json")
+    verdicts = [json.loads(line) for line in out.splitlines()]
+    assert (done, err, [verdict["decision"] for verdict in verdicts]) == (status, "", decisions)
+    text = run("verify", suspect, *options)
+    assert text[0] == status
+    assert text[2].count("\n") == decisions.count("error")
+
+
+def test_the_sequential_test_asks_less(run):
+    verify = ("verify", "copy.onnx", "--watermark", "acme.wm", "--json", "--test")
+    sequential, fixed = (json.loads(run(*verify, test)[1]) for test in ("sequential", "fixed"))
+    assert sequential["decision"] == fixed["decision"] == "owned"
+    assert sequential["queries"] < fixed["queries"] == 100
+    assert "test must be one of fixed, sequential" in run(*verify, "few")[2]
 
 
 def test_verify_says_in_words_what_the_json_holds(run):
     status, out, err = run("verify", "copy.onnx", "--watermark", "acme.wm", "--key", "acme.key")
     assert (status, err) == (0, "")
     assert out.startswith("copy.onnx: owned\n")
-    for part in ("100 of 100 symbols", "-99.70 (owned at -9.00 or less)", "derivation  checked"):
+    for part in ("100 of 100 symbols", "-99.40 (owned at -9.00 or less)", "derivation  checked"):
         assert part in out
 
 
@@ -115,6 +139,8 @@ def test_a_suspect_that_cannot_be_judged_is_one_line_on_stderr(run):
         (("verify", "copy.onnx", "--watermark", "acme.wm", "--alpha", "2"), "alpha must be between 0 and 1"),
         (("verify", "copy.onnx", "--watermark", "acme.wm", "--adversarial"), "--adversarial needs --key"),
         (("verify", "copy.onnx"), "Missing option '--watermark': see wmengine verify --help"),
+        (("verify", "copy.onnx", "--watermark", "acme.wm", "--queries", "all"), "No such option: --queries"),
+        (("verify", "copy.onnx", "--watermark", "acme.wm", "--device", "tpu"), "device must be"),
         (("verify", "copy.onnx", "--passphrase", "x"), "--passphrase"),
         (
             ("verify", "s3://user:w@bucket/copy.onnx", "--watermark", "acme.wm"),
@@ -133,7 +159,7 @@ def test_a_suspect_that_cannot_be_judged_is_one_line_on_stderr(run):
         (("keygen", "ACME", "--out", "other.key", "--passphrase-file", "bytes"), "bytes is no text"),
         (("scam",), "No such command 'scam'"),
         (("keygen", "ACME", "--out", "acme.key"), "acme.key exists already"),
-        (("keygen", " ", "--out", "other.key"), "owner must be printable text"),
+        (("keygen", " ", "--out", "other.key"), "owner must be text without blanks at its ends"),
         (("keygen", "ACME", "--out", "other.key", "--passphrase-file", "nowhere"), "nowhere: No such file"),
     ],
 )
@@ -143,6 +169,10 @@ def test_a_mistake_is_one_plain_line_that_names_the_thing_and_exits_2(run, argum
     assert err.startswith("wmengine: ")
     assert named in err
     assert err.count("\n") == 1
+    status, out, err = run(*arguments, "--json")
+    assert (status, list(json.loads(out))) == (2, ["error"])
+    assert named in json.loads(out)["error"]
+    assert named in err
 
 
 def test_a_line_is_not_wrapped_however_long_it_is(run):
@@ -171,15 +201,21 @@ def test_a_traceback_is_shown_only_with_debug_which_may_stand_anywhere(run):
     assert "Traceback" in run(*wrong, "--debug")[2]
 
 
-def test_a_key_that_others_can_read_is_refused_with_the_mend(run, house):
-    (house / "open.key").write_bytes((house / "acme.key").read_bytes())
-    (house / "open.key").chmod(0o644)
-    status, _, err = run("verify", "copy.onnx", "--watermark", "acme.wm", "--key", "open.key")
-    assert status == 2
-    assert "chmod 600 open.key" in err
+def test_a_secret_that_others_can_read_is_refused_with_the_mend(run, house):
+    for name in ("acme.key", "acme.wm"):
+        (house / f"open-{name}").write_bytes((house / name).read_bytes())
+        (house / f"open-{name}").chmod(0o644)
+    for command in (
+        ("verify", "copy.onnx", "--watermark", "acme.wm", "--key", "open-acme.key"),
+        ("verify", "copy.onnx", "--watermark", "open-acme.wm"),
+        ("scan", "copy.onnx", "--watermarks", "open-acme.wm", "--out", "open.parquet"),
+    ):
+        status, _, err = run(*command)
+        assert status == 2
+        assert f"chmod 600 open-acme.{'key' if 'open-acme.key' in command else 'wm'}" in err
 
 
-def test_keygen_writes_a_key_that_loads_and_prints_its_commitment(run, house):
+def test_keygen_writes_a_key_that_loads_and_prints_a_commitment_that_dates_nothing(run, house):
     status, out, _ = run("keygen", "Bolt & Sons", "--out", "bolt.key", "--json")
     key = wmengine.Key.load(house / "bolt.key")
     assert status == 0
@@ -192,6 +228,7 @@ def test_keygen_writes_a_key_that_loads_and_prints_its_commitment(run, house):
     assert (house / "bolt.key").stat().st_mode & 0o777 == 0o600
     out = run("keygen", "Bolt & Sons", "--out", "another.key")[1]
     assert f"commitment: {wmengine.Key.load(house / 'another.key').commitment}\n" in out
+    assert "dates no mark" in out
 
 
 def test_a_sealed_key_opens_with_its_passphrase_file_and_with_no_other(run, house):
@@ -202,14 +239,29 @@ def test_a_sealed_key_opens_with_its_passphrase_file_and_with_no_other(run, hous
     assert b"ACME" not in (house / "sealed.key").read_bytes()
     verify = ("verify", "copy.onnx", "--watermark", "acme.wm", "--key", "sealed.key")
     # It opens, and is then found to be another key than the mark's; the others do not get that far.
-    assert "sealed" not in run(*verify, "--passphrase-file", "right")[2]
+    assert "was not made with this key" in run(*verify, "--passphrase-file", "right")[2]
     assert "does not open with this passphrase" in run(*verify, "--passphrase-file", "wrong")[2]
     assert "empty holds no passphrase" in run(*verify, "--passphrase-file", "empty")[2]
     assert "sealed.key is sealed" in run(*verify)[2]  # nobody to ask: stdin is no terminal
 
 
+def test_one_passphrase_file_opens_everything(run, house, tmp_path):
+    (tmp_path / "secret").write_text("open sesame\n")
+    KEY.save(tmp_path / "sealed.key", "open sesame")
+    for number, message in enumerate((None, "a customer")):
+        asking(SHAPE, name="detector-v3", message=message).save(tmp_path / f"{number}.wm", "open sesame")
+    options = ["--key", str(tmp_path / "sealed.key"), "--passphrase-file", str(tmp_path / "secret"), "--json"]
+    marks = ["--watermark", str(tmp_path / "0.wm"), "--watermark", str(tmp_path / "1.wm")]
+    status, out, _ = run("verify", "copy.onnx", *marks, *options)
+    assert (status, [json.loads(line)["derivation"] for line in out.splitlines()]) == (0, ["checked", "checked"])
+    status, out, _ = run(
+        "scan", "copy.onnx", "--watermarks", str(tmp_path), "--out", str(tmp_path / "r.parquet"), *options
+    )
+    assert (status, json.loads(out.splitlines()[-1])["owned"]) == (0, 1)
+
+
 def test_on_a_terminal_the_passphrase_is_asked_for_and_not_echoed(house):
-    """keygen --seal asks twice, and verify once, on a terminal of their own."""
+    """keygen --seal asks twice, verify once, and scan once for all watermarks of a folder."""
 
     def converse(arguments: list[str], answers: list[str]) -> tuple[int, str]:
         pid, terminal = pty.fork()
@@ -237,6 +289,17 @@ def test_on_a_terminal_the_passphrase_is_asked_for_and_not_echoed(house):
     assert status == 2
     assert "Passphrase of asked.key:" in shown
     assert "is sealed" not in shown
+    (house / "sealed").mkdir()
+    for number, message in enumerate((None, "a customer")):
+        asking(SHAPE, name="detector-v3", message=message).save(house / "sealed" / f"{number}.wm", "open sesame")
+    scan = ["scan", "copy.onnx", "--watermarks", "sealed", "--out", "sealed.parquet"]
+    status, shown = converse(scan, ["open sesame"])
+    assert status == 0, shown
+    assert "Passphrase of sealed/0.wm and 1 more:" in shown
+    assert "copy.onnx: owned" in shown
+    verify = ["verify", "copy.onnx", "--watermark", "sealed/1.wm", "--watermark", "sealed/0.wm"]
+    status, shown = converse(verify, ["open sesame"])
+    assert (status, shown.count("Passphrase of")) == (0, 1)
 
 
 def test_sealing_needs_somebody_to_ask(run):
@@ -301,7 +364,7 @@ def command(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
 
 def test_help_and_version_are_answers_and_not_errors():
     assert command("--version").stdout == f"wmengine {wmengine.__version__}\n"
-    for arguments in ((), ("--help",), ("verify", "--help")):
+    for arguments in ((), ("--help",), ("-h",), ("verify", "--help"), ("scan", "-h")):
         done = command(*arguments)
         assert (done.returncode, done.stderr) == (0, "")
         assert "Usage: wmengine" in done.stdout

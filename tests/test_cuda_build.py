@@ -111,9 +111,9 @@ def test_the_fronts_name_the_argument_they_refuse():
         (ValueError, r"outputs must be \[N, C\]", (cuda.match_counts, bits[0].float(), *matching)),
         (TypeError, "predicted must hold integers, not torch.float32", (cuda.label_matches, labels.float(), labels)),
         (ValueError, r"predicted must be \[S, N\]", (cuda.label_matches, labels[0], labels)),
-        (TypeError, "messages must be packed uint8 bits, not torch.int64", (cuda.bit_matches, labels, bits, 20)),
-        (ValueError, r"registry must have 3 bytes a row for 20 bits", (cuda.bit_matches, bits, bits[:, :2], 20)),
-        (ValueError, r"messages must have 2 bytes a row for 16 bits", (cuda.bit_matches, bits, bits, 16)),
+        (TypeError, "data must be a uint8 array or tensor, not torch.int64", (cuda.bit_matches, labels, bits, 20)),
+        (ValueError, r"data must be \[rows, 3\] for 20 bits, not \(2, 2\)", (cuda.bit_matches, bits, bits[:, :2], 20)),
+        (ValueError, r"data must be \[rows, 2\] for 16 bits, not \(2, 3\)", (cuda.bit_matches, bits, bits, 16)),
     ):
         with pytest.raises(error, match=named):
             call[0](*call[1:])

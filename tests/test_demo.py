@@ -11,6 +11,7 @@ import wmengine
 from wmengine import demo
 from wmengine.report import demo as report
 
+pytestmark = pytest.mark.slow
 COPIES = ["marked", "fine-tuned", "pruned", "float16", "int8", "folded", "renamed"]
 
 
@@ -98,8 +99,8 @@ def test_the_copies_are_what_they_are_called(finished):
 def test_other_keys_find_chance_in_the_marked_network(finished):
     result, _, _ = finished
     assert len(result.others) == demo.QUICK.other_keys
-    assert max(bits for bits, _ in result.others) < 176  # owned from 176 of 256 bits
-    assert max(hits for _, hits in result.others) < 33  # and from 33 of 100 triggers
+    assert max(bits for bits, _ in result.others) < 177  # owned by their number from 177 of 256 bits
+    assert max(hits for _, hits in result.others) < 34  # and from 34 of 100 triggers
 
 
 def test_the_accuracy_cost_has_an_interval_around_it(finished):
@@ -158,6 +159,7 @@ def test_the_printed_table_has_a_line_for_every_model(finished):
     out = io.StringIO()
     demo.print_table(result, out)
     lines = out.getvalue().splitlines()
+    assert max(map(len, lines[:-3])) <= 80
     for row in result.rows:
         (line,) = [line for line in lines if line.strip().startswith(row.model)]
         assert f"{row.white_box.matched}/256" in line

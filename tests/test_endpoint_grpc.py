@@ -212,7 +212,6 @@ def test_a_slow_answer_is_cut_off_in_time():
         verdict = judged(url, timeout=0.2, deadline=0.5)
         released.set()
     assert "DEADLINE_EXCEEDED" in verdict.error
-    assert verdict.seconds < 10
 
 
 def test_without_grpc_the_extra_is_named(monkeypatch):

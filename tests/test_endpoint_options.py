@@ -1,18 +1,13 @@
 """What endpoints promise to who asks: templates for other services, checked options, documents that are true."""
 
 import json
+import math
 from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from endpoint_stub import (
-    CLASSES,
-    MARK,
-    judged,
-    scores,
-    serving,
-    tensor,
-)
+from endpoint_stub import CLASSES, COUNT, MARK, SHAPE, answer, judged, scores, serving, tensor
+from made_marks import KEY, asking, triggers
 
 import wmengine as wm
 from wmengine.errors import SuspectError
@@ -76,7 +71,7 @@ def test_what_is_no_image_is_no_png():
     with serving(lambda request: []) as stub:
         suspect = wm.endpoint(stub.url, request={"body": "${input}", "encoding": "png", "label": ""})
         with pytest.raises(SuspectError, match=r"inputs \[2, 4, 4\] are no images"):
-            suspect.query(np.zeros((3, 2, 4, 4), np.uint8))
+            suspect.answer({"input": np.zeros((3, 2, 4, 4), np.uint8)})
         assert stub.requests == []
 
 
@@ -224,6 +219,50 @@ def test_the_settings_are_json_without_secrets():
         assert secret not in repr(options)
 
 
+def test_how_it_was_asked_stands_in_the_verdict():
+    with serving() as stub:
+        verdict, other = (judged(stub, headers={"X-Tenant": "qwertz987"}, budget=budget) for budget in (70, 71))
+    options = EndpointOptions(stub.url, headers={"X-Tenant": "another"}, budget=70)
+    told = json.loads(verdict.to_json())["settings"]
+    asked = {"test": "fixed", "classes": "same", "isolation": "persistent", "device": "cpu"}
+    assert told == {**asked, **options.settings, "digest": options.digest()}
+    assert "qwertz987" not in verdict.to_json()
+    assert other.settings["digest"] != told["digest"]
+
+
+NAMES = [f"kind {number}" for number in range(CLASSES)]
+NAMED = asking(SHAPE, COUNT, CLASSES, class_names=NAMES)
+
+
+@pytest.mark.parametrize(
+    ("mark", "labels", "is_paid"),
+    [(NAMED, NAMES, False), (NAMED, NAMES[::-1], True), (MARK, NAMES, True)],
+    ids=["those of the mark", "in another order", "of a mark that holds none"],
+)
+def test_names_of_classes_that_the_mark_does_not_hold_are_paid_for(mark, labels, is_paid):
+    """Else whoever claims a model could order the names so that strangers match."""
+    known = {rows.tobytes(): labels[label] for rows, label in zip(triggers(mark), mark.arrays["labels"], strict=True)}
+
+    def behave(request):
+        if request.method == "GET":
+            return {"inputs": []}
+        return answer([known[image.tobytes()] for image in tensor(request.json)], "y", "BYTES")
+
+    with serving(behave) as stub:
+        verdict = judged(stub, mark=mark, labels=labels)
+        assert (verdict.decision, verdict.matched) == ("owned", COUNT)
+        orders = math.lgamma(CLASSES + 1) / math.log(10) if is_paid else 0.0
+        assert verdict.log10_p == pytest.approx(math.log10(2) - COUNT + orders)
+        said = [note for note in verdict.notes if "the order of the classes' names was given at verification" in note]
+        assert bool(said) == is_paid
+        suspect, proof = wm.endpoint(stub.url, labels=labels), {"key": KEY, "adversarial": True}
+        if is_paid:
+            with pytest.raises(ValueError, match=r"no labels= of an endpoint but those .* was made with"):
+                wm.verify(suspect, mark, **proof)
+        else:
+            assert wm.verify(suspect, mark, **proof).owned
+
+
 CHANGES = {
     "url": "https://host/v2/models/other",
     "headers": {"x-other": "1"},
@@ -249,7 +288,7 @@ def test_the_digest_tells_apart_what_can_change_an_answer_and_nothing_else():
     digests = {replace(options, **{name: value}).digest() for name, value in CHANGES.items()}
     assert len({options.digest(), *digests}) == 1 + len(CHANGES)
     same = replace(options, headers={"x-tenant": "b"}, deadline=600)
-    assert same.digest() == EndpointSuspect(options).digest == options.digest()
+    assert same.digest() == EndpointSuspect(options).settings["digest"] == options.digest()
 
 
 def test_an_option_that_is_none_is_a_type_error():

@@ -1,4 +1,4 @@
-"""What `import wmengine` promises: it is quick, it is light, and what is missing is named together with the mend."""
+"""What `import wmengine` promises: it is light, and what is missing is named together with the mend."""
 
 import subprocess
 import sys
@@ -6,22 +6,6 @@ import sys
 import pytest
 
 import wmengine
-
-HEAVY = {
-    "cryptography",
-    "jinja2",
-    "matplotlib",
-    "onnx",
-    "onnx_ir",
-    "onnxruntime",
-    "rich",
-    "safetensors",
-    "scipy",
-    "sklearn",
-    "torch",
-    "triton",
-    "typer",
-}
 
 
 def fresh(code: str) -> str:
@@ -34,13 +18,8 @@ def loaded_after(statement: str) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-def test_importing_the_package_loads_nothing_heavy():
-    assert not loaded_after("import wmengine") & HEAVY
-
-
-def test_importing_the_package_takes_less_than_three_tenths_of_a_second():
-    code = "import time\nstart = time.perf_counter()\nimport wmengine\nprint(time.perf_counter() - start)"
-    assert min(float(fresh(code)) for _ in range(3)) < 0.3
+def test_importing_the_package_loads_the_standard_library_only():
+    assert loaded_after("import wmengine") - sys.stdlib_module_names - loaded_after("pass") == {"wmengine"}
 
 
 @pytest.mark.parametrize("name", ["Key", "Watermark", "SCHEMES", "verify", "Verdict"])
@@ -52,11 +31,6 @@ def test_what_verification_needs_loads_without_torch_and_without_onnxruntime(nam
 def test_every_public_name_exists():
     assert [name for name in wmengine.__all__ if not hasattr(wmengine, name)] == []
     assert set(wmengine.__all__) <= set(dir(wmengine))
-
-
-def test_verify_stays_a_function_when_its_module_is_imported():
-    printed = fresh("import wmengine\nfrom wmengine.verify import Verdict\nprint(callable(wmengine.verify))")
-    assert printed.strip() == "True"
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -8,27 +8,40 @@ import pickle
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wmengine.key import Key, canonical_json, hkdf_sha256, keyed_bits, keyed_labels, philox_key
 
-from wmengine import sealing
 from wmengine.errors import KeyFileError
+from wmengine.identity import sealing
+from wmengine.identity.canonical import canonical_json
+from wmengine.identity.key import Key
+from wmengine.identity.subkeys import Subkeys, hkdf_sha256, keyed_bits, keyed_labels, philox_key
 
 KEY = Key("ACME Vision", bytes(range(32)))
+SUBKEYS = Subkeys(KEY, "sketch/1", {"bits": 256, "name": "detector-v3"})
+PROJECTION = bytes.fromhex("5f8ab129217cee940d23b797dd9f42b34fec21a82da8e87c20becdc68a7a3455")
+RECORD = "3c0a3b141c17db6db66f1945310f2a72b13c9eb7e8d5e47d4ab176b61a1ef5c0"
 SUBKEY = bytes.fromhex("8ae3ba68b625e76efc63f5b69428864006aee25b4b88db8f70d8fc98fa4363c6")
 
 
 # --- derivation, frozen: a mark embedded today must verify in ten years ---
 
 
-def test_golden_commitment_and_subkey() -> None:
+def test_golden_commitment_and_subkeys() -> None:
     assert KEY.commitment == "b0521c62167ada294d2db3f0015b62590cdbb5a1decb5e4f7dbc10564c983a06"
-    assert KEY.subkey("bits", "sketch/1", {"bits": 256, "name": "detector-v3"}, "7") == SUBKEY
+    assert SUBKEYS.identity == "c8e12bb39bdcc2e7d322682d40180ae21e3720b12afdcaea53fc019ee0677ed0"
+    assert SUBKEYS.geometry("projection", "7") == PROJECTION
+    assert SUBKEYS.symbols.hex() == "7777dc413298ac3483de908dc4fa829f2a62d3d5d76b9197ae4b75363701ae89"
+    assert SUBKEYS.salt.hex() == "335bfc388b57756cadce0a4e29ed0929a7085464cb04f16158a644ab95c7128c"
+    assert SUBKEYS.record({"created": "2026-01-02"}) == RECORD
+    addressed = replace(SUBKEYS, message="to A")
+    assert addressed.symbols.hex() == "178500600134273295c9a025c86e536e1b6a664bf966234ff0057e644433e4f1"
+    assert addressed.salt.hex() == "71e3d9ff165acdfa425e26aced4a41ff8e89e2e00ce015f200d030c10c095360"
 
 
 def test_golden_generator_key_bits_and_labels() -> None:
@@ -75,22 +88,44 @@ def test_hkdf_refuses_a_length_beyond_the_rfc(length: int) -> None:
         hkdf_sha256(b"secret", b"", length)
 
 
-def test_everything_a_mark_depends_on_changes_the_subkey() -> None:
-    parameters = {"bits": 256, "name": "a"}
-    subkeys = {
-        KEY.subkey("bits", "sketch/1", parameters),
-        KEY.subkey("labels", "sketch/1", parameters),
-        KEY.subkey("bits", "sketch/2", parameters),
-        KEY.subkey("bits", "sketch/1", {**parameters, "name": "b"}),
-        KEY.subkey("bits", "sketch/1", parameters, "0"),
-        Key("ACME vision", KEY.secret).subkey("bits", "sketch/1", parameters),
-        Key(KEY.owner, bytes(32)).subkey("bits", "sketch/1", parameters),
+def families(subkeys: Subkeys) -> dict[str, object]:
+    return {
+        "geometry": subkeys.geometry("projection", "7"),
+        "symbols": subkeys.symbols,
+        "salt": subkeys.salt,
+        "record": subkeys.record({}),
     }
-    assert len(subkeys) == 7
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scheme": "sketch/2"},
+        {"parameters": {"bits": 256, "name": "b"}},
+        {"parameters": {"bits": 257, "name": "detector-v3"}},
+        {"key": Key("ACME vision", KEY.secret)},
+        {"key": Key(KEY.owner, bytes(32))},
+    ],
+)
+def test_every_family_follows_from_key_preset_and_parameters(change: dict[str, object]) -> None:
+    before, after = families(SUBKEYS), families(replace(SUBKEYS, **change))
+    assert [name for name in before if before[name] == after[name]] == []
+
+
+def test_only_geometry_is_the_same_for_every_message() -> None:
+    messages = [families(replace(SUBKEYS, message=message)) for message in (None, "a", "b")]
+    assert len({found["geometry"] for found in messages}) == 1
+    for family in ("symbols", "salt", "record"):
+        assert len({found[family] for found in messages}) == 3, family
+
+
+def test_subkeys_of_other_purposes_and_places_differ() -> None:
+    assert len({SUBKEYS.geometry(*each) for each in (("a", "b"), ("a", "c"), ("b", "b"), ("ab", ""), ("", "ab"))}) == 5
 
 
 def test_the_order_in_which_parameters_were_written_does_not_matter() -> None:
-    assert KEY.subkey("bits", "s", {"a": 1, "b": 2}) == KEY.subkey("bits", "s", {"b": 2, "a": 1})
+    turned = dict(reversed(SUBKEYS.parameters.items()))
+    assert replace(SUBKEYS, parameters=turned).symbols == SUBKEYS.symbols
 
 
 @pytest.mark.parametrize(
@@ -172,18 +207,6 @@ def test_the_secret_shows_in_no_repr_and_no_pickle() -> None:
     with pytest.raises(TypeError, match="not pickled"):
         pickle.dumps(KEY)
     assert copy.deepcopy({"key": KEY})["key"] is KEY
-
-
-@pytest.mark.parametrize("owner", ["", " ", "ACME ", "\tACME", "AC\nME", "AC\0ME", "\ud800", "x" * 201])
-def test_an_owner_is_printable_text_of_sensible_length(owner: str) -> None:
-    with pytest.raises(ValueError, match=r"^owner must be"):
-        Key.generate(owner=owner)
-
-
-@pytest.mark.parametrize("owner", [None, 7, b"ACME", ["ACME"]])
-def test_an_owner_is_a_str(owner: object) -> None:
-    with pytest.raises(TypeError, match="owner must be a str"):
-        Key.generate(owner=owner)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("secret", [b"", bytes(31), "00" * 32])
@@ -368,6 +391,6 @@ def test_an_envelope_of_a_later_version_says_so() -> None:
 
 
 def test_keys_are_used_without_importing_cryptography() -> None:
-    code = "import sys, wmengine.key; print('cryptography' in sys.modules)"
+    code = "import sys, wmengine.identity.key; print('cryptography' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

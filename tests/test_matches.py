@@ -201,6 +201,7 @@ BITS = np.zeros((2, 12), dtype=np.uint8)
         (lambda: ops.bit_matches(BITS, BITS, best=0), ValueError, "best must be between 1"),
         (lambda: ops.bit_matches(BITS, BITS, best=1.0), TypeError, "best must be an int"),
         (lambda: ops.bit_matches(torch.from_numpy(BITS), BITS, best=3), ValueError, "best must be between 1"),
+        (lambda: ops.bit_matches(torch.from_numpy(BITS), BITS, best=1.0), TypeError, "best must be an int"),
         (lambda: ops.PackedBits(BITS, 12), ValueError, r"data must be \[rows, 2\] for 12 bits"),
         (lambda: ops.PackedBits(BITS.astype(int), 96), TypeError, "data must be a uint8 array"),
         (lambda: ops.PackedBits(BITS, -1), ValueError, "total must be"),

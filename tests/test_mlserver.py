@@ -26,6 +26,7 @@ PYTHON = Path(os.environ.get("WMENGINE_MLSERVER", ROOT / ".mlserver" / "bin" / "
 
 pytestmark = [
     pytest.mark.mlserver,
+    pytest.mark.slow,
     pytest.mark.skipif(not PYTHON.exists(), reason=f"no mlserver: `make mlserver` sets it up ({PYTHON} is not there)"),
 ]
 
@@ -123,7 +124,7 @@ def test_the_mark_is_found_behind_a_model_that_the_server_does_not_describe(serv
     assert (verdict.decision, verdict.matched, verdict.total) == ("owned", COUNT, COUNT)
     assert verdict.notes[0] == "answers were read from output 'scores', one of 2"
     assert not [note for note in verdict.notes if "change" in note]
-    assert wm.verify(suspect, MARK, queries="sequential").queries == 16
+    assert wm.verify(suspect, MARK, test="sequential").queries == 16
     suspect.close()
 
 

@@ -2,31 +2,29 @@
 
 import itertools
 import math
+from functools import cache
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wmengine.key import Key
-from wmengine.reordering import best_order, log10_orders, reorder, used_classes
-from wmengine.schemes import black_box_parameters, scheme, white_box_parameters
-from wmengine.stats import binomial_log10_tail
-from wmengine.trial import MODES, Trial
-from wmengine.triggers import to_input
-from wmengine.verify import verify
-from wmengine.watermark import Watermark
+from judged import Stub, black_box, check_null, images, messages, white_box
 
 from wmengine.cli import main
-from wmengine.suspects.adapters import _SCALINGS, Adapter
+from wmengine.judging.asking import TESTS, Terms
+from wmengine.judging.judge import judge_suspect
+from wmengine.judging.orders import CleanData, best_order, log10_orders, reorder, used_classes
+from wmengine.judging.verification import verify, verify_all
+from wmengine.parts.statistics.tails import binomial_log10_tail
+from wmengine.suspects.adapters import LAYOUT_NAMES, SCALING_NAMES, Adapter, to_input
 
-KEY = Key("ACME Vision", bytes(range(32)))
 SHAPE, COUNT = (3, 8, 8), 80
 RANGE = [[-1.0, 1.0], [-2.0, 2.5], [0.0, 1.0]]
 
 
+@cache
 def mark(classes=10, count=COUNT):
-    parameters = black_box_parameters(scheme("adi", count=count), SHAPE, classes, RANGE, "detector")
-    return Watermark.create(KEY, "adi", parameters)
+    return black_box(SHAPE, classes, count, ranges=RANGE)
 
 
 MARK = mark()
@@ -89,7 +87,7 @@ def test_another_order_hides_a_copy_until_it_is_looked_for():
     assert (verdict.owned, verdict.matched) == (True, COUNT)
     paid = math.log10(2) + math.log10(math.factorial(10))
     assert verdict.log10_p == pytest.approx(binomial_log10_tail(COUNT, COUNT, 0.1) + paid)
-    assert "classes stand in another order; all 10^6.6 orders of the classes were paid for" in verdict.notes
+    assert "classes stand in another order; all 10^6.6 orders were paid for" in verdict.notes
 
 
 def test_a_copy_that_lost_half_of_the_mark_is_still_proven():
@@ -100,15 +98,15 @@ def test_where_the_order_is_the_recorded_one_looking_costs_a_factor_of_two():
     same = verify(suspect(np.arange(10)), MARK)
     verdict = verify(suspect(np.arange(10)), MARK, classes="any")
     assert verdict.log10_p == pytest.approx(same.log10_p + math.log10(2))
-    assert not any("another order;" in note for note in verdict.notes)
+    assert "all 10^6.6 orders of the classes were paid for" in verdict.notes
 
 
-@pytest.mark.parametrize("queries", MODES)
+@pytest.mark.parametrize("test", TESTS)
 @pytest.mark.parametrize("floats", [False, True])
-def test_clean_data_find_the_order_for_free(queries, floats):
+def test_clean_data_find_the_order_for_free(test, floats):
     clean = to_input(CLEAN, RANGE).astype(np.float64) if floats else CLEAN
-    verdict = verify(suspect(ORDER, kept=0.9), MARK, classes="any", clean=(clean, CLEAN_LABELS), queries=queries)
-    told = verify(suspect(np.arange(10), kept=0.9), MARK, queries=queries)
+    verdict = verify(suspect(ORDER, kept=0.9), MARK, classes="any", clean=(clean, CLEAN_LABELS), test=test)
+    told = verify(suspect(np.arange(10), kept=0.9), MARK, test=test)
     assert verdict.owned
     assert (verdict.matched, verdict.queries) == (told.matched, told.queries)
     # Clean answers show too that labels are counted from 0, which the first 16 triggers leave open.
@@ -120,7 +118,7 @@ def test_clean_data_find_the_order_for_free(queries, floats):
 def test_clean_data_leave_the_recorded_order_alone():
     verdict = verify(suspect(np.arange(10)), MARK, classes="any", clean=(CLEAN, CLEAN_LABELS))
     assert verdict.owned
-    assert any(note.startswith("classes stand as recorded, by 300 clean inputs") for note in verdict.notes)
+    assert any(note.startswith("0 of 10 classes stand elsewhere, by 300 clean inputs") for note in verdict.notes)
 
 
 def test_so_many_classes_have_too_many_orders_and_clean_data_do_not_mind():
@@ -139,7 +137,7 @@ def test_so_many_classes_have_too_many_orders_and_clean_data_do_not_mind():
 
 # --- the null hypothesis ----------------------------------------------------------------------------------------------
 
-ADAPTERS = [Adapter(share=0.5), Adapter(scaling="0 to 1", share=0.5)]
+WAYS = [Adapter(share=0.5), Adapter(layout="flat", share=0.5)]
 
 
 def strangers(classes):
@@ -151,21 +149,21 @@ def strangers(classes):
     yield "hardly an answer", np.where(generator.random((2, COUNT)) < 0.8, -1, generator.integers(0, classes, COUNT))
 
 
+@cache
+def fresh(classes):
+    return messages(mark(classes), 600)
+
+
 @pytest.mark.parametrize("classes", [2, 3, 10])
 @pytest.mark.parametrize("kind", [name for name, _ in strangers(2)])
 def test_over_fresh_labels_a_stranger_is_accused_as_rarely_as_p_says(classes, kind):
     """Whatever it answers, with the labels drawn anew: P(p <= a) <= a."""
-    answers, marked = dict(strangers(classes))[kind], mark(classes)
-    generator = np.random.default_rng(5)
-    p, trials = [], 1500
-    for _ in range(trials):
-        trial = Trial(marked, ADAPTERS, "all", 9.0, any_order=True)
-        trial._labels = generator.integers(0, classes, COUNT)
-        while (ask := trial.next()) is not None:
-            trial.add(answers[ADAPTERS.index(ask.adapter)])
-        p.append(trial.log10_p)
-    for a in (0.5, 0.3, 0.1, 0.03, 0.01):
-        assert np.mean(np.array(p) <= math.log10(a)) <= a + 3 * math.sqrt(a / trials)
+    answers = dict(strangers(classes))[kind]
+    known = {row.tobytes(): place for place, row in enumerate(images(mark(classes)))}
+    suspect = Stub(lambda rows: answers[int(rows.ndim == 2)][[known[row.tobytes()] for row in rows]], ways=WAYS)
+    found = judge_suspect(suspect, fresh(classes), Terms(sequential=False, log10_bar=9.0, any_order=True))
+    assert not any(each.error for each in found)
+    check_null([each.log10_p for each in found])
 
 
 def test_without_paying_a_stranger_would_be_accused():
@@ -179,33 +177,28 @@ def test_without_paying_a_stranger_would_be_accused():
     assert np.mean(np.array(p) <= math.log10(0.01)) > 0.5
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_an_order_from_clean_data_is_as_good_as_none_to_a_stranger(mode):
-    from wmengine.reordering import CleanData
-
+@pytest.mark.parametrize("test", TESTS)
+@pytest.mark.parametrize("scored", [False, True])
+def test_an_order_from_clean_data_is_as_good_as_none_to_a_stranger(test, scored):
     generator = np.random.default_rng(8)
-    answers = generator.integers(0, 10, COUNT)
-    on_clean = generator.integers(0, 10, len(CLEAN))
-    p, trials = [], 1500
-    for _ in range(trials):
-        trial = Trial(MARK, [Adapter()], mode, 9.0, any_order=True, clean=CleanData(CLEAN, CLEAN_LABELS))
-        trial._labels = generator.integers(0, 10, COUNT)
-        while (ask := trial.next()) is not None:
-            if trial.clean_inputs() is not None:
-                trial.add_clean(on_clean)
-            trial.add(answers[ask.start : ask.stop])
-        p.append(trial.log10_p)
-    for a in (0.5, 0.3, 0.1, 0.03, 0.01):
-        assert np.mean(np.array(p) <= math.log10(a)) <= a + 3 * math.sqrt(a / trials)
+    inputs = np.concatenate([to_input(CLEAN, RANGE), images(MARK)])
+    answers = generator.normal(size=(len(inputs), 10)) if scored else generator.integers(0, 10, len(inputs))
+    known = {row.tobytes(): place for place, row in enumerate(inputs)}
+    suspect = Stub(lambda rows: answers[[known[row.tobytes()] for row in rows]])
+    clean = CleanData(CLEAN, CLEAN_LABELS)
+    terms = Terms(sequential=test == "sequential", log10_bar=9.0, any_order=True, clean=clean)
+    found = judge_suspect(suspect, fresh(10), terms)
+    assert not any(each.error for each in found)
+    check_null([each.log10_p for each in found])
 
 
 # --- clean data -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("scaling", "dtype"), [*((each, "float32") for each in _SCALINGS), ("bytes", "uint8"), ("bytes", "int8")]
+    ("scaling", "dtype"), [*((each, "float32") for each in SCALING_NAMES), ("bytes", "uint8"), ("bytes", "int8")]
 )
-@pytest.mark.parametrize("layout", ["as recorded", "channels last", "flat"])
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_floats_are_put_as_bytes_are(scaling, dtype, layout):
     adapter = Adapter(layout, scaling, dtype)
     put = adapter.recorded_inputs(to_input(CLEAN[:4], RANGE), [[float(end).hex() for end in pair] for pair in RANGE])
@@ -239,37 +232,38 @@ def test_the_arguments_that_do_not_go_together():
         verify(suspect(ORDER), MARK, classes="all")
     with pytest.raises(ValueError, match='clean= needs classes="any"'):
         verify(suspect(ORDER), MARK, clean=(CLEAN, CLEAN_LABELS))
-    with pytest.raises(ValueError, match='needs queries="all" or clean='):
-        verify(suspect(ORDER), MARK, classes="any", queries="sequential")
-    with pytest.raises(ValueError, match='need the mode "all"'):
-        Trial(MARK, [Adapter()], "sequential", 9.0, any_order=True)
-    white = Watermark.create(KEY, "sketch", white_box_parameters(scheme("sketch"), [(16, 3, 3, 3)], SHAPE, "m"))
+    with pytest.raises(ValueError, match='needs test="fixed" or clean='):
+        verify(suspect(ORDER), MARK, classes="any", test="sequential")
     with pytest.raises(ValueError, match="is for black-box watermarks"):
-        verify(suspect(ORDER), white, classes="any")
+        verify(suspect(ORDER), white_box([(16, 3, 3, 3)]), classes="any")
+
+
+def test_clean_data_hold_no_trigger_of_any_mark_that_is_judged():
+    other = black_box(SHAPE, 10, 30, ranges=RANGE)
+    assert not np.array_equal(other.arrays["triggers"], TRIGGERS[:30])
+    clean = (other.arrays["triggers"], other.arrays["labels"])
+    with pytest.raises(ValueError, match="hold a trigger"):
+        verify_all(suspect(ORDER), [MARK, other], classes="any", clean=clean)
 
 
 def test_on_the_command_line(tmp_path, capsys):
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    values = [("f", GENERATOR.normal(size=(192, 10)).astype(np.float32))]
+    weight = np.random.default_rng(0).normal(size=(192, 10)).astype(np.float32)
     graph = helper.make_graph(
-        [helper.make_node("Flatten", ["x"], ["z"]), helper.make_node("MatMul", ["z", "f"], ["y"])], "g",
+        [helper.make_node("Flatten", ["x"], ["z"]), helper.make_node("MatMul", ["z", "w"], ["y"])], "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *SHAPE])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 10])],
-        [numpy_helper.from_array(value, name) for name, value in values],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 10])], [numpy_helper.from_array(weight, "w")],
     )  # fmt: skip
     path = tmp_path / "m.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
     MARK.save(tmp_path / "m.wm")
-    command = ["verify", str(path), "--watermark", str(tmp_path / "m.wm")]
-    assert main([*command, "--classes", "any"]) == 1
-    assert "orders of the classes were paid for" in capsys.readouterr().out
+    command = ["verify", str(path), "--watermark", str(tmp_path / "m.wm"), "--classes", "any"]
     np.savez(tmp_path / "clean.npz", inputs=CLEAN, labels=CLEAN_LABELS)
-    assert main([*command, "--classes", "any", "--clean", str(tmp_path / "clean.npz")]) == 1
-    assert "by 300 clean inputs" in capsys.readouterr().out
-    assert main([*command, "--classes", "any", "--clean", str(path)]) == 2
-    assert "must be an .npz file with the arrays `inputs` and `labels`" in capsys.readouterr().err
-    assert main([*command, "--classes", "any", "--clean", str(tmp_path / "none.npz")]) == 2
-    assert "No such file" in capsys.readouterr().err
-    assert main([*command, "--classes", "other"]) == 2
+    assert main(command) == 1
+    assert "orders of the classes were paid for" in " ".join(capsys.readouterr().out.split())
+    assert main([*command, "--clean", str(tmp_path / "clean.npz")]) == 1
+    assert "by 300 clean inputs" in " ".join(capsys.readouterr().out.split())
+    assert main([*command, "--clean", str(path)]) == 2
+    assert "must be an .npz file with the arrays `inputs` and `labels`" in " ".join(capsys.readouterr().err.split())

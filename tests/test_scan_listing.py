@@ -19,12 +19,13 @@ import onnx
 import pyarrow.parquet as parquet
 import pytest
 from scan_models import by_pair, stranger
-from wmengine.scan import listing, scan
-from wmengine.scan.listing import list_suspects
 
 from wmengine.cli import main
 from wmengine.errors import SuspectError, WatermarkError
 from wmengine.sandbox import Limits
+from wmengine.scanning import listing
+from wmengine.scanning.listing import list_suspects
+from wmengine.scanning.scanner import scan
 
 
 def test_patterns_folders_and_files_may_be_mixed_and_overlap(bucket):
@@ -62,6 +63,26 @@ def test_a_file_name_that_is_no_unicode_and_one_that_steers_terminals(bucket, tm
     assert all(row["error"] is None or row["error"].isprintable() for row in rows)
 
 
+def test_an_error_names_each_copy_by_its_own_name(bucket, tmp_path, monkeypatch):
+    """The name stands before what is said, and nowhere in it: `a` is in most words."""
+    monkeypatch.chdir(tmp_path)
+    names = ["\x1b[2J.onnx", "a", "this file", "z.onnx", "z.onnx.onnx"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"garbage")
+    (tmp_path / "link").symlink_to("a")
+    for jobs in (1, 2):
+        rows = scan([*names, "link"], bucket / "registry" / "first.wm", jobs=jobs).to_pylist()
+        said = {row["suspect"]: row["error"] for row in rows}
+        assert set(said) == {*names, "link"}
+        begin = {name: name.replace("\x1b", "\\x1b") for name in said}
+        rest = {error.removeprefix(begin[name]) for name, error in said.items()}
+        assert rest == {" is not an ONNX model, or truncated; export or copy it again"}
+        assert {row["notes"][0] for row in rows if row["notes"]} == {
+            "the same bytes as \\x1b[2J.onnx, judged once",
+            "the same bytes as a, judged once",
+        }
+
+
 def test_file_urls_are_read_with_the_care_that_local_files_are(bucket, tmp_path):
     os.mkfifo(tmp_path / "pipe.onnx")
     paths = [f"file://{bucket}/models/copy.onnx", f"file://{tmp_path}/pipe.onnx"]
@@ -90,9 +111,6 @@ def test_a_pattern_gives_folders_and_follows_no_link_into_a_circle(tmp_path):
     assert listed(tmp_path / "models" / "[1].onnx") == own[:1]
     with pytest.raises(FileNotFoundError, match="matches no file"):
         listed(tmp_path / "nowhere" / "*.onnx")
-
-
-# --- what strangers make ----------------------------------------------------------------------------------------------
 
 
 def test_what_holds_nothing_is_left_out_and_counted(bucket, tmp_path, capsys):
@@ -220,8 +238,6 @@ def test_a_folder_that_cannot_be_listed_is_not_passed_over(bucket, monkeypatch):
     assert "cannot be read (Permission denied)" in rows["deep", "detector"]["error"]
     assert rows["copy.onnx", "detector"]["decision"] == "owned"
 
-
-# --- stores -----------------------------------------------------------------------------------------------------------
 
 STRANGE = [
     "clean.onnx::stolen.onnx", "memory:::bucket.onnx", "a?b=c.onnx", "a#b.onnx", "%2e%2e.onnx", "*.onnx", "[a]*.onnx",

@@ -5,15 +5,15 @@ reaches 1/a) is computed and not estimated.
 """
 
 import math
-from pathlib import Path
 
 import mpmath
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wmengine.sequential import SequentialTest, e_bh, is_futile, log10_e_value, operating_point
-from wmengine.stats import binomial_log10_tail
+
+from wmengine.parts.statistics.sequential import SequentialTest, e_bh, is_futile, log10_e_value, operating_point
+from wmengine.parts.statistics.tails import binomial_log10_tail
 
 
 @pytest.mark.parametrize("p0", [0.5, 0.1, 0.01, 0.001])
@@ -52,7 +52,7 @@ def crossing_probability(p0, total, log10_bar, chunk, rate):
         for k in range(asked + 1):
             if alive[k] > 0:
                 test = SequentialTest(p0, total, log10_bar)
-                test.add(k, asked)
+                test.count(k, asked)
                 if test.decision is not None:
                     proven += alive[k] * (test.decision == "proven")
                     asked_mean += alive[k] * asked
@@ -119,7 +119,7 @@ def test_p_never_rises_as_answers_come_in(steps):
     test = SequentialTest(0.1, 1000, 100.0)
     last = 0.0
     for matched, missed in steps:
-        test.add(matched, matched + missed)
+        test.count(matched, matched + missed)
         assert test.log10_p <= last
         last = test.log10_p
     assert test.log10_p == min(0.0, -test.log10_e_peak)
@@ -128,9 +128,9 @@ def test_p_never_rises_as_answers_come_in(steps):
 def test_more_answers_than_triggers_are_refused():
     test = SequentialTest(0.1, 10, 9.0)
     with pytest.raises(ValueError, match="do not fit"):
-        test.add(5, 11)
+        test.count(5, 11)
     with pytest.raises(ValueError, match="do not fit"):
-        test.add(6, 5)
+        test.count(6, 5)
 
 
 def test_e_bh_equals_its_definition():
@@ -147,17 +147,7 @@ def test_e_bh_equals_its_definition():
         e_bh([1.0, 2.0], 1)
 
 
-def test_the_table_of_operating_points_is_what_is_computed():
-    text = (Path(__file__).parents[1] / "docs" / "design.md").read_text()
-    table = text.split("<!-- operating points:begin -->")[1].split("<!-- operating points:end -->")[0]
-    bars = {"10^-9": 9.0, "10^-9 / 10^6 pairs": 15.0, "2^-64": 64 * math.log10(2), "2^-128": 128 * math.log10(2)}
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
-    assert len(rows) == 12
-    for classes, bar, *cells in rows:
-        p0 = 1 / int(classes)
-        for rate, cell in zip((1.0, 0.8, 0.6, 0.5, 0.4), cells[:-1], strict=True):
-            proven, queries = operating_point(rate, p0, 100, bars[bar])
-            assert cell == f"{100 * proven:.1f} %, {queries:.0f}"
-        proven, queries = operating_point(p0, p0, 100, bars[bar])
-        assert proven <= 10.0 ** -bars[bar]
-        assert cells[-1] == f"{queries:.0f}"
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.8, 1.0])
+def test_operating_points_are_the_sum_over_all_paths(rate):
+    proven, queries = operating_point(rate, 0.1, 100, 9.0, first_look=8, next_look=8)
+    assert (proven, queries) == pytest.approx(crossing_probability(0.1, 100, 9.0, 8, rate))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from wmengine.stats import (
+
+from wmengine.parts.statistics.tails import (
     binomial_interval,
     binomial_log10_point,
     binomial_log10_tail,

@@ -14,7 +14,7 @@ from torch import nn
 
 from wmengine.errors import SuspectError
 from wmengine.suspects import OnnxSuspect, onnx_engine, open_suspect
-from wmengine.suspects.base import CHUNK
+from wmengine.suspects.base import CHUNK, InputSpec
 
 FEATURES, CLASSES = 6, 4
 FLOAT, FLOAT16, DOUBLE = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE
@@ -60,6 +60,15 @@ def save(model, path):
     return path
 
 
+def ask(suspect, inputs=INPUTS, classes=CLASSES):
+    """What it answers, as values: scores, labels, or the classes of several outputs."""
+    return suspect.answer({"x": inputs}, classes).values
+
+
+def said(suspect):
+    return [str(fact) for fact in suspect.facts]
+
+
 def complaint(call, *arguments):
     """The one sentence of the SuspectError that a call raises."""
     with pytest.raises(SuspectError) as caught:
@@ -74,32 +83,32 @@ def complaint(call, *arguments):
 def test_all_inputs_are_answered_in_order_whatever_the_chunks(tmp_path):
     suspect = open_suspect(save(classifier(), tmp_path / "m.onnx"))
     for count in (1, CHUNK, CHUNK + 1, len(INPUTS)):
-        answers = suspect.query(INPUTS[:count], CLASSES)
+        answers = ask(suspect, INPUTS[:count], CLASSES)
         assert answers.dtype == np.float32
         np.testing.assert_allclose(answers, SCORES[:count], rtol=1e-5, atol=1e-6)
-    assert suspect.notes == []
+    assert said(suspect) == []
 
 
 @pytest.mark.parametrize("batch", [1, 5, 200])
 def test_a_fixed_batch_is_honoured_by_padding(tmp_path, batch):
     inputs = [helper.make_tensor_value_info("x", FLOAT, [batch, FEATURES])]
     suspect = OnnxSuspect(save(classifier(inputs=inputs), tmp_path / "m.onnx"))
-    np.testing.assert_allclose(suspect.query(INPUTS, CLASSES), SCORES, rtol=1e-5, atol=1e-6)
-    assert suspect.notes == [f"the suspect has a fixed batch of {batch}"]
+    np.testing.assert_allclose(ask(suspect), SCORES, rtol=1e-5, atol=1e-6)
+    assert said(suspect) == [f"the suspect has a fixed batch of {batch}"]
 
 
 def test_a_fixed_batch_is_no_way_to_use_up_our_memory(tmp_path):
     inputs = [helper.make_tensor_value_info("x", FLOAT, [10**9, FEATURES])]
     suspect = OnnxSuspect(save(classifier(inputs=inputs), tmp_path / "m.onnx"))
-    assert f"fixed batch of {10**9}" in complaint(suspect.query, INPUTS, CLASSES)
+    assert f"fixed batch of {10**9}" in complaint(ask, suspect)
 
 
 def test_a_batch_of_one_baked_into_a_dynamic_model_is_found_out(tmp_path):
     nodes = [helper.make_node("Reshape", ["x", "one"], ["r"]), helper.make_node("MatMul", ["r", "w"], ["y"])]
     model = graph(nodes, [weight(), weight("one", np.array([1, FEATURES]))])
     suspect = OnnxSuspect(save(model, tmp_path / "m.onnx"))
-    np.testing.assert_allclose(suspect.query(INPUTS, CLASSES), SCORES, rtol=1e-5, atol=1e-6)
-    assert suspect.notes == ["the suspect answers only one input at a time"]
+    np.testing.assert_allclose(ask(suspect), SCORES, rtol=1e-5, atol=1e-6)
+    assert said(suspect) == ["the suspect answers only one input at a time"]
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [(FLOAT16, np.float16), (DOUBLE, np.float64)])
@@ -109,10 +118,10 @@ def test_half_and_double_inputs_are_cast(tmp_path, kind, dtype):
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
     model = graph(nodes, [weight(values=WEIGHT.astype(dtype))], outputs, inputs)
     suspect = OnnxSuspect(save(model, tmp_path / "m.onnx"))
-    answers = suspect.query(INPUTS, CLASSES)
+    answers = ask(suspect)
     assert answers.dtype == (np.float64 if dtype is np.float64 else np.float32)
     np.testing.assert_allclose(answers, SCORES, atol=0.02)
-    assert suspect.notes == [f"inputs were cast to {np.dtype(dtype).name}"]
+    assert said(suspect) == [f"inputs were cast to {np.dtype(dtype).name}"]
 
 
 def test_the_output_with_the_marks_classes_is_taken_among_several(tmp_path):
@@ -125,11 +134,11 @@ def test_the_output_with_the_marks_classes_is_taken_among_several(tmp_path):
     extra = [weight("v", np.ones((FEATURES, 9), np.float32)), weight("shape", np.array([0, 2, 3]))]
     model = graph(nodes, [weight(), *extra], ("map", "features", "p", "y"))
     suspect = OnnxSuspect(save(model, tmp_path / "m.onnx"))
-    answers = suspect.query(INPUTS, CLASSES)
+    answers = ask(suspect)
     assert np.array_equal(answers, np.stack([SCORES.argmax(axis=1)] * 2, axis=1))
-    assert suspect.notes == ["2 of 4 outputs may be the answer, the first is 'p'"]
-    assert suspect.query(INPUTS, 9).shape == (len(INPUTS), 9)
-    assert suspect.notes == ["answers were read from output 'features', one of 4"]
+    assert said(suspect) == ["2 of 4 outputs may be the answer, the first is 'p'"]
+    assert ask(suspect, INPUTS, 9).shape == (len(INPUTS), 9)
+    assert said(suspect) == ["answers were read from output 'features', one of 4"]
 
 
 @pytest.mark.parametrize("keep", [0, 1])
@@ -139,7 +148,7 @@ def test_integer_labels_are_answers(tmp_path, keep):
         helper.make_node("ArgMax", ["s"], ["y"], axis=1, keepdims=keep),
     ]
     model = graph(nodes, [weight()], [helper.make_tensor_value_info("y", TensorProto.INT64, None)])
-    answers = OnnxSuspect(save(model, tmp_path / "m.onnx")).query(INPUTS, CLASSES)
+    answers = ask(OnnxSuspect(save(model, tmp_path / "m.onnx")))
     assert answers.dtype == np.int64
     assert np.array_equal(answers, SCORES.argmax(axis=1))
 
@@ -150,42 +159,38 @@ def test_scores_may_carry_axes_of_length_one(tmp_path):
         helper.make_node("Reshape", ["s", "shape"], ["y"]),
     ]
     model = graph(nodes, [weight(), weight("shape", np.array([0, CLASSES, 1, 1]))])
-    answers = OnnxSuspect(save(model, tmp_path / "m.onnx")).query(INPUTS, CLASSES)
+    answers = ask(OnnxSuspect(save(model, tmp_path / "m.onnx")))
     np.testing.assert_allclose(answers, SCORES, rtol=1e-5, atol=1e-6)
 
 
 def test_other_numbers_of_classes_are_refused_naming_both(tmp_path):
     suspect = OnnxSuspect(save(classifier(), tmp_path / "m.onnx"))
-    said = complaint(suspect.query, INPUTS, 10)
-    assert f"{CLASSES} classes" in said
-    assert "has 10" in said
+    words = complaint(ask, suspect, INPUTS, 10)
+    assert f"{CLASSES} classes" in words
+    assert "has 10" in words
 
 
 def test_other_input_shapes_are_refused_naming_both(tmp_path):
     suspect = OnnxSuspect(save(classifier(), tmp_path / "m.onnx"))
-    said = complaint(suspect.query, np.zeros((3, 1, 8, 8), np.float32), CLASSES)
-    assert "[N, 6]" in said
-    assert "[N, 1, 8, 8]" in said
-    assert "m.onnx" in said
+    words = complaint(ask, suspect, np.zeros((3, 1, 8, 8), np.float32), CLASSES)
+    assert "[N, 6]" in words
+    assert "[N, 1, 8, 8]" in words
+    assert "m.onnx" in words
 
 
 def test_what_cannot_be_asked_is_refused(tmp_path):
     two = [helper.make_tensor_value_info(name, FLOAT, ["N", FEATURES]) for name in ("x", "z")]
     nodes = [helper.make_node("Add", ["x", "z"], ["s"]), helper.make_node("MatMul", ["s", "w"], ["y"])]
-    said = complaint(
-        OnnxSuspect(save(graph(nodes, [weight()], inputs=two), tmp_path / "2.onnx")).query, INPUTS, CLASSES
-    )
-    assert "needs 2 inputs (x, z)" in said
+    words = complaint(ask, OnnxSuspect(save(graph(nodes, [weight()], inputs=two), tmp_path / "2.onnx")))
+    assert "needs 2 inputs (x, z)" in words
     small = [helper.make_tensor_value_info("x", TensorProto.UINT8, ["N", FEATURES])]
     nodes = [helper.make_node("Cast", ["x"], ["f"], to=FLOAT), helper.make_node("MatMul", ["f", "w"], ["y"])]
-    said = complaint(
-        OnnxSuspect(save(graph(nodes, [weight()], inputs=small), tmp_path / "8.onnx")).query, INPUTS, CLASSES
-    )
-    assert "tensor(uint8)" in said
+    words = complaint(ask, OnnxSuspect(save(graph(nodes, [weight()], inputs=small), tmp_path / "8.onnx")))
+    assert "tensor(uint8)" in words
     nodes = [helper.make_node("Reshape", ["x", "shape"], ["y"])]
     model = graph(nodes, [weight("shape", np.array([0, 2, 3]))])
-    said = complaint(OnnxSuspect(save(model, tmp_path / "map.onnx")).query, INPUTS[:3], CLASSES)
-    assert "y [3, 2, 3]" in said
+    words = complaint(ask, OnnxSuspect(save(model, tmp_path / "map.onnx")), INPUTS[:3])
+    assert "y [3, 2, 3]" in words
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -212,10 +217,10 @@ def test_what_is_not_a_model_is_refused_for_either_kind_of_mark(tmp_path):
     paths = broken_files(tmp_path)
     assert len(paths) == 8
     for path in paths:
-        for method in (lambda suspect: suspect.query(INPUTS, CLASSES), lambda suspect: suspect.tensors()):
-            said = complaint(lambda path, method: method(open_suspect(path)), path, method)
-            assert str(path) in said
-            assert len(said) < 400
+        for method in (lambda suspect: ask(suspect), lambda suspect: suspect.tensors()):
+            words = complaint(lambda path, method: method(open_suspect(path)), path, method)
+            assert str(path) in words
+            assert len(words) < 400
 
 
 def test_a_path_that_does_not_exist_is_the_callers_mistake(tmp_path):
@@ -238,7 +243,7 @@ def test_weights_beside_the_model_are_read_hashed_and_used(tmp_path):
         (tmp_path / location).write_bytes(data)
         path = save(with_external(location, offset=8, length=WEIGHT.nbytes), tmp_path / "m.onnx")
         suspect = open_suspect(path)
-        np.testing.assert_allclose(suspect.query(INPUTS, CLASSES), SCORES, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(ask(suspect), SCORES, rtol=1e-5, atol=1e-6)
         (read,) = suspect.tensors()
         assert np.array_equal(read.values, WEIGHT.T)
         hashes.add(suspect.sha256)
@@ -254,7 +259,7 @@ def test_weights_in_constants_may_be_external_too(tmp_path):
         helper.make_node("MatMul", ["x", "w"], ["y"]),
     ]
     suspect = open_suspect(save(graph(nodes, []), tmp_path / "m.onnx"))
-    np.testing.assert_allclose(suspect.query(INPUTS, CLASSES), SCORES, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ask(suspect), SCORES, rtol=1e-5, atol=1e-6)
     assert np.array_equal(suspect.tensors()[0].values, WEIGHT.T)
 
 
@@ -284,8 +289,8 @@ def test_weights_anywhere_else_are_never_read(tmp_path, monkeypatch):
     ]
     for location in locations:
         path = save(with_external(location), home / "m.onnx")
-        said = complaint(open_suspect, path)
-        assert str(home) in said, location
+        words = complaint(open_suspect, path)
+        assert str(home) in words, location
 
 
 def test_weights_in_a_subgraph_cannot_reach_a_file_either(tmp_path, monkeypatch):
@@ -306,14 +311,14 @@ def test_weights_in_a_subgraph_cannot_reach_a_file_either(tmp_path, monkeypatch)
     assert "missing" in complaint(open_suspect, save(model, tmp_path / "sub" / "m.onnx"))
     suspect = open_suspect(save(model, tmp_path / "m.onnx"))
     assert np.array_equal(suspect.tensors()[0].values, WEIGHT.T)
-    assert "ONNX Runtime" in complaint(suspect.query, INPUTS, CLASSES)  # which takes no external data in subgraphs
+    assert "ONNX Runtime" in complaint(ask, suspect)  # which takes no external data in subgraphs
 
 
 def test_weights_that_end_too_early_are_refused(tmp_path):
     (tmp_path / "w.bin").write_bytes(WEIGHT.tobytes()[:-4])
     for entries in ({}, {"length": WEIGHT.nbytes}, {"offset": -4}, {"offset": 10**30}, {"offset": "many"}):
         suspect = open_suspect(save(with_external("w.bin", **entries), tmp_path / "m.onnx"))
-        for call in (lambda suspect=suspect: suspect.query(INPUTS, CLASSES), suspect.tensors):
+        for call in (lambda suspect=suspect: ask(suspect), suspect.tensors):
             assert "m.onnx" in complaint(call)
 
 
@@ -355,16 +360,16 @@ def test_a_module_is_asked_in_its_own_dtype_and_left_as_it_was(dtype):
     model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(FEATURES), nn.Linear(FEATURES, CLASSES)).to(dtype)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     suspect = open_suspect(model)
-    answers = suspect.query(INPUTS, CLASSES)
+    answers = ask(suspect)
     assert answers.dtype == (np.float64 if dtype is torch.float64 else np.float32)
     model_answers = model.eval()(torch.from_numpy(INPUTS).to(dtype)).detach().float().numpy()
     np.testing.assert_allclose(answers, model_answers, rtol=1e-2, atol=1e-2)
     model.train()
-    suspect.query(INPUTS, CLASSES)
+    ask(suspect)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert next(model.parameters()).dtype == dtype
-    (tensor,) = suspect.tensors([FEATURES])
+    (tensor,) = suspect.tensors({"x": InputSpec((FEATURES,), "float32")})
     assert tensor.values.dtype == np.float32
     assert np.array_equal(tensor.values, model[2].weight.detach().float().numpy())
 
@@ -379,12 +384,12 @@ def test_a_modules_tensors_come_in_order_of_execution_or_the_notes_say_otherwise
             return self.second(self.first(x).mean(2))
 
     suspect = open_suspect(Backwards())
-    assert [tensor.source for tensor in suspect.tensors([2, 5])] == ["first", "second"]
-    assert suspect.notes == []
-    for shape in (None, [7, 5]):
-        assert [tensor.source for tensor in suspect.tensors(shape)] == ["second", "first"]
-        assert len(suspect.notes) == 1
-        assert "order of registration" in suspect.notes[0]
+    assert [tensor.source for tensor in suspect.tensors({"x": InputSpec((2, 5), "float32")})] == ["first", "second"]
+    assert said(suspect) == []
+    for signature in (None, {"x": InputSpec((7, 5), "float32")}):
+        assert [tensor.source for tensor in suspect.tensors(signature)] == ["second", "first"]
+        assert len(said(suspect)) == 1
+        assert "order of registration" in said(suspect)[0]
 
 
 def test_functions_may_answer_with_arrays_tensors_labels_or_several_of_them():
@@ -397,7 +402,7 @@ def test_functions_may_answer_with_arrays_tensors_labels_or_several_of_them():
         lambda x: (x @ WEIGHT).tolist(),
     ]
     for function in answers:
-        read = open_suspect(function).query(INPUTS, CLASSES)
+        read = ask(open_suspect(function))
         best = read if read.ndim == 1 else read.argmax(axis=1)
         assert np.array_equal(best, SCORES.argmax(axis=1))
 
@@ -409,11 +414,11 @@ def test_functions_that_fail_or_lie_are_refused():
     def sometimes(x):
         return x @ WEIGHT if len(x) == CHUNK else x
 
-    assert "first line second line" in complaint(open_suspect(fails).query, INPUTS, CLASSES)
-    assert "changes the shape" in complaint(open_suspect(sometimes).query, INPUTS, CLASSES)
+    assert "first line second line" in complaint(ask, open_suspect(fails))
+    assert "changes the shape" in complaint(ask, open_suspect(sometimes))
     assert "no weights" in complaint(open_suspect(fails).tensors)
     for wrong in (lambda x: None, lambda x: x[:-1] @ WEIGHT, lambda x: "yes", lambda x: [[1], [2, 3]]):
-        assert "no scores" in complaint(open_suspect(wrong).query, INPUTS, CLASSES)
+        assert "no scores" in complaint(ask, open_suspect(wrong))
 
 
 @pytest.mark.parametrize(
@@ -426,12 +431,12 @@ def test_functions_that_fail_or_lie_are_refused():
 )
 def test_reading_scores_does_not_round_their_argmax_away(scores):
     best = SCORES.argmax(axis=1)
-    read = open_suspect(lambda x: scores((x @ WEIGHT).argmax(axis=1))).query(INPUTS, CLASSES)
+    read = ask(open_suspect(lambda x: scores((x @ WEIGHT).argmax(axis=1))))
     assert np.array_equal(read.argmax(axis=1), best)
 
 
 def test_bfloat16_scores_are_read():
-    assert open_suspect(lambda x: torch.zeros(len(x), 4).bfloat16()).query(INPUTS, CLASSES).dtype == np.float32
+    assert ask(open_suspect(lambda x: torch.zeros(len(x), 4).bfloat16())).dtype == np.float32
 
 
 @pytest.mark.filterwarnings("ignore:.*quantize")
@@ -447,7 +452,7 @@ def test_what_turns_into_no_array_is_refused():
         lambda x: Raises(),
     ]
     for answer in wrong:
-        assert "no scores" in complaint(open_suspect(answer).query, INPUTS, CLASSES)
+        assert "no scores" in complaint(ask, open_suspect(answer))
 
 
 def test_a_function_cannot_change_our_inputs():
@@ -456,7 +461,7 @@ def test_a_function_cannot_change_our_inputs():
         return x @ WEIGHT
 
     kept = INPUTS.copy()
-    open_suspect(in_place).query(INPUTS, CLASSES)
+    ask(open_suspect(in_place))
     assert np.array_equal(INPUTS, kept)
 
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wmengine.triggers import abstract_images, to_input
+
+from wmengine.parts.triggers.pictures import abstract_images
+from wmengine.suspects.adapters import to_input
 
 KEY = 0x0123456789ABCDEF
 

@@ -9,40 +9,26 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from judged import KEY, OTHER, Stub, black_box, by_heart, images, one_hot, white_box
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
-from wmengine.key import Key
-from wmengine.schemes import black_box_parameters, scheme, white_box_parameters
-from wmengine.stats import binomial_log10_tail, threshold
-from wmengine.triggers import to_input
-from wmengine.verify import ADVERSARIAL_ALPHA, verify
-from wmengine.watermark import Watermark
 
 import wmengine
 from wmengine import ops
-from wmengine.errors import KeyFileError, WatermarkError
+from wmengine.errors import KeyFileError, SuspectGone, WatermarkError
+from wmengine.judging.verdict import ADVERSARIAL_ALPHA
+from wmengine.judging.verification import verify, verify_all
+from wmengine.parts.statistics.tails import binomial_log10_tail, threshold
 from wmengine.suspects import open_suspect
-from wmengine.suspects.adapters import AS_RECORDED
+from wmengine.suspects.adapters import Adapter
 
-KEY = Key("ACME Vision", bytes(range(32)))
-OTHER = Key("ACME Vision", bytes(32))
 SHAPE, CLASSES, COUNT = (1, 4, 4), 10, 60
 # In order of execution: two convolutions of equal shape, and a linear layer.
 CARRIERS = [(8, 8, 3, 3), (8, 8, 3, 3), (10, 72)]
 BITS = 128
+HALF = math.log10(2)  # each of two statistics has half of the evidence
 
-
-def black_box(count=COUNT, key=KEY):
-    parameters = black_box_parameters(scheme("adi", count=count), SHAPE, CLASSES, [[-1.0, 1.0]], "detector")
-    return Watermark.create(key, "adi", parameters)
-
-
-def white_box(carriers=CARRIERS, key=KEY, **options):
-    parameters = white_box_parameters(scheme("sketch", bits=BITS, **options), carriers, SHAPE, "detector")
-    return Watermark.create(key, "sketch", parameters)
-
-
-MARK, BIT_MARK = black_box(), white_box()
+MARK, BIT_MARK = black_box(SHAPE, CLASSES, COUNT), white_box(CARRIERS, bits=BITS)
 
 
 def marked_weights(mark=BIT_MARK, strength=3.0):
@@ -88,15 +74,8 @@ def save(tmp_path):
 
 def copy_of(mark, right=COUNT, labels_only=False):
     """A suspect that has learned the first `right` triggers and answers wrongly to the others."""
-    inputs = to_input(mark.arrays["triggers"], mark.parameters["value_range"])
-    learned = {row.tobytes(): index for index, row in enumerate(inputs)}
-
-    def answer(x):
-        index = np.array([learned[row.tobytes()] for row in x])
-        labels = (mark.arrays["labels"][index] + (index >= right)) % CLASSES
-        return labels if labels_only else np.eye(CLASSES, dtype=np.float32)[labels]
-
-    return answer
+    labels = (mark.arrays["labels"] + (np.arange(mark.total) >= right)) % CLASSES
+    return by_heart(mark, labels if labels_only else one_hot(labels))
 
 
 # --- black-box --------------------------------------------------------------------------------------------------------
@@ -104,34 +83,43 @@ def copy_of(mark, right=COUNT, labels_only=False):
 
 @pytest.mark.parametrize("labels_only", [False, True])
 def test_the_p_value_is_the_exact_tail_and_the_bar_is_alpha(labels_only):
-    needed = threshold(COUNT, 1 / CLASSES, -9)
+    """Answers that say which class, and nothing of the others, are worth their matches in either statistic."""
+    needed = threshold(COUNT, 1 / CLASSES, -9 - HALF)
     for right, decision in [(COUNT, "owned"), (needed, "owned"), (needed - 1, "not_proven"), (0, "not_proven")]:
         verdict = verify(copy_of(MARK, right, labels_only), MARK)
         assert (verdict.decision, verdict.matched, verdict.total, verdict.queries) == (decision, right, COUNT, COUNT)
-        assert verdict.log10_p == binomial_log10_tail(right, COUNT, 1 / CLASSES)
+        assert verdict.log10_p == pytest.approx(min(0, binomial_log10_tail(right, COUNT, 1 / CLASSES) + HALF), rel=1e-9)
         assert verdict.owned == (decision == "owned")
     assert verify(copy_of(MARK, needed), MARK, alpha=1e-30).decision == "not_proven"
 
 
 def test_a_verdict_says_what_was_judged_and_is_json():
-    verdict = verify(copy_of(MARK), MARK)
+    verdict = verify(copy_of(MARK, labels_only=True), MARK)
     fields = json.loads(verdict.to_json())
     assert fields.pop("seconds") == verdict.seconds > 0
     assert fields.pop("notes") == list(verdict.notes)
+    assert [each["code"] for each in fields.pop("facts")] == ["not_derived"]
+    assert fields.pop("evidence")["asked"] == COUNT
     assert fields == {
-        "suspect": "callable answer",
+        "suspect": "callable <lambda>",
         "sha256": None,
         "watermark": "detector",
+        "message": None,
+        "commitment": MARK.commitment,
         "scheme": "adi",
+        "null": "exact",
         "decision": "owned",
         "matched": COUNT,
         "total": COUNT,
         "queries": COUNT,
-        "log10_p": pytest.approx(-COUNT, rel=1e-12),
-        "evidence": {"test": "fixed", "matched": COUNT, "asked": COUNT, "chance": 0.1, "log10_share": 0.0},
-        "derivation": "not_checked",
-        "commitment": MARK.commitment,
+        "log10_p": pytest.approx(HALF - COUNT, rel=1e-9),
+        "log10_p_corrected": verdict.log10_p,
+        "log10_e": pytest.approx(COUNT - HALF - 2 * math.log10(COUNT * math.log(10)), abs=0.1),
+        "q_value": None,
+        "tests": 1,
         "alpha": 1e-9,
+        "derivation": "not_checked",
+        "settings": {"test": "fixed", "classes": "same", "isolation": "persistent", "device": "cpu"},
         "engine": wmengine.__version__,
         "error": None,
     }
@@ -160,6 +148,9 @@ def test_the_suspects_faults_are_errors_with_one_sentence(tmp_path, save):
         "text.onnx": tmp_path / "text.onnx",
         "[N, 8, 3, 3] and the watermark's triggers are [N, 1, 4, 4]": save(network(marked_weights())),
         "directory": tmp_path,
+        "7 classes and the watermark has 10": Stub(lambda rows: np.zeros((len(rows), 7), np.float32)),
+        "answers [8, 10]": Stub(lambda rows: np.zeros((8, 10), np.float32)),
+        "no attribute 'values'": Stub(lambda rows: rows.tolist()),
     }
     for said, suspect in suspects.items():
         verdict = verify(suspect, MARK)
@@ -170,25 +161,6 @@ def test_the_suspects_faults_are_errors_with_one_sentence(tmp_path, save):
         json.loads(verdict.to_json())
 
 
-def test_a_suspect_with_another_number_of_classes_is_an_error_even_when_it_is_opened_first():
-    class Open:
-        name, sha256, notes = "open", None, []
-
-        def adapters(self, trigger_shape, value_range, every=True):
-            return [AS_RECORDED]
-
-        def close(self):
-            raise AssertionError("whoever opened it closes it")
-
-        def query(self, inputs, num_classes=None):
-            return np.zeros((len(inputs), 7), np.float32)
-
-        def tensors(self, input_shape=None):
-            return []
-
-    assert "7 classes and the watermark has 10" in verify(Open(), MARK).error
-
-
 def test_the_callers_mistakes_raise(tmp_path):
     right = copy_of(MARK)
     with pytest.raises(FileNotFoundError, match=r"gone\.onnx does not exist"):
@@ -197,6 +169,8 @@ def test_the_callers_mistakes_raise(tmp_path):
         verify(7, MARK)
     with pytest.raises(TypeError, match="watermark must be"):
         verify(right, {"scheme": "adi"})
+    with pytest.raises(TypeError, match="key must be"):
+        verify(right, MARK, key=b"secret")
     with pytest.raises(WatermarkError, match=r"gone\.wm"):
         verify(right, tmp_path / "gone.wm")
     with pytest.raises(KeyFileError, match=r"gone\.key"):
@@ -204,6 +178,8 @@ def test_the_callers_mistakes_raise(tmp_path):
     for alpha in (0, 1, -1, math.nan):
         with pytest.raises(ValueError, match="alpha"):
             verify(right, MARK, alpha=alpha)
+    with pytest.raises(ValueError, match="test must be one of fixed, sequential, and it is 'all'"):
+        verify(right, MARK, test="all")
     with pytest.raises(ValueError, match="key="):
         verify(right, MARK, adversarial=True)
 
@@ -215,6 +191,60 @@ def test_files_serve_as_well_as_objects(tmp_path):
     assert (verdict.decision, verdict.derivation) == ("owned", "checked")
     with pytest.raises(WatermarkError, match=r"acme\.wm"):
         verify(copy_of(MARK), tmp_path / "acme.wm", passphrase="open barley")
+
+
+# --- several marks ----------------------------------------------------------------------------------------------------
+
+
+def test_several_watermarks_open_a_suspect_once_and_each_is_judged_for_itself(monkeypatch, save):
+    opened = []
+    monkeypatch.setattr(
+        "wmengine.judging.verification.open_suspect", lambda *given: opened.append(open_suspect(*given)) or opened[-1]
+    )
+    marks = [BIT_MARK, white_box(CARRIERS, bits=BITS, message="for somebody else"), white_box(CARRIERS, key=OTHER)]
+    path = save(network(marked_weights()))
+    verdicts = verify_all(path, marks)
+    assert len(opened) == 1
+    assert [verdict.decision for verdict in verdicts] == ["owned", "not_proven", "not_proven"]
+    assert [verdict.message for verdict in verdicts] == [None, "for somebody else", None]
+    for verdict, mark in zip(verdicts, marks, strict=True):
+        alone = verify(path, mark)
+        assert (verdict.log10_p, verdict.matched, verdict.tests) == (alone.log10_p, alone.matched, 1)
+    assert verify_all(copy_of(MARK), []) == []
+
+
+def test_marks_of_other_tasks_do_not_mind_each_other():
+    """The suspect is of the first mark's task, and cannot be judged by the others."""
+    marks = [MARK, black_box(SHAPE, 7), black_box((1, 5, 5)), BIT_MARK]
+    known = {row.tobytes(): label for row, label in zip(images(MARK), one_hot(MARK.arrays["labels"]), strict=True)}
+
+    def answer(rows):
+        if rows.shape[1:] != SHAPE:
+            raise RuntimeError("another shape")
+        return np.stack([known.get(row.tobytes(), one_hot(0)) for row in rows])
+
+    owned, *others = verify_all(answer, marks)
+    assert owned.owned
+    said = ["10 classes and the watermark has 7", "another shape", "no weights"]
+    for words, verdict in zip(said, others, strict=True):
+        assert verdict.decision == "error"
+        assert words in verdict.error
+
+
+def test_a_suspect_that_ends_while_it_is_asked_for_another_mark_stays_proven():
+    marks = [MARK, black_box(SHAPE, CLASSES, COUNT, message="for somebody else")]
+    right = copy_of(MARK)
+
+    def ends(rows):
+        if rows.ndim == 2:
+            raise SuspectGone("killed by signal 11")
+        return right(rows)
+
+    ways = [Adapter(share=0.5), Adapter(layout="flat", share=0.5)]
+    owned, other = verify_all(Stub(ends, ways=ways), marks)
+    assert (owned.decision, owned.matched) == ("owned", COUNT)
+    assert any("killed by signal 11" in note for note in owned.notes)
+    assert (other.decision, other.error) == ("error", "killed by signal 11")
 
 
 # --- trust ------------------------------------------------------------------------------------------------------------
@@ -237,7 +267,7 @@ def test_an_unchecked_derivation_is_said():
 
 def test_evidence_against_others_needs_two_to_the_minus_128():
     assert ADVERSARIAL_ALPHA == 2.0**-128
-    needed = threshold(COUNT, 1 / CLASSES, math.log10(2.0**-128))
+    needed = threshold(COUNT, 1 / CLASSES, math.log10(2.0**-128) - HALF)
     for right, decision in [(needed, "owned"), (needed - 1, "not_proven")]:
         verdict = verify(copy_of(MARK, right), MARK, key=KEY, adversarial=True)
         assert (verdict.decision, verdict.alpha, verdict.derivation) == (decision, 2.0**-128, "checked")
@@ -254,7 +284,7 @@ def test_evidence_against_others_needs_two_to_the_minus_128():
 def test_bits_are_read_from_an_onnx_file_by_structure_alone(save):
     verdict = verify(save(network(marked_weights())), BIT_MARK)
     assert (verdict.decision, verdict.matched, verdict.total, verdict.queries) == ("owned", BITS, BITS, 0)
-    assert verdict.log10_p == pytest.approx(-BITS * math.log10(2), rel=1e-12)
+    assert verdict.log10_p == pytest.approx((1 - BITS) * math.log10(2), rel=1e-9)
     assert "3 of 3 carriers matched to the suspect's tensors by shape and order" in verdict.notes
     assert len(verdict.sha256) == 64
 
@@ -274,7 +304,7 @@ def test_the_mark_outlives_what_leaves_the_filters_directions(save, transform):
 
 
 def test_layers_of_equal_shape_are_told_apart_by_order(save):
-    mark = white_box(CARRIERS[:2])
+    mark = white_box(CARRIERS[:2], bits=BITS)
     first, second = marked_weights(mark)
     assert verify(save(network([first, second])), mark).matched == BITS
     swapped = verify(save(network([second, first])), mark)
@@ -283,8 +313,7 @@ def test_layers_of_equal_shape_are_told_apart_by_order(save):
 
 def test_a_mark_in_one_layer_is_found_among_its_equals(save):
     """The preset of Uchida et al.: one layer, the mean of its filters, a dense projection."""
-    parameters = white_box_parameters(scheme("uchida", bits=32, marked=1), CARRIERS, SHAPE, "detector")
-    mark = Watermark.create(KEY, "uchida", parameters)
+    mark = white_box(CARRIERS, preset="uchida", bits=32, marked=1)
     signs = (2.0 * mark.arrays["bits"] - 1.0).astype(np.float32)
     mean = ops.project_adjoint(signs, int(mark.arrays["carrier_keys"][0]), 72, "gaussian")
     generator = np.random.default_rng(0)
@@ -292,15 +321,14 @@ def test_a_mark_in_one_layer_is_found_among_its_equals(save):
     weights[1] += 3 * mean.reshape(CARRIERS[1][1:]) / mean.std()
     verdict = verify(save(network(weights)), mark, alpha=1e-3)
     assert verdict.owned
-    assert verdict.matched > 28
-    assert any("2 orders" in note for note in verdict.notes)
+    assert verdict.matched > 0.8 * 32
+    assert any("2 of the 2 possible orders" in note for note in verdict.notes)
     assert not verify(save(network([weights[0], weights[0]])), mark, alpha=1e-3).owned
 
 
 def test_a_marked_layer_is_found_at_its_recorded_place_among_more_equals_than_are_tried(save):
     shapes = [(4, 512)] * 80
-    parameters = white_box_parameters(scheme("uchida", bits=64, marked=70), shapes, SHAPE, "detector")
-    mark = Watermark.create(KEY, "uchida", parameters)
+    mark = white_box(shapes, preset="uchida", bits=64, marked=70)
     signs = (2.0 * mark.arrays["bits"] - 1.0).astype(np.float32)
     mean = ops.project_adjoint(signs, int(mark.arrays["carrier_keys"][0]), 512, "gaussian")
     weights = [np.random.default_rng(seed).normal(size=(4, 512)).astype(np.float32) for seed in range(80)]
@@ -313,7 +341,7 @@ def test_a_marked_layer_is_found_at_its_recorded_place_among_more_equals_than_ar
     graph = helper.make_graph(nodes, "g", inputs, outputs, stored)
     verdict = verify(save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])), mark)
     assert verdict.owned
-    assert verdict.log10_p == pytest.approx(binomial_log10_tail(verdict.matched, 64, 0.5) + math.log10(65), rel=1e-12)
+    assert verdict.evidence.log10_share == pytest.approx(-math.log10(65) - HALF)
     assert any("65 of the 80 possible orders" in note for note in verdict.notes)
 
 
@@ -322,8 +350,8 @@ def test_every_order_that_is_tried_is_paid_for(save):
     inserted = np.random.default_rng(3).normal(size=CARRIERS[0]).astype(np.float32)
     verdict = verify(save(network(marked_weights(), extra_first=[inserted])), BIT_MARK)
     assert (verdict.decision, verdict.matched) == ("owned", BITS)
-    assert verdict.log10_p == pytest.approx(-BITS * math.log10(2) + math.log10(3), rel=1e-12)
-    assert any("3 orders" in note and "paid" in note for note in verdict.notes)
+    assert verdict.log10_p == pytest.approx((1 - BITS) * math.log10(2) + math.log10(3), rel=1e-9)
+    assert any("3 of the 3 possible orders" in note and "paid" in note for note in verdict.notes)
 
 
 def test_each_layer_is_projected_once_for_each_carrier(save, monkeypatch):
@@ -358,9 +386,9 @@ def test_ties_and_what_is_no_number_match_nothing(save, value):
 def test_a_stranger_and_another_key_match_about_half(save):
     marked, stranger = (
         save(network(marked_weights())),
-        save(network(marked_weights(white_box(key=OTHER))), "other.onnx"),
+        save(network(marked_weights(white_box(CARRIERS, key=OTHER, bits=BITS))), "other.onnx"),
     )
-    for suspect, mark in [(stranger, BIT_MARK), (marked, white_box(key=OTHER))]:
+    for suspect, mark in [(stranger, BIT_MARK), (marked, white_box(CARRIERS, key=OTHER, bits=BITS))]:
         verdict = verify(suspect, mark)
         assert verdict.decision == "not_proven"
         assert abs(verdict.matched - BITS / 2) < 5 * math.sqrt(BITS) / 2
@@ -377,8 +405,7 @@ def test_a_modules_bits_are_read_in_order_of_execution():
         def forward(self, x):
             return self.head(self.second(self.first(x)).flatten(1))
 
-    parameters = white_box_parameters(scheme("sketch", bits=BITS), CARRIERS, (8, 3, 3), "module")
-    mark, module = Watermark.create(KEY, "sketch", parameters), Module()
+    mark, module = BIT_MARK, Module()
     with torch.no_grad():
         for layer, weight in zip((module.first, module.second, module.head), marked_weights(mark), strict=True):
             layer.weight.copy_(torch.from_numpy(weight))

@@ -112,7 +112,6 @@ def run_demo(
         rows=tuple(rows),
         accuracy_cost=_accuracy_cost(predictions[1], predictions[0], data.test[1].numpy()),
         others=others,
-        commitment=key.commitment,
         training_images=TRAINING,
         thief_images=ELSEWHERE,
         test_images=len(data.test[1]),

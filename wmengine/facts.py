@@ -43,7 +43,7 @@ SENTENCES: dict[str, str] = {
     "reordered": "classes stand in another order; all 10^{log10_orders:.1f} orders were paid for",
     "orders_too_many": "{total} triggers can prove no other order of {classes} classes, as there are too many: give "
     "clean labelled data to estimate it",
-    "names_paid": "the order of the classes' names was given at verification: all 10^{log10_orders:.1f} orders were "
+    "names_paid": "what the classes' names stand for was said at verification: all 10^{log10_orders:.1f} meanings were "
     "paid for; a watermark that holds its class names pays nothing",
     # what was read of its weights
     "carriers": "{found} of {carriers} carriers matched to the suspect's tensors by shape and order",

@@ -108,7 +108,8 @@ def check_preset(
         other = Watermark.create(Key.generate(owner="somebody else"), preset, mark.parameters)
         for suspect, watermark, what in ((stranger, mark, "a stranger"), (network, other, "another key")):
             verdict = verify(suspect, watermark)
-            _require(verdict.decision == "not_proven", f"{what} is {verdict.decision}: {verdict.error}")
+            why = verdict.error or f"log10 p = {verdict.log10_p}"
+            _require(verdict.decision == "not_proven", f"{what} is {verdict.decision}: {why}")
         null = null_of(stranger, mark, key, keys)
         for level, share in null.items():
             most = level + 4.0 * math.sqrt(level / keys)

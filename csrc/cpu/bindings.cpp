@@ -209,14 +209,6 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("group"), py::arg("groups"), py::arg("predicted"), py::arg("at"), py::arg("histogram"), py::arg("hits"),
         py::arg("invalid"), py::arg("levels"));
     m.def(
-        "largest_label",
-        [](uintptr_t labels, int64_t count, bool wide) {
-            py::gil_scoped_release release;
-            return wide ? largest_label(pointer<const int64_t>(labels), count)
-                        : largest_label(pointer<const int32_t>(labels), count);
-        },
-        py::arg("labels"), py::arg("count"), py::arg("wide"));
-    m.def(
         "label_matches",
         [](uintptr_t predicted, int64_t suspects, uintptr_t expected, int64_t sets, int64_t places, bool wide,
            int64_t largest, uintptr_t counts) {

@@ -23,25 +23,13 @@ namespace wmengine {
 namespace {
 
 constexpr int64_t kTile = 16;          // rows side by side
-constexpr int64_t kGroup = 4;          // suspects that share one load of the registry
+constexpr int64_t kGroup = 4;          // suspects that share one load of the registry, whether there are as many or not
 constexpr int64_t kChunk = 64 * 1024;  // bytes of the packed registry that a task reads again and again
 constexpr int64_t kMostRows = 1024;    // rows of the registry in such a part
 constexpr int64_t kWordsOfBytes = 31;  // words whose bits, up to eight a byte, a byte can count
 
 // Population counts for the processors that have them in vectors; the other AVX-512 ones run the code for AVX2.
 enum class Counting { kBitTricks, kShuffle, kInstruction };
-
-Counting counting() {
-#if defined(WM_POPCOUNT_BY_ASSEMBLY)
-    if (level() == Level::kV4 && __builtin_cpu_supports("avx512vpopcntdq")) {
-        return Counting::kInstruction;
-    }
-    if (level() >= Level::kV3) {
-        return Counting::kShuffle;
-    }
-#endif
-    return Counting::kBitTricks;
-}
 
 constexpr int counting_lanes(Counting counting) { return counting == Counting::kInstruction ? 16 : 8; }
 
@@ -86,101 +74,76 @@ struct Layout {
     int64_t tile() const { return words * planes * kTile; }  // words of a tile
 };
 
-// Symbols that differ between `group` neighbouring suspects and the rows of one tile: differences[group][stride].
-template <Counting counting, int planes, int group>
-WM_INLINE void compare_tile(const uint32_t* suspects, const uint32_t* tile, Layout layout, int32_t* differences,
-                            int64_t stride) {
+// Symbols that differ between kGroup neighbouring suspects and the rows of one tile: differences[kGroup][kMostRows].
+template <Counting counting>
+WM_INLINE void compare_tile(const uint32_t* suspects, const uint32_t* tile, Layout layout, int32_t* differences) {
     constexpr int lanes = counting_lanes(counting);
     typedef Words32<lanes> Words;
-    const int64_t all_planes = planes != 0 ? planes : layout.planes;
     for (int64_t lane = 0; lane < kTile; lane += lanes) {
-        Words sums[group] = {};
+        Words sums[kGroup] = {};
         for (int64_t begin = 0; begin < layout.words; begin += kWordsOfBytes) {
             const int64_t end = std::min(begin + kWordsOfBytes, layout.words);
-            Words counts[group] = {};
+            Words counts[kGroup] = {};
             for (int64_t w = begin; w < end; ++w) {
-                Words differing[group] = {};
-                for (int64_t plane = w * all_planes; plane < (w + 1) * all_planes; ++plane) {
+                Words differing[kGroup] = {};
+                for (int64_t plane = w * layout.planes; plane < (w + 1) * layout.planes; ++plane) {
                     const Words row = load<Words>(tile + plane * kTile + lane);
 #pragma GCC unroll 4
-                    for (int i = 0; i < group; ++i) {
+                    for (int i = 0; i < kGroup; ++i) {
                         differing[i] |= row ^ suspects[plane * kTile + i];
                     }
                 }
 #pragma GCC unroll 4
-                for (int i = 0; i < group; ++i) {
+                for (int i = 0; i < kGroup; ++i) {
                     counts[i] += set_bits<counting>(differing[i]);
                 }
             }
 #pragma GCC unroll 4
-            for (int i = 0; i < group; ++i) {
+            for (int i = 0; i < kGroup; ++i) {
                 sums[i] += sum_of_bytes<counting>(counts[i]);
             }
         }
 #pragma GCC unroll 4
-        for (int i = 0; i < group; ++i) {
-            store(differences + i * stride + lane, sums[i]);
-        }
-    }
-}
-
-template <Counting counting, int planes>
-WM_INLINE void compare_tiles(const uint32_t* suspects, int64_t group, const uint32_t* tiles, int64_t count,
-                             Layout layout, int32_t* differences) {
-    for (int64_t tile = 0; tile < count; ++tile) {
-        const uint32_t* rows = tiles + tile * layout.tile();
-        if (group == 1) {
-            compare_tile<counting, planes, 1>(suspects, rows, layout, differences + tile * kTile, kMostRows);
-        } else {
-            compare_tile<counting, planes, kGroup>(suspects, rows, layout, differences + tile * kTile, kMostRows);
+        for (int i = 0; i < kGroup; ++i) {
+            store(differences + i * kMostRows + lane, sums[i]);
         }
     }
 }
 
 template <Counting counting>
-WM_INLINE void compare_planes(const uint32_t* suspects, int64_t group, const uint32_t* tiles, int64_t count,
-                              Layout layout, int32_t* differences) {
-    switch (layout.planes) {
-        case 1:
-            return compare_tiles<counting, 1>(suspects, group, tiles, count, layout, differences);
-        case 4:  // ten classes
-            return compare_tiles<counting, 4>(suspects, group, tiles, count, layout, differences);
-        default:
-            return compare_tiles<counting, 0>(suspects, group, tiles, count, layout, differences);
+WM_INLINE void compare_tiles(const uint32_t* suspects, const uint32_t* tiles, int64_t count, Layout layout,
+                             int32_t* differences) {
+    for (int64_t tile = 0; tile < count; ++tile) {
+        compare_tile<counting>(suspects, tiles + tile * layout.tile(), layout, differences + tile * kTile);
     }
 }
 
 #if defined(WM_POPCOUNT_BY_ASSEMBLY)
 __attribute__((target("arch=x86-64-v4,avx512vpopcntdq"))) void compare_by_instruction(const uint32_t* suspects,
-                                                                                      int64_t group,
                                                                                       const uint32_t* tiles,
                                                                                       int64_t count, Layout layout,
                                                                                       int32_t* differences) {
-    compare_planes<Counting::kInstruction>(suspects, group, tiles, count, layout, differences);
+    compare_tiles<Counting::kInstruction>(suspects, tiles, count, layout, differences);
 }
 
-__attribute__((target("arch=x86-64-v3"))) void compare_by_shuffle(const uint32_t* suspects, int64_t group,
-                                                                  const uint32_t* tiles, int64_t count, Layout layout,
-                                                                  int32_t* differences) {
-    compare_planes<Counting::kShuffle>(suspects, group, tiles, count, layout, differences);
+__attribute__((target("arch=x86-64-v3"))) void compare_by_shuffle(const uint32_t* suspects, const uint32_t* tiles,
+                                                                  int64_t count, Layout layout, int32_t* differences) {
+    compare_tiles<Counting::kShuffle>(suspects, tiles, count, layout, differences);
 }
 #endif
 
-// Differing symbols of `group` suspects (1 or kGroup of them, neighbours in their tile) and `count` tiles of rows, for
-// suspect i at differences + i * kMostRows.
-void compare(Counting counting, const uint32_t* suspects, int64_t group, const uint32_t* tiles, int64_t count,
-             Layout layout, int32_t* differences) {
+// Differing symbols of kGroup suspects, neighbours in their tile, and `count` tiles of rows, for suspect i at
+// differences + i * kMostRows.
+void compare(const uint32_t* suspects, const uint32_t* tiles, int64_t count, Layout layout, int32_t* differences) {
 #if defined(WM_POPCOUNT_BY_ASSEMBLY)
-    if (counting == Counting::kInstruction) {
-        return compare_by_instruction(suspects, group, tiles, count, layout, differences);
+    if (level() == Level::kV4 && __builtin_cpu_supports("avx512vpopcntdq")) {
+        return compare_by_instruction(suspects, tiles, count, layout, differences);
     }
-    if (counting == Counting::kShuffle) {
-        return compare_by_shuffle(suspects, group, tiles, count, layout, differences);
+    if (level() >= Level::kV3) {
+        return compare_by_shuffle(suspects, tiles, count, layout, differences);
     }
-#else
-    static_cast<void>(counting);
 #endif
-    compare_planes<Counting::kBitTricks>(suspects, group, tiles, count, layout, differences);
+    compare_tiles<Counting::kBitTricks>(suspects, tiles, count, layout, differences);
 }
 
 // Up to sixteen rows of labels to one tile; a negative label becomes `abstains`, a code that the other side lacks.
@@ -233,18 +196,12 @@ struct BitRows {
     void pack(int64_t first, Layout layout, uint32_t* tile) const {
         const int64_t width = (bits.total + 7) / 8, count = std::min(kTile, rows - first), whole = width / 4;
         const uint8_t* source = bits.bytes + first * width;
-        if (count == kTile) {
-            for (int64_t w = 0; w < whole; ++w) {
-                for (int64_t row = 0; row < kTile; ++row) {
-                    tile[w * kTile + row] = word(source + row * width + 4 * w);
-                }
-            }
-        } else {
+        if (count < kTile) {
             std::fill(tile, tile + layout.tile(), 0u);
+        }
+        for (int64_t w = 0; w < whole; ++w) {
             for (int64_t row = 0; row < count; ++row) {
-                for (int64_t w = 0; w < whole; ++w) {
-                    tile[w * kTile + row] = word(source + row * width + 4 * w);
-                }
+                tile[w * kTile + row] = word(source + row * width + 4 * w);
             }
         }
         for (int64_t row = 0; whole < layout.words && row < count; ++row) {
@@ -285,7 +242,6 @@ std::vector<uint32_t> packed(const Rows& rows, Layout layout) {
 template <typename Rows, typename Consume>
 void compare_part(const std::vector<uint32_t>& suspects, int64_t from, int64_t to, const Rows& registry, int64_t first,
                   int64_t end, int64_t rows_a_part, Layout layout, const Consume& consume) {
-    const Counting how = counting();
     std::vector<uint32_t> tiles(rows_a_part / kTile * layout.tile());
     std::vector<int32_t> differences(kGroup * kMostRows);
     for (int64_t row = first; row < end; row += rows_a_part) {
@@ -293,14 +249,12 @@ void compare_part(const std::vector<uint32_t>& suspects, int64_t from, int64_t t
         for (int64_t tile = 0; tile < count; ++tile) {
             registry.pack(row + tile * kTile, layout, tiles.data() + tile * layout.tile());
         }
-        for (int64_t suspect = from; suspect < to;) {
-            const int64_t group = suspect % kGroup == 0 && suspect + kGroup <= to ? kGroup : 1;
-            compare(how, suspects.data() + suspect / kTile * layout.tile() + suspect % kTile, group, tiles.data(),
-                    count, layout, differences.data());
-            for (int64_t i = 0; i < group; ++i) {
+        for (int64_t suspect = from; suspect < to; suspect += kGroup) {
+            compare(suspects.data() + suspect / kTile * layout.tile() + suspect % kTile, tiles.data(), count, layout,
+                    differences.data());
+            for (int64_t i = 0; i < std::min(kGroup, to - suspect); ++i) {
                 consume(suspect + i, row, rows, differences.data() + i * kMostRows);
             }
-            suspect += group;
         }
     }
 }
@@ -337,17 +291,6 @@ void count_matches(const Rows& suspects, const Rows& registry, int64_t places, L
                      });
     });
 }
-
-struct LargestLabel {
-    template <Level, typename Label>
-    WM_INLINE int64_t run(const Label* labels, int64_t count) {
-        Label largest = -1;
-        for (int64_t i = 0; i < count; ++i) {
-            largest = labels[i] > largest ? labels[i] : largest;
-        }
-        return largest;
-    }
-};
 
 // The fewest differences seen by one suspect, the lowest row first among equals: the worst of them is on top.
 class Best {
@@ -392,16 +335,6 @@ struct Smallest64 {
 }  // namespace
 
 template <typename Label>
-int64_t largest_label(const Label* labels, int64_t count) {
-    const int64_t step = 65536;
-    std::vector<int64_t> largest(parts_of(count, step), -1);
-    parallel_for(static_cast<int64_t>(largest.size()), [&](int64_t part) {
-        largest[part] = dispatch<LargestLabel>(labels + part * step, std::min(step, count - part * step));
-    });
-    return largest.empty() ? -1 : *std::max_element(largest.begin(), largest.end());
-}
-
-template <typename Label>
 void label_matches(const Label* predicted, int64_t suspects, const Label* expected, int64_t sets, int64_t places,
                    int64_t largest, int32_t* counts) {
     const uint32_t abstains = static_cast<uint32_t>(largest + 1);  // and one more for the other side
@@ -413,8 +346,6 @@ void label_matches(const Label* predicted, int64_t suspects, const Label* expect
                   LabelRows<Label>{expected, sets, places, abstains + 1}, places, layout, counts);
 }
 
-template int64_t largest_label(const int32_t*, int64_t);
-template int64_t largest_label(const int64_t*, int64_t);
 template void label_matches(const int32_t*, int64_t, const int32_t*, int64_t, int64_t, int64_t, int32_t*);
 template void label_matches(const int64_t*, int64_t, const int64_t*, int64_t, int64_t, int64_t, int32_t*);
 

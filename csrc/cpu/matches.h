@@ -11,10 +11,6 @@ template <typename Label>
 void label_matches(const Label* predicted, int64_t suspects, const Label* expected, int64_t sets, int64_t places,
                    int64_t largest, int32_t* counts);
 
-// The largest of so many labels, -1 where there are none or all are negative.
-template <typename Label>
-int64_t largest_label(const Label* labels, int64_t count);
-
 // Rows of `total` bits, packed as numpy.packbits(…, bitorder="little") does: bit t is bit t % 8 of byte t / 8. What the
 // last byte holds beyond `total` must be zero.
 struct PackedBits {

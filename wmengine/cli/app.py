@@ -1,7 +1,8 @@
 """The command line: each command is a few lines around one function of the library, which is imported only then.
 
-Answers go to stdout, as aligned text or with --json as one JSON object. Errors are one line on stderr. `verify` exits 0
-when the suspect is owned, 1 when that is not proven, 2 when it could not be judged; every other command exits 0 or 2.
+Answers go to stdout, as aligned text or with --json as JSON objects, one a line. Errors are one line on stderr, and
+with --json an object with `error` as well. `verify` exits 0 when the suspect is owned by any watermark, 1 when that is
+not proven by one that it could be judged with, 2 when it could be judged with none; every other command exits 0 or 2.
 After Ctrl-C the status is 130, and 141 where nobody reads the answer (`| head`).
 """
 
@@ -16,7 +17,7 @@ from typing import Annotated
 import typer
 
 from wmengine._version import __version__
-from wmengine.cli.output import fail
+from wmengine.cli.output import fail, print_json
 
 app = typer.Typer(
     help="Mark neural networks while they train, and prove with an exact p-value whose copy a suspect is.",
@@ -60,7 +61,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "wmengine"
-        return fail(f"{error.format_message().rstrip('.')}: see {command} --help")
+        return _mistake(f"{error.format_message().rstrip('.')}: see {command} --help", given[:end])
     except (KeyboardInterrupt, typer.Abort):
         return fail("interrupted", INTERRUPTED)
     except (BrokenPipeError, SystemExit):  # the reader has gone (`| head`), of which typer makes an exit with 1
@@ -68,8 +69,14 @@ def _run(arguments: Sequence[str] | None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        return fail(_sentence(error))
+        return _mistake(_sentence(error), given[:end])
     return status if isinstance(status, int) else 0
+
+
+def _mistake(said: str, options: Sequence[str]) -> int:
+    if "--json" in options:
+        print_json({"error": said})
+    return fail(said)
 
 
 def _sentence(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import getpass
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,10 +10,9 @@ import typer
 
 if TYPE_CHECKING:
     from wmengine.identity.key import Key
-    from wmengine.marks.watermark import Watermark
     from wmengine.sandbox import Limits
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text: one object a line.")]
 PassphraseOption = Annotated[
     Path | None,
     typer.Option(
@@ -69,31 +69,32 @@ def load_clean(path: Path) -> tuple[Any, Any]:
         raise ValueError(f"{path} must be an .npz file with the arrays `inputs` and `labels`") from None
 
 
-def load_key(path: Path, passphrase_file: Path | None) -> "Key":
+def load_key(path: Path | None, passphrase_file: Path | None) -> "Key | None":
     from wmengine.identity.key import Key
 
-    return Key.load(path, passphrase_for(path, passphrase_file))
+    return None if path is None else Key.load(path, passphrase_for([path], passphrase_file))
 
 
-def load_watermark(path: Path, passphrase_file: Path | None) -> "Watermark":
-    from wmengine.marks.watermark import Watermark
+def passphrase_for(paths: Sequence[Path], passphrase_file: Path | None) -> str | None:
+    """The passphrase of those of these files that are sealed, asked for once; None where none is, or nobody is there
+    to ask."""
+    sealed = [path for path in paths if _is_sealed(path)]
+    if not sealed:
+        return None
+    if passphrase_file is not None:
+        return read_passphrase(passphrase_file)
+    more = f" and {len(sealed) - 1} more" if len(sealed) > 1 else ""
+    return ask_passphrase(f"Passphrase of {sealed[0]}{more}: ") if sys.stdin.isatty() else None
 
-    return Watermark.load(path, passphrase_for(path, passphrase_file))
 
-
-def passphrase_for(path: Path, passphrase_file: Path | None) -> str | None:
-    """The passphrase to open `path` with; None for a file that is not sealed, or when nobody is there to ask."""
+def _is_sealed(path: Path) -> bool:
     from wmengine.errors import WmengineError
     from wmengine.identity.sealing import is_sealed, read_file
 
     try:
-        if not is_sealed(read_file(path, "file", WmengineError)):
-            return None
-    except WmengineError:
-        return None  # loading says what is wrong with the file
-    if passphrase_file is not None:
-        return read_passphrase(passphrase_file)
-    return ask_passphrase(f"Passphrase of {path}: ") if sys.stdin.isatty() else None
+        return is_sealed(read_file(path, "file", WmengineError))
+    except WmengineError:  # loading says what is wrong with it
+        return False
 
 
 def read_passphrase(path: Path) -> str:

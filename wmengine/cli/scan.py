@@ -17,7 +17,7 @@ from wmengine.cli.options import (
     TestOption,
     limits,
     load_key,
-    read_passphrase,
+    passphrase_for,
 )
 
 
@@ -61,6 +61,7 @@ def scan(
     ] = False,
 ) -> int:
     """Judge many suspects with many watermarks, in sandboxes, on all cores; the same command resumes."""
+    from wmengine.scanning.listing import watermark_files
     from wmengine.scanning.progress import Report
     from wmengine.scanning.scanner import scan as scan_all
 
@@ -68,7 +69,8 @@ def scan(
         raise ValueError("--classes any needs --test fixed: one order must fit all answers")
     if out.suffix != ".parquet":
         raise ValueError(f"--out must end in .parquet, and it is {out}")
-    with Report(as_json) as report:
+    passphrase, owner = passphrase_for(watermark_files(watermarks), passphrase_file), load_key(key, passphrase_file)
+    with Report(as_json) as report:  # whose bar comes when nothing is asked any more
         table = scan_all(
             paths,
             watermarks,
@@ -76,13 +78,13 @@ def scan(
             jobs=jobs,
             alpha=alpha,
             test=test,
-            key=None if key is None else load_key(key, passphrase_file),
+            key=owner,
             adapters=adapters,
             classes=classes,
             isolation=isolation,
             device=device,
             limits=limits(seconds, memory),
-            passphrase=read_passphrase(passphrase_file) if passphrase_file else None,
+            passphrase=passphrase,
             progress=report.add,
             ray=ray,
             force=force,

@@ -20,7 +20,7 @@ from wmengine.cli.options import (
     limits,
     load_clean,
     load_key,
-    load_watermark,
+    passphrase_for,
 )
 from wmengine.cli.output import fail
 
@@ -77,8 +77,9 @@ def verify(
         asked = EndpointSuspect(read_options(suspect, endpoint_options))
     verdicts = verify_all(
         asked,
-        [load_watermark(path, passphrase_file) for path in watermark],
-        key=None if key is None else load_key(key, passphrase_file),
+        watermark,
+        passphrase=passphrase_for(watermark, passphrase_file),
+        key=load_key(key, passphrase_file),
         alpha=alpha,
         adversarial=adversarial,
         test=test,

@@ -10,20 +10,21 @@ from typing import Any
 MAX_NAME_LENGTH = 200
 # What shows nothing though Unicode counts it among letters, marks and symbols: fillers, vowels that are never written,
 # the grapheme joiner, and what selects the look of the character before. (Formats and the like are not printable.)
-_UNSEEN = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
+_UNSEEN = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\U00016fe4\U0001d159\U00013441\U00013442"
 _SELECTORS = (("\u180b", "\u180f"), ("\ufe00", "\ufe0f"), ("\U000e0100", "\U000e01ef"))
 
 
 def check_name(what: str, value: object) -> str:
     """`value` in NFC if it can name an owner, a model, a class or a customer.
 
-    A str of 1 to 200 visible characters, no blanks at its ends. Raises TypeError or ValueError, naming `what`.
+    A str of 1 to 200 visible characters, no blanks at its ends and never two in a row, as pages show one. Raises
+    TypeError or ValueError, naming `what`.
     """
     if not isinstance(value, str):
         raise TypeError(f"{what} must be a str, and it is {type(value).__name__}")
     name = unicodedata.normalize("NFC", value)
-    if not name or name != name.strip(" "):
-        raise ValueError(f"{what} must be text without blanks at its ends, and it is {value[:40]!r}")
+    if not name or name != name.strip(" ") or "  " in name:
+        raise ValueError(f"{what} must be text without blanks at its ends or two in a row, and it is {value[:40]!r}")
     for character in name:
         if not _shows(character):
             code = character.encode("unicode_escape").decode()

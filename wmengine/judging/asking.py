@@ -8,7 +8,7 @@ key drew them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,18 +19,19 @@ from wmengine.errors import SuspectError, SuspectGone
 from wmengine.facts import Fact, fact
 from wmengine.judging.hypotheses import Hypothesis, reading_facts, readings_of
 from wmengine.judging.looks import looks_of_labels, looks_of_scores
-from wmengine.judging.orders import CleanData, best_order, log10_orders, reorder, used_classes
+from wmengine.judging.orders import CleanData, best_order, names_given, reorder
 from wmengine.judging.questions import put
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import inputs_of
 from wmengine.parts.statistics.base import Evidence, Look
 from wmengine.suspects.adapters import AS_RECORDED, Adapter
 from wmengine.suspects.answers import ABSTAINED, highest
-from wmengine.suspects.base import Answers, Suspect, part_of, rows_of
+from wmengine.suspects.base import Answers, Inputs, Suspect, one_line, part_of, rows_of
 
 TESTS = ("fixed", "sequential")
 FIRST_LOOK, NEXT_LOOK = 16, 8
 ASKED_AGAIN = 8
+GIVEN_UP = ("futile", "exhausted")
 NO_ROOM = "there is no room left to ask it anything: its budget or its time is used up, or it was given up before"
 
 Labels = NDArray[np.int64]
@@ -94,10 +95,10 @@ class Trial:
         self._suspect, self._terms = suspect, terms
         self._ways: list[Adapter] = []  # those still to be tried
         self._rounds: list[_Round] = []
-        names = suspect.settings.get("labels")
-        self._names_paid = names is not None and list(names) != marks[0].parameters.get("class_names")
+        self._said: dict[Fact, None] = {}  # by the suspect, of how it was asked
+        self._names_paid = names_given(suspect, marks[0])
         try:
-            self._ways = marks[0].preset.source.ways(marks[0], suspect, terms.every_way)  # type: ignore[attr-defined]
+            self._ways += marks[0].preset.source.ways(marks[0], suspect, terms.every_way)  # type: ignore[attr-defined]
         except SuspectError as error:
             self.error = str(error)
         self._possible = len(self._ways)
@@ -106,25 +107,17 @@ class Trial:
         """What to ask now; None when the trial is over. The same until its answers are added."""
         if self.error is not None:
             return None
-        if self._rounds and not self._is_over(self._rounds[-1]):
-            current = self._rounds[-1]
-        elif not self._ways or (self._rounds and all(map(self.proven, range(len(self.marks))))):
-            return None
-        else:
-            way = self._ways.pop(0)
-            try:
-                current = _Round(way, self._room(way))
-            except SuspectError as error:
-                self.error = str(error)
+        if not self._rounds or self._is_over(self._rounds[-1]):
+            done = not self._ways or all(map(self.proven, range(len(self.marks))))
+            if done or not self._open(self._ways.pop(0)):
                 return None
-            if not current.total:  # nor is there room for another way
-                self._ways = []
-                if not self._answered:
-                    self.error = self._rounds[0].failure if self._rounds else NO_ROOM
-                return None
-            self._rounds.append(current)
+        current = self._rounds[-1]
         look = current.total if not self._terms.sequential else FIRST_LOOK if current.asked == 0 else NEXT_LOOK
         return Ask(current.way, current.asked, min(current.total, current.asked + look))
+
+    def note(self, facts: Iterable[Fact]) -> None:
+        """What the suspect said of how it was asked."""
+        self._said |= dict.fromkeys(facts)
 
     def expected(self, ask: Ask) -> list[Labels]:
         """The labels of each mark for what is asked."""
@@ -164,14 +157,15 @@ class Trial:
             classes = hypothesis.classes(predicted)
             if hypothesis.order is not None:
                 classes = reorder(classes, hypothesis.order)
-            hypothesis.named = np.union1d(hypothesis.named, classes)
             hypothesis.add(looks if looks is not None else looks_of_labels(classes, expected, self.num_classes))
+            if self._names_paid:
+                hypothesis.pay_names(classes, missing, self.num_classes, scored=looks is not None)
             if self._terms.any_order and self._terms.clean is None:
                 hypothesis.try_orders(classes, expected, self.num_classes)
 
     def fail(self, error: SuspectError) -> None:
         """There are no answers to what `next` asked. If nothing was asked in this layout before, another may be what
-        the suspect takes; the share of this one is spent.
+        the suspect takes; the share of this one is spent. What is proven stays so.
         """
         current = self._rounds[-1]
         current.failure = str(error)
@@ -200,7 +194,7 @@ class Trial:
                 f"there is room for {room} inputs, and {len(rows)} are clean ones: give fewer of those, or a larger "
                 "budget"
             )
-        return {name: rows}
+        return {name: rows.copy()}
 
     def add_clean(self, answers: Answers) -> None:
         """The answers to the clean inputs: they say in which order the suspect's classes stand.
@@ -235,7 +229,7 @@ class Trial:
         """log10 of the e-value at the end of a sequential trial, hypotheses paid; None for a fixed test."""
         if not self._terms.sequential or not self._answered:
             return None
-        found = [(hypothesis.tests[mark].log10_e, self._log10_share(hypothesis)) for _, hypothesis in self._tried]
+        found = [(each.tests[mark].log10_e, math.log10(each.share) - each.log10_names) for _, each in self._tried]
         return max(log10_e + share for log10_e, share in found if log10_e is not None)
 
     def evidence(self, mark: int) -> Evidence | None:
@@ -243,7 +237,7 @@ class Trial:
         if not self._answered:
             return None
         _, best = self._best(mark)
-        return best.evidence(mark, self._log10_share(best))
+        return best.evidence(mark, math.log10(best.share))
 
     def proven(self, mark: int) -> bool:
         """Whether the p-value has reached the bar."""
@@ -254,7 +248,9 @@ class Trial:
         if not self._answered:
             return []
         current, best = self._best(mark)
-        found = [fact("shared", marks=len(self.marks))] if len(self.marks) > 1 else []
+        found = [*self._said]
+        if len(self.marks) > 1:
+            found.append(fact("shared", marks=len(self.marks)))
         if str(current.way) != str(AS_RECORDED):
             found.append(fact("put_otherwise", adapter=str(current.way)))
         if self._possible > 1:
@@ -264,9 +260,10 @@ class Trial:
         found += reading_facts(current.hypotheses, best)
         if current.total < self.marks[mark].total:
             found.append(fact("room", asked=current.total, total=self.marks[mark].total))
-        for code, reasons in {"refused": current.refused, "unasked": current.unasked}.items():
-            if reasons:
-                found.append(fact(code, count=len(reasons), reason=reasons[0]))
+        if current.refused:
+            found.append(fact("refused", count=len(current.refused), reason=current.refused[0]))
+        if current.unasked:
+            found.append(fact("unasked", count=len(current.unasked), reason=current.unasked[0]))
         if current.abstained:
             found.append(fact("abstained", count=current.abstained, asked=current.asked))
         found += self._order_facts(mark, best)
@@ -293,7 +290,7 @@ class Trial:
         again = np.repeat(np.arange(len(first))[::-1], 2)
         inputs = {name: rows[again] for name, rows in put(self.marks[0], current.way).items()}
         try:
-            predicted = _columns(current, classes_of(self._suspect.answer(inputs, self.num_classes)))
+            predicted = _columns(current, classes_of(_answers(self._suspect, inputs, self.num_classes)))
         except SuspectError as error:
             return [fact("not_again", count=len(again), reason=str(error))]
         # What is not answered this time, as a budget was used up, shows nothing.
@@ -307,8 +304,12 @@ class Trial:
         clean = None if current.clean is None else _columns(current, current.clean)
         seen = predicted[:, 0] if clean is None else np.concatenate([predicted[:, 0], clean[:, 0]])
         preset, chance = self.marks[0].preset, 1.0 / self.num_classes
+        # The moments at which the ways before were given up are all that a suspect can know of the symbols: each is
+        # paid, so that nothing is gained by answering otherwise after some than after others.
+        before = self._rounds[:-1] if self._terms.sequential else []
+        moments = math.prod(_looks_of(each.total) for each in before if each.asked)
         for output, first, share in readings_of(predicted, seen, self.num_classes, single):
-            share *= current.way.share
+            share *= current.way.share / moments
             bar = self._terms.log10_bar - math.log10(share)
             tests = [preset.statistic.begin(chance, current.total, bar, self._terms.sequential) for _ in self.marks]
             hypothesis = Hypothesis(share, output, first, chance, tests)
@@ -325,6 +326,20 @@ class Trial:
     def _answered(self) -> bool:
         return any(current.hypotheses for current in self._rounds)
 
+    def _open(self, way: Adapter) -> bool:
+        """Begin a round, or say that there is no room for it, nor for another."""
+        try:
+            room, why = self._room(way), NO_ROOM
+        except SuspectError as error:
+            room, why = 0, str(error)
+        if room:
+            self._rounds.append(_Round(way, room))
+        else:
+            self._ways = []
+            if not self._answered:
+                self.error = self._rounds[0].failure if self._rounds else why
+        return room > 0
+
     def _room(self, way: Adapter) -> int:
         return min(self.marks[0].total, self._suspect.limit(put(self.marks[0], way)))
 
@@ -333,9 +348,9 @@ class Trial:
             return True
         if current.asked == current.total:
             return True
+        # A test that is "proven" by itself goes on while the order of names is not paid for too.
         return bool(current.hypotheses) and all(
-            any(hypothesis.tests[mark].decision == "proven" for hypothesis in current.hypotheses)
-            or all(hypothesis.is_over(mark) for hypothesis in current.hypotheses)
+            self.proven(mark) or all(each.tests[mark].decision in GIVEN_UP for each in current.hypotheses)
             for mark in range(len(self.marks))
         )
 
@@ -344,15 +359,7 @@ class Trial:
         return tried[0] if len(tried) == 1 else min(tried, key=lambda each: self._paid_log10_p(each[1], mark))
 
     def _paid_log10_p(self, hypothesis: Hypothesis, mark: int) -> float:
-        return hypothesis.log10_p(mark) - self._log10_share(hypothesis)
-
-    def _log10_share(self, hypothesis: Hypothesis) -> float:
-        """Of the evidence, the order of classes paid where somebody has named them for this verification."""
-        share = math.log10(hypothesis.share)
-        return share - self._log10_names(hypothesis) if self._names_paid else share
-
-    def _log10_names(self, hypothesis: Hypothesis) -> float:
-        return log10_orders(self.num_classes, used_classes(hypothesis.named, self.num_classes))
+        return hypothesis.log10_p(mark) - math.log10(hypothesis.share)
 
     def _order_facts(self, mark: int, best: Hypothesis) -> list[Fact]:
         found = []
@@ -361,14 +368,19 @@ class Trial:
             count, agreed = len(self._terms.clean.labels), best.agreed
             found.append(fact("order_of_clean", moved=moved, classes=self.num_classes, count=count, agreed=agreed))
         if self._names_paid:
-            found.append(fact("names_paid", log10_orders=self._log10_names(best)))
+            found.append(fact("names_paid", log10_orders=best.log10_names))
         if best.any_order:
             orders, total = best.any_order[mark].log10_orders, best.tests[mark].total
             found.append(fact("reordered" if best.reordered(mark) else "orders_paid", log10_orders=orders))
-            least = math.log10(2.0) + orders + total * math.log10(best.chance) - self._log10_share(best)
+            least = math.log10(2.0) + orders + total * math.log10(best.chance) - math.log10(best.share)
             if -least < self._terms.log10_bar:
                 found.append(fact("orders_too_many", total=total, classes=self.num_classes))
         return found
+
+
+def _looks_of(total: int) -> int:
+    """After how many looks a sequential test of so many questions may stop."""
+    return 1 + -(-max(0, total - FIRST_LOOK) // NEXT_LOOK)
 
 
 def classes_of(answers: Answers) -> Labels:
@@ -389,44 +401,40 @@ def _columns(current: _Round, predicted: Labels) -> Labels:
     return predicted
 
 
-def run_trials(suspect: Suspect, trials: Sequence[Trial]) -> list[Fact]:
-    """Ask until every trial is over, all trials together where they put questions the same way; the suspect's facts.
+def run_trials(suspect: Suspect, trials: Sequence[Trial]) -> None:
+    """Ask until every trial is over, all trials together where they put questions the same way.
 
     Where the suspect cannot answer, the trials that asked go on with another layout or have an error.
     """
-    facts: dict[Fact, None] = {}
     while True:
         groups: dict[tuple[Any, ...], list[tuple[Trial, Ask]]] = {}
         for trial in trials:
-            ask = _next(suspect, trial, facts)
+            ask = _next(suspect, trial)
             if ask is not None:
                 inputs = put(trial.marks[0], ask.way)
                 like = tuple((name, rows.shape[1:], str(rows.dtype)) for name, rows in inputs.items())
                 groups.setdefault((ask.way, trial.num_classes, like), []).append((trial, ask))
         if not groups:
-            return list(facts)
+            return
         for asks in groups.values():
             try:
                 _ask(suspect, asks)
             except SuspectError as error:
                 for trial, _ in asks:
                     trial.fail(error)
-            else:
-                facts |= dict.fromkeys(suspect.facts)
 
 
-def _next(suspect: Suspect, trial: Trial, facts: dict[Fact, None]) -> Ask | None:
+def _next(suspect: Suspect, trial: Trial) -> Ask | None:
     """What the trial asks next, once the clean inputs that come before it have been put to the suspect."""
     while (ask := trial.next()) is not None:
         try:
             clean = trial.clean_inputs()
             if clean is None:
                 return ask
-            trial.add_clean(suspect.answer(clean, trial.num_classes))
+            trial.add_clean(_answers(suspect, clean, trial.num_classes))
+            trial.note(suspect.facts)
         except SuspectError as error:
             trial.fail(error)
-        else:
-            facts |= dict.fromkeys(suspect.facts)
     return None
 
 
@@ -435,20 +443,39 @@ def _ask(suspect: Suspect, asks: Sequence[tuple[Trial, Ask]]) -> None:
     parts = [part_of(put(trial.marks[0], ask.way), ask.start, ask.stop) for trial, ask in asks]
     # A copy, also of a single part: a model may write into what it is given.
     inputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    answers = suspect.answer(inputs, asks[0][0].num_classes)
-    if len(answers) != rows_of(inputs):
-        raise SuspectError(f"{suspect.name} answers {rows_of(inputs)} inputs with {len(answers)} answers")
+    answers = _answers(suspect, inputs, asks[0][0].num_classes)
     looks: list[list[Look] | None] = [None] * len(asks)
     if answers.kind == "scores":
         looks = [*_scored(answers.values, asks)]
     at = 0
     for (trial, ask), seen in zip(asks, looks, strict=True):
         end = at + ask.stop - ask.start
+        trial.note(suspect.facts)
         try:
             trial.add(_rows(answers, at, end), seen)
         except SuspectError as error:
             trial.fail(error)
         at = end
+
+
+def _answers(suspect: Suspect, inputs: Inputs, num_classes: int) -> Answers:
+    """What the suspect answers. Whatever else it does, and an answer that does not fit, raises SuspectError."""
+    count = rows_of(inputs)
+    try:
+        answers = suspect.answer(inputs, num_classes)
+        shape = answers.values.shape
+    except SuspectError:
+        raise
+    except Exception as error:
+        raise SuspectError(f"{suspect.name} cannot be asked ({one_line(error)})") from None
+    if shape[:1] != (count,):
+        raise SuspectError(f"{suspect.name} answers {count} inputs with answers {list(shape)}")
+    if answers.kind == "scores" and shape[1:] != (num_classes,):
+        raise SuspectError(
+            f"{suspect.name} answers with {' x '.join(map(str, shape[1:]))} classes and the watermark has "
+            f"{num_classes}; verify a suspect of the same task"
+        )
+    return answers
 
 
 def _scored(scores: NDArray[Any], asks: Sequence[tuple[Trial, Ask]]) -> list[list[Look]]:

@@ -37,7 +37,8 @@ class Hypothesis:
     answer; first: what the suspect calls class 0. chance: a stranger's, for one symbol. tests: one for each mark.
 
     order: what each class of the suspect stands for, estimated on clean data, and how many of those it names rightly
-    then. any_order: where every order is tried. used: how many classes it has named.
+    then. any_order: where every order is tried. log10_names: of the orders of names that are paid for, where these were
+    given at verification; named: the classes that were answered, strange: answers that name none of the mark's.
     """
 
     share: float
@@ -48,7 +49,9 @@ class Hypothesis:
     order: Labels | None = None
     agreed: int = 0
     any_order: list[AnyOrder] = field(default_factory=list)
+    log10_names: float = 0.0
     named: Labels = field(default_factory=lambda: np.empty(0, np.int64))
+    strange: int = 0
 
     def classes(self, predicted: Labels) -> Labels:
         """Answers [n, R] as classes, in the suspect's order; below 0 what is none."""
@@ -61,19 +64,28 @@ class Hypothesis:
 
     def try_orders(self, classes: Labels, expected: Sequence[Labels], num_classes: int) -> None:
         """The best order for each mark, of all answers at once."""
-        orders = log10_orders(num_classes, used_classes(classes, num_classes))
+        orders = log10_orders(num_classes + self.strange, used_classes(classes, num_classes) + self.strange)
         self.any_order = [AnyOrder(best_order(classes, labels, num_classes)[1], orders) for labels in expected]
 
-    def is_over(self, mark: int) -> bool:
-        return self.tests[mark].decision is not None
+    def pay_names(self, classes: Labels, missing: int, num_classes: int, scored: bool) -> None:
+        """Pay for every order of the names of classes that were answered; missing: rows without an answer.
+
+        A name that the order leaves out may have been left out for what it would have matched: it is paid like one more
+        class. Scores say something of every class, so that the places of all count.
+        """
+        inside = (classes >= 0) & (classes < num_classes)
+        self.named = np.union1d(self.named, classes[inside])
+        self.strange += int((~inside).sum()) - missing
+        known, used = (num_classes, num_classes) if scored else (num_classes, len(self.named))
+        self.log10_names = max(self.log10_names, log10_orders(known + self.strange, used + self.strange))
 
     def reordered(self, mark: int) -> bool:
         """Whether another order of the classes says more than the recorded one, although it is paid for."""
-        return bool(self.any_order) and self._any_log10_p(mark) < self.tests[mark].log10_p
+        return bool(self.any_order) and self._any_log10_p(mark) < self._own_log10_p(mark)
 
     def log10_p(self, mark: int) -> float:
         """The test's, or the best order's, before this hypothesis's share is paid."""
-        found = self.tests[mark].log10_p
+        found = self._own_log10_p(mark)
         if self.any_order:
             found = math.log10(2.0) + min(found, self._any_log10_p(mark))
         return found
@@ -87,7 +99,10 @@ class Hypothesis:
             found = self.any_order[mark]
             share = log10_share - math.log10(2.0) - found.log10_orders
             return Evidence("matches", "fixed", found.matched, test.total, self.chance, share)
-        return test.evidence(log10_share - (math.log10(2.0) if self.any_order else 0.0))
+        return test.evidence(log10_share - self.log10_names - (math.log10(2.0) if self.any_order else 0.0))
+
+    def _own_log10_p(self, mark: int) -> float:
+        return self.tests[mark].log10_p + self.log10_names
 
     def _any_log10_p(self, mark: int) -> float:
         order, test = self.any_order[mark], self.tests[mark]

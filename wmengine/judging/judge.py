@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from wmengine.errors import SuspectError
-from wmengine.facts import Fact
+from wmengine.facts import Fact, fact
 from wmengine.judging.asking import Terms, Trial, run_trials
 from wmengine.judging.looks import looks_of_bits
 from wmengine.marks.watermark import Watermark
@@ -43,31 +44,30 @@ def failed(mark: Watermark, error: BaseException | str) -> Finding:
 def judge_suspect(suspect: Suspect, marks: Sequence[Watermark], terms: Terms) -> list[Finding]:
     """One finding for each mark. A mark that the suspect cannot be judged by has an error, and the others go on.
 
-    Whatever goes wrong while a suspect is read or asked is that suspect's error.
+    Whatever goes wrong while a suspect is read or asked is that suspect's error. It is asked before it is read: weights
+    that are made to be too many end its worker.
     """
-    findings: dict[int, Finding] = {}
     geometries: dict[str, list[int]] = {}
     for index, mark in enumerate(marks):
         geometries.setdefault(mark.geometry, []).append(index)
-    asking: dict[int, list[list[int]]] = {}  # geometries of marks that ask, by number of classes
+    findings: dict[int, Finding] = {}
+    asking: dict[tuple[int, ...], list[Watermark]] = {}
+    reading: dict[tuple[int, ...], list[Watermark]] = {}
     for indices in geometries.values():
-        mark = marks[indices[0]]
-        if mark.preset.source.needs == Need.ANSWERS:
-            asking.setdefault(mark.preset.symbols.alphabet(mark.parameters), []).append(indices)
-        else:
-            found = _read(suspect, [marks[index] for index in indices], terms)
-            findings.update(zip(indices, found, strict=True))
-    for together in asking.values():  # if the suspect fails one group, the others are still asked
-        found = _asked(suspect, [[marks[index] for index in indices] for indices in together], terms)
-        findings.update(zip((index for indices in together for index in indices), found, strict=True))
+        group = [marks[index] for index in indices]
+        asks = group[0].preset.source.needs == Need.ANSWERS
+        (asking if asks else reading)[tuple(indices)] = group
+    findings.update(zip(chain(*asking), _asked(suspect, [*asking.values()], terms), strict=True))
+    for places, group in reading.items():
+        findings.update(zip(places, _read(suspect, group, terms), strict=True))
     return [findings[index] for index in range(len(marks))]
 
 
 def _asked(suspect: Suspect, groups: Sequence[Sequence[Watermark]], terms: Terms) -> list[Finding]:
     try:
         trials = [Trial(marks, suspect, terms) for marks in groups]
-        facts = run_trials(suspect, trials)
-        return [found for trial in trials for found in _concluded(trial, facts, terms)]
+        run_trials(suspect, trials)
+        return [found for trial in trials for found in _concluded(trial, terms)]
     except SuspectError as error:
         reason = str(error)
     except Exception as error:  # what a suspect makes our own code do is its fault too
@@ -75,23 +75,24 @@ def _asked(suspect: Suspect, groups: Sequence[Sequence[Watermark]], terms: Terms
     return [failed(mark, reason) for marks in groups for mark in marks]
 
 
-def _concluded(trial: Trial, facts: Sequence[Fact], terms: Terms) -> list[Finding]:
+def _concluded(trial: Trial, terms: Terms) -> list[Finding]:
     """The findings of a trial that is over. A proven suspect is asked some questions once more, in other batches."""
-    if trial.error is not None:
-        return [failed(mark, trial.error) for mark in trial.marks]
-    numbers = range(len(trial.marks))
-    again = trial.ask_again() if terms.ask_again or any(map(trial.proven, numbers)) else []
+    proven = [trial.proven(number) for number in range(len(trial.marks))]
+    again = trial.ask_again() if any(proven) or (terms.ask_again and trial.error is None) else []
     return [
-        Finding(
-            trial.matched(mark),
-            trial.total(mark),
+        # What was proven before the suspect failed, while it was asked for another mark, stays proven.
+        failed(mark, trial.error)
+        if trial.error is not None and not proven[number]
+        else Finding(
+            trial.matched(number),
+            trial.total(number),
             trial.queries,
-            trial.log10_p(mark),
-            trial.log10_e(mark),
-            tuple(dict.fromkeys([*facts, *trial.facts(mark), *again])),
-            evidence=trial.evidence(mark),
+            trial.log10_p(number),
+            trial.log10_e(number),
+            tuple(dict.fromkeys([*trial.facts(number), *again])),
+            evidence=trial.evidence(number),
         )
-        for mark in numbers
+        for number, mark in enumerate(trial.marks)
     ]
 
 
@@ -100,7 +101,8 @@ def _read(suspect: Suspect, marks: Sequence[Watermark], terms: Terms) -> list[Fi
     first = marks[0]
     try:
         observed = first.preset.source.observe(first, suspect, first.total)  # type: ignore[attr-defined]
-        facts = tuple(dict.fromkeys(observed.facts))
+        shared = [fact("shared", marks=len(marks))] if len(marks) > 1 else []
+        facts = tuple(dict.fromkeys([*observed.facts, *shared]))
         if not observed.found:
             return [Finding(0, 0, 0, 0.0, facts=facts) for _ in marks]
         tried: list[tuple[float, list[Test]]] = []

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import inputs_of
 from wmengine.suspects.adapters import Adapter
+from wmengine.suspects.base import Suspect
 
 CLASSES = ("same", "any")
 
@@ -108,3 +109,9 @@ def log10_orders(num_classes: int, used: int) -> float:
 def used_classes(predicted: Labels, num_classes: int) -> int:
     """How many of the classes 0 … C−1 a suspect answers with."""
     return len(np.unique(predicted[(predicted >= 0) & (predicted < num_classes)]))
+
+
+def names_given(suspect: Suspect, mark: Watermark) -> bool:
+    """Whether whoever verifies has said himself in which order the classes' names stand, and not the mark."""
+    names = suspect.settings.get("labels")
+    return names is not None and list(names) != mark.parameters.get("class_names")

@@ -18,7 +18,7 @@ from wmengine.facts import Fact, fact
 from wmengine.identity.key import Key
 from wmengine.judging.asking import TESTS, Terms
 from wmengine.judging.judge import Finding, failed, judge_suspect
-from wmengine.judging.orders import CLASSES, check_clean
+from wmengine.judging.orders import CLASSES, check_clean, names_given
 from wmengine.judging.verdict import ADVERSARIAL_ALPHA, PROVING, Verdict, decide, verdict_of
 from wmengine.marks.watermark import Watermark
 from wmengine.sandbox import Limits
@@ -112,7 +112,9 @@ def verify_all(
     marks = [load_watermark(each, passphrase) for each in watermarks]
     if classes == "any" and any(mark.kind == "white-box" for mark in marks):
         raise ValueError('classes="any" is for black-box watermarks, and one of these is a white-box one')
-    known = None if clean is None else check_clean(clean, marks[0])
+    known = None
+    for mark in marks if clean is not None else ():
+        known = check_clean(clean, mark)  # the same for all, and no trigger of any
     check_derivations(marks, key, passphrase)
     if adversarial:
         alpha = min(alpha, ADVERSARIAL_ALPHA)
@@ -136,7 +138,7 @@ def verify_all(
             opened.close()
     settings = {"test": test, "classes": classes, "isolation": isolation, "device": device}
     settings |= {} if opened is None else dict(opened.settings)
-    seconds = (time.perf_counter() - started) / len(marks)
+    seconds = (time.perf_counter() - started) / max(1, len(marks))
     return [
         verdict_of(
             finding,
@@ -210,9 +212,8 @@ def caveats(
 
 def _check_settings(suspect: Any, marks: Sequence[Watermark]) -> None:
     """Raises ValueError for what a claimant could have chosen by the answers: an order of classes no mark holds."""
-    labels = getattr(suspect, "settings", {}).get("labels") if isinstance(suspect, Suspect) else None
     for mark in marks:
-        if labels is not None and list(labels) != mark.parameters.get("class_names"):
+        if isinstance(suspect, Suspect) and names_given(suspect, mark):
             raise ValueError(
                 f"adversarial=True takes no labels= of an endpoint but those that the watermark of {mark.name} was "
                 "made with (class_names=), as whoever orders the names chooses the matches"

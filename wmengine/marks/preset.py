@@ -12,7 +12,7 @@ from wmengine.identity.canonical import check_name
 from wmengine.identity.key import Key
 from wmengine.identity.subkeys import Subkeys
 from wmengine.parts.base import Layout, Need, Parameters, Source, Symbols, Task, Training, described_inputs, options_of
-from wmengine.parts.fields import canonical_shape, one_of
+from wmengine.parts.fields import check_inputs, one_of
 from wmengine.parts.statistics.base import Statistic
 
 NULLS = ("exact", "bound", "exchangeable", "rank")
@@ -105,7 +105,7 @@ class Preset:
             raise ValueError(f"the name {parameters['name']!r} is not in NFC")
         if parameters["statistic"] != self.statistic.identifier:
             raise ValueError(f"its statistic is {parameters['statistic']!r}, and {self.statistic.identifier!r} here")
-        _check_inputs(parameters["inputs"])
+        check_inputs(parameters["inputs"])
         self.symbols.check(parameters)
         self.source.check(parameters, self.symbols.total(parameters))
 
@@ -131,16 +131,3 @@ class Preset:
 
     def subkeys(self, key: Key, parameters: Mapping[str, Any], message: str | None) -> Subkeys:
         return Subkeys(key, self.full_name, parameters, message)
-
-
-def _check_inputs(inputs: Any) -> None:
-    if type(inputs) is not list or not inputs:
-        raise ValueError("inputs must list the model's inputs, at least one")
-    for place, given in enumerate(inputs):
-        if type(given) is not dict or set(given) != {"name", "dtype", "shape"}:
-            raise ValueError(f"inputs[{place}] must hold a name, a dtype and a shape")
-        if type(given["name"]) is not str or type(given["dtype"]) is not str:
-            raise ValueError(f"inputs[{place}] must have a str as its name and its dtype")
-        canonical_shape(f"inputs[{place}]'s shape", given["shape"], least=0)
-    if len({given["name"] for given in inputs}) != len(inputs):
-        raise ValueError("inputs must all have names of their own")

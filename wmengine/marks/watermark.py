@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
@@ -36,6 +37,7 @@ _REQUIRED = {
 }
 _OPTIONAL = {"baseline", "message"}
 _BASELINE = {"matched": int, "total": int, "log10_p": str}
+_LOG10_P = re.compile(r"-?[0-9]{1,9}\.[0-9]{4}")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -97,12 +99,15 @@ class Watermark:
         message = None if message is None else check_name("message", message)
         subkeys = preset.subkeys(key, parameters, message)
         created = created or _today().isoformat()
+        arrays = preset.derive(key, dict(parameters), message)
+        if baseline is not None:
+            _check_baseline(baseline, preset.total(dict(parameters)))
         return cls(
             scheme=preset.name,
             version=preset.version,
             owner=key.owner,
             parameters=dict(parameters),
-            arrays=preset.derive(key, dict(parameters), message),
+            arrays=arrays,
             salt=subkeys.salt.hex(),
             created=created,
             record=subkeys.record(_recorded(created, baseline)),
@@ -172,8 +177,9 @@ class Watermark:
 
     def with_baseline(self, key: Key, baseline: dict[str, Any]) -> Watermark:
         """The same mark with what it scored before it was embedded. Raises WatermarkError for another key."""
-        record = self._subkeys(key).record(_recorded(self.created, baseline))
-        return replace(self, baseline=baseline, record=record)
+        subkeys = self._subkeys(key)
+        _check_baseline(baseline, self.total)
+        return replace(self, baseline=baseline, record=subkeys.record(_recorded(self.created, baseline)))
 
     def with_message(self, key: Key, message: str) -> Watermark:
         """The mark of another copy, dated today, without drawing again what all copies share. Raises WatermarkError for
@@ -303,8 +309,10 @@ def _check_baseline(baseline: Any, total: int) -> None:
     for name, kind in _BASELINE.items():
         if type(baseline[name]) is not kind:
             raise ValueError(f"baseline's {name} must be {kind.__name__}, and it is {baseline[name]!r}")
-    if not 0 <= baseline["matched"] <= baseline["total"] <= total or not float(baseline["log10_p"]) <= 0.0:
-        raise ValueError(f"baseline must be matches of at most {total} symbols and their log10 p, not {baseline}")
+    if not 0 <= baseline["matched"] <= baseline["total"] <= total:
+        raise ValueError(f"baseline must be matches of at most {total} symbols, and it is {baseline}")
+    if not _LOG10_P.fullmatch(baseline["log10_p"]) or float(baseline["log10_p"]) > 0.0:
+        raise ValueError(f"baseline's log10_p must be at most 0, with four decimals, not {baseline['log10_p'][:40]!r}")
 
 
 def _document(name: str, data: bytes) -> dict[str, Any]:

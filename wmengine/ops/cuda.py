@@ -10,14 +10,13 @@ from types import ModuleType
 import torch
 
 from wmengine.ops.cpu import check_matching
-from wmengine.ops.matches import check_labels
+from wmengine.ops.matches import PackedBits, check_labels
 from wmengine.ops.reference import MOST_LEVEL, MatchCounts
 
 Tensor = torch.Tensor
 
 _SCALARS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _INTEGERS = {torch.int32: 0, torch.int64: 1}
-_MOST_BEST = 1024  # of best_bit_matches: what a thread block's shared memory holds
 
 
 def _compiled() -> ModuleType:
@@ -122,16 +121,11 @@ def best_bit_matches(messages: Tensor, registry: Tensor, total: int, best: int) 
     """
     messages, registry, place = _packed(messages, registry, total)
     suspects, registered = messages.shape[0], registry.shape[0]
-    if not 1 <= best <= min(registered, _MOST_BEST):
-        raise ValueError(
-            f"best must lie between 1 and {min(registered, _MOST_BEST)}, the lesser of registry's {registered} rows "
-            f"and {_MOST_BEST}, not {best}"
-        )
+    module = _compiled()
+    size = module.best_bit_matches_workspace(suspects, registered, best)  # a ValueError where there is no such best
     if not total:  # all are tied
         counts = torch.zeros((suspects, best), dtype=torch.int32, device=messages.device)
         return counts, torch.arange(best, device=messages.device).repeat(suspects, 1)
-    module = _compiled()
-    size = module.best_bit_matches_workspace(suspects, registered, best)
     workspace = torch.empty(size, dtype=torch.int64, device=messages.device)
     counts = torch.empty((suspects, best), dtype=torch.int32, device=messages.device)
     indices = torch.empty((suspects, best), dtype=torch.int64, device=messages.device)
@@ -151,12 +145,6 @@ def best_bit_matches(messages: Tensor, registry: Tensor, total: int, best: int) 
 
 
 def _packed(messages: Tensor, registry: Tensor, total: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Both as contiguous rows of bytes on the messages' device, and the place to run; errors name the argument."""
-    size = (total + 7) // 8
-    for name, value in (("messages", messages), ("registry", registry)):
-        if value.dtype != torch.uint8:
-            raise TypeError(f"{name} must be packed uint8 bits, not {value.dtype}")
-        if value.ndim != 2 or value.shape[1] != size:
-            raise ValueError(f"{name} must have {size} bytes a row for {total} bits, not shape {tuple(value.shape)}")
-    place = _place(messages)
-    return messages.contiguous(), registry.to(messages.device).contiguous(), place
+    """Both as contiguous rows of bytes on the messages' device, and the place to run."""
+    rows = [PackedBits(value.to(messages.device), total).data.contiguous() for value in (messages, registry)]
+    return rows[0], rows[1], _place(messages)

@@ -108,10 +108,10 @@ def label_matches(predicted: ArrayLike, expected: ArrayLike) -> Counts:
     if np.uint64 in (left.dtype, right.dtype):
         left, right, narrow = *_renamed(left, right), False
     left, right = (plain(labels, np.int32 if narrow else np.int64) for labels in (left, right))
-    largest = _largest(left, right, not narrow)
+    largest = _largest(left, right)
     if largest > _LARGEST_LABEL:
         left, right = _renamed(left, right)
-        narrow, largest = False, _largest(left, right, True)
+        narrow, largest = False, _largest(left, right)
     counts = np.empty((left.shape[0], right.shape[0]), dtype=np.int32)
     _cpu.label_matches(
         left.ctypes.data,
@@ -126,9 +126,9 @@ def label_matches(predicted: ArrayLike, expected: ArrayLike) -> Counts:
     return counts
 
 
-def _largest(left: NDArray[Any], right: NDArray[Any], wide: bool) -> int:
+def _largest(left: NDArray[Any], right: NDArray[Any]) -> int:
     # A label that one side lacks matches nothing, so the smaller of the two bounds would do; both are the plainer rule.
-    return max(_cpu.largest_label(labels.ctypes.data, labels.size, wide) for labels in (left, right))
+    return max(int(labels.max(initial=-1)) for labels in (left, right))
 
 
 def _renamed(left: NDArray[Any], right: NDArray[Any]) -> tuple[Indices, Indices]:

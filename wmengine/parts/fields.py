@@ -13,6 +13,10 @@ MAX_BITS = 1 << 16
 MAX_TRIGGERS = 1 << 20
 MAX_CLASSES = 1 << 31
 MAX_DIMENSION = 1 << 40
+DTYPES = (
+    *("bfloat16", "float16", "float32", "float64", "bool"),
+    *("uint8", "int8", "int16", "int32", "int64"),
+)
 
 
 def one_of(what: str, value: object, known: Sequence[str]) -> str:
@@ -58,6 +62,21 @@ def canonical_shape(what: str, sizes: Any, least: int) -> list[int]:
     if type(sizes) is not list or any(type(size) is not int for size in sizes):
         raise ValueError(f"{what} must be a list of integers, and it is {sizes!r}")
     return shape(what, sizes, least)
+
+
+def check_inputs(inputs: Any) -> None:
+    """A model's inputs as parameters hold them: a list, as their order is part of the mark."""
+    if type(inputs) is not list or not inputs:
+        raise ValueError("inputs must list the model's inputs, at least one")
+    for place, given in enumerate(inputs):
+        if type(given) is not dict or set(given) != {"name", "dtype", "shape"}:
+            raise ValueError(f"inputs[{place}] must hold a name, a dtype and a shape")
+        if type(given["name"]) is not str:
+            raise ValueError(f"inputs[{place}] must have a str as its name")
+        one_of(f"inputs[{place}]'s dtype", given["dtype"], DTYPES)
+        canonical_shape(f"inputs[{place}]'s shape", given["shape"], least=0)
+    if len({given["name"] for given in inputs}) != len(inputs):
+        raise ValueError("inputs must all have names of their own")
 
 
 def float32_hex(what: str, value: Any) -> str:

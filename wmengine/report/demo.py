@@ -44,7 +44,6 @@ class DemoResult:
     rows: tuple[Row, ...]
     accuracy_cost: tuple[float, float, float]
     others: tuple[tuple[int, int], ...]
-    commitment: str
     training_images: int
     thief_images: int
     test_images: int
@@ -73,7 +72,6 @@ class DemoResult:
         difference, low, high = self.accuracy_cost
         return {
             "version": __version__,
-            "commitment": self.commitment,
             "rows": rows,
             "test_images": self.test_images,
             "accuracy_cost": {"difference": difference, "low": low, "high": high, "level": 0.95},
@@ -91,11 +89,11 @@ def print_table(result: DemoResult, file: IO[str] | None = None) -> None:
 
     console = Console(file=file, highlight=False)
     if not console.is_terminal:
-        console = Console(file=file, highlight=False, width=120)
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("model", no_wrap=True)
-    table.add_column("test\naccuracy", justify="right")
-    for kind in ("white-box\nmatched", "black-box\nmatched"):
+        console = Console(file=file, highlight=False, width=80)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    table.add_column("\nmodel", no_wrap=True)
+    table.add_column("test\nright", justify="right")
+    for kind in ("weights\nmatched", "answers\nmatched"):
         table.add_column(kind, justify="right")
         table.add_column("\nlog10 p", justify="right")
         table.add_column("\nverdict", no_wrap=True)
@@ -107,6 +105,7 @@ def print_table(result: DemoResult, file: IO[str] | None = None) -> None:
             cells += [f"{verdict.matched}/{verdict.total}", html.log10_p(verdict.log10_p), decision]
         table.add_row(*cells)
     console.print(table)
+    console.print()
     difference, low, high = (html.points(value) for value in result.accuracy_cost)
     console.print(f"Accuracy cost of both marks: {difference} points, 95 % interval {low} … {high}.", soft_wrap=True)
     console.print(f"Report: {result.report}   table: {result.table}   {result.seconds:.0f} s", soft_wrap=True)

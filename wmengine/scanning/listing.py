@@ -105,11 +105,11 @@ def held_anywhere(path: str | os.PathLike[str]) -> str:
     return text if "://" in text or os.path.isabs(text) else os.path.join(os.getcwd(), text)
 
 
-def open_source(suspect: Listed) -> Source:
-    """Where a listed suspect is read from."""
+def open_source(suspect: Listed, called: str) -> Source:
+    """Where a listed suspect is read from; called: what errors call it."""
     if suspect.store:
-        return RemoteSource(suspect.name, suspect.store, suspect.path)
-    return LocalSource(suspect.path, suspect.name, suspect.inode)
+        return RemoteSource(called, suspect.store, suspect.path)
+    return LocalSource(suspect.path, called, suspect.inode)
 
 
 def load_watermarks(
@@ -305,7 +305,7 @@ class RemoteSource:
         return _fetch(self.name, self._store, self._path, maximum_bytes)
 
     def read_beside(self, location: str, maximum_bytes: int) -> bytes:
-        name = f"{self.name.rpartition('/')[0]}/{location}"
+        name = f"the file {location!r} beside {self.name}"
         if self._store.startswith(("http://", "https://")):
             location = quote(location)  # %2e%2e would lead out of the model's folder, and ? is no part of a name
         return _fetch(name, self._store, f"{self._path.rpartition('/')[0]}/{location}", maximum_bytes)

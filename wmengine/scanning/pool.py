@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wmengine._processors import available, keep_to
-from wmengine.errors import ScanError, SuspectError, printable
+from wmengine.errors import ScanError, SuspectError
 from wmengine.judging.asking import Terms
 from wmengine.judging.judge import Finding, failed, judge_suspect
 from wmengine.judging.verdict import decide
@@ -24,7 +24,7 @@ from wmengine.marks.watermark import Watermark
 from wmengine.sandbox import Limits
 from wmengine.scanning.journal import Plan
 from wmengine.scanning.listing import Listed, open_source
-from wmengine.scanning.results import rows_of
+from wmengine.scanning.results import THIS, rows_of
 from wmengine.suspects.base import one_line
 from wmengine.suspects.model_file import MAXIMUM_BYTES, ModelFile, read_model
 from wmengine.suspects.onnx_file import Engine, NoWorker, OnnxSuspect, open_engine
@@ -82,7 +82,7 @@ class Judge:
             except NoWorker as error:
                 raise ScanError(f"{error}; what is finished is kept, and the same command resumes") from None
             except Exception as error:  # whatever a stranger's file brings about: it is that file's own row
-                findings = [failed(mark, _said(suspect.name, error)) for mark in self._marks]
+                findings = [failed(mark, _said(error)) for mark in self._marks]
             if not left or self._engine is None or not self._engine.abandoned:
                 break
         sha256 = None if file is None else file.sha256
@@ -105,7 +105,7 @@ class Judge:
         def locations(name: str, data: bytes) -> list[str]:
             return self._ready_engine().locations(name, data)  # the time of a slow store is not the suspect's
 
-        return read_model(open_source(suspect), locations, most)
+        return read_model(open_source(suspect, THIS), locations, most)
 
     def _judged(self, file: ModelFile) -> list[Finding]:
         return judge_suspect(OnnxSuspect(file, engine=self._engine), self._marks, self._terms)
@@ -199,9 +199,9 @@ def judge_locally(
                 thread.join(0.05)
 
 
-def _said(name: str, error: Exception) -> str:
+def _said(error: Exception) -> str:
     if isinstance(error, SuspectError | OSError):
-        return printable(str(error))
+        return str(error)
     if isinstance(error, MemoryError):
-        return printable(f"{name} needs more memory than there is")
-    return printable(f"{name} cannot be judged ({type(error).__name__}: {one_line(error)})")
+        return f"{THIS} needs more memory than there is"
+    return f"{THIS} cannot be judged ({type(error).__name__}: {one_line(error)})"

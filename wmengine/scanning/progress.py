@@ -41,7 +41,7 @@ class Report:
         if self._as_json:
             try:
                 for row in rows:
-                    print(json.dumps({name: value for name, value in row.items() if name != "log10_e"}), flush=True)
+                    print(json.dumps(row), flush=True)
             except BrokenPipeError:
                 raise ScanError(
                     "nobody reads the rows any more: the scan stopped, and the same command resumes"
@@ -77,9 +77,8 @@ class Report:
         for name, error in zip(names, table.column("error").to_pylist(), strict=True):
             if error is not None:
                 failed.setdefault(name, error)
-        for name in list(failed)[:NAMED]:
-            suspect = printable(name)
-            print(failed[name] if suspect in failed[name] else f"{suspect}: {failed[name]}")
+        for error in list(failed.values())[:NAMED]:
+            print(error)
         if len(failed) > NAMED:
             print(f"… and {_counted(len(failed) - NAMED, 'suspect')} more with an error")
         before = f", {_counted(resumed, 'suspect')} before it was interrupted" if resumed else ""

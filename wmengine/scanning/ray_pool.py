@@ -22,13 +22,13 @@ from typing import Any
 from wmengine._optional import require
 from wmengine._processors import available
 from wmengine._version import __version__
-from wmengine.errors import ScanError, printable
+from wmengine.errors import ScanError
 from wmengine.judging.judge import failed
 from wmengine.marks.watermark import Watermark
 from wmengine.sandbox import Limits
 from wmengine.scanning.journal import Plan
 from wmengine.scanning.pool import Hashes, Judged, judge_locally
-from wmengine.scanning.results import rows_of
+from wmengine.scanning.results import THIS, rows_of
 
 TRIES = 3  # of a suspect whose task is lost
 SUSPECTS_A_SHARD = 32  # at most
@@ -120,10 +120,9 @@ def _slots(ray: Any, jobs: int | None) -> int:
 
 
 def _given_up(plan: Plan, marks: Sequence[Watermark], place: int, why: str) -> Judged:
-    name = plan.suspects[place].name
-    error = printable(f"{name} was given up: {TRIES} times the task that judged it was lost ({why})")
+    error = f"{THIS} was given up: {TRIES} times the task that judged it was lost ({why})"
     findings = [failed(mark, error) for mark in marks]
-    return Judged(place, None, rows_of(name, None, marks, findings, 0.0, plan))
+    return Judged(place, None, rows_of(plan.suspects[place].name, None, marks, findings, 0.0, plan))
 
 
 def check_ray(address: str) -> None:

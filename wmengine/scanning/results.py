@@ -8,6 +8,7 @@ import math
 import os
 import secrets
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from wmengine.errors import ScanError, printable
@@ -24,14 +25,17 @@ from wmengine.scanning.schema import batch_of_rows, schema_of
 Row = dict[str, Any]
 
 DECISIONS = ("owned", "not_proven", "error")
+THIS = "this file"  # what a suspect is called while it is judged: its name comes to an error with the row
 _ROWS_A_GROUP = 10_000
+_HALF = 500  # characters, of an error
 
 
 def rows_of(
     suspect: str, sha256: str | None, marks: Sequence[Watermark], found: Sequence[Finding], seconds: float, plan: Plan
 ) -> list[Row]:
-    """One row for each mark; `seconds` of the suspect are shared out among them."""
+    """One row for each mark; `seconds` of the suspect are shared out among them. An error begins with its name."""
     checked = plan.derivation == "checked"
+    found = [each if each.error is None else replace(each, error=_about(suspect, each.error)) for each in found]
     return [
         verdict_of(
             finding,
@@ -54,11 +58,21 @@ def shown(suspect: str) -> str:
     return suspect.encode("utf-8", "backslashreplace").decode() if not suspect.isascii() else suspect
 
 
+def _about(suspect: str, error: str) -> str:
+    said = error.removeprefix(THIS) if error.startswith(THIS) else f": {error}"
+    return _in_error(suspect) + printable(said, _HALF)
+
+
+def _in_error(suspect: str) -> str:
+    return printable(suspect, _HALF)
+
+
 def renamed(rows: Sequence[Row], suspect: str, judged: str) -> list[Row]:
-    """The rows of the suspect that was judged as those of one with the same bytes: errors name the file, too."""
-    before, after = printable(judged), printable(suspect)
+    """The rows of the suspect that was judged as those of one with the same bytes."""
+    said = len(_in_error(judged))
     return [
-        row | {"suspect": shown(suspect), "error": row["error"] and row["error"].replace(before, after)} for row in rows
+        row | {"suspect": shown(suspect), "error": row["error"] and _in_error(suspect) + row["error"][said:]}
+        for row in rows
     ]
 
 

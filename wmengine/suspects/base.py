@@ -133,7 +133,11 @@ def is_url(suspect: Any) -> bool:
 
 def one_line(error: BaseException, limit: int = 200) -> str:
     """The first lines of a library's message, as part of a sentence."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # a stranger's own class of error
+        text = ""
+    text = text or type(error).__name__
     if text.startswith("[ONNXRuntimeError]"):  # "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model failed"
         text = text.split(" : ", 3)[-1]
     text = printable(_SOURCE.sub("", text))
@@ -177,30 +181,18 @@ def ask_in_chunks(
     if readings[0].kind == "single":
         answers, note = of_two_classes(answers)
         facts.append(note)
-    return tagged(answers, name, num_classes)
+    return tagged(answers)
 
 
 def tagged(
-    values: NDArray[Any],
-    name: str,
-    num_classes: int | None = None,
-    unasked: Mapping[int, str] | None = None,
-    refused: Mapping[int, str] | None = None,
+    values: NDArray[Any], unasked: Mapping[int, str] | None = None, refused: Mapping[int, str] | None = None
 ) -> Answers:
-    """Answers of a suspect `name`, by their type: labels [N], classes [N, R] of integers, or scores [N, C].
-
-    Raises SuspectError where scores are of another number of classes.
-    """
+    """Answers by their type: labels [N], classes [N, R] of integers, or scores [N, C]."""
     missing: tuple[Mapping[int, str], ...] = (unasked or {}, refused or {})
     if values.ndim == 1:
         return Answers("labels", _or_none(values), *missing)
     if values.dtype.kind == "i":
         return Answers("classes", _or_none(values), *missing)
-    if num_classes not in (None, values.shape[1]):
-        raise SuspectError(
-            f"{name} answers with {values.shape[1]} classes and the watermark has {num_classes}; "
-            "verify a suspect of the same task"
-        )
     return Answers("scores", values, *missing)
 
 

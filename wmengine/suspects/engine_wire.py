@@ -34,6 +34,7 @@ MAXIMUM_QUESTION = 1 << 40  # the client is trusted: its own limits hold
 LIST, LOAD, OPEN, RUN, READ = "list external files", "load the model", "create the session", "run", "read the weights"
 TAP = "read activations"
 FORGET = "forget the model"
+_OF_WEIGHTS = {"stored_as": ("count", "of", "kind"), "blocked": ("count",)}  # facts that reading them has
 MAXIMUM_NAME, MAXIMUM_FACTS = 200, 20  # characters of a tensor's name, or of a value in a fact
 
 
@@ -283,14 +284,12 @@ def _read_tensors(header: dict[str, Any], arrays: Arrays) -> tuple[list[Tensor],
 
 
 def _read_fact(code: Any, values: Any) -> Fact:
-    """A fact of a worker's: a sentence of ours, with short words of its own."""
-    if code not in ("stored_as", "blocked"):
-        raise ValueError("no fact that reading weights has")
-    return fact(code, **{str(name): _value(value) for name, value in values.items()})
+    """A fact of a worker's: a sentence of ours, with short words of its own, and no others."""
+    return fact(code, **{name: _value(values[name]) for name in _OF_WEIGHTS[code]})
 
 
 def _value(value: Any) -> str | int:
-    return value if type(value) is int else printable(str(value), MAXIMUM_NAME)
+    return value if type(value) is int and value < 1 << 53 else printable(str(value), MAXIMUM_NAME)
 
 
 def _read_activations(header: dict[str, Any], arrays: Arrays) -> NDArray[np.float32]:

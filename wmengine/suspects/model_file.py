@@ -107,14 +107,12 @@ class LocalSource:
     def read_beside(self, location: str, maximum_bytes: int) -> bytes:
         """Opened part by part below the model's directory, no part of it through a symbolic link."""
         directory = os.path.dirname(self._path) or "."
-        path = os.path.join(os.path.dirname(self.name), location)
+        name = f"the file {location!r} beside {self.name}"
         parts = PurePosixPath(location).parts
         try:
             descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
-            raise SuspectError(
-                f"{directory} cannot be opened for the weights of {self.name} ({error.strerror})"
-            ) from None
+            raise SuspectError(f"{name} cannot be reached ({error.strerror}); check the folder's permissions") from None
         try:
             for depth, part in enumerate(parts, start=1):
                 flags = os.O_RDONLY | os.O_NOFOLLOW | (os.O_NONBLOCK if depth == len(parts) else os.O_DIRECTORY)
@@ -122,15 +120,11 @@ class LocalSource:
                 os.close(above)
         except FileNotFoundError:
             os.close(descriptor)
-            raise SuspectError(
-                f"{path} holds weights of {self.name} and is missing; copy it beside the model"
-            ) from None
+            raise SuspectError(f"{name} holds weights of it and is missing; copy it there") from None
         except (OSError, ValueError):
             os.close(descriptor)
-            raise SuspectError(
-                f"{path} must be a regular file and no link; copy the weights beside {self.name}"
-            ) from None
-        return _read(descriptor, path, maximum_bytes, links_allowed=False)
+            raise SuspectError(f"{name} must be a regular file and no link; copy the weights there") from None
+        return _read(descriptor, name, maximum_bytes, links_allowed=False)
 
 
 def _read(descriptor: int, name: str, maximum_bytes: int, links_allowed: bool) -> bytes:

@@ -83,7 +83,7 @@ class MeanActivations:
         if str(way) != str(AS_RECORDED):
             facts.append(fact("put_otherwise", adapter=str(way)))
         if found.shape[1] != mark.parameters["features"]:
-            return Observations(facts=facts)
+            return Observations(facts=[*facts, fact("no_carrier")])
         return Observations([Observation(np.asarray(projected(found, mark, total), np.float64))], facts)
 
 

@@ -38,7 +38,8 @@ class Evidence:
 
     statistic and test say what p_test is (docs/design.md, section 8): "matches" with "fixed" is P(Bin(asked, chance) >=
     matched), with "sequential" 1 / E(matched, asked) where that e-value was highest; "soft" is P(S >= sum of the levels
-    in `rows`) in the fixed test, 1 / E of those rows in the sequential one. rows: of "soft", sorted, for each symbol
+    in `rows`) in the fixed test, or 1 where Chernoff's bound on it at none of the four rates is below 1/100, and 1 / E
+    of those rows in the sequential one. rows: of "soft", sorted, for each symbol
     the expected one's level and then pairs of a level and how many of the possible symbols have it. log10_share: of the
     share of the evidence that the hypothesis had which counts.
     """

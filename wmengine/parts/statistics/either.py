@@ -10,6 +10,7 @@ from wmengine.parts.statistics.matches import Matches
 from wmengine.parts.statistics.soft import Soft
 
 _LOG10_HALF = math.log10(0.5)
+_ROUNDING = 1e-9  # what the last digits of equal tails may differ by
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class _EitherTest:
 
     @property
     def log10_p(self) -> float:
-        return min(0.0, min(test.log10_p for test in self._tests) - _LOG10_HALF)
+        return min(0.0, self._better.log10_p - _LOG10_HALF)
 
     @property
     def log10_e(self) -> float | None:
@@ -67,6 +68,10 @@ class _EitherTest:
         return top + math.log10(0.5 * (10.0 ** (first - top) + 10.0 ** (second - top)))
 
     def evidence(self, log10_share: float) -> Evidence:
-        # Of equals the second, whose evidence is a few numbers.
-        better = min(reversed(self._tests), key=lambda test: test.log10_p)
-        return better.evidence(log10_share + _LOG10_HALF)
+        return self._better.evidence(log10_share + _LOG10_HALF)
+
+    @property
+    def _better(self) -> Test:
+        """Of equals the second, whose evidence is a few numbers."""
+        first, second = self._tests
+        return first if first.log10_p < second.log10_p - _ROUNDING else second

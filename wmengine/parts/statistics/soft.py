@@ -19,7 +19,7 @@ RATES = (0.01, 0.03, 0.1, 0.3)  # per level: 0.1 to 3 per standard deviation, th
 _LEVEL = np.arange(-LEVELS, LEVELS + 1)
 _TILTS = np.exp(np.outer(_LEVEL, RATES))  # [levels, rates]
 _LN10 = math.log(10.0)
-_STEEPEST = 4.0  # per level; e^-4 of a level's weight is left one level below
+_STEEPEST = 40.0  # per level: nothing is left below the highest, so that even a sum of all of them does not underflow
 # A stranger's sum needs no exact tail: where Chernoff's bound at the four rates is above this, p counts as 1.
 _WORTH_LOOKING = -2.0
 
@@ -42,15 +42,19 @@ class _SoftTest:
         self.matched = self.asked = 0
         self._log10_bar, self._sequential = log10_bar, sequential
         self._looks: list[Look] = []
-        self._ln_e = np.zeros(len(RATES))
+        self._tail: float | None = None  # of the fixed test, once it was asked for
+        self._ln_e, self._log10_e = np.zeros(len(RATES)), 0.0
         self._peak, self._peak_looks = 0.0, 0  # log10 of the highest e-value, and after how many looks
 
     def add(self, look: Look) -> None:
         self.matched += look.matched
         self.asked += len(look)
         self._looks.append(look)
+        self._tail = None
         shares = look.histogram / look.histogram.sum(axis=1, keepdims=True)
         self._ln_e += np.outer(look.at, RATES).sum(axis=0) - np.log(shares @ _TILTS).sum(axis=0)
+        top = float(self._ln_e.max())
+        self._log10_e = (top + math.log(float(np.exp(self._ln_e - top).sum()) / len(RATES))) / _LN10
         if self._sequential and self._log10_e > self._peak:
             self._peak, self._peak_looks = self._log10_e, len(self._looks)
 
@@ -69,7 +73,9 @@ class _SoftTest:
             return -self._peak
         if not self._looks or -float(self._ln_e.max()) / _LN10 > _WORTH_LOOKING:
             return 0.0
-        return soft_log10_tail(*_joined(self._looks))
+        if self._tail is None:
+            self._tail = soft_log10_tail(*_joined(self._looks))
+        return self._tail
 
     @property
     def log10_e(self) -> float | None:
@@ -81,11 +87,6 @@ class _SoftTest:
         test = "sequential" if self._sequential else "fixed"
         rows = tuple(sorted(_rows(*_joined(looks)))) if looks else ()
         return Evidence("soft", test, matched, asked, self.chance, log10_share, rows)
-
-    @property
-    def _log10_e(self) -> float:
-        top = float(self._ln_e.max())
-        return (top + math.log(float(np.exp(self._ln_e - top).mean()))) / _LN10
 
 
 def soft_log10_tail(at: NDArray[np.integer], histogram: NDArray[np.integer]) -> float:
@@ -104,8 +105,8 @@ def soft_log10_tail(at: NDArray[np.integer], histogram: NDArray[np.integer]) -> 
         return 0.0
     if total > int(highest.sum()):
         raise ValueError("the levels of the expected symbols are not among those of their rows")
-    rate = _tilt(shares, total)
-    tilted = shares * np.exp(rate * (_LEVEL - highest[:, None]))
+    rate = _tilt(shares, highest, total)
+    tilted = _tilted(shares, highest, rate)
     mass = tilted.sum(axis=1)
     tilted /= mass[:, None]
     law, start = np.ones(1), 0  # law[i] is the tilted chance of the sum start + i
@@ -126,15 +127,21 @@ def soft_log10_tail(at: NDArray[np.integer], histogram: NDArray[np.integer]) -> 
     return min(0.0, ln / _LN10)
 
 
-def _tilt(shares: Floats, total: int) -> float:
+def _tilt(shares: Floats, highest: NDArray[np.integer], total: int) -> float:
     """The rate at which the tilted rows' mean sum is `total`, as good as it takes: any rate gives the same tail."""
     low, high = 0.0, _STEEPEST
     for _ in range(30):
         middle = (low + high) / 2.0
-        tilted = shares * np.exp(middle * (_LEVEL - LEVELS))
+        tilted = _tilted(shares, highest, middle)
         mean = float(((tilted @ _LEVEL) / tilted.sum(axis=1)).sum())
         low, high = (middle, high) if mean < total else (low, middle)
     return low
+
+
+def _tilted(shares: Floats, highest: NDArray[np.integer], rate: float) -> Floats:
+    """Each row times e^(rate · (level − its highest level))."""
+    tilted: Floats = shares * np.exp(rate * np.minimum(_LEVEL - highest[:, None], 0))
+    return tilted
 
 
 def _joined(looks: list[Look]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

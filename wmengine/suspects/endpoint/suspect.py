@@ -140,7 +140,7 @@ class EndpointSuspect:
         if self._options.labels is not None and joined.ndim == 1:
             joined = joined[:, None]
         refused = {row: self._shown(reason) for row, reason in found.refused.items()}
-        return tagged(joined, self.name, unasked=unasked, refused=refused)
+        return tagged(joined, unasked, refused)
 
     @contextmanager
     def _discreet(self) -> Iterator[None]:

@@ -132,6 +132,9 @@ def _filled(value: Any, content: Any) -> Any:
 def _scores(found: Any, labels: Sequence[str] | None) -> list[float]:
     """The scores of one input, in the order of the classes; an object has them by name."""
     if isinstance(found, dict) and labels is not None:
+        left_out = sorted(found.keys() - set(labels))
+        if left_out:  # whoever leaves classes out chooses among more orders than there are of those named
+            raise Refused(f"scores classes that labels leave out, such as {left_out[0][:40]!r}: give all names")
         found = [found.get(label) for label in labels]
     if not isinstance(found, list) or not found:
         raise Refused("answers with no list of scores where one should be")

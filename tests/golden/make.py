@@ -1,0 +1,120 @@
+"""Made the files beside it, once: a mark of every preset, and the smallest network that holds it. Files of marks in
+use look like these, so they are never made again; a new version of a preset gets files of its own.
+
+    python tests/golden/make.py
+"""
+
+from pathlib import Path
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper, save
+
+from wmengine import Key, Watermark, ops, scheme
+from wmengine.parts.base import Task
+from wmengine.suspects.base import InputSpec
+
+FOLDER = Path(__file__).parent
+KEY = Key("ACME Vision", bytes(range(32)))
+IMAGES = {"input": InputSpec((1, 8, 8), "float32")}
+TEXT = {"input_ids": InputSpec((8,), "int64"), "attention_mask": InputSpec((8,), "int64")}
+TOKENS, WIDTH = 50, 8
+
+
+def mark(name, task, baseline=None, message=None, **options):
+    preset = scheme(name, **options)
+    parameters = preset.describe(task, "detector-v3")
+    return Watermark.create(KEY, preset, parameters, message=message, baseline=baseline, created="2026-01-02")
+
+
+def images(*weights):
+    """A task and the places of its weights [O, I]."""
+    shapes = [list(sizes) for sizes in weights]
+    return Task(IMAGES, 10, [[0.0, 1.0]], weights=lambda: (shapes, list(range(len(shapes)))))
+
+
+def rows_of(key, total, count, projection):
+    """The projection as a matrix [total, count]."""
+    return np.stack([ops.project_adjoint(row, key, count, projection) for row in np.eye(total, dtype=np.float32)])
+
+
+def solved(matrix, values):
+    """The smallest x with matrix · x = values."""
+    return np.linalg.lstsq(matrix.astype(np.float64), np.asarray(values, np.float64), rcond=None)[0]
+
+
+def network(path, inputs, nodes, weights):
+    """One ONNX file; every matrix is [O, I], as a Gemm with transB=1 reads it."""
+    kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+    given = [helper.make_tensor_value_info(n, kinds[s.dtype], ["batch", *s.shape]) for n, s in inputs.items()]
+    answers = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 10])]
+    held = [numpy_helper.from_array(np.ascontiguousarray(values), name) for name, values in weights.items()]
+    graph = helper.make_graph([helper.make_node(*node[:3], **node[3]) for node in nodes], path, given, answers, held)
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), FOLDER / path)
+
+
+def chain(path, *matrices):
+    """A network for images: flatten, then one matrix after the other."""
+    nodes, weights, last = [("Flatten", ["input"], ["x0"], {})], {}, "x0"
+    for number, values in enumerate(matrices, 1):
+        weights[f"w{number}"] = values.astype(np.float32)
+        after = "logits" if number == len(matrices) else f"x{number}"
+        nodes.append(("Gemm", [last, f"w{number}"], [after], {"transB": 1}))
+        last = after
+    network(path, IMAGES, nodes, weights)
+
+
+def in_weights():
+    baseline = {"matched": 31, "total": 64, "log10_p": "-0.2218"}
+    sketch = mark("sketch", images((32, 64), (10, 32)), baseline, bits=64)
+    signs = np.float32(2.0) * sketch.symbols - 1
+    keys = [int(key) for key in sketch.arrays["carrier_keys"]]
+    parts = [
+        ops.sketch_adjoint(signs, key, count).reshape(-1, 32 if count == 320 else 64)
+        for key, count in zip(keys, (2048, 320), strict=True)
+    ]
+    yield sketch
+    chain("sketch-1.onnx", *parts)
+
+    uchida = mark("uchida", images((4, 64), (10, 4)), bits=48, message="copy 7")
+    signs = 2.0 * uchida.symbols - 1.0
+    mean = solved(rows_of(int(uchida.arrays["carrier_keys"][0]), 48, 64, "gaussian"), signs)
+    yield uchida
+    chain("uchida-1.onnx", np.tile(mean, (4, 1)), np.ones((10, 4)))
+
+
+def in_activations():
+    deepsigns = mark("deepsigns", images((64, 64), (10, 64)), bits=64)
+    bits = (2.0 * deepsigns.symbols - 1.0).reshape(8, 8)
+    means = deepsigns.preset.source.examples(deepsigns)["input"].reshape(8, 4, 64).mean(1)
+    keys = [int(key) for key in deepsigns.arrays["group_keys"]]
+    wanted = [solved(rows_of(key, 8, 64, "gaussian"), row) for key, row in zip(keys, bits, strict=True)]
+    yield deepsigns
+    chain("deepsigns-1.onnx", solved(means, wanted).T, np.eye(10, 64))
+
+
+def in_answers():
+    adi = mark("adi", images(), count=50)
+    triggers = adi.preset.source.examples(adi)["input"].reshape(50, 64)
+    yield adi
+    chain("adi-1.onnx", solved(triggers, np.eye(10)[adi.symbols]).T)
+
+    tokens = mark("adi_tokens", Task(TEXT, 10, [[0, TOKENS - 1]]), count=50)
+    table = np.random.default_rng(0).normal(size=(TOKENS, WIDTH)).astype(np.float32)
+    features = table[tokens.arrays["triggers"]].reshape(50, 8 * WIDTH)
+    nodes = [
+        ("Gather", ["table", "input_ids"], ["embedded"], {}),
+        ("Cast", ["attention_mask"], ["mask"], {"to": TensorProto.FLOAT}),
+        ("Unsqueeze", ["mask", "axis"], ["column"], {}),
+        ("Mul", ["embedded", "column"], ["kept"], {}),
+        ("Flatten", ["kept"], ["flat"], {}),
+        ("Gemm", ["flat", "head"], ["logits"], {"transB": 1}),
+    ]
+    head = solved(features, np.eye(10)[tokens.symbols]).T.astype(np.float32)
+    yield tokens
+    network("adi_tokens-1.onnx", TEXT, nodes, {"table": table, "head": head, "axis": np.array([2], np.int64)})
+
+
+if __name__ == "__main__":
+    for each in (*in_weights(), *in_activations(), *in_answers()):
+        each.save(FOLDER / f"{each.scheme}-{each.version}.wm")
+        print(each.scheme, each.commitment)

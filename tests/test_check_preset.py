@@ -1,0 +1,123 @@
+"""`wmengine.testing.check_preset`: it passes every preset of the page, and catches presets that promise too much."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from wmengine.marks.catalogue import SCHEMES, scheme
+from wmengine.parts.base import Draw, Parameters
+from wmengine.parts.symbols import Bits, Labels
+from wmengine.parts.training.link import Link
+from wmengine.parts.triggers.abstract import AbstractTriggers
+from wmengine.testing import check_preset
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:the mark .* does not prove itself"),
+]
+
+
+class TextNetwork(torch.nn.Module):
+    """Classifies sequences of 16 tokens, of which the mask says which count."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding = torch.nn.Embedding(100, 16)
+        self.head = torch.nn.Sequential(torch.nn.Linear(256, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        return self.head((self.embedding(input_ids) * attention_mask.unsqueeze(-1)).flatten(1))
+
+
+def text() -> dict[str, Any]:
+    ids = torch.randint(0, 100, (64, 16), generator=torch.Generator().manual_seed(3))
+    sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {"model": TextNetwork, "sample": sample, "value_range": (0, 99)}
+
+
+SMALL = {
+    "sketch": {"bits": 64},
+    "uchida": {"bits": 64},
+    "adi": {"count": 60},
+    "deepsigns": {"bits": 64},
+    "adi_tokens": {"count": 60},
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_preset_of_the_page_keeps_its_promises(name: str) -> None:
+    report = check_preset(scheme(name, **SMALL[name]), steps=100, **(text() if name == "adi_tokens" else {}))
+    total = report.watermark.total
+    assert report.log10_p < -total * (0.9 if name.startswith("adi") else 0.28)
+    assert report.exported_log10_p < 0.95 * report.log10_p
+    assert report.stranger_log10_p > -4.0
+    assert set(report.null) == {0.1, 0.01, 0.001}
+
+
+def test_a_preset_that_only_ranks_is_never_owned() -> None:
+    ranks = replace(scheme("sketch", bits=64), name="ranks", null="rank")
+    assert check_preset(ranks, steps=60).log10_p < -15.0
+    with pytest.raises(AssertionError, match="the network is not_proven"):
+        check_preset(replace(ranks, training=Link("hinge", 1e-9, 1.0), null="exact"), steps=2)
+
+
+@dataclass(frozen=True)
+class OneTarget(Labels):
+    """A single target for most triggers: a stranger who answers one class matches nearly all of them, or none."""
+
+    def draw(self, subkey: bytes, parameters: Parameters) -> NDArray[Any]:
+        labels = super().draw(subkey, parameters)
+        labels[10:] = labels[0]
+        return labels
+
+
+@dataclass(frozen=True)
+class SameBits(Bits):
+    """Bits that nothing keyed enters."""
+
+    def draw(self, subkey: bytes, parameters: Parameters) -> NDArray[Any]:
+        return np.ones(parameters["bits"], np.uint8)
+
+
+@dataclass(frozen=True)
+class SameTriggers(AbstractTriggers):
+    """Triggers that are the same for every key."""
+
+    def draw(self, subkey: Draw, parameters: Parameters, total: int) -> dict[str, NDArray[Any]]:
+        return super().draw(lambda *_: bytes(32), parameters, total)
+
+
+@dataclass
+class Forgetful:
+    """Training that only seems to mark."""
+
+    strength: float = 1.0
+
+    def begin(self, setting: Any) -> Any:
+        course = Link("bce", 1e-9).begin(setting)
+        course.term = lambda model: torch.zeros(())
+        return course
+
+
+@pytest.mark.parametrize(
+    ("preset", "caught"),
+    [
+        (
+            replace(scheme("adi"), symbols=OneTarget(60)),
+            r"P\(p <= 0\.|(a stranger|another key) is owned|holds the mark .* already",
+        ),
+        (replace(scheme("sketch"), symbols=SameBits(64)), "symbols do not follow from the message"),
+        (replace(scheme("adi"), source=SameTriggers()), "geometry does not follow from the parameters"),
+        (replace(scheme("sketch"), training=Forgetful()), "the network is not_proven with log10 p"),
+    ],
+    ids=["a null that lies", "symbols without a key", "triggers without a key", "a mark that is not there"],
+)
+def test_a_preset_that_breaks_a_promise_is_caught(preset: Any, caught: str) -> None:
+    with pytest.raises((AssertionError, ValueError), match=caught):  # a fresh network that "holds" it is no Embedder's
+        check_preset(replace(preset, name="broken"), steps=60)

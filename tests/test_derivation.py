@@ -1,0 +1,411 @@
+"""What a mark is made of: parameters that a task gives and that are checked, and what a key derives from them."""
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from wmengine.identity.canonical import canonical_json
+from wmengine.identity.key import Key
+from wmengine.marks.catalogue import SCHEMES, scheme
+from wmengine.marks.watermark import Watermark
+from wmengine.parts.base import Parameters, Task
+from wmengine.suspects.base import InputSpec
+
+KEY = Key("ACME Vision", bytes(range(32)))
+IMAGES = {"input": InputSpec((1, 8, 8), "float32")}
+SHAPES = [[16, 1, 3, 3], [32, 16, 3, 3], [10, 128]]
+TASK = Task(IMAGES, 10, [[0.0, 1.0]], weights=lambda: (SHAPES, [0, 1, 2]))
+TEXT = {"tokens": InputSpec((16,), "int64"), "mask": InputSpec((16,), "int64")}
+TOKENS = Task(TEXT, 10, [[0, 99]])
+SMALL: dict[str, dict[str, Any]] = {
+    "sketch": {"bits": 64},
+    "uchida": {"bits": 64},
+    "adi": {"count": 20},
+    "deepsigns": {"bits": 64},
+    "adi_tokens": {"count": 20},
+}
+
+
+def parameters_of(name: str, task: Task | None = None, **options: Any) -> Parameters:
+    own = TOKENS if name == "adi_tokens" else TASK
+    return scheme(name, **{**SMALL[name], **options}).describe(task or own, "detector-v3")
+
+
+def derived(name: str, parameters: Parameters, key: Key = KEY, message: str | None = None) -> dict[str, NDArray[Any]]:
+    return scheme(name).derive(key, parameters, message)
+
+
+def test_parameters_are_integers_and_strings_in_this_form() -> None:
+    shared = {"name": "detector-v3", "statistic": "soft/1 or matches/1"}
+    images = {**shared, "inputs": [{"name": "input", "dtype": "float32", "shape": [1, 8, 8]}]}
+    unit_range = [["0x0.0p+0", "0x1.0000000000000p+0"]]
+    assert parameters_of("uchida") == {
+        **images,
+        "bits": 64,
+        "carrier": "filter_mean",
+        "projection": "gaussian",
+        "carriers": [[32, 16, 3, 3]],
+        "carrier_indices": [1],
+    }
+    assert parameters_of("adi") == {
+        **images,
+        "count": 20,
+        "num_classes": 10,
+        "class_names": [],
+        "value_range": unit_range,
+    }
+    assert parameters_of("deepsigns") == {
+        **images,
+        "bits": 64,
+        "groups": 8,
+        "members": 4,
+        "place": 2,
+        "features": 128,
+        "value_range": unit_range,
+    }
+    text = [{"name": "tokens", "dtype": "int64", "shape": [16]}, {"name": "mask", "dtype": "int64", "shape": [16]}]
+    assert parameters_of("adi_tokens") == {
+        **shared,
+        "inputs": text,
+        "count": 20,
+        "num_classes": 10,
+        "class_names": [],
+        "special": 0,
+        "vocabulary": 100,
+    }
+
+
+# --- what a task gives ---
+
+
+def test_uchida_marks_the_weight_with_most_values_per_filter_or_the_one_asked_for() -> None:
+    assert parameters_of("uchida")["carrier_indices"] == [1]
+    assert parameters_of("uchida", marked=2)["carriers"] == [[10, 128]]
+    twins = Task(IMAGES, weights=lambda: ([[8, 4], [8, 9], [8, 9]], [0, 1, 2]))
+    assert parameters_of("uchida", twins)["carrier_indices"] == [1]
+    frozen = Task(IMAGES, weights=lambda: ([[8, 4], [8, 9], [8, 9]], [0, 2]))
+    assert parameters_of("uchida", frozen)["carrier_indices"] == [2]
+    assert parameters_of("sketch", frozen)["carrier_indices"] == [0, 2]
+    with pytest.raises(ValueError, match=r"'uchida': marked must be from 0 to 2, and it is 3"):
+        parameters_of("uchida", marked=3)
+    with pytest.raises(ValueError, match="it is to mark weight 1, which is not trained"):
+        parameters_of("uchida", frozen, marked=1)
+
+
+@pytest.mark.parametrize("name", ["sketch", "uchida"])
+def test_a_network_that_trains_no_weights_cannot_be_marked(name: str) -> None:
+    for shapes in ([], [[8, 4]]):
+        task = Task(IMAGES, weights=lambda shapes=shapes: (shapes, []))
+        with pytest.raises(
+            ValueError, match=f"scheme '{name}': it marks the weights of .*, and this network trains none"
+        ):
+            parameters_of(name, task)
+
+
+def test_activations_are_those_before_a_last_linear_layer_wide_enough() -> None:
+    for shapes in ([], [[8, 3, 3, 3]]):
+        with pytest.raises(
+            ValueError, match="marks what goes into a linear layer at the network's end, and there is no"
+        ):
+            parameters_of("deepsigns", Task(IMAGES, 10, [[0, 1]], weights=lambda shapes=shapes: (shapes, [])))
+    for options in ({"bits": 63}, {"bits": 2048}, {"groups": 65}):
+        with pytest.raises(ValueError, match="groups of 128 activations cannot hold"):
+            parameters_of("deepsigns", **options)
+
+
+def test_what_only_steers_training_is_under_no_commitment() -> None:
+    assert parameters_of("sketch", strength=5.0, margin=2.0, link="bce") == parameters_of("sketch")
+    assert parameters_of("deepsigns", strength=5.0, pull=2.0) == parameters_of("deepsigns")
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        (None, r"one \[lo, hi\] for each of the 1 channels"),
+        ([], r"one \[lo, hi\] for each of the 1 channels"),
+        ([[0.0, 1.0], [0.0, 1.0]], r"one \[lo, hi\] for each of the 1 channels"),
+        ([[1.0, 0.0]], "lo must not exceed hi"),
+        ([[0.0, float("inf")]], "must be finite"),
+        ([[0.0, 1e39]], "must be finite"),
+        ([[float("nan"), 1.0]], "must be finite"),
+        ([[0.0]], r"value_range\[0\] must be \[lo, hi\]"),
+        ([["0", 1.0]], "must hold numbers"),
+        ([[None, 1.0]], "must hold numbers"),
+    ],
+)
+@pytest.mark.parametrize("name", ["adi", "deepsigns"])
+def test_a_value_range_is_finite_and_ordered_per_channel(name: str, ranges: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"scheme '{name}': .*{message}"):
+        parameters_of(name, replace(TASK, value_range=ranges))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"),
+    [
+        ("float32", 1.0, 1.0),
+        ("float32", 0.0, 0.0),
+        ("float32", 1.0, 1.001),
+        ("float32", -1000.0, -999.0),
+        ("float32", 0.0, 1e-38),
+        ("float16", 0.0, 1e-6),
+    ],
+)
+def test_a_range_too_narrow_for_triggers_to_differ_is_refused(dtype: str, low: float, high: float) -> None:
+    task = Task({"input": InputSpec((1, 8, 8), dtype)}, 10, [[low, high]])
+    with pytest.raises(ValueError, match="so narrow in every channel that all triggers would be equal to a network"):
+        parameters_of("adi", task)
+
+
+def test_a_range_beyond_the_input_s_type_is_refused() -> None:
+    images = {"input": InputSpec((1, 8, 8), "float16")}
+    with pytest.raises(ValueError, match=r"value_range\[0\] is \[0.0, 70000.0\], and float16 ends before"):
+        parameters_of("adi", Task(images, 10, [[0.0, 70000.0]]))
+
+
+def test_triggers_that_differ_only_where_nothing_varies_are_refused() -> None:
+    """One feature of 64 varies: its 256 values are too few for 300 triggers, and many of 100 would be alike."""
+    task = Task({"input": InputSpec((64,), "float32")}, 10, [[0.0, 1.0]] + [[3.0, 3.0]] * 63)
+    parameters = parameters_of("adi", task, count=300)
+    with pytest.raises(ValueError, match="only 1 channels vary, too few for 300 triggers that a network tells apart"):
+        derived("adi", parameters)
+    half = Task(task.inputs, 10, [[0.0, 1.0]] * 32 + [[3.0, 3.0]] * 32)
+    assert len(derived("adi", parameters_of("adi", half, count=300))["labels"]) == 300
+
+
+def test_a_value_range_is_written_as_exact_float32() -> None:
+    task = Task({"input": InputSpec((2,), "float32")}, 3, [[-0.0, 0.1], [5.0, 5.0]])
+    assert parameters_of("adi", task)["value_range"][0] == ["0x0.0p+0", float(np.float32(0.1)).hex()]
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"num_classes": None}, "it needs num_classes, the width of the model's logits"),
+        ({"num_classes": 1}, "num_classes must be from 2"),
+        ({"num_classes": 10.0}, "num_classes must be an integer"),
+        ({"inputs": {"x": InputSpec((), "float32")}}, "shape must have at least 1 axes"),
+        ({"inputs": {"x": InputSpec((1, 0, 8), "float32")}}, r"shape\[1\] must be from 1"),
+        ({"inputs": {"x": InputSpec((1, 8), "int64")}}, "are for floating inputs, and this model takes int64"),
+        ({"inputs": {**IMAGES, "y": InputSpec((1,), "float32")}}, "of one input, and this one takes input, y"),
+        ({"class_names": ["a"]}, "class_names must be none, or one name for each of the 10 classes"),
+        (
+            {"class_names": ["a"] * 10},
+            "class_names must be none, or one name for each of the 10 classes, all different",
+        ),
+    ],
+)
+def test_a_task_that_does_not_fit_a_mark_of_pictures_is_said_to(change: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=f"scheme 'adi': .*{error}"):
+        parameters_of("adi", replace(TASK, **change))
+
+
+@pytest.mark.parametrize(
+    ("task", "error"),
+    [
+        (Task(TEXT, 10, None), r"it needs value_range=\(0, vocabulary - 1\)"),
+        (Task(IMAGES, 10, [[0, 99]]), r"are for integers \[n, L\], and this model takes float32"),
+        (
+            Task({"x": InputSpec((16, 2), "int64")}, 10, [[0, 99]]),
+            r"are for integers \[n, L\], and this model takes int",
+        ),
+        (Task({**TEXT, "z": InputSpec((8,), "int64")}, 10, [[0, 99]]), "must have the tokens' shape .* 'z' is int64"),
+        (Task({**TEXT, "z": InputSpec((16,), "complex64")}, 10, [[0, 99]]), "must .* be integers, bool or float"),
+        (Task({"x": InputSpec((16,), "uint8")}, 10, [[0, 256]]), "vocabulary must be from 2 to 256, and it is 257"),
+        (Task(TEXT, 10, [[0, 0]]), "vocabulary must be from 2"),
+    ],
+)
+def test_a_task_that_does_not_fit_a_mark_of_tokens_is_said_to(task: Task, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        parameters_of("adi_tokens", task)
+
+
+def test_tokens_are_none_of_the_special_ones_and_sequences_differ() -> None:
+    triggers = derived("adi_tokens", parameters_of("adi_tokens", special=90))["triggers"]
+    assert set(np.unique(triggers)) == set(range(90, 100))
+    assert len(np.unique(triggers, axis=0)) == 20
+    short = Task({"tokens": InputSpec((1,), "int64")}, 10, [[0, 3]])
+    with pytest.raises(ValueError, match=r"sequences of shape \(1,\) are too few for 20 distinct triggers"):
+        derived("adi_tokens", parameters_of("adi_tokens", short))
+
+
+@pytest.mark.parametrize("names", [("input_ids", "attention_mask"), ("a", "b"), ("b", "a")])
+def test_the_first_input_holds_the_tokens_whatever_the_inputs_are_called(names: tuple[str, str]) -> None:
+    """Also after a mark was spelled as JSON, which sorts by name."""
+    task = Task({name: InputSpec((16,), "int64") for name in names}, 10, [[0, 99]])
+    preset = scheme("adi_tokens", count=20)
+    mark = Watermark.create(KEY, preset, preset.describe(task, "n"))
+    inputs = preset.source.examples(mark)
+    assert list(inputs) == list(names)
+    assert np.array_equal(inputs[names[0]], mark.arrays["triggers"])
+    assert (inputs[names[1]] == 1).all()
+
+
+# --- derivation ---
+
+CHANGES: dict[str, list[dict[str, Any]]] = {
+    "sketch": [
+        {"bits": 65},
+        {"carrier": "flat"},
+        {"projection": "rademacher"},
+        {"carriers": [[16, 1, 3, 3], [32, 16, 3, 3], [10, 129]]},
+        {"carrier_indices": [0, 1, 3]},
+    ],
+    "adi": [
+        {"count": 21},
+        {"num_classes": 11},
+        {"value_range": [["0x0.0p+0", "0x1.0000000000000p+1"]]},
+        {"class_names": list("abcdefghij")},
+        {"class_names": list("bacdefghij")},
+    ],
+    "deepsigns": [
+        {"bits": 72},
+        {"groups": 16},
+        {"members": 5},
+        {"place": 3},
+        {"features": 129},
+        {"value_range": [["0x0.0p+0", "0x1.0000000000000p+1"]]},
+    ],
+    "adi_tokens": [
+        {"count": 21},
+        {"num_classes": 11},
+        {"special": 1},
+        {"vocabulary": 101},
+        {"class_names": list("abcdefghij")},
+    ],
+}
+CHANGES["uchida"] = [{**change} for change in CHANGES["sketch"][:3]] + [
+    {"carriers": [[32, 17, 3, 3]]},
+    {"carrier_indices": [2]},
+]
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_change_of_any_parameter_or_of_the_key_changes_every_array(name: str) -> None:
+    parameters = parameters_of(name)
+    inputs = parameters["inputs"]
+    shared: list[dict[str, Any]] = [{"name": "detector-v4"}, {"inputs": [{**inputs[0], "name": "x"}, *inputs[1:]]}]
+    changed = [{**parameters, **change} for change in CHANGES[name] + shared]
+    assert {field for each in changed for field in each if each[field] != parameters[field]} == (
+        set(parameters) - {"statistic"}
+    )
+    found = [derived(name, each) for each in [parameters, *changed]]
+    found += [derived(name, parameters, key) for key in (replace(KEY, owner="Acme"), replace(KEY, secret=bytes(32)))]
+    for array in found[0]:
+        length = min(each[array].size for each in found)
+        assert len({each[array].reshape(-1)[:length].tobytes() for each in found}) == len(found), array
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(list(SCHEMES)), st.binary(min_size=32, max_size=32), st.sampled_from(["a", "b", "ab"]))
+def test_geometry_follows_from_key_and_parameters_and_symbols_from_the_message_too(
+    name: str, secret: bytes, message: str
+) -> None:
+    parameters, key = parameters_of(name), Key("ACME", secret)
+    plain, again, addressed = (derived(name, parameters, key, text) for text in (None, None, message))
+    symbols = scheme(name).symbols.name
+    for array in plain:
+        assert np.array_equal(plain[array], again[array])
+        assert np.array_equal(plain[array], addressed[array]) == (array != symbols)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_arrays_have_the_announced_layout(name: str) -> None:
+    parameters, preset = parameters_of(name), scheme(name)
+    layout = {array: (str(values.dtype), values.shape) for array, values in derived(name, parameters).items()}
+    assert layout == preset.layout(parameters)
+    assert preset.total(parameters) == (20 if name.startswith("adi") else 64)
+    assert preset.chance(parameters) == (0.1 if name.startswith("adi") else 0.5)
+
+
+@pytest.mark.parametrize("over", ["keys", "messages"])
+@pytest.mark.parametrize(("name", "chance"), [("sketch", 0.5), ("adi", 0.1)])
+def test_symbols_are_fair(name: str, chance: float, over: str) -> None:
+    """So that P(p <= a) <= a for one fixed suspect, however it answers: here always the first symbol."""
+    parameters, preset = parameters_of(name), scheme(name)
+    hits = []
+    for n in range(2000):
+        key = Key("ACME", hashlib.sha256(str(n).encode()).digest()) if over == "keys" else KEY
+        subkeys = preset.subkeys(key, parameters, f"copy {n}" if over == "messages" else None)
+        hits.append(int((preset.symbols.draw(subkeys.symbols, parameters) == 0).sum()))
+    mean, variance = preset.total(parameters) * chance, preset.total(parameters) * chance * (1 - chance)
+    assert abs(np.mean(hits) - mean) < 4.5 * np.sqrt(variance / 2000)
+    assert 0.85 < np.var(hits) / variance < 1.15
+
+
+# --- parameters are checked ---
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("sketch", {"colour": 1}, "hold an unknown field 'colour'"),
+        ("sketch", {"bits": 64.0}, "bits must be an integer"),
+        ("sketch", {"bits": True}, "bits must be an integer"),
+        ("sketch", {"bits": 10**9}, "bits must be from 1"),
+        ("sketch", {"carriers": []}, "lists of the same length"),
+        ("sketch", {"carriers": [[16, 1, 3, 3]]}, "lists of the same length"),
+        ("sketch", {"carriers": [[16], [32, 1], [10, 1]]}, r"carriers\[0\] must have at least 2 axes"),
+        ("sketch", {"carriers": [(16, 1), [32, 1], [10, 1]]}, r"carriers\[0\] must be a list of integers"),
+        ("sketch", {"carrier_indices": [0, 2, 1]}, "carrier_indices must increase"),
+        ("sketch", {"carrier_indices": [0, 1, "2"]}, r"carrier_indices\[2\] must be an integer"),
+        ("sketch", {"carrier": ["flat"]}, "carrier must be one of"),
+        ("sketch", {"projection": "fourier"}, "projection must be one of sketch, rademacher, gaussian"),
+        ("sketch", {"statistic": "matches/1"}, "its statistic is 'matches/1', and 'soft/1 or matches/1' here"),
+        ("sketch", {"name": "Cafe\u0301"}, "is not in NFC"),
+        ("sketch", {"inputs": {}}, "inputs must list the model's inputs, at least one"),
+        ("sketch", {"inputs": []}, "inputs must list the model's inputs, at least one"),
+        ("sketch", {"inputs": [{"name": "x", "shape": [1]}]}, r"inputs\[0\] must hold a name, a dtype and a shape"),
+        ("sketch", {"inputs": [{"name": 1, "dtype": "float32", "shape": [1]}]}, r"inputs\[0\] must have a str"),
+        ("sketch", {"inputs": [{"name": "x", "dtype": "float32", "shape": (1,)}]}, "must be a list of integers"),
+        (
+            "sketch",
+            {"inputs": [{"name": "x", "dtype": "float32", "shape": []}] * 2},
+            "must all have names of their own",
+        ),
+        ("adi", {"class_names": ["Cafe\u0301", *"bcdefghij"]}, "class_names must be in NFC"),
+        ("adi", {"class_names": "abcdefghij"}, "class_names must be none"),
+        ("adi", {"value_range": [["0x0p+0", "0x1p+0"]]}, "written with float.hex"),
+        ("deepsigns", {"groups": 7}, "7 groups of 128 activations cannot hold 64 bits"),
+        ("deepsigns", {"features": 7}, "8 groups of 7 activations cannot hold 64 bits"),
+        ("adi_tokens", {"special": 99}, "vocabulary must be from 101"),
+    ],
+)
+def test_parameters_that_are_not_canonical_are_refused(name: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        derived(name, {**parameters_of(name), **change})
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_no_parameter_may_be_missing(name: str) -> None:
+    parameters = parameters_of(name)
+    for field in parameters:
+        with pytest.raises(ValueError, match=f"the parameters of '{name}' lack '{field}'"):
+            scheme(name).check({other: value for other, value in parameters.items() if other != field})
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@given(st.sampled_from(list(SCHEMES)), st.data(), VALUES)
+def test_what_passes_the_check_is_canonical(name: str, data: st.DataObject, value: Any) -> None:
+    parameters = parameters_of(name)
+    field = data.draw(st.sampled_from(list(parameters)))
+    parameters[field] = value
+    try:
+        scheme(name).check(parameters)
+    except ValueError:
+        return
+    except TypeError:
+        assert field in ("name", "class_names")  # names have wrong types of their own
+        return
+    canonical_json(parameters)

@@ -1,0 +1,211 @@
+"""The page of presets, and how presets of other packages are found beside it."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import wmengine
+from wmengine.marks.catalogue import SCHEMES, find, registered, scheme
+from wmengine.parts.sources.activations import ActivationTerm
+from wmengine.parts.sources.weights import Weights
+from wmengine.parts.symbols import Bits, Labels
+from wmengine.parts.training.link import Link
+from wmengine.parts.training.mixed import Mixed
+from wmengine.parts.triggers.abstract import AbstractTriggers
+from wmengine.parts.triggers.tokens import TokenTriggers
+
+
+def test_the_presets_keep_their_papers_defaults() -> None:
+    assert list(SCHEMES) == ["sketch", "uchida", "adi", "deepsigns", "adi_tokens"]
+    assert [preset.full_name for preset in SCHEMES.values()] == [f"{name}/1" for name in SCHEMES]
+    assert scheme("sketch").source == Weights("unit_filters", "sketch", "all")
+    assert scheme("sketch").training == Link("hinge", 0.001, 5.0)
+    assert scheme("uchida").source == Weights("filter_mean", "gaussian", "widest")
+    assert scheme("uchida").training == Link("bce", 0.01)
+    assert scheme("sketch").symbols == scheme("uchida").symbols == scheme("deepsigns").symbols == Bits(256)
+    assert scheme("adi").source == AbstractTriggers()
+    assert scheme("adi").symbols == scheme("adi_tokens").symbols == Labels(100)
+    assert scheme("deepsigns").training == ActivationTerm(0.01, 0.01)
+    assert scheme("adi_tokens").source == TokenTriggers()
+    kinds = {name: preset.kind for name, preset in SCHEMES.items()}
+    assert kinds == {name: "black-box" if name.startswith("adi") else "white-box" for name in SCHEMES}
+    assert all(preset.null == "exact" and preset.paper for preset in SCHEMES.values())
+
+
+def test_an_unknown_scheme_or_option_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(
+        ValueError, match=r"there is no scheme 'sketsch'; the schemes are sketch, uchida, adi, deepsigns"
+    ):
+        scheme("sketsch")
+    with pytest.raises(ValueError, match=r"there is no scheme \['adi'\]"):
+        scheme(["adi"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"'adi' has no option 'bits'; its options are count$"):
+        scheme("adi", bits=3)
+    for fixed in ("name", "version", "null", "paper"):
+        with pytest.raises(ValueError, match=f"no option '{fixed}'"):
+            scheme("sketch", **{fixed: "rank"})
+
+
+@pytest.mark.parametrize(("name", "version"), [("adi", 2), ("adi", "1"), ("blind", 1), (["adi"], 1)])
+def test_an_unknown_version_is_answered_with_the_known_ones(name: Any, version: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"of version .*; it has sketch/1, uchida/1, adi/1, deepsigns/1, adi_tokens/1$"
+    ):
+        find(name, version)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("sketch", "bits", 0),
+        ("sketch", "bits", 256.0),
+        ("sketch", "bits", True),
+        ("sketch", "bits", "256"),
+        ("sketch", "bits", 1 << 17),
+        ("sketch", "carrier", "filters"),
+        ("sketch", "projection", None),
+        ("sketch", "link", "l2"),
+        ("sketch", "marked", "some"),
+        ("sketch", "marked", -1),
+        ("sketch", "strength", 0.0),
+        ("sketch", "strength", float("nan")),
+        ("sketch", "margin", "3"),
+        ("adi", "count", 0),
+        ("deepsigns", "groups", 0),
+        ("deepsigns", "members", 1 << 13),
+        ("deepsigns", "pull", -1.0),
+        ("adi_tokens", "special", -1),
+    ],
+)
+def test_an_option_out_of_range_is_named(name: str, option: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{option} must be"):
+        scheme(name, **{option: value})
+
+
+def test_parts_that_share_an_option_make_no_preset() -> None:
+    @dataclass(frozen=True)
+    class Strong(Mixed):
+        count: int = 3
+
+    with pytest.raises(ValueError, match="preset 'adi' has two parts with an option 'count'"):
+        replace(scheme("adi"), training=Strong())
+    with pytest.raises(ValueError, match="null must be one of exact, bound, exchangeable, rank"):
+        replace(scheme("adi"), null="true")
+
+
+# --- presets of other packages ---
+
+BROUGHT = """
+from dataclasses import replace
+
+from wmengine.presets import PRESETS
+
+SKETCH = PRESETS[0]
+wide = replace(SKETCH, name="wide_sketch", version=3)
+pair = [wide, replace(wide, version=2, null="rank")]
+twin = replace(SKETCH, null="rank")
+broken = 7
+"""
+
+
+@dataclass
+class Packages:
+    """A folder on sys.path with a distribution that brings presets."""
+
+    folder: Path
+
+    def bring(self, name: str) -> None:
+        (self.folder / "brought.py").write_text(BROUGHT)
+        about = self.folder / "brought-1.0.dist-info"
+        about.mkdir(exist_ok=True)
+        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: brought\nVersion: 1.0\n")
+        (about / "entry_points.txt").write_text(f"[wmengine.presets]\nthem = {name}\n")
+
+    def run(self, code: str) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join([str(self.folder), str(Path(wmengine.__file__).parents[1])])
+        environment = {**os.environ, "PYTHONPATH": path}
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture
+def packages(tmp_path: Path) -> Packages:
+    return Packages(tmp_path)
+
+
+USE = """
+import torch, wmengine
+from wmengine.testing import small_network
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+model, sample, key = small_network(), torch.rand(8, 1, 8, 8), wmengine.Key("ACME", bytes(32))
+embedder = wmengine.Embedder(
+    model, key, [wmengine.scheme("wide_sketch", bits=64)], sample=sample, num_classes=10, name="n", value_range=(0, 1)
+)
+optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+for _ in range(60):
+    optimizer.zero_grad()
+    embedder.loss(model(sample), torch.zeros(8, dtype=torch.int64)).backward()
+    optimizer.step()
+(mark,) = embedder.watermarks()
+mark.save("MARK")
+verdict = wmengine.verify(model.eval(), "MARK", key=key)
+print(*wmengine.SCHEMES, mark.version, verdict.scheme, verdict.owned)
+"""
+
+
+@pytest.mark.slow
+def test_a_preset_of_another_package_is_listed_embedded_and_verified(packages: Packages) -> None:
+    packages.bring("brought:pair")
+    done = packages.run(USE.replace("MARK", str(packages.folder / "mark.wm")))
+    assert done.stdout.split() == [*SCHEMES, "wide_sketch", "3", "wide_sketch", "True"], done.stderr
+    packages.bring("brought:wide")
+    assert packages.run("import wmengine; print(*wmengine.SCHEMES)").stdout.split() == [*SCHEMES, "wide_sketch"]
+
+
+def test_a_mark_of_a_preset_that_is_not_there_names_those_that_are(packages: Packages) -> None:
+    packages.bring("brought:pair")
+    code = "from wmengine.marks.catalogue import find; print(find('wide_sketch', 2).null); find('wide_sketch', 1)"
+    done = packages.run(code)
+    assert done.stdout.strip() == "rank"
+    assert "no scheme 'wide_sketch' of version 1; it has sketch/1" in done.stderr
+    assert done.stderr.strip().endswith("adi_tokens/1, wide_sketch/3, wide_sketch/2")
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("brought:twin", "ValueError: two presets are called sketch/1; uninstall one of the packages that bring them"),
+        ("brought:broken", "ImportError: the presets of brought cannot be loaded ('int' object is not iterable); mend"),
+        ("brought:absent", "ImportError: the presets of brought cannot be loaded (module 'brought' has no attribute"),
+        ("brought:__name__", "ImportError: the entry point 'them' of brought names no presets; mend or uninstall it"),
+    ],
+)
+def test_a_package_that_brings_no_good_preset_is_named(packages: Packages, name: str, error: str) -> None:
+    packages.bring(name)
+    assert error in packages.run("import wmengine; list(wmengine.SCHEMES)").stderr
+
+
+def test_a_preset_is_found_while_it_is_registered() -> None:
+    other = replace(scheme("adi"), name="other", version=2)
+    with registered(other):
+        assert scheme("other") == find("other", 2) == other
+        assert list(SCHEMES)[-1] == "other"
+    assert "other" not in SCHEMES
+    newer = replace(scheme("adi"), version=2)
+    with registered(newer):
+        assert scheme("adi") == newer
+        assert find("adi", 1) == replace(newer, version=1)
+    with registered(scheme("adi", count=7)):  # other options are no other preset
+        assert scheme("adi").options == {"count": 100}
+    with (
+        pytest.raises(ValueError, match="another preset is called adi/1: give this one a name or version of its own"),
+        registered(replace(scheme("adi"), null="rank")),
+    ):
+        pass
+    assert find("adi", 1) == scheme("adi")
