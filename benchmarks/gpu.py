@@ -28,7 +28,14 @@ from benchmarks.results import ORDER
 
 BUILD = ROOT / "build" / "gpu"
 PARTS = ("build", "check", "measure")
-TESTS = ("test_gpu", "test_cuda_build", "test_triton", "test_launches")
+TESTS = (
+    "test_gpu",
+    "test_gpu_operators",
+    "test_cuda_build",
+    "test_triton",
+    "test_triton_cross_entropy",
+    "test_launches",
+)
 LARGE = "two_to_the_31"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TOTAL_S = 530.0
@@ -100,7 +107,7 @@ def build_steps(architecture: str | None) -> list[list[Step]]:
 def check_steps(gpu: bool) -> list[list[Step]]:
     """Tests and sanitizers beside each other: they measure nothing."""
     python = [sys.executable, "-m"]
-    pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider", "--durations=5"]
+    pytest = [*python, "pytest", "-q", "-m", "slow or not slow", "-p", "no:cacheprovider", "--durations=5"]
     # Most of the tests' time is Triton's compiler. Those of large sizes run one at a time: each wants much memory.
     several = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     left_out = None if gpu else NO_GPU

@@ -173,6 +173,10 @@ def test_marks_of_another_model_or_other_inputs_do_not_go_on(marked):
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, CLASSES))
     with pytest.raises(ValueError, match="'sketch' is of a model with other weights"):
         wmengine.Embedder(other, sample=batch(64)[0], marks=marks[:1])
+    activations = unproven(embedder(network(), [wmengine.scheme("deepsigns", bits=64)], num_classes=None))
+    for model in (other, nn.Sequential(*list(network())[:8])):
+        with pytest.raises(ValueError, match="'deepsigns' is of a model with other weights"):
+            wmengine.Embedder(model, sample=batch(64)[0], marks=activations)
     with pytest.raises(ValueError, match="is of 4 classes, and num_classes is 5"):
         wmengine.Embedder(network(), sample=batch(64)[0], marks=marks, num_classes=5)
 
@@ -218,7 +222,8 @@ def test_a_message_changes_the_symbols_and_nothing_else():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"num_classes": 1}, ValueError, "num_classes must be at least 2, and it is 1"),
+        ({"num_classes": 1}, ValueError, "num_classes must be from 2 to .*, and it is 1"),
+        ({"num_classes": 4.0}, ValueError, "num_classes must be an integer, and it is 4.0"),
         ({"num_classes": None}, ValueError, "scheme 'adi': it needs num_classes, the width of the model's logits"),
         ({"num_classes": 7}, ValueError, "answers with 4 classes and the watermark has 7.*is num_classes right"),
         ({"sample": np.zeros((4, 1, 8, 8), np.float32)}, TypeError, "sample must be a tensor.*ndarray"),
@@ -230,6 +235,8 @@ def test_a_message_changes_the_symbols_and_nothing_else():
         ({"sample": torch.full((4, 1, 8, 8), torch.nan)}, ValueError, "sample holds NaN or Inf"),
         ({"sample": torch.ones(4, 1, 8, 8)}, ValueError, "value_range is so narrow"),
         ({"value_range": [(0, 1), (0, 1)]}, ValueError, "one pair for each of the 1 channels"),
+        ({"value_range": 3}, ValueError, r"value_range must be \(lo, hi\) or one pair .*, and it is 3"),
+        ({"value_range": [(0, 1), 2]}, ValueError, r"value_range must be \(lo, hi\)"),
         ({"value_range": (1, 0)}, ValueError, "lo must not exceed hi"),
         ({"chosen": []}, ValueError, "schemes must be a list"),
         ({"chosen": "sketch"}, ValueError, "schemes must be a list"),

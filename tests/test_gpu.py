@@ -12,32 +12,16 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 from tests.closeness import assert_close  # noqa: E402
+from tests.gpu_tensors import DEVICE, KEYS, embed, integers, layers, needs_memory, random, step_inputs, training_step  # noqa: E402
 from wmengine import ops  # noqa: E402
-from wmengine.kernels import cross_entropy, launches  # noqa: E402
+from wmengine.kernels import cross_entropy  # noqa: E402
 from wmengine.ops import cuda, reference, torch_ops  # noqa: E402
 
-DEVICE = torch.device("cuda")
-KEYS = [3, 2**63 + 5, 2**64 - 1]
 COUNTS = [0, 1, 31, 33, 129, 4095, 4097, 131_073, 600_001]
 GIB = 2**30
 
 
-def random(*shape, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
-
-
-def integers(*shape, seed=0, low=-1, high=4, dtype=torch.int64):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(low, high, shape, generator=generator, dtype=dtype).to(DEVICE)
-
-
-def needs_memory(gib):
-    if torch.cuda.mem_get_info()[0] < gib * GIB:
-        pytest.skip(f"needs {gib} GiB of free GPU memory")
-
-
-# --- projections ------------------------------------------------------------------------------------------------------
+# Projections
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -92,7 +76,7 @@ def test_sketches_of_more_than_two_to_the_31_weights(total):
     assert_close(tail, scale * signs * g.double().cpu().numpy()[buckets])
 
 
-# --- match_counts -----------------------------------------------------------------------------------------------------
+# match_counts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -140,7 +124,7 @@ def test_match_counts_of_more_than_two_to_the_31_answers():
     assert found.at[1500:].eq(30).all()
 
 
-# --- label_matches and bit_matches ------------------------------------------------------------------------------------
+# label_matches and bit_matches
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -233,17 +217,7 @@ def test_bit_matches_of_a_registry_of_more_than_two_to_the_31_bytes():
     assert cuda.bit_matches(message, registry, total)[0, -3:].tolist() == [3, 0, 256]
 
 
-# --- embedding_loss ---------------------------------------------------------------------------------------------------
-
-SHAPES = [(6, 5, 3, 3), (33, 41), (700, 300), (64, 64, 1, 1)]
-
-
-def layers(dtype=torch.float32):
-    return [random(*shape, seed=seed, dtype=dtype).requires_grad_() for seed, shape in enumerate(SHAPES)]
-
-
-def embed(weights, bits, **settings):
-    return ops.embedding_loss(weights, [*KEYS, 77][: len(weights)], bits, **settings)
+# embedding_loss
 
 
 @pytest.mark.parametrize("carrier", reference.CARRIERS)
@@ -285,17 +259,6 @@ def test_half_precision_weights_get_gradients_of_their_own_dtype(dtype):
     for weight, gradient in zip(weights, gradients, strict=True):
         assert weight.grad.dtype == dtype
         assert_close(weight.grad, gradient, 0.01)
-
-
-def training_step(weights, logits, labels, bits):
-    marked = ops.marked_cross_entropy(logits, labels, groups=1)
-    loss = marked.loss + embed(weights, bits, carrier="unit_filters", projection="sketch", link="bce")[0]
-    return loss, torch.autograd.grad(loss, [*weights, logits])
-
-
-def step_inputs():
-    labels = torch.arange(64, device=DEVICE) % 10
-    return layers(), random(64, 10, seed=9).requires_grad_(), labels, torch.ones(256, dtype=torch.uint8, device=DEVICE)
 
 
 def test_the_same_input_gives_the_same_bits_twice():
@@ -363,7 +326,7 @@ def test_new_weights_inside_a_capture_are_refused_with_the_mend():
         embed([fresh], bits, carrier="flat", projection="sketch", link="bce")
 
 
-# --- marked_cross_entropy ---------------------------------------------------------------------------------------------
+# marked_cross_entropy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -408,7 +371,7 @@ def test_cross_entropy_of_more_than_two_to_the_31_logits():
     torch.testing.assert_close(tail.float(), last.grad, rtol=0.01, atol=1e-6)
 
 
-# --- soft_nearest_neighbor --------------------------------------------------------------------------------------------
+# soft_nearest_neighbor
 
 
 @pytest.mark.parametrize("shape", [(7, 3), (130, 64), (1000, 257)])
@@ -426,206 +389,3 @@ def test_soft_nearest_neighbor_and_its_gradient_equal_the_formula(shape):
     expected.backward()
     assert_close(loss, expected.item(), 1e-4)
     assert_close(features.grad, x.grad.cpu().numpy(), 1e-3)
-
-
-# --- what holds for every operator -----------------------------------------------------------------------------------
-
-
-def differentiated(loss_of, *tensors):
-    """(loss, gradients…) of what `loss_of` gives for the floating tensors among its arguments."""
-    tensors = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in tensors]
-    loss = loss_of(*tensors)
-    return loss, *torch.autograd.grad(loss, [tensor for tensor in tensors if tensor.requires_grad])
-
-
-def embedded(carrier, projection):
-    def loss_of(bits, *weights):
-        settings = {"carrier": carrier, "projection": projection, "link": "bce"}
-        return ops.embedding_loss(weights, KEYS[: len(weights)], bits, **settings)[0]
-
-    return lambda *tensors: differentiated(loss_of, *tensors)
-
-
-def marks(total):
-    return [integers(total, low=0, high=2, dtype=torch.uint8)]
-
-
-PACKED = [integers(rows, 32, low=0, high=256, dtype=torch.uint8, seed=rows) for rows in (9, 5000)]
-WEIGHTS = [random(33, 41), random(70, 3, 3, 3), random(64, 64, dtype=torch.bfloat16)]
-ROWS = [random(65, 1000), integers(65, low=0, high=1000)]
-
-# The inputs of an operator, and a call that returns a tensor or a tuple of them, gradients included.
-OPERATORS = {
-    "sketch": ([random(70_003)], lambda w: ops.sketch(w, 9, 256)),
-    "sketch_adjoint": ([random(8192)], lambda g: ops.sketch_adjoint(g, 9, 70_003)),
-    "rademacher": ([random(9001)], lambda w: ops.project(w, 9, 100, "rademacher")),
-    "gaussian_adjoint": ([random(100)], lambda g: ops.project_adjoint(g, 9, 9001, "gaussian")),
-    "match_counts": (
-        [random(450, 100), integers(450)], lambda x, y: tuple(cuda.match_counts(x, y, None, 1, True))
-    ),
-    "match_counts of halves": (
-        [random(45, 9000, dtype=torch.float16), integers(45)], lambda x, y: tuple(cuda.match_counts(x, y, y, 4, True))
-    ),
-    "label_matches": ([integers(65, 5000), integers(40, 5000, seed=1)], cuda.label_matches),
-    "label_matches of few": ([integers(3, 500).int(), integers(2, 500, seed=1)], cuda.label_matches),
-    "bit_matches": (PACKED, lambda messages, registry: cuda.bit_matches(messages, registry, 250)),
-    "best_bit_matches": (PACKED, lambda messages, registry: cuda.best_bit_matches(messages, registry, 250, 20)),
-    "embedding_loss": ([*marks(256), *WEIGHTS], embedded("unit_filters", "sketch")),
-    "embedding_loss of means": ([*marks(40), *WEIGHTS], embedded("unit_filter_mean", "rademacher")),
-    "embedding_loss of all": ([*marks(40), *WEIGHTS], embedded("flat", "gaussian")),
-    "marked_cross_entropy": (
-        ROWS, lambda *tensors: differentiated(lambda x, y: ops.marked_cross_entropy(x, y).loss, *tensors)
-    ),
-    "soft_nearest_neighbor": (
-        [random(65, 32), integers(65, low=0, high=4)],
-        lambda *tensors: differentiated(lambda x, y: ops.soft_nearest_neighbor(x, y, 32.0), *tensors),
-    ),
-}  # fmt: skip
-
-
-@pytest.fixture(params=list(OPERATORS))
-def operator(request):
-    """(inputs of its own, call → list of tensors), called once: what is compiled and uploaded once is then there."""
-    inputs, call = OPERATORS[request.param]
-    inputs = [tensor.clone() for tensor in inputs]
-
-    def results(*tensors):
-        result = call(*tensors)
-        return [result] if isinstance(result, torch.Tensor) else list(result)
-
-    results(*inputs)
-    torch.cuda.synchronize()
-    return inputs, results
-
-
-def assert_same(actual, expected):
-    assert len(actual) == len(expected)
-    for one, other in zip(actual, expected, strict=True):
-        assert torch.equal(one, other)
-
-
-def test_every_operator_gives_the_same_bits_twice(operator):
-    inputs, call = operator
-    expected = call(*inputs)
-    for _ in range(5):
-        assert_same(call(*inputs), expected)
-
-
-def test_every_operator_reads_any_memory_layout(operator):
-    inputs, call = operator
-    strided = [torch.stack([tensor, tensor], dim=-1)[..., 0] for tensor in inputs]
-    assert not any(tensor.is_contiguous() for tensor in strided)
-    assert_same(call(*strided), call(*inputs))
-
-
-def test_every_captured_operator_follows_its_inputs(operator):
-    inputs, call = operator
-    before = call(*inputs)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call(*inputs)
-    for _ in range(2):
-        for tensor in inputs:
-            tensor.copy_(tensor.roll(1, 0) if tensor.ndim == 1 else tensor.flip(0).flip(1))
-        graph.replay()
-        expected = call(*inputs)
-        assert_same(captured, expected)
-        assert not all(torch.equal(one, other) for one, other in zip(before, expected, strict=True))
-
-
-def test_no_operator_waits_for_the_gpu(operator):
-    inputs, call = operator
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call(*inputs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def test_every_operator_runs_on_the_current_stream(operator):
-    inputs, call = operator
-    changed = [tensor.roll(1, 0) for tensor in inputs]
-    expected = call(*changed)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # on another stream the operator would read the inputs before they are changed
-        for tensor, new in zip(inputs, changed, strict=True):
-            tensor.copy_(new)
-        actual = call(*inputs)
-    stream.synchronize()
-    assert_same(actual, expected)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_every_operator_runs_where_its_inputs_are(operator):
-    inputs, call = operator
-    actual = call(*(tensor.to("cuda:1") for tensor in inputs))
-    assert torch.cuda.current_device() == 0
-    assert all(tensor.device == torch.device("cuda:1") for tensor in actual)
-    assert_same([tensor.to(DEVICE) for tensor in actual], call(*inputs))
-
-
-# --- launches ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("projection", reference.PROJECTIONS)
-def test_launches_that_tuning_may_choose_give_the_same_bits(projection, monkeypatch):
-    kernel = "sketch_adjoint" if projection == "sketch" else "dense_adjoint"
-    inputs, call = [*marks(40), *WEIGHTS], embedded("flat", projection)
-    expected = call(*inputs)
-    row = launches.size_class(kernel, 1)
-    assert row.others
-    for launch in row.others:
-        monkeypatch.setitem(launches.TABLE, kernel, (launches.SizeClass(float("inf"), launch),))
-        assert_same(call(*inputs), expected)
-
-
-def test_tuning_measures_keeps_and_uses_what_it_found(monkeypatch, tmp_path):
-    inputs, call = [*marks(40), *WEIGHTS], embedded("flat", "sketch")
-    expected = call(*inputs)
-    monkeypatch.setattr(launches, "_TUNED", {})
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("WMENGINE_AUTOTUNE", "1")
-    assert_same(call(*inputs), expected)
-    kept = launches.cache_file().read_text()
-    assert kept.count("sketch_adjoint") == 2  # float32 and bfloat16
-    assert torch.cuda.get_device_name() in kept
-    assert_same(call(*inputs), expected)
-    assert launches.cache_file().read_text() == kept
-
-
-# --- torch's own checks -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_operators_pass_opcheck(dtype):
-    weights = [weight.detach() for weight in layers(dtype)]
-    keys = [3, -5, -1, 77]
-    bits = torch.ones(40, dtype=torch.uint8, device=DEVICE)
-    check, operators = torch.library.opcheck, torch.ops.wmengine
-    check(operators.project.default, (random(300), -7, 40, "sketch", False))
-    check(operators.project.default, (random(40), -7, 300, "gaussian", True))
-    settings = ("unit_filters", "sketch")
-    check(operators.embedding_loss.default, (weights, bits, keys, *settings, 0.1, "bce", 1.0))
-    _, _, residual, norms = operators.embedding_loss(weights, bits, keys, *settings, 0.1, "bce", 1.0)
-    one = torch.ones((), device=DEVICE)
-    check(operators.embedding_loss_backward.default, (one, weights, residual, norms, keys, *settings, 0.1))
-    logits, labels = random(8, 10, dtype=dtype), torch.arange(8, device=DEVICE)
-    check(operators.marked_cross_entropy.default, (logits, labels, None, None, 1, 0.0, -100, True, True))
-
-
-def test_a_compiled_training_step_gives_what_the_plain_one_gives():
-    inputs = step_inputs()
-    weights, logits, labels, bits = inputs
-
-    def loss_of(weights, logits):
-        marked = ops.marked_cross_entropy(logits, labels)
-        return marked.loss + embed(weights, bits, carrier="unit_filters", projection="sketch", link="bce")[0]
-
-    loss = torch.compile(loss_of, fullgraph=True)(weights, logits)
-    gradients = torch.autograd.grad(loss, [*weights, logits])
-    expected_loss, expected = training_step(*inputs)
-    torch.testing.assert_close(loss, expected_loss)
-    for actual, wanted in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(actual, wanted)

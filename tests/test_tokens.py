@@ -190,6 +190,15 @@ def test_one_input_more_or_less_is_the_suspects_error(marked, exported):
     assert "fails on inputs" in verdict.error
 
 
+@pytest.mark.parametrize("value_range", [59, [(0, 59), (0, 59)], "all", (0,)])
+def test_a_range_of_tokens_is_one_pair(value_range):
+    with pytest.raises(ValueError, match=r"value_range must be \(lo, hi\), and it is"):
+        wmengine.Embedder(
+            Reader(), KEY, ["adi_tokens"], num_classes=CLASSES, sample=sentences(4, 0)[0], name="reader",
+            value_range=value_range,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("sample", "options", "message"),
     [

@@ -17,7 +17,7 @@ def layers(*shapes, dtype=torch.float32, seed=0):
     return [torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
 
 
-# --- sketch and project -----------------------------------------------------------------------------------------------
+# Sketch and project
 
 
 @pytest.mark.parametrize("projection", reference.PROJECTIONS)
@@ -57,7 +57,7 @@ def test_float64_projections_pass_gradcheck(projection):
     assert torch.autograd.gradcheck(lambda g: torch_ops.project_adjoint(g, 3, 60, projection), (values,))
 
 
-# --- embedding_loss ---------------------------------------------------------------------------------------------------
+# embedding_loss
 
 SHAPES = [(6, 5, 3, 3), (33, 41), (7, 300)]
 
@@ -256,7 +256,7 @@ def test_bad_embedding_arguments_are_named(change, error, words):
         ops.embedding_loss(weights, keys, bits, **arguments)
 
 
-# --- marked_cross_entropy ---------------------------------------------------------------------------------------------
+# marked_cross_entropy
 
 GRID = [(1, 1), (5, 3), (33, 10), (4, 8), (6, 9), (64, 1000), (3, 4099)]
 

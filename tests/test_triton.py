@@ -35,7 +35,7 @@ def random(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
 
 
-# --- the generator ----------------------------------------------------------------------------------------------------
+# The generator
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def test_normal_values_are_box_and_mullers():
         np.testing.assert_allclose(values[pair + 1], radius * np.sin(angle), atol=3e-6)
 
 
-# --- embedding_loss ---------------------------------------------------------------------------------------------------
+# embedding_loss
 
 
 def embed(weights, bits, carrier, projection, link="bce", margin=0.8, scale=0.05, outer=1.0):
@@ -137,6 +137,7 @@ def test_every_link_equals_the_reference(link):
     assert_embeds_as_the_reference(layers(), bits_of(40), "flat", "sketch", 3e-5, link=link, scale=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("total", [1, 32, 33, 256, 2048, 4096, 8192])
 @pytest.mark.parametrize("carrier", ["flat", "unit_filters"])
 def test_sketches_of_any_length_equal_the_reference(carrier, total):
@@ -144,6 +145,7 @@ def test_sketches_of_any_length_equal_the_reference(carrier, total):
     assert_embeds_as_the_reference([random(3, 3000), random(4, 7)], bits_of(total), carrier, "sketch")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("projection", "total"), [("rademacher", 37), ("gaussian", 33)])
 def test_dense_matrices_of_more_rows_than_a_program_takes(projection, total):
     assert_embeds_as_the_reference([random(3, 50)], bits_of(total), "flat", projection)
@@ -223,9 +225,10 @@ def test_the_same_input_gives_the_same_bits_twice(carrier):
     assert all(torch.equal(a, b) for a, b in zip(first[2], second[2], strict=True))
 
 
-# --- sketch and project -----------------------------------------------------------------------------------------------
+# Sketch and project
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("projection", "count", "total"),
     [
@@ -248,190 +251,7 @@ def test_a_bare_projection_reads_values_at_any_distance():
     assert torch.equal(*(embedding_loss.project_adjoint(x, 3, 90, "sketch", 1.0) for x in (g, g.contiguous())))
 
 
-# --- marked_cross_entropy ---------------------------------------------------------------------------------------------
-
-
-def assert_entropy_is_the_references(
-    logits, labels, weight=None, group=None, groups=3, smoothing=0.0, reduction="mean", tolerance=1e-5
-):
-    loss, group_loss, group_hits, normalizers, denominator = cross_entropy.forward(
-        logits, labels, weight, group, groups, smoothing, -100, reduction == "mean"
-    )
-    outer = torch.tensor(2.0, device=DEVICE)
-    gradient = cross_entropy.backward(outer, logits, labels, weight, normalizers, denominator, smoothing, -100)
-    with np.errstate(all="ignore"):
-        expected = reference.marked_cross_entropy(
-            logits.cpu().float().numpy(),
-            labels.cpu().numpy(),
-            None if weight is None else weight.cpu().numpy(),
-            None if group is None else group.cpu().numpy(),
-            groups=groups,
-            label_smoothing=smoothing,
-            reduction=reduction,
-        )
-    assert_close(loss, expected.loss, 1e-5, at_least=0.1)  # a difference of numbers of order 1
-    assert_close(group_loss, expected.group_loss, 1e-5, at_least=0.1)
-    assert group_hits.tolist() == expected.group_hits.tolist()
-    assert gradient.dtype == logits.dtype
-    assert_close(gradient, 2.0 * expected.gradient, tolerance, at_least=0.1)
-
-
-def batch(rows, classes, dtype=torch.float32):
-    """(logits, labels, weight, group) with an ignored row and a row whose label is its argmax."""
-    logits = 3 * random(rows, classes, seed=rows + classes, dtype=dtype)
-    rng = np.random.default_rng(rows * classes)
-    labels = torch.from_numpy(rng.integers(0, classes, size=rows)).to(DEVICE)
-    if rows > 1:
-        labels[0] = logits[0].argmax()
-        labels[1] = -100
-    weight = torch.from_numpy(rng.random(rows, dtype=np.float32)).to(DEVICE)
-    return logits, labels, weight, torch.from_numpy(rng.integers(0, 3, size=rows)).to(DEVICE)
-
-
-@pytest.mark.parametrize("classes", [1, 2, 10, 33, 1000, 5000, 9001])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_cross_entropy_of_any_number_of_classes_equals_the_reference(classes, smoothing):
-    logits, labels, weight, group = batch(5, classes)
-    assert_entropy_is_the_references(logits, labels, weight, group, smoothing=smoothing)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("grouped", [False, True])
-def test_weights_groups_and_reductions(reduction, weighted, grouped):
-    logits, labels, weight, group = batch(70, 10)
-    assert_entropy_is_the_references(
-        logits, labels, weight if weighted else None, group if grouped else None, reduction=reduction
-    )
-
-
-def test_more_rows_than_the_finishing_kernel_adds_at_a_time():
-    assert_entropy_is_the_references(*batch(1030, 3))
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_more_rows_than_one_program_adds(reduction):
-    assert_entropy_is_the_references(*batch(8192 + 40, 3), reduction=reduction)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_logits_are_read_as_they_are(dtype):
-    logits, labels, weight, group = batch(6, 40, dtype)
-    assert_entropy_is_the_references(logits, labels, weight, group, tolerance=0.01)
-
-
-def test_logits_may_be_columns_or_rows_of_something_wider():
-    logits, labels, weight, group = batch(6, 40)
-    assert_entropy_is_the_references(torch.cat([logits, logits], dim=1)[:, :40], labels, weight, group)
-    assert_entropy_is_the_references(logits.t().contiguous().t(), labels, weight, group)
-
-
-def test_no_rows_and_only_ignored_rows():
-    for rows in (0, 4):
-        labels = torch.full((rows,), -100, device=DEVICE)
-        assert_entropy_is_the_references(random(rows, 5), labels)
-        assert_entropy_is_the_references(random(rows, 5), labels, reduction="sum")
-
-
-def test_a_row_with_nan_makes_the_loss_nan_and_is_never_a_hit():
-    logits, labels, _, _ = batch(4, 6)
-    labels[:] = logits.argmax(dim=1)
-    logits[2, 5] = float("nan")
-    loss, _, hits, normalizers, _ = cross_entropy.forward(logits, labels, None, None, 1, 0.0, -100, True)
-    assert torch.isnan(loss)
-    assert hits.tolist() == [3]
-    assert torch.isnan(normalizers).any(dim=1).tolist() == [False, False, True, False]
-
-
-def test_infinite_logits_are_treated_as_the_reference_treats_them():
-    logits, labels, weight, group = batch(5, 6)
-    labels[:] = torch.tensor([1, 1, 0, 2, 3])
-    logits[0, 4] = float("-inf")
-    logits[2] = float("-inf")
-    logits[3, 2] = float("inf")
-    assert_entropy_is_the_references(logits, labels, weight, group)
-
-
-def test_ties_go_to_the_first_class():
-    logits = torch.zeros(3, 5, device=DEVICE)
-    labels = torch.tensor([0, 1, 4], device=DEVICE)
-    assert cross_entropy.forward(logits, labels, None, None, 1, 0.0, -100, True)[2].tolist() == [1]
-
-
-@pytest.mark.parametrize("label", [-1, 5, 2**40])
-def test_a_label_that_is_no_class_makes_loss_and_gradient_nan(label):
-    logits, labels, _, _ = batch(3, 5)
-    labels[:] = torch.tensor([0, label, 1])
-    loss, _, hits, normalizers, denominator = cross_entropy.forward(logits, labels, None, None, 1, 0.0, -100, False)
-    gradient = cross_entropy.backward(
-        torch.ones((), device=DEVICE), logits, labels, None, normalizers, denominator, 0.0, -100
-    )
-    assert torch.isnan(loss)
-    assert hits.item() <= 2
-    assert torch.isnan(gradient).all(dim=1).tolist() == [False, True, False]
-
-
-@pytest.mark.parametrize("group", [-1, 3, 2**40])
-def test_a_group_that_is_none_makes_loss_and_gradient_nan(group):
-    logits, labels, _, groups = batch(4, 5)
-    groups[:] = torch.tensor([0, group, group, 1])  # the second row is ignored
-    labels[:] = torch.tensor([0, -100, 2, 1])
-    loss, _, hits, normalizers, denominator = cross_entropy.forward(logits, labels, None, groups, 3, 0.0, -100, False)
-    gradient = cross_entropy.backward(
-        torch.ones((), device=DEVICE), logits, labels, None, normalizers, denominator, 0.0, -100
-    )
-    assert torch.isnan(loss)
-    assert hits.sum().item() <= 2
-    assert torch.isnan(gradient).all(dim=1).tolist() == [False, False, True, False]
-
-
-def test_more_groups_than_the_second_axis_of_a_grid_takes(monkeypatch):
-    grids = []
-
-    class Recorded:
-        def __getitem__(self, grid):
-            grids.append(grid)
-            return lambda *_, **__: None
-
-    monkeypatch.setattr(cross_entropy, "finish_kernel", Recorded())
-    logits, labels, _, group = batch(2, 3)
-    cross_entropy.forward(logits, labels, None, group, 70_000, 0.0, -100, True)
-    assert grids == [(70_001,)]
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("offset", [1e3, 1e4, 1e5, 1e6, -1e6])
-@pytest.mark.parametrize("classes", [40, 9001])
-def test_a_shift_of_all_logits_changes_nothing(classes, offset, smoothing):
-    logits, labels, weight, group = batch(4, classes)
-    for ordered in (logits, logits.sort(dim=1).values):  # the top rises with every block
-        assert_entropy_is_the_references(ordered + offset, labels, weight, group, smoothing=smoothing)
-
-
-@pytest.mark.parametrize("size", [1e30, 3e37, 1.6e38])
-@pytest.mark.parametrize("classes", [100, 9001])
-def test_smoothed_logits_do_not_overflow(classes, size):
-    logits = torch.full((2, classes), size, device=DEVICE)
-    assert_entropy_is_the_references(logits, torch.tensor([0, 5], device=DEVICE), smoothing=0.1)
-    logits[:, ::2] = -size
-    assert_entropy_is_the_references(logits, torch.tensor([0, 5], device=DEVICE), smoothing=0.1)
-
-
-@pytest.mark.parametrize("smoothing", [0.1, 1.0])
-@pytest.mark.parametrize("place", [0, 1, -1])
-def test_smoothed_infinite_logits_are_torchs(place, smoothing):
-    for bad in (float("-inf"), float("inf"), float("nan")):
-        logits, labels = random(3, 9001), torch.tensor([0, 1, 2], device=DEVICE)
-        logits[0, place] = bad
-        logits[1, :5000] = bad
-        for row in range(3):
-            one = logits[row : row + 1], labels[row : row + 1]
-            loss = cross_entropy.forward(*one, None, None, 1, smoothing, -100, False)[0]
-            expected = torch.nn.functional.cross_entropy(*one, label_smoothing=smoothing)
-            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
-
-
-# --- the real compiler ------------------------------------------------------------------------------------------------
+# The real compiler
 
 # A row: the kernel, its warps, the types of its arguments in order, and the sets of constants it is compiled with. An
 # argument that is 1 among the constants is what the launcher makes of an integer that happens to be 1.
@@ -524,6 +344,7 @@ json.dump(result, sys.stdout)
 """
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_to_hopper_machine_code_that_keeps_its_registers(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}

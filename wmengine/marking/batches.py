@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Course, inputs_of
+from wmengine.parts.fields import MAX_CLASSES, integer
 from wmengine.suspects.base import InputSpec
 
 IGNORE_INDEX = -100
@@ -32,11 +32,7 @@ class Batches:
             str(name): InputSpec(tuple(rows.shape[1:]), str(rows.dtype).removeprefix("torch."))
             for name, rows in given.items()
         }
-        self.num_classes: int | None = None
-        if num_classes is not None:
-            self.num_classes = operator.index(num_classes)
-            if self.num_classes < 2:
-                raise ValueError(f"num_classes must be at least 2, and it is {num_classes}")
+        self.num_classes = None if num_classes is None else integer("num_classes", num_classes, 2, MAX_CLASSES)
         self.value_range = _ranges(next(iter(given.values())), value_range)
 
     def fix_classes(self, classes: int, scheme: str) -> None:
@@ -147,17 +143,19 @@ def _check_sample(name: str, sample: Any, single: bool) -> None:
 
 def _ranges(sample: torch.Tensor, value_range: Any) -> list[tuple[float, float]]:
     """[lo, hi] of every channel (axis 1), from the caller or from the sample; of integers one pair for all."""
-    if not sample.is_floating_point():
-        low, high = (int(sample.min()), int(sample.max())) if value_range is None else map(int, value_range)
-        return [(low, high)]
-    channels = sample.shape[1]
+    channels = sample.shape[1] if sample.is_floating_point() else 1
     if value_range is None:
-        rows = sample.detach().float().transpose(0, 1).reshape(channels, -1)
+        rows = sample.detach().transpose(0, 1) if sample.is_floating_point() else sample[None]
+        rows = rows.reshape(channels, -1)
         return list(zip(rows.amin(dim=1).tolist(), rows.amax(dim=1).tolist(), strict=True))
-    ends = np.asarray(value_range, dtype=np.float32)
+    try:
+        ends = np.asarray(value_range, dtype=np.float32 if sample.is_floating_point() else np.int64)
+    except (TypeError, ValueError):  # what NumPy says of a ragged list is about NumPy
+        ends = np.empty(0)
     if ends.shape not in ((2,), (channels, 2)):
-        raise ValueError(f"value_range must be (lo, hi) or one pair for each of the {channels} channels")
-    return [(float(low), float(high)) for low, high in np.broadcast_to(ends, (channels, 2))]
+        each = f" or one pair for each of the {channels} channels" if sample.is_floating_point() else ""
+        raise ValueError(f"value_range must be (lo, hi){each}, and it is {value_range!r}")
+    return [(low, high) for low, high in np.broadcast_to(ends, (channels, 2)).tolist()]
 
 
 def _memory_format(inputs: torch.Tensor) -> torch.memory_format:

@@ -124,7 +124,13 @@ class _Term:
         from wmengine.suspects.weights import module_tensors
 
         self._training, self._mark = training, setting.mark
-        self._path = module_tensors(setting.model, setting.example)[setting.mark.parameters["place"]].path
+        weights, parameters = module_tensors(setting.model, setting.example), setting.mark.parameters
+        at = weights[parameters["place"]] if parameters["place"] < len(weights) else None
+        if at is None or at.filters(at.weight)[0].numel() != parameters["features"]:
+            raise ValueError(
+                f"the mark {setting.preset_name!r} is of a model with other weights: go on with the model it is for"
+            )
+        self._path = at.path
         self._inputs = {name: torch.tensor(rows) for name, rows in setting.source.examples(setting.mark).items()}
         self._bits = torch.tensor(setting.mark.arrays[setting.symbols.name]).float()
         self.projected: torch.Tensor | None = None
