@@ -20,7 +20,7 @@ from endpoint_stub import (
     serving,
     tensor,
 )
-from made_marks import asking
+from judged import black_box
 
 import wmengine as wm
 from wmengine.errors import SuspectError
@@ -344,7 +344,7 @@ class Stranger:
 def test_strangers_with_any_budget_are_accused_no_more_often_than_p_says():
     chance, verdicts, small = np.random.default_rng(11), 600, {0.3: 0, 0.1: 0, 0.03: 0}
     for number in range(verdicts):
-        mark = asking(SHAPE, 40, CLASSES, key=Key("ACME Vision", chance.bytes(32)))
+        mark = black_box(SHAPE, CLASSES, 40, key=Key("ACME Vision", chance.bytes(32)))
         stranger, budget = Stranger(chance, chance.choice([0.0, 0.2])), int(chance.integers(3, 90))
         patient = Patience(None, budget, 3, 30.0, 600.0, sleep=lambda seconds: None)
         scaling, batch = ("as recorded", "any")[number % 2], int(chance.integers(1, 20))

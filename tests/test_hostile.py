@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 import pytest
 from hostile_models import CORPUS, SECRET, classifier, constant, model, node, value
+from judged import white_box
 from lying_service import LIES
-from made_marks import reading
 from mutations import mutants, seeds
 from processes import children, template_of
 from scan_models import CLASSES, SHAPE, copy_of, mark, stranger
@@ -37,7 +37,7 @@ LIMITS = Limits(seconds=3.0, memory_bytes=512 << 20, answer_bytes=32 << 20)
 AMPLE = replace(LIMITS, seconds=100.0)  # for what must end by itself, on a busy machine too
 CARRIER = (400, 16)
 MARK = mark()
-BITS = reading([CARRIER], SHAPE)
+BITS = white_box([CARRIER], name="weights", shape=SHAPE, bits=64)
 OWNED, FREE, STAMPED = "owned, not_proven", "not_proven, not_proven", "not_proven, owned"
 
 

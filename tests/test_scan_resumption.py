@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 
 import pyarrow.parquet as parquet
 import pytest
-from made_marks import KEY
+from judged import KEY
 from scan_models import by_pair, copy_of, facts, hanging, mark
 
 from wmengine import __version__

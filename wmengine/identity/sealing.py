@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from wmengine.errors import WmengineError
+from wmengine.identity.canonical import read_json
 
 FORMAT = "wmengine/1"
 MAX_FILE_BYTES = 1 << 30
@@ -73,7 +74,7 @@ def _envelope(blob: bytes) -> dict[str, Any] | None:
     if not blob.startswith(b"{"):
         return None
     try:
-        envelope = json.loads(blob)
+        envelope = read_json(blob)
     except (ValueError, RecursionError):
         return None
     return envelope if isinstance(envelope, dict) and envelope.get("kind") == "sealed" else None
