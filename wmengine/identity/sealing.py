@@ -112,7 +112,7 @@ def read_file(path: str | os.PathLike[str], what: str, error: type[WmengineError
                 raise error(f"{name} is not a file; give the path of a {what}")
             if private and os.name == "posix" and status.st_mode & 0o077:
                 raise error(f"{name} can be read by other users; make it yours alone with: chmod 600 {name}")
-            data = file.read(MAX_FILE_BYTES + 1)
+            data = file.read(min(status.st_size, MAX_FILE_BYTES) + 1)  # which takes as much memory at once
     except FileNotFoundError:
         raise error(f"{name} does not exist; give the path of a {what}") from None
     except IsADirectoryError:
