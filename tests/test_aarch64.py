@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # compiles
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [path for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")) if path.name != "bindings.cpp"]
 DRIVER = ROOT / "tests" / "native" / "golden.cpp"

@@ -172,6 +172,7 @@ def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
     )
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_every_operator_and_is_kept_out_of_the_tables(tmp_path: Path) -> None:
     ran = command("-m", "benchmarks", "--quick", "--device=cpu", "--threads=1", "--json", f"--out={tmp_path}")
     assert (ran.returncode, ran.stderr) == (0, ""), "progress is for terminals"
@@ -208,6 +209,7 @@ def test_without_a_checkout_bench_says_where_the_benchmarks_are(tmp_path: Path) 
     assert ran.stderr.startswith("wmengine: the benchmarks are not part of the installed package: clone ")
 
 
+@pytest.mark.slow
 def test_an_operator_with_a_failed_case_gets_no_result_and_those_before_it_keep_theirs(tmp_path: Path) -> None:
     for folder in ("wmengine", "benchmarks"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))

@@ -61,7 +61,7 @@ def test_others_pay_for_the_orders_of_the_classes_that_were_named(names):
     paid = verify(named(mark, mark.symbols, names), mark)
     assert orders_paid(paid) == pytest.approx(log10_falling(10, 10))
     assert paid.log10_p == pytest.approx(free.log10_p + log10_falling(10, 10))
-    assert any("names was given at verification: all 10^6.6 orders were paid for" in note for note in paid.notes)
+    assert any("said at verification: all 10^6.6 meanings were paid for" in note for note in paid.notes)
 
 
 def test_few_named_classes_have_few_orders():

@@ -163,7 +163,7 @@ def test_a_suspect_that_cannot_be_judged_is_one_line_on_stderr(run):
         (("keygen", "ACME", "--out", "other.key", "--passphrase-file", "bytes"), "bytes is no text"),
         (("scam",), "No such command 'scam'"),
         (("keygen", "ACME", "--out", "acme.key"), "acme.key exists already"),
-        (("keygen", " ", "--out", "other.key"), "owner must be text without blanks"),
+        (("keygen", " ", "--out", "other.key"), "owner must be text without blanks at its ends"),
         (("keygen", "ACME", "--out", "other.key", "--passphrase-file", "nowhere"), "nowhere: No such file"),
     ],
 )

@@ -119,6 +119,7 @@ def test_the_fronts_name_the_argument_they_refuse():
             call[0](*call[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("kernels", ["label_matches", "bit_matches", "match_counts"])
 def test_kernels_keep_their_registers(kernels, architecture, tmp_path):

@@ -19,6 +19,8 @@ if shutil.which("g++") is None:
 from tests.cuda_emulation.build import build, rewrite  # noqa: E402
 from wmengine.ops import cuda, reference  # noqa: E402
 
+pytestmark = pytest.mark.slow  # compiles
+
 CSRC = Path(__file__).parents[1] / "csrc"
 
 

@@ -253,7 +253,7 @@ def test_names_of_classes_that_the_mark_does_not_hold_are_paid_for(mark, labels,
         assert (verdict.decision, verdict.matched) == ("owned", COUNT)
         orders = math.lgamma(CLASSES + 1) / math.log(10) if is_paid else 0.0
         assert verdict.log10_p == pytest.approx(math.log10(2) - COUNT + orders)
-        said = [note for note in verdict.notes if "the order of the classes' names was given at verification" in note]
+        said = [note for note in verdict.notes if "what the classes' names stand for was said at verification" in note]
         assert bool(said) == is_paid
         suspect, proof = wm.endpoint(stub.url, labels=labels), {"key": KEY, "adversarial": True}
         if is_paid:

@@ -90,7 +90,9 @@ def test_a_name_is_a_str(what: str, value: object) -> None:
 
 def test_an_absent_message_is_not_an_empty_one() -> None:
     assert mark(message=None).message is None
-    with pytest.raises(ValueError, match="message must be text without blanks at its ends, and it is ''"):
+    with pytest.raises(
+        ValueError, match="message must be text without blanks at its ends or two in a row, and it is ''"
+    ):
         mark(message="")
 
 

@@ -46,17 +46,6 @@ def raises(error):
     return answer
 
 
-class Widths:
-    """Answers each batch with one class more than the one before."""
-
-    def __init__(self, first=CLASSES):
-        self.width = first - 1
-
-    def __call__(self, rows):
-        self.width += 1
-        return np.zeros((len(rows), self.width), np.float32)
-
-
 OWNED = {
     "it writes into its inputs": in_place,
     "its scores are logarithms of 0 and 1": log_softmax,
@@ -74,14 +63,13 @@ NOT_PROVEN = {
     "equal scores": lambda rows: np.ones((len(rows), CLASSES)),
     "labels out of range": lambda rows: np.full(len(rows), 1 << 40),
     "negative labels": lambda rows: np.full(len(rows), -7),
-    "labels that are no numbers": lambda rows: np.full(len(rows), np.nan),
 }
 ERRORS = {
     "no classes": (lambda rows: np.zeros((len(rows), 0)), "0 classes"),
     "another number of classes": (lambda rows: np.zeros((len(rows), 7)), "7 classes and the watermark has 10"),
-    "changing widths": (Widths(), "changes the shape of its answers from one batch to the next"),
     "too few rows": (lambda rows: RIGHT(rows)[:-1], "no scores [32, C]"),
     "too many rows": (lambda rows: np.repeat(RIGHT(rows), 2, axis=0), "no scores [32, C]"),
+    "labels that are no numbers": (lambda rows: np.full(len(rows), np.nan), "no scores [32, C]"),
     "nothing": (lambda rows: None, "no scores"),
     "no outputs": (lambda rows: (), "none"),
     "text": (lambda rows: "cat", "no scores"),
@@ -120,16 +108,23 @@ def test_a_copy_that_answers_strangely_is_still_one(what, test):
 @pytest.mark.parametrize("what", NOT_PROVEN)
 def test_answers_that_say_nothing_prove_nothing(what, test):
     verdict = judged(NOT_PROVEN[what], test=test)
-    assert (verdict.decision, verdict.error, verdict.log10_p) == ("not_proven", None, 0.0)
+    assert (verdict.decision, verdict.error) == ("not_proven", None)
+    assert verdict.log10_p > -2  # class 0, the first of equals, may match by chance
 
 
 @pytest.mark.parametrize("test", TESTS)
 @pytest.mark.parametrize("what", ERRORS)
 def test_what_cannot_be_read_is_the_suspects_error_in_one_sentence(what, test):
     suspect, said = ERRORS[what]
-    verdict = judged(Widths() if what == "changing widths" else suspect, test=test)
+    verdict = judged(suspect, test=test)
     assert (verdict.decision, verdict.matched, verdict.log10_p) == ("error", 0, 0.0)
     assert said.replace("32", "16") in verdict.error or said in verdict.error
+
+
+def test_another_number_of_classes_from_one_batch_to_the_next_is_an_error():
+    widths = iter((10, 11, 12))
+    verdict = judged(lambda rows: np.zeros((len(rows), next(widths))))
+    assert "changes the shape of its answers from one batch to the next" in verdict.error
 
 
 @pytest.mark.parametrize(
@@ -159,7 +154,7 @@ def test_a_suspect_that_fails_while_it_is_opened_up_is_an_error():
 
 
 def raises_any(*given):
-    raise KeyError("it broke")
+    raise RuntimeError("it broke")
 
 
 @pytest.mark.parametrize("values", [np.nan, np.inf, -np.inf, 0.0, 1e38])

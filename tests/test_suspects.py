@@ -327,7 +327,7 @@ def test_a_model_and_its_weights_together_have_a_size_limit(tmp_path):
     path = save(with_external("w.bin"), tmp_path / "m.onnx")
     size = path.stat().st_size + WEIGHT.nbytes
     assert OnnxSuspect(path, maximum_bytes=size).tensors()
-    assert "w.bin is larger" in complaint(lambda: OnnxSuspect(path, maximum_bytes=size - 1))
+    assert "'w.bin' beside" in complaint(lambda: OnnxSuspect(path, maximum_bytes=size - 1))
     assert "m.onnx is larger" in complaint(lambda: OnnxSuspect(path, maximum_bytes=10))
 
 

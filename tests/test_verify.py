@@ -321,7 +321,7 @@ def test_a_mark_in_one_layer_is_found_among_its_equals(save):
     weights[1] += 3 * mean.reshape(CARRIERS[1][1:]) / mean.std()
     verdict = verify(save(network(weights)), mark, alpha=1e-3)
     assert verdict.owned
-    assert verdict.matched > 28
+    assert verdict.matched > 0.8 * 32
     assert any("2 of the 2 possible orders" in note for note in verdict.notes)
     assert not verify(save(network([weights[0], weights[0]])), mark, alpha=1e-3).owned
 

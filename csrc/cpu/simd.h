@@ -108,6 +108,11 @@ WM_INLINE Float flip(Float x, Word sign) {
 }
 
 template <typename Vector>
+WM_INLINE Vector minimum(Vector a, Vector b) {
+    return a < b ? a : b;
+}
+
+template <typename Vector>
 WM_INLINE Vector maximum(Vector a, Vector b) {
     return a > b ? a : b;
 }

@@ -74,3 +74,15 @@ T atomicAdd(T* at, T value) {
 }
 
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+
+inline float __uint_as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline uint32_t __float_as_uint(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}

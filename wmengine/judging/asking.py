@@ -307,7 +307,7 @@ class Trial:
         # The moments at which the ways before were given up are all that a suspect can know of the symbols: each is
         # paid, so that nothing is gained by answering otherwise after some than after others.
         before = self._rounds[:-1] if self._terms.sequential else []
-        moments = math.prod(_looks_of(each.total) for each in before if each.asked)
+        moments = math.prod(1 + len(range(FIRST_LOOK, each.total, NEXT_LOOK)) for each in before if each.asked)
         for output, first, share in readings_of(predicted, seen, self.num_classes, single):
             share *= current.way.share / moments
             bar = self._terms.log10_bar - math.log10(share)
@@ -376,11 +376,6 @@ class Trial:
             if -least < self._terms.log10_bar:
                 found.append(fact("orders_too_many", total=total, classes=self.num_classes))
         return found
-
-
-def _looks_of(total: int) -> int:
-    """After how many looks a sequential test of so many questions may stop."""
-    return 1 + -(-max(0, total - FIRST_LOOK) // NEXT_LOOK)
 
 
 def classes_of(answers: Answers) -> Labels:
