@@ -10,10 +10,13 @@ import re
 from collections import Counter
 from dataclasses import replace
 
+import hostile_files
+import hostile_graphs
+import hostile_runs
 import numpy as np
 import onnx
 import pytest
-from hostile_models import CORPUS, SECRET, classifier, constant, model, node, value
+from hostile_models import SECRET, classifier, constant, model, node, value
 from judged import white_box
 from lying_service import LIES
 from mutations import mutants, seeds
@@ -33,6 +36,7 @@ from wmengine.suspects.answers import ABSTAINED, choose_readings, highest
 from wmengine.suspects.model_file import LocalSource, read_model
 from wmengine.suspects.onnx_file import OnnxSuspect, open_engine
 
+CORPUS = hostile_files.CORPUS | hostile_graphs.CORPUS | hostile_runs.CORPUS
 LIMITS = Limits(seconds=3.0, memory_bytes=512 << 20, answer_bytes=32 << 20)
 AMPLE = replace(LIMITS, seconds=100.0)  # for what must end by itself, on a busy machine too
 CARRIER = (400, 16)

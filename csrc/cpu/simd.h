@@ -116,10 +116,6 @@ template <typename Vector>
 WM_INLINE Vector maximum(Vector a, Vector b) {
     return a > b ? a : b;
 }
-template <typename Vector>
-WM_INLINE Vector minimum(Vector a, Vector b) {
-    return a < b ? a : b;
-}
 
 // v[order], of which only the low bits count.
 template <typename Vector, typename Order>
