@@ -219,7 +219,7 @@ def names_that_are_no_text():
 
 @hostile("answers|10 classes")
 def weights_as_the_answer():
-    return classifier(outputs=[value("w", shape=list(WEIGHT.shape))])
+    return classifier(initializers=[constant("v", WEIGHT[:12])], outputs=[value("v", shape=[12, CLASSES])])
 
 
 @hostile("ONNX Runtime")
