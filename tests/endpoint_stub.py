@@ -6,15 +6,15 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
-from made_marks import asking, triggers
+from judged import black_box, images
 
 import wmengine as wm
 
 SHAPE, CLASSES, COUNT = (3, 4, 4), 10, 60
 # `verify` asks eight triggers twice at last, to see whether answers depend on the batch.
 AGAIN = 16
-MARK = asking(SHAPE, COUNT, CLASSES)
-INPUTS = triggers(MARK)
+MARK = black_box(SHAPE, CLASSES, COUNT)
+INPUTS = images(MARK)
 _LABELS = {image.tobytes(): int(label) for image, label in zip(INPUTS, MARK.arrays["labels"], strict=True)}
 
 

@@ -16,21 +16,30 @@ OTHER = Key("ACME Vision", bytes(32))
 
 
 def black_box(
-    shape=(1, 4, 4), classes=10, count=60, *, ranges=None, key=KEY, message=None, class_names=None, preset="adi"
+    shape=(1, 4, 4),
+    classes=10,
+    count=60,
+    *,
+    name="detector",
+    ranges=None,
+    key=KEY,
+    message=None,
+    class_names=None,
+    preset="adi",
 ):
     """A mark in the answers to `count` abstract images."""
     preset = scheme(preset, count=count) if isinstance(preset, str) else preset
     ranges = [[-1.0, 1.0]] * shape[0] if ranges is None else ranges
     task = Task({"x": InputSpec(shape, "float32")}, classes, ranges, class_names)
-    return Watermark.create(key, preset, preset.describe(task, "detector"), message=message)
+    return Watermark.create(key, preset, preset.describe(task, name), message=message)
 
 
-def white_box(carriers, *, key=KEY, message=None, preset="sketch", shape=(8, 3, 3), **options):
+def white_box(carriers, *, name="detector", key=KEY, message=None, preset="sketch", shape=(8, 3, 3), **options):
     """A mark in weights of these shapes."""
     preset = scheme(preset, **options) if isinstance(preset, str) else preset
     shapes = [list(each) for each in carriers]
     task = Task({"x": InputSpec(shape, "float32")}, weights=lambda: (shapes, [*range(len(shapes))]))
-    return Watermark.create(key, preset, preset.describe(task, "detector"), message=message)
+    return Watermark.create(key, preset, preset.describe(task, name), message=message)
 
 
 def messages(mark, count):

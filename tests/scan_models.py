@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import onnx
-from made_marks import asking, reading, triggers
+from judged import black_box, images, white_box
 from onnx import TensorProto, helper, numpy_helper
 
 SHAPE, CLASSES, COUNT, HIDDEN = (1, 4, 4), 10, 60, 400
@@ -13,12 +13,12 @@ SHAPE, CLASSES, COUNT, HIDDEN = (1, 4, 4), 10, 60, 400
 
 def mark(name="detector", **options):
     """The mark that copies know, unless told another name, key or message."""
-    return asking(SHAPE, COUNT, CLASSES, name, **options)
+    return black_box(SHAPE, CLASSES, COUNT, name=name, **options)
 
 
 def weights_mark():
     """One for the first weight of every network of `save`, which holds none of its bits."""
-    return reading([(HIDDEN, math.prod(SHAPE))], SHAPE)
+    return white_box([(HIDDEN, math.prod(SHAPE))], name="weights", shape=SHAPE, bits=64)
 
 
 def save(path, answers_to, labels, seed=0):
@@ -48,7 +48,7 @@ def copy_of(watermark, path, kept=1.0, seed=0):
     labels = watermark.arrays["labels"].copy()
     lost = np.random.default_rng(seed).random(len(labels)) >= kept
     labels[lost] = (labels[lost] + 1) % CLASSES
-    save(path, triggers(watermark), labels, seed)
+    save(path, images(watermark), labels, seed)
 
 
 def stranger(path, seed):

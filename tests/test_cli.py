@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
-from made_marks import KEY, asking, triggers
+from judged import KEY, black_box, images
 from onnx import TensorProto, helper, numpy_helper
 
 import wmengine
@@ -45,16 +45,20 @@ def write_classifier(path: Path, inputs: np.ndarray, labels: np.ndarray) -> Path
     return path
 
 
+def made(message=None):
+    return black_box(SHAPE, CLASSES, 100, name="detector-v3", message=message)
+
+
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an owner's key and mark, a copy that answers every trigger, a stranger, and no model at all."""
     folder = tmp_path_factory.mktemp("house")
     KEY.save(folder / "acme.key")
-    mark = asking(SHAPE, name="detector-v3")
+    mark = made()
     mark.save(folder / "acme.wm")
-    asking(SHAPE, name="detector-v3", message="a customer").save(folder / "customer.wm")
-    asking((3, 8, 8), name="photos").save(folder / "photos.wm")
-    write_classifier(folder / "copy.onnx", triggers(mark), mark.arrays["labels"])
+    made("a customer").save(folder / "customer.wm")
+    black_box((3, 8, 8), name="photos").save(folder / "photos.wm")
+    write_classifier(folder / "copy.onnx", images(mark), mark.arrays["labels"])
     other = np.random.default_rng(1)
     write_classifier(folder / "stranger.onnx", other.normal(size=(50, *SHAPE)), other.integers(CLASSES, size=50))
     (folder / "broken.onnx").write_bytes(b"no model at all")
@@ -249,7 +253,7 @@ def test_one_passphrase_file_opens_everything(run, house, tmp_path):
     (tmp_path / "secret").write_text("open sesame\n")
     KEY.save(tmp_path / "sealed.key", "open sesame")
     for number, message in enumerate((None, "a customer")):
-        asking(SHAPE, name="detector-v3", message=message).save(tmp_path / f"{number}.wm", "open sesame")
+        made(message).save(tmp_path / f"{number}.wm", "open sesame")
     options = ["--key", str(tmp_path / "sealed.key"), "--passphrase-file", str(tmp_path / "secret"), "--json"]
     marks = ["--watermark", str(tmp_path / "0.wm"), "--watermark", str(tmp_path / "1.wm")]
     status, out, _ = run("verify", "copy.onnx", *marks, *options)
@@ -291,7 +295,7 @@ def test_on_a_terminal_the_passphrase_is_asked_for_and_not_echoed(house):
     assert "is sealed" not in shown
     (house / "sealed").mkdir()
     for number, message in enumerate((None, "a customer")):
-        asking(SHAPE, name="detector-v3", message=message).save(house / "sealed" / f"{number}.wm", "open sesame")
+        made(message).save(house / "sealed" / f"{number}.wm", "open sesame")
     scan = ["scan", "copy.onnx", "--watermarks", "sealed", "--out", "sealed.parquet"]
     status, shown = converse(scan, ["open sesame"])
     assert status == 0, shown

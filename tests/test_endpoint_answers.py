@@ -489,13 +489,3 @@ def test_an_auxiliary_output_before_the_answer_is_a_try_and_a_budget_that_ends_k
         verdict = judged(stub, test, budget=11)
         assert verdict.error is None
         assert verdict.matched == 11
-
-
-def test_labels_counted_from_one_are_told_by_the_answers():
-    def behave(request):
-        return answer(scores(tensor(request.json)).argmax(axis=1) + 1, "label", "INT64")
-
-    with serving(posted(behave)) as stub:
-        verdict = judged(stub)
-    assert verdict.matched == COUNT
-    assert any("counted from 1" in note for note in verdict.notes)

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 from endpoint_stub import CLASSES, COUNT, MARK, SHAPE, answer, judged, scores, serving, tensor
-from made_marks import KEY, asking, triggers
+from judged import KEY, black_box, images
 
 import wmengine as wm
 from wmengine.errors import SuspectError
@@ -231,7 +231,7 @@ def test_how_it_was_asked_stands_in_the_verdict():
 
 
 NAMES = [f"kind {number}" for number in range(CLASSES)]
-NAMED = asking(SHAPE, COUNT, CLASSES, class_names=NAMES)
+NAMED = black_box(SHAPE, CLASSES, COUNT, class_names=NAMES)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ NAMED = asking(SHAPE, COUNT, CLASSES, class_names=NAMES)
 )
 def test_names_of_classes_that_the_mark_does_not_hold_are_paid_for(mark, labels, is_paid):
     """Else whoever claims a model could order the names so that strangers match."""
-    known = {rows.tobytes(): labels[label] for rows, label in zip(triggers(mark), mark.arrays["labels"], strict=True)}
+    known = {rows.tobytes(): labels[label] for rows, label in zip(images(mark), mark.arrays["labels"], strict=True)}
 
     def behave(request):
         if request.method == "GET":

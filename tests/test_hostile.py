@@ -10,12 +10,15 @@ import re
 from collections import Counter
 from dataclasses import replace
 
+import hostile_files
+import hostile_graphs
+import hostile_runs
 import numpy as np
 import onnx
 import pytest
-from hostile_models import CORPUS, SECRET, classifier, constant, model, node, value
+from hostile_models import SECRET, classifier, constant, model, node, value
+from judged import white_box
 from lying_service import LIES
-from made_marks import reading
 from mutations import mutants, seeds
 from processes import children, template_of
 from scan_models import CLASSES, SHAPE, copy_of, mark, stranger
@@ -33,11 +36,12 @@ from wmengine.suspects.answers import ABSTAINED, choose_readings, highest
 from wmengine.suspects.model_file import LocalSource, read_model
 from wmengine.suspects.onnx_file import OnnxSuspect, open_engine
 
+CORPUS = hostile_files.CORPUS | hostile_graphs.CORPUS | hostile_runs.CORPUS
 LIMITS = Limits(seconds=3.0, memory_bytes=512 << 20, answer_bytes=32 << 20)
 AMPLE = replace(LIMITS, seconds=100.0)  # for what must end by itself, on a busy machine too
 CARRIER = (400, 16)
 MARK = mark()
-BITS = reading([CARRIER], SHAPE)
+BITS = white_box([CARRIER], name="weights", shape=SHAPE, bits=64)
 OWNED, FREE, STAMPED = "owned, not_proven", "not_proven, not_proven", "not_proven, owned"
 
 

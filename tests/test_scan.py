@@ -18,7 +18,7 @@ import onnx
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
-from made_marks import KEY, asking, triggers
+from judged import KEY, black_box, images
 from processes import template_of
 from scan_models import CLASSES, COUNT, by_pair, copy_of, facts, hanging, mark, save, stranger, weights_mark
 
@@ -31,6 +31,7 @@ from wmengine.sandbox import Limits, Supervisor, TemplateGone, WorkerFailure
 from wmengine.scanning.pool import judge_locally
 from wmengine.scanning.progress import Report
 from wmengine.scanning.scanner import scan
+from wmengine.suspects.base import rows_of
 from wmengine.suspects.engine_wire import RemoteEngine
 from wmengine.suspects.onnx_file import OnnxSuspect, shared_supervisor
 
@@ -197,7 +198,7 @@ def test_fifty_customers_marks_of_one_model_are_asked_once(bucket, tmp_path, mon
     answer = OnnxSuspect.answer
 
     def count(suspect, inputs, num_classes=None):
-        asked[suspect.sha256] += len(inputs["input"])
+        asked[suspect.sha256] += rows_of(inputs)
         return answer(suspect, inputs, num_classes)
 
     monkeypatch.setattr(OnnxSuspect, "answer", count)
@@ -323,7 +324,7 @@ def test_a_mark_of_another_input_shape_costs_the_others_nothing(bucket, tmp_path
     for size in model.graph.input[0].type.tensor_type.shape.dim:
         size.Clear()
     onnx.save(model, tmp_path / "any.onnx")
-    asking((3, 8, 8), COUNT, CLASSES, "photos").save(tmp_path / "a.wm")
+    black_box((3, 8, 8), CLASSES, COUNT, name="photos").save(tmp_path / "a.wm")
     rows = by_pair(scan(tmp_path / "any.onnx", [tmp_path, bucket / "registry" / "first.wm"]))
     assert rows["any.onnx", "photos"]["decision"] == "error"
     assert rows["any.onnx", "detector"]["decision"] == "owned"
@@ -371,7 +372,7 @@ def test_what_the_parent_keeps_of_a_suspect_is_a_hash(bucket, tmp_path):
 
 def test_renumbered_classes_are_found_when_they_are_asked_for(bucket, tmp_path):
     first = mark()
-    save(tmp_path / "moved.onnx", triggers(first), (first.arrays["labels"] + 3) % 10)
+    save(tmp_path / "moved.onnx", images(first), (first.arrays["labels"] + 3) % 10)
     weights_mark().save(tmp_path / "bits.wm")
     marks = [tmp_path, bucket / "registry" / "first.wm"]
     for classes, decision in (("same", "not_proven"), ("any", "owned")):

@@ -201,6 +201,7 @@ def test_links_to_one_graph_are_as_many_models_as_there_are_weights_beside_them(
     assert rows[1]["log10_p_corrected"] == rows[1]["log10_p"] + math.log10(2)
 
 
+@pytest.mark.slow
 def test_folders_may_be_nested_deeper_than_python_and_the_system_go(bucket, tmp_path):
     (tmp_path / "a.onnx").write_bytes((bucket / "models" / "copy.onnx").read_bytes())
     here = os.getcwd()

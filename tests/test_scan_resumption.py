@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 
 import pyarrow.parquet as parquet
 import pytest
-from made_marks import KEY
+from judged import KEY
 from scan_models import by_pair, copy_of, facts, hanging, mark
 
 from wmengine import __version__
@@ -350,8 +350,17 @@ WRITTEN = {
     "no suspects": ({"suspects": []}, [], ""),
     "suspects that are a number": ({"suspects": 5}, [], ""),
     "suspects that are text": ({"suspects": ["/etc/passwd"]}, [], ""),
-    "a suspect without a name": ({"suspects": [{"names": [], "store": "", "path": "a"}]}, [], ""),
-    "a store that nobody named": ({"suspects": [{"names": ["a"], "store": "s3://b", "path": "b/a"}]}, [], ""),
+    "a suspect without a name": ({"suspects": [{"names": [], "store": "", "path": "a", "inode": 0}]}, [], ""),
+    "a file that nobody named": (
+        {"suspects": [{"names": ["a"], "store": "", "path": "/etc/passwd", "inode": 0}]},
+        [],
+        "",
+    ),
+    "a store that nobody named": (
+        {"suspects": [{"names": ["a"], "store": "s3://b", "path": "b/a", "inode": 0}]},
+        [],
+        "",
+    ),
     "a plan without end": ({}, [], f"DROP TABLE plan; CREATE VIEW plan AS {ENDLESS}"),
     "a trigger that empties": ({}, [], "CREATE TRIGGER t AFTER INSERT ON suspects BEGIN DELETE FROM suspects; END"),
 }

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from wmengine.errors import WatermarkError
+from wmengine.errors import WatermarkError, WmengineError
 from wmengine.identity.canonical import canonical_json
 from wmengine.identity.key import Key
 from wmengine.marks.catalogue import scheme
@@ -285,3 +286,33 @@ def test_marks_are_loaded_without_torch_or_cryptography(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path / "a.wm")], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+BOMB = b"[]," * 3_000_000 + b"[]"
+
+
+@pytest.mark.parametrize(
+    ("load", "content"),
+    [
+        (Watermark.load, lambda: _with_header(b'{"a":[' + BOMB + b"]}")),
+        (Watermark.load, lambda: b'{"kind":"sealed","a":[' + BOMB + b"]}"),
+        (Key.load, lambda: b'{"format":"wmengine/1","kind":"key","a":[' + BOMB + b"]}"),
+    ],
+    ids=["a header", "an envelope", "a key"],
+)
+def test_a_file_whose_values_would_fill_the_memory_is_refused_before_they_are_read(tmp_path, load, content):
+    """Empty lists take thirty times as many bytes in memory as in a file."""
+    path = tmp_path / "bomb"
+    path.touch(0o600)
+    path.write_bytes(content())
+    tracemalloc.start()
+    try:
+        with pytest.raises(WmengineError, match="is not a"):
+            load(path)
+        assert tracemalloc.get_traced_memory()[1] < 4 * path.stat().st_size
+    finally:
+        tracemalloc.stop()
+
+
+def _with_header(header):
+    return len(header).to_bytes(8, "little") + header

@@ -6,6 +6,7 @@ not proven by one that it could be judged with, 2 when it could be judged with n
 After Ctrl-C the status is 130, and 141 where nobody reads the answer (`| head`).
 """
 
+import contextlib
 import io
 import os
 import signal
@@ -75,7 +76,8 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _mistake(said: str, options: Sequence[str]) -> int:
     if "--json" in options:
-        print_json({"error": said})
+        with contextlib.suppress(OSError):  # where nobody reads the answer, this is it
+            print_json({"error": said})
     return fail(said)
 
 

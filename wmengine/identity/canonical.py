@@ -8,6 +8,7 @@ import unicodedata
 from typing import Any
 
 MAX_NAME_LENGTH = 200
+MAX_VALUES = 1 << 22  # of a file of ours: an entry for each class or weight
 # What shows nothing though Unicode counts it among letters, marks and symbols: fillers, vowels that are never written,
 # the grapheme joiner, and what selects the look of the character before. (Formats and the like are not printable.)
 _UNSEEN = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\U00016fe4\U0001d159\U00013441\U00013442"
@@ -46,6 +47,17 @@ def canonical_json(value: Any) -> bytes:
     """
     _require_canonical(value, "value")
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+
+
+def read_json(text: bytes | str) -> Any:
+    """JSON of at most MAX_VALUES values: a few bytes of `[[],[],…` take thirty times as much memory once they are read.
+
+    Raises ValueError, or RecursionError for what is nested too deeply.
+    """
+    data = text.encode() if isinstance(text, str) else text
+    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise ValueError(f"it holds more than {MAX_VALUES} values")
+    return json.loads(data)
 
 
 def canonical_digest(value: Any) -> str:

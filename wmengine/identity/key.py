@@ -7,14 +7,13 @@ model: see `subkeys`.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import secrets
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from wmengine.errors import KeyFileError
-from wmengine.identity.canonical import canonical_json, check_name
+from wmengine.identity.canonical import canonical_json, check_name, read_json
 from wmengine.identity.sealing import FORMAT, is_sealed, read_file, seal, unseal, write_file
 
 SECRET_BYTES = SUBKEY_BYTES = 32
@@ -54,7 +53,7 @@ class Key:
     @classmethod
     def _from_document(cls, name: str, data: bytes) -> Key:
         try:
-            document = json.loads(data)
+            document = read_json(data)
         except (ValueError, RecursionError):
             document = None
         if not isinstance(document, dict) or not isinstance(document.get("format"), str):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from wmengine.errors import WmengineError
+from wmengine.identity.canonical import read_json
 
 FORMAT = "wmengine/1"
 MAX_FILE_BYTES = 1 << 30
@@ -73,7 +74,7 @@ def _envelope(blob: bytes) -> dict[str, Any] | None:
     if not blob.startswith(b"{"):
         return None
     try:
-        envelope = json.loads(blob)
+        envelope = read_json(blob)
     except (ValueError, RecursionError):
         return None
     return envelope if isinstance(envelope, dict) and envelope.get("kind") == "sealed" else None
@@ -111,7 +112,7 @@ def read_file(path: str | os.PathLike[str], what: str, error: type[WmengineError
                 raise error(f"{name} is not a file; give the path of a {what}")
             if private and os.name == "posix" and status.st_mode & 0o077:
                 raise error(f"{name} can be read by other users; make it yours alone with: chmod 600 {name}")
-            data = file.read(MAX_FILE_BYTES + 1)
+            data = file.read(min(status.st_size, MAX_FILE_BYTES) + 1)  # which takes as much memory at once
     except FileNotFoundError:
         raise error(f"{name} does not exist; give the path of a {what}") from None
     except IsADirectoryError:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save as serialize
 
 from wmengine.errors import WatermarkError
-from wmengine.identity.canonical import canonical_digest, canonical_json, check_name
+from wmengine.identity.canonical import canonical_digest, canonical_json, check_name, read_json
 from wmengine.identity.key import Key
 from wmengine.identity.sealing import FORMAT, is_sealed, read_file, seal, unseal, write_file
 from wmengine.identity.subkeys import Subkeys
@@ -321,7 +321,7 @@ def _document(name: str, data: bytes) -> dict[str, Any]:
     if text is None:
         raise WatermarkError(f"{name} is not a watermark file; give a .wm file that wmengine wrote")
     try:
-        document: dict[str, Any] = dict(json.loads(text))
+        document: dict[str, Any] = dict(read_json(text))
     except (TypeError, ValueError, RecursionError):
         raise WatermarkError(f"{name} is damaged (its metadata is not JSON); take it from a backup") from None
     if document.get("format") != FORMAT:
@@ -352,7 +352,7 @@ def _metadata(data: bytes) -> str | None:
     if length > len(data) - 8:
         return None
     try:
-        header = json.loads(data[8 : 8 + length])
+        header = read_json(data[8 : 8 + length])
     except (ValueError, RecursionError):
         return None
     metadata = header.get("__metadata__") if isinstance(header, dict) else None

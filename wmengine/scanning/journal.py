@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 import stat
 from collections.abc import Iterator, Sequence
@@ -223,11 +224,18 @@ def _is_own_file(path: str) -> bool:
     return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
+def _is_below(path: str, asked: str) -> bool:
+    """Whether a file may have been listed for what was asked: a file, a folder, or a pattern in a folder."""
+    plain = re.split(r"[*?[]", asked)[0]
+    above = os.path.normpath(asked if plain == asked else os.path.dirname(plain))
+    return os.path.commonpath([above, os.path.normpath(path)]) == above
+
+
 def _read_listed(stored: Any, paths: Sequence[str]) -> Listed:
     """A suspect of a stored plan. Raises ValueError, TypeError or KeyError for what is none."""
     names, store, path, inode = stored["names"], stored["store"], stored["path"], stored["inode"]
     if type(inode) is not int or not names or not all(isinstance(text, str) for text in (*names, store, path)):
         raise ValueError("a suspect without a name")
-    if store and store not in paths:
-        raise ValueError("a suspect in a store that nobody asked for")
+    if store not in paths if store else not any(_is_below(path, asked) for asked in paths):
+        raise ValueError("a suspect that nobody asked for")
     return Listed(tuple(names), store, path, inode)
