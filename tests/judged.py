@@ -9,7 +9,7 @@ from wmengine.marks.catalogue import scheme
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Task
 from wmengine.suspects.adapters import AS_RECORDED, to_input
-from wmengine.suspects.base import InputSpec, rows_of, tagged
+from wmengine.suspects.base import InputSpec, tagged
 
 KEY = Key("ACME Vision", bytes(range(32)))
 OTHER = Key("ACME Vision", bytes(32))
@@ -92,8 +92,8 @@ class Stub:
         found = self.answers(rows)
         return tagged(found) if isinstance(found, np.ndarray) else found
 
-    def limit(self, inputs):
-        return rows_of(inputs) if self.room is None else min(rows_of(inputs), self.room)
+    def limit(self, inputs, count):
+        return count if self.room is None else min(count, self.room)
 
     def tensors(self, signature=None):
         return self.weights

@@ -40,8 +40,8 @@ class Suspect:
     def adapters(self, shape, value_range, every=True):
         return self.ways
 
-    def limit(self, inputs):
-        return rows_of(inputs)
+    def limit(self, inputs, count):
+        return count
 
     def answer(self, inputs, num_classes=None):
         count = rows_of(inputs)

@@ -26,7 +26,7 @@ from wmengine.parts.base import inputs_of
 from wmengine.parts.statistics.base import Evidence, Look
 from wmengine.suspects.adapters import AS_RECORDED, Adapter
 from wmengine.suspects.answers import ABSTAINED, highest
-from wmengine.suspects.base import Answers, Inputs, Suspect, one_line, part_of, rows_of
+from wmengine.suspects.base import Answers, Inputs, Suspect, one_line, rows_of
 
 TESTS = ("fixed", "sequential")
 FIRST_LOOK, NEXT_LOOK = 16, 8
@@ -188,7 +188,7 @@ class Trial:
         (name,) = inputs_of(self.marks[0].parameters)
         way = current.way.inputs if clean.inputs.dtype == np.uint8 else current.way.recorded_inputs
         rows = way(clean.inputs, scale)
-        room = self._suspect.limit({name: np.concatenate([rows, rows[:1]])})
+        room = self._suspect.limit({name: rows}, len(rows) + 1)
         if room <= len(rows):
             raise SuspectError(
                 f"there is room for {room} inputs, and {len(rows)} are clean ones: give fewer of those, or a larger "
@@ -288,7 +288,7 @@ class Trial:
         if first is None or len(first) < 2:
             return []
         again = np.repeat(np.arange(len(first))[::-1], 2)
-        inputs = {name: rows[again] for name, rows in put(self.marks[0], current.way).items()}
+        inputs = {name: rows[again] for name, rows in put(self.marks[0], current.way, 0, len(first)).items()}
         try:
             predicted = _columns(current, classes_of(_answers(self._suspect, inputs, self.num_classes)))
         except SuspectError as error:
@@ -341,7 +341,8 @@ class Trial:
         return room > 0
 
     def _room(self, way: Adapter) -> int:
-        return min(self.marks[0].total, self._suspect.limit(put(self.marks[0], way)))
+        first, total = self.marks[0], self.marks[0].total
+        return min(total, self._suspect.limit(put(first, way, 0, min(FIRST_LOOK, total)), total))
 
     def _is_over(self, current: _Round) -> bool:
         if current.failure is not None or current.unasked:  # nor will the others be answered
@@ -406,7 +407,7 @@ def run_trials(suspect: Suspect, trials: Sequence[Trial]) -> None:
         for trial in trials:
             ask = _next(suspect, trial)
             if ask is not None:
-                inputs = put(trial.marks[0], ask.way)
+                inputs = put(trial.marks[0], ask.way, ask.start, ask.stop)
                 like = tuple((name, rows.shape[1:], str(rows.dtype)) for name, rows in inputs.items())
                 groups.setdefault((ask.way, trial.num_classes, like), []).append((trial, ask))
         if not groups:
@@ -435,7 +436,7 @@ def _next(suspect: Suspect, trial: Trial) -> Ask | None:
 
 def _ask(suspect: Suspect, asks: Sequence[tuple[Trial, Ask]]) -> None:
     """Put what trials of one way and number of classes ask, and hand them their answers."""
-    parts = [part_of(put(trial.marks[0], ask.way), ask.start, ask.stop) for trial, ask in asks]
+    parts = [put(trial.marks[0], *ask) for trial, ask in asks]
     # A copy, also of a single part: a model may write into what it is given.
     inputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     answers = _answers(suspect, inputs, asks[0][0].num_classes)

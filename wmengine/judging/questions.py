@@ -15,20 +15,20 @@ from wmengine.suspects.adapters import Adapter
 Inputs = Mapping[str, NDArray[Any]]
 
 _KEPT_BYTES = 256 << 20  # marks times ways may be many
-_kept: OrderedDict[tuple[str, Adapter], tuple[Inputs, int]] = OrderedDict()
+_kept: OrderedDict[tuple[str, Adapter, int, int], tuple[Inputs, int]] = OrderedDict()
 _held = 0
 _lock = threading.Lock()
 
 
-def put(mark: Watermark, way: Adapter) -> Inputs:
-    """All questions of a mark, put this way; not to be written into."""
+def put(mark: Watermark, way: Adapter, start: int, stop: int) -> Inputs:
+    """Questions start … stop of a mark, put this way; not to be written into."""
     global _held
-    place = mark.geometry, way
+    place = mark.geometry, way, start, stop
     with _lock:
         if place in _kept:
             _kept.move_to_end(place)
             return _kept[place][0]
-    inputs: Inputs = mark.preset.source.inputs(mark, way)  # type: ignore[attr-defined]
+    inputs: Inputs = mark.preset.source.inputs(mark, way, start, stop)  # type: ignore[attr-defined]
     size = sum(rows.nbytes for rows in inputs.values())
     with _lock:
         if place not in _kept:

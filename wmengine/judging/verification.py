@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from wmengine.errors import SuspectError
@@ -23,6 +23,7 @@ from wmengine.judging.verdict import ADVERSARIAL_ALPHA, PROVING, Verdict, decide
 from wmengine.marks.watermark import Watermark
 from wmengine.sandbox import Limits
 from wmengine.suspects import Suspect, open_suspect
+from wmengine.suspects.base import is_url
 
 
 def verify(
@@ -118,7 +119,7 @@ def verify_all(
     check_derivations(marks, key, passphrase)
     if adversarial:
         alpha = min(alpha, ADVERSARIAL_ALPHA)
-        _check_settings(suspect, marks)
+        _check_dispute(suspect, marks, isolation)
     terms = Terms(
         sequential=test == "sequential",
         log10_bar=-math.log10(alpha),
@@ -151,7 +152,16 @@ def verify_all(
             settings=settings,
             seconds=seconds,
             caveats=tuple(
-                caveats(finding, mark, alpha, 1, checked=key is not None, adversarial=adversarial, ordered=bool(known))
+                caveats(
+                    finding,
+                    mark,
+                    alpha,
+                    1,
+                    checked=key is not None,
+                    adversarial=adversarial,
+                    ordered=known is not None,
+                    settings={} if opened is None else opened.settings,
+                )
             ),
         )
         for mark, finding in zip(marks, findings, strict=True)
@@ -195,6 +205,7 @@ def caveats(
     checked: bool,
     adversarial: bool = False,
     ordered: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> Iterator[Fact]:
     """What a decision leans on."""
     owned = decide(finding, mark, alpha, tests) == "owned"
@@ -204,14 +215,22 @@ def caveats(
         yield fact("leans_on_date", created=mark.created)
     if owned and ordered:
         yield fact("leans_on_clean")
+    if owned and settings:
+        yield fact("chosen_here", digest=settings.get("digest", "none"))
     if owned and not checked:
         yield fact("not_derived")
     if finding.error is None and mark.preset.null not in PROVING:
         yield fact("rank_only", null=mark.preset.null)
 
 
-def _check_settings(suspect: Any, marks: Sequence[Watermark]) -> None:
-    """Raises ValueError for what a claimant could have chosen by the answers: an order of classes no mark holds."""
+def _check_dispute(suspect: Any, marks: Sequence[Watermark], isolation: str) -> None:
+    """Raises ValueError for what convinces nobody else: a suspect that runs in this process, where it could read what is
+    expected, and an order of classes that no mark holds, which a claimant could have chosen by the answers."""
+    file = isinstance(suspect, str | os.PathLike)
+    if (file and isolation == "none" and not is_url(suspect)) or not (file or isinstance(suspect, Suspect)):
+        raise ValueError(
+            "adversarial=True judges files in a sandbox, and endpoints: what runs in this process could read the symbols"
+        )
     for mark in marks:
         if isinstance(suspect, Suspect) and names_given(suspect, mark):
             raise ValueError(

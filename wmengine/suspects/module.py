@@ -56,8 +56,8 @@ class ModuleSuspect:
     def adapters(self, shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:
         return [AS_RECORDED]  # it is called as its owner's loop calls it
 
-    def limit(self, inputs: Inputs) -> int:
-        return rows_of(inputs)
+    def limit(self, inputs: Inputs, count: int) -> int:
+        return count
 
     def close(self) -> None:
         """Nothing is held."""
@@ -149,8 +149,8 @@ class CallableSuspect:
     def adapters(self, shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:
         return [AS_RECORDED]  # it is documented to take what the mark recorded
 
-    def limit(self, inputs: Inputs) -> int:
-        return rows_of(inputs)
+    def limit(self, inputs: Inputs, count: int) -> int:
+        return count
 
     def close(self) -> None:
         """Nothing is held."""

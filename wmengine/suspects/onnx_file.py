@@ -135,8 +135,8 @@ class OnnxSuspect:
             CHUNK if self._engine.provider == "cpu" else DEVICE_CHUNK,
         )
 
-    def limit(self, inputs: Inputs) -> int:
-        return rows_of(inputs)
+    def limit(self, inputs: Inputs, count: int) -> int:
+        return count
 
     def tensors(self, signature: Signature | None = None) -> list[Tensor]:
         """The weights in the graph's own order; the inputs are not needed."""

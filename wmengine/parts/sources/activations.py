@@ -78,7 +78,9 @@ class MeanActivations:
 
     def observe(self, mark: Drawn, suspect: Suspect, total: int) -> Observations:
         way = _INPUTS.ways(mark, suspect, every=False)[0]
-        found = suspect.activations(mark.parameters["place"], _INPUTS.inputs(mark, way))
+        found = suspect.activations(
+            mark.parameters["place"], _INPUTS.inputs(mark, way, 0, len(mark.arrays["triggers"]))
+        )
         facts = list(suspect.facts)
         if str(way) != str(AS_RECORDED):
             facts.append(fact("put_otherwise", adapter=str(way)))

@@ -77,9 +77,9 @@ class AbstractTriggers:
     def ways(self, mark: Drawn, suspect: Suspect, every: bool) -> list[Adapter]:
         return suspect.adapters(_shape(mark.parameters), mark.parameters["value_range"], every)
 
-    def inputs(self, mark: Drawn, way: Adapter) -> Inputs:
+    def inputs(self, mark: Drawn, way: Adapter, start: int, stop: int) -> Inputs:
         (name,) = inputs_of(mark.parameters)
-        return {name: way.inputs(mark.arrays["triggers"], mark.parameters["value_range"])}
+        return {name: way.inputs(mark.arrays["triggers"][start:stop], mark.parameters["value_range"])}
 
     def examples(self, mark: Drawn) -> dict[str, NDArray[np.float32]]:
         """All triggers as the model's own training loop feeds them."""

@@ -17,7 +17,7 @@ from wmengine.identity.subkeys import keyed_labels
 from wmengine.parts.base import Draw, Drawn, Layout, Need, Parameters, Task, inputs_of
 from wmengine.parts.fields import MAX_DIMENSION, canonical_integer, integer, shape
 from wmengine.suspects.adapters import AS_RECORDED, Adapter
-from wmengine.suspects.base import Inputs, Signature, Suspect
+from wmengine.suspects.base import Inputs, Signature, Suspect, part_of
 
 MAX_TOKEN = (1 << 31) - 1
 _INTEGERS = ("uint8", "int16", "int32", "int64")
@@ -69,8 +69,8 @@ class TokenTriggers:
     def ways(self, mark: Drawn, suspect: Suspect, every: bool) -> list[Adapter]:
         return [AS_RECORDED]
 
-    def inputs(self, mark: Drawn, way: Adapter) -> Inputs:
-        return self.examples(mark)
+    def inputs(self, mark: Drawn, way: Adapter, start: int, stop: int) -> Inputs:
+        return part_of(self.examples(mark), start, stop)
 
     def examples(self, mark: Drawn) -> dict[str, NDArray[Any]]:
         """All triggers by input, as the model's own training loop feeds them."""

@@ -77,8 +77,8 @@ class EndpointSuspect:
         with self._discreet():
             return self._ways(shape, value_range, every)
 
-    def limit(self, inputs: Inputs) -> int:
-        """How many of these inputs budget, rate and deadline leave room for.
+    def limit(self, inputs: Inputs, count: int) -> int:
+        """How many of `count` inputs like these budget, rate and deadline leave room for.
 
         Raises SuspectError where there is none although nothing has been sent yet.
         """
@@ -88,7 +88,7 @@ class EndpointSuspect:
         with self._discreet():
             size = self._fixed(self._input(), rows) or 1
         left = self._patience.allows()
-        room = len(rows) if left is None else min(len(rows), left // size * size)
+        room = count if left is None else min(count, left // size * size)
         if not room and not self._patience.sent:
             raise SuspectError(f"a budget of {self._patience.budget} queries is not enough: one trigger takes {size}")
         # The first request need not wait for the rate.
