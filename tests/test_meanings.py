@@ -122,7 +122,7 @@ def test_clean_data_of_the_claimant_are_no_evidence_against_others():
     assert verify(answer, many, classes="any", clean=forged).log10_p < -100
     with pytest.raises(ValueError, match="adversarial=True takes no clean="):
         verify(answer, many, key=KEY, adversarial=True, classes="any", clean=forged)
-    assert not verify(answer, many, key=KEY, adversarial=True, classes="any").owned
+    assert not verify(Stub(answer), many, key=KEY, adversarial=True, classes="any").owned
 
 
 # --- the null hypothesis ----------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def with_clean(answers, room, ways=(AS_RECORDED,)):
         return Stub.answer(suspect, inputs, num_classes)
 
     suspect.answer = answer
-    suspect.limit = lambda inputs: min(len(inputs["x"]), room(sum(asked)))
+    suspect.limit = lambda inputs, count: min(count, room(sum(asked)))
     return suspect
 
 

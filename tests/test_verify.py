@@ -269,7 +269,7 @@ def test_evidence_against_others_needs_two_to_the_minus_128():
     assert ADVERSARIAL_ALPHA == 2.0**-128
     needed = threshold(COUNT, 1 / CLASSES, math.log10(2.0**-128) - HALF)
     for right, decision in [(needed, "owned"), (needed - 1, "not_proven")]:
-        verdict = verify(copy_of(MARK, right), MARK, key=KEY, adversarial=True)
+        verdict = verify(Stub(copy_of(MARK, right)), MARK, key=KEY, adversarial=True)
         assert (verdict.decision, verdict.alpha, verdict.derivation) == (decision, 2.0**-128, "checked")
         assert any("2^-128" in note and "timestamp" in note for note in verdict.notes)
     friendly = verify(copy_of(MARK, needed - 1), MARK, key=KEY)
@@ -456,3 +456,22 @@ def test_verifying_imports_only_what_it_needs(tmp_path, save):
     never = {"torch", "scipy", "matplotlib", "triton", "onnx", "onnx_ir", "onnxruntime", "google.protobuf"}
     assert not never & loaded_by_verifying(save(network(marked_weights())), tmp_path / "bits.wm")
     assert not never & loaded_by_verifying(answers, tmp_path / "triggers.wm")
+
+
+def test_what_runs_in_this_process_convinces_nobody_else(save):
+    """It could look for the expected symbols where they lie, in the memory of whoever verifies."""
+    path = save(network(marked_weights()))
+    torch = pytest.importorskip("torch")
+    for suspect, isolation in [(lambda rows: rows, "persistent"), (torch.nn.Identity(), "persistent"), (path, "none")]:
+        with pytest.raises(ValueError, match="could read the symbols"):
+            verify(suspect, BIT_MARK, key=KEY, adversarial=True, isolation=isolation)
+    assert verify(path, BIT_MARK, key=KEY, adversarial=True).decision != "error"
+
+
+def test_how_an_endpoint_was_asked_is_said_to_be_the_claimants_choice():
+    suspect = Stub(copy_of(MARK, COUNT), settings={"layout": "flat", "digest": "ab" * 32})
+    verdict = verify(suspect, MARK, key=KEY)
+    assert verdict.owned
+    assert verdict.settings["layout"] == "flat"
+    assert any(("ab" * 32) in note and "chosen by the claimant" in note for note in verdict.notes)
+    assert not any("chosen by the claimant" in note for note in verify(Stub(copy_of(MARK, COUNT)), MARK).notes)

@@ -224,12 +224,12 @@ def caveats(
 
 
 def _check_dispute(suspect: Any, marks: Sequence[Watermark], isolation: str) -> None:
-    """Raises ValueError for what convinces nobody else: a suspect that runs in this process, where it could read what is
-    expected, and an order of classes that no mark holds, which a claimant could have chosen by the answers."""
+    """Raises ValueError for what convinces nobody else: a suspect that runs in this process, where it could read what
+    is expected, and an order of classes that no mark holds, which a claimant could have chosen by the answers."""
     file = isinstance(suspect, str | os.PathLike)
     if (file and isolation == "none" and not is_url(suspect)) or not (file or isinstance(suspect, Suspect)):
         raise ValueError(
-            "adversarial=True judges files in a sandbox, and endpoints: what runs in this process could read the symbols"
+            "adversarial=True judges files in a sandbox and endpoints: what runs in this process could read the symbols"
         )
     for mark in marks:
         if isinstance(suspect, Suspect) and names_given(suspect, mark):

@@ -109,7 +109,8 @@ class Asks(Source, Protocol):
     """A source that asks one question for each symbol, in the order in which the key drew them.
 
     ways: how the suspect's declared inputs leave it open to put them, with shares of the evidence; every=False leaves
-    out the unlikely ones. inputs: those from start to stop, put that way; examples: as the model's own training loop feeds them.
+    out the unlikely ones. inputs: those from start to stop, put that way; examples: as the model's own training loop
+    feeds them.
     """
 
     def ways(self, mark: Drawn, suspect: Suspect, every: bool) -> list[Adapter]: ...

@@ -79,8 +79,8 @@ class Suspect(Protocol):
     settings: how it is asked, where its caller chose that; empty for a file. adapters: the ways to put images of this
     shape to it that its declared input leaves open, all of them or (not every) the likely ones. answer: inputs by the
     names that the mark has for them; num_classes says which outputs answer, where there are several. limit: how many of
-    `count` inputs like these, the first ones, there is room for. tensors: its weights in order of execution; signature is the
-    inputs', for suspects that must run to tell that order. activations: float32 [N, F], what goes into the weight at
+    `count` inputs like these, the first ones, there is room for. tensors: its weights in order of execution; signature
+    is the inputs', for suspects that must run to tell that order. activations: float32 [N, F], what goes into the weight at
     `place` in that order. All raise SuspectError, one sentence, when the suspect cannot do it. close gives back what it
     holds.
     """
