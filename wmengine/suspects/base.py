@@ -80,9 +80,9 @@ class Suspect(Protocol):
     shape to it that its declared input leaves open, all of them or (not every) the likely ones. answer: inputs by the
     names that the mark has for them; num_classes says which outputs answer, where there are several. limit: how many of
     `count` inputs like these, the first ones, there is room for. tensors: its weights in order of execution; signature
-    is the inputs', for suspects that must run to tell that order. activations: float32 [N, F], what goes into the weight at
-    `place` in that order. All raise SuspectError, one sentence, when the suspect cannot do it. close gives back what it
-    holds.
+    is the inputs', for suspects that must run to tell that order. activations: float32 [N, F], what goes into the
+    weight at `place` in that order. All raise SuspectError, one sentence, when the suspect cannot do it. close gives
+    back what it holds.
     """
 
     name: str
