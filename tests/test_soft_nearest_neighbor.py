@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 SHAPES = [(1, 3), (2, 1), (3, 0), (5, 3), (96, 32), (97, 10), (200, 64), (129, 300)]
 
 
-@pytest.fixture(params=["cpu", "triton"])
+@pytest.fixture(params=["cpu", pytest.param("triton", marks=pytest.mark.slow)])
 def differentiate(request):
     """(features, labels, temperature) → loss, gradient and temperature's gradient, by each implementation."""
     return on_cpu if request.param == "cpu" else by_triton
@@ -73,6 +73,7 @@ def test_loss_and_gradients_equal_the_reference(rows, size, temperature):
     assert_is_the_references(result, features, labels, temperature, tolerance, outer=3.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "size"), [(1, 3), (3, 0), (5, 3), (33, 10), (70, 65), (129, 7)])
 @pytest.mark.parametrize("temperature", [30.0, 0.5])
 def test_triton_kernels_equal_the_reference(rows, size, temperature):
@@ -81,6 +82,7 @@ def test_triton_kernels_equal_the_reference(rows, size, temperature):
     assert_is_the_references(result, features, labels, temperature, outer=3.0)
 
 
+@pytest.mark.slow
 def test_triton_kernels_walk_several_slabs(monkeypatch):
     kernels = pytest.importorskip("wmengine.kernels.soft_nearest_neighbor", reason="Triton is not installed")
     monkeypatch.setattr(kernels, "SLAB", 1)

@@ -27,7 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEYS = [0xFEDCBA9876543210, 5, 2**63, 2**64 - 1, 11]
 
 # The interpreter computes on NumPy arrays, masked lanes too.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"), pytest.mark.slow]
 
 
 def random(*shape, seed=0, dtype=torch.float32):

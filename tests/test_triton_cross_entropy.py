@@ -13,7 +13,7 @@ from wmengine.ops import reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # The interpreter computes on NumPy arrays, masked lanes too.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"), pytest.mark.slow]
 
 
 def random(*shape, seed=0, dtype=torch.float32):
