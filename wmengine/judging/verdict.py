@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from wmengine._version import __version__
@@ -75,11 +75,18 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, and the notes, as JSON has them."""
-        return {**asdict(self), "notes": list(self.notes)}
+        row = {name: getattr(self, name) for name in _FIELDS}
+        row["evidence"] = None if self.evidence is None else dict(vars(self.evidence))
+        row["settings"] = dict(self.settings)
+        row["facts"] = [{"code": each.code, "values": dict(each.values)} for each in self.facts]
+        return row | {"notes": list(self.notes)}
 
     def to_json(self) -> str:
         """One JSON object with these fields."""
         return json.dumps(self.to_dict(), allow_nan=False)
+
+
+_FIELDS = tuple(each.name for each in fields(Verdict))
 
 
 def decide(finding: Finding, mark: Watermark, alpha: float, tests: int) -> str:
@@ -151,7 +158,7 @@ def log10_calibrated(log10_p: float) -> float:
 
 def from_dict(row: Mapping[str, Any]) -> Verdict:
     """A verdict from what `to_dict` gave, through JSON or a table."""
-    values = {each.name: row[each.name] for each in fields(Verdict)}
+    values = {name: row[name] for name in _FIELDS}
     evidence = values["evidence"]
     if evidence is not None:
         rows = evidence["rows"]

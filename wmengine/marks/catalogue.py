@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
 
 from wmengine.marks.preset import Preset
@@ -43,9 +42,10 @@ def scheme(name: str, /, **options: Any) -> Preset:
 
 def find(name: str, version: int) -> Preset:
     """The preset of this name and version: marks of old versions verify for ever. Raises ValueError where none is."""
-    for preset in _every().values():
-        if (preset.name, preset.version) == (name, version):
-            return preset
+    for presets in (PRESETS, _every().values()):  # looking for other packages' takes longer than a verdict may
+        for preset in presets:
+            if (preset.name, preset.version) == (name, version):
+                return preset
     known = ", ".join(preset.full_name for preset in _every().values())
     raise ValueError(f"this wmengine has no scheme {name!r} of version {version!r}; it has {known}")
 
@@ -96,6 +96,8 @@ def _newest() -> dict[str, Preset]:
 
 def _brought() -> Iterator[Preset]:
     """An entry point names a Preset, or a sequence of them. ImportError, naming the package, for one that does not."""
+    from importlib.metadata import entry_points
+
     for point in entry_points(group=ENTRY_POINT):
         package = point.dist.name if point.dist else point.value
         try:
