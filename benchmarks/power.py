@@ -35,6 +35,8 @@ from wmengine.suspects.module import ModuleSuspect
 
 SEEDS = (1, 2, 3)
 STATISTICS = {"matches": Matches(), "soft": Soft(), "either": Either()}
+PAGE = Path(__file__).parents[1] / "docs" / "schemes.md"
+BEGIN, END = "<!-- power:begin -->", "<!-- power:end -->"
 OUT = Path(__file__).with_name("results") / "statistics" / "power.json"
 
 
@@ -135,6 +137,26 @@ def measure(seed: int, data: Data) -> Iterator[dict[str, Any]]:
         print(f"seed {seed}: {attack}", file=sys.stderr, flush=True)
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: for each copy and mark the log10 p of all seeds by each statistic."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["attack"], row["scheme"], row["read"]), []).append(row)
+    lines = ["| copy | mark, read from | matched | matches | soft | either |", "|---|---|---|---|---|---|"]
+    for (attack, scheme, read), seeds in found.items():
+        matched = " ".join(str(row["matched"]) for row in seeds) + f" of {seeds[0]['total']}"
+        shown = (" ".join(f"{row[name]:.1f}" for row in seeds) for name in STATISTICS)
+        lines.append(f"| {attack} | {scheme}, {read} | {matched} | {' | '.join(shown)} |".replace("-0.0", "0.0"))
+    return "\n".join(lines)
+
+
+def publish(rows: list[dict[str, Any]]) -> None:
+    """Write the table into docs/schemes.md, between its marks."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
 def main() -> None:
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else OUT
     torch.set_num_threads(1)
@@ -144,6 +166,7 @@ def main() -> None:
     print(f"{len(rows)} rows; either is better than matches by {np.mean(better):.2f} on average", file=sys.stderr)
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(row) for row in rows)
+    publish(rows)
     head = json.dumps({"format": "wmengine-power/1", "environment": describe("cpu", 1)})
     out.write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
