@@ -78,7 +78,7 @@ def looks_of_scores(scores: NDArray[Any], expected: Sequence[Sequence[Labels]]) 
     """One pass over the rows of several geometries, one after the other: scores [N, C]; expected: of each geometry the
     K label sets [n] of its marks, the n adding up to N."""
     groups = [len(sets[0]) for sets in expected]
-    group = np.repeat(np.arange(len(groups)), groups)
+    group = None if len(groups) == 1 else np.repeat(np.arange(len(groups)), groups)
     several = any(len(sets) > 1 for sets in expected)
     first = np.concatenate([sets[0] for sets in expected])
     counted = ops.match_counts(scores, first, group, len(groups), levels=several)

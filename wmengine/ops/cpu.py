@@ -131,7 +131,8 @@ def carrier_projection(weight: ArrayLike, key: int, total: int, carrier: str, pr
 
 
 # What match_counts reads as it is: 16-bit floats by their bits, so bfloat16, which NumPy lacks, may come as uint16.
-_SCORES = {"float32": 0, "float16": 1, "bfloat16": 2}
+_SCORES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1}
+_BFLOAT16 = 2
 
 
 def check_matching(outputs: Any, expected: Any, group: Any, groups: int) -> None:
@@ -166,7 +167,7 @@ def match_counts(
         raise ValueError(f"group must hold 0 to {groups - 1}, not {of.min()} to {of.max()}")
     if answers.dtype == np.float64:
         return reference.match_counts(answers, labels, of, groups, levels=levels)
-    stored = _SCORES.get("bfloat16" if bfloat16 and answers.dtype == np.uint16 else answers.dtype.name)
+    stored = _BFLOAT16 if bfloat16 and answers.dtype == np.uint16 else _SCORES.get(answers.dtype)
     if stored is None:
         raise TypeError(f"outputs must be float32, float16 or float64, not {answers.dtype}")
     if labels.dtype == np.uint64:
