@@ -46,8 +46,9 @@ def verify(
     suspect: the path of an ONNX file (its external weights beside it), the URL of an endpoint or what `endpoint` made
     of it, a torch module, or a function from the inputs [N, ...] to scores [N, C] or labels [N]. watermark: a Watermark
     or its file. key: the owner's Key or its file; the watermark is then derived from it again and compared. alpha:
-    owned at a p-value of at most this. adversarial: for evidence against others: needs the key, and the bar is 2^-128,
-    as no timestamp of a commitment is looked at yet. passphrase opens sealed files. test: "fixed" asks every question;
+    owned at a p-value of at most this. adversarial: for evidence against others: needs the key, takes a file in its
+    sandbox or an endpoint, and the bar is 2^-128, as no timestamp of a commitment is looked at yet. passphrase opens
+    sealed files. test: "fixed" asks every question;
     "sequential" stops when the answer is clear. isolation: "persistent" or "per-model" judge a file in a sandboxed
     process of its own, "none" in this one, for your own files; limits: the seconds and bytes that it may use there.
     classes: "same" order as the mark's, or "any", for a black-box mark and a suspect that may have renumbered them: the

@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-LEVELS = 30  # three standard deviations
+from wmengine.ops.reference import MOST_LEVEL
+
+LEVELS = MOST_LEVEL  # three standard deviations
 
 
 @dataclass(frozen=True, eq=False)

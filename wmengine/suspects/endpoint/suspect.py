@@ -1,8 +1,8 @@
 """A suspect behind a network address: asked a budgeted number of inputs, politely.
 
-What goes out is inputs, never labels. What an endpoint refuses or answers unreadably is a miss and noted; so is what
-the budget or the time did not allow, and a miss can never convict anybody. Only where nothing at all is answered, the
-suspect cannot be judged.
+What goes out is inputs, never labels. What an endpoint refuses or answers unreadably matches nothing and is noted; so
+is what the budget or the time did not allow, and a miss can never convict anybody. Only where nothing at all is
+answered, the suspect cannot be judged.
 """
 
 from __future__ import annotations
