@@ -10,7 +10,7 @@ from wmengine._optional import missing
 from wmengine._version import __version__
 
 if TYPE_CHECKING:
-    from wmengine import errors, ops, testing
+    from wmengine import attacks, errors, ops, testing
     from wmengine.identity.key import Key
     from wmengine.judging.verdict import Verdict
     from wmengine.judging.verification import verify, verify_all
@@ -33,6 +33,7 @@ __all__ = [
     "Verdict",
     "Watermark",
     "__version__",
+    "attacks",
     "endpoint",
     "errors",
     "export_onnx",
@@ -63,7 +64,7 @@ _HOMES = {
     "verify": "judging.verification",
     "verify_all": "judging.verification",
 }
-_MODULES = ("errors", "ops", "testing")
+_MODULES = ("attacks", "errors", "ops", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from wmengine._entry_points import brought
 from wmengine.marks.preset import Preset
 from wmengine.presets import PRESETS
 
@@ -76,7 +77,7 @@ def registered(preset: Preset) -> Iterator[None]:
 @cache
 def _every() -> dict[tuple[str, int], Preset]:
     found: dict[tuple[str, int], Preset] = {}
-    for preset in (*PRESETS, *_brought()):
+    for preset in (*PRESETS, *brought(ENTRY_POINT, Preset, "presets")):
         if (preset.name, preset.version) in found:
             raise ValueError(
                 f"two presets are called {preset.full_name}; uninstall one of the packages that bring them"
@@ -92,19 +93,3 @@ def _newest() -> dict[str, Preset]:
         if name not in found or version > found[name].version:
             found[name] = preset
     return found
-
-
-def _brought() -> Iterator[Preset]:
-    """An entry point names a Preset, or a sequence of them. ImportError, naming the package, for one that does not."""
-    from importlib.metadata import entry_points
-
-    for point in entry_points(group=ENTRY_POINT):
-        package = point.dist.name if point.dist else point.value
-        try:
-            brought = point.load()
-            presets = [brought] if isinstance(brought, Preset) else list(brought)
-        except Exception as error:  # whatever the package's own code raises
-            raise ImportError(f"the presets of {package} cannot be loaded ({error}); mend or uninstall it") from error
-        if not all(isinstance(each, Preset) for each in presets):
-            raise ImportError(f"the entry point {point.name!r} of {package} names no presets; mend or uninstall it")
-        yield from presets

@@ -1,0 +1,113 @@
+"""The thief's own data: inputs, and labels where he has any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmengine._optional import require
+
+if TYPE_CHECKING:
+    import torch
+
+Inputs = Any  # a torch tensor, or a dict of them by name
+
+
+class Data:
+    """What `run` was given as data, one batch after another.
+
+    given: (inputs, labels) or inputs alone, arrays or torch tensors [n, ...], inputs also as a dict of them by name; or
+    an iterable of such batches that can be gone through more than once, such as a DataLoader, whose order and sizes
+    stay. Raises TypeError for anything else and ValueError where there are no rows, or not a label for each.
+    """
+
+    def __init__(self, given: Any) -> None:
+        self._loader: Any = None
+        if _is_rows(given):
+            given = (given, None)
+        if isinstance(given, tuple | list) and len(given) == 2 and _is_rows(given[0]):
+            inputs, labels = given
+            self._inputs: dict[str, Any] = dict(inputs) if isinstance(inputs, Mapping) else {"": inputs}
+            self._labels = labels
+            counts = {len(rows) for rows in self._inputs.values()}
+            if len(counts) != 1 or 0 in counts:
+                raise ValueError(
+                    f"data must hold as many rows in each input, at least one, and it has {sorted(counts)}"
+                )
+            if labels is not None and len(labels) not in counts:
+                raise ValueError(f"data has {counts.pop()} inputs and {len(labels)} labels")
+        elif hasattr(given, "__iter__") and iter(given) is not given:
+            self._loader = given
+            self._labels = self._first()[1]
+        else:
+            raise TypeError(
+                "data is (inputs, labels), inputs alone, or batches of them that can be gone through more than once "
+                f"(a DataLoader), and not {type(given).__name__}"
+            )
+
+    @property
+    def labelled(self) -> bool:
+        return self._labels is not None
+
+    def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Inputs, torch.Tensor | None]]:
+        """One epoch, in an order drawn from `generator`; a DataLoader's own batches as they come."""
+        torch = require("torch", extra="train")
+        if self._loader is not None:
+            for batch in self._loader:
+                inputs, labels = _parted(batch)
+                yield _tensors(inputs), None if labels is None else torch.as_tensor(labels)
+            return
+        inputs = {name: torch.as_tensor(rows) for name, rows in self._inputs.items()}
+        labels = None if self._labels is None else torch.as_tensor(self._labels)
+        order = torch.randperm(len(next(iter(inputs.values()))), generator=generator)
+        for chosen in order.split(size):
+            rows = {name: values[chosen] for name, values in inputs.items()}
+            yield rows.get("", rows), None if labels is None else labels[chosen]
+
+    def arrays(self, count: int) -> list[NDArray[Any]] | dict[str, NDArray[Any]]:
+        """The first `count` inputs as NumPy arrays: a list of one, or a dict by name."""
+        inputs = self._first()[0] if self._loader is not None else self._inputs.get("", self._inputs)
+        if isinstance(inputs, Mapping):
+            return {name: _array(rows[:count]) for name, rows in inputs.items()}
+        return [_array(inputs[:count])]
+
+    def example(self) -> Inputs:
+        """One row of the inputs as torch tensors, for exporting a model."""
+        torch = require("torch", extra="train")
+        first = self.arrays(1)
+        if isinstance(first, dict):
+            return {name: torch.from_numpy(rows.copy()) for name, rows in first.items()}
+        return torch.from_numpy(first[0].copy())
+
+    def _first(self) -> tuple[Any, Any]:
+        for batch in self._loader:
+            return _parted(batch)
+        raise ValueError("data has no batches")
+
+
+def _is_rows(given: Any) -> bool:
+    if isinstance(given, Mapping):
+        return bool(given) and all(map(_is_rows, given.values()))
+    return hasattr(given, "shape") and len(given.shape) > 0
+
+
+def _parted(batch: Any) -> tuple[Any, Any]:
+    if _is_rows(batch):
+        return batch, None
+    if isinstance(batch, tuple | list) and len(batch) in (1, 2) and _is_rows(batch[0]):
+        return batch[0], batch[1] if len(batch) == 2 else None
+    raise TypeError(f"a batch of data is (inputs, labels) or inputs alone, and not {type(batch).__name__}")
+
+
+def _tensors(inputs: Any) -> Inputs:
+    torch = require("torch", extra="train")
+    if isinstance(inputs, Mapping):
+        return {name: torch.as_tensor(rows) for name, rows in inputs.items()}
+    return torch.as_tensor(inputs)
+
+
+def _array(rows: Any) -> NDArray[Any]:
+    return np.asarray(rows.detach().cpu() if hasattr(rows, "detach") else rows)
