@@ -16,19 +16,21 @@ import numpy as np
 
 from wmengine.sandbox import wire
 from wmengine.suspects import engine_wire
-from wmengine.suspects.engine_wire import FORGET, LIST, LOAD, OPEN, READ, RUN, preload, prepare
+from wmengine.suspects.engine_wire import LIST, LOAD, OPEN, READ, RUN, preload, prepare
 
 __all__ = ["LIES", "preload", "prepare", "serve"]
 
 WEIGHT = np.ones((400, 16), np.float32)
+LATER = "the first question about the next model"
+WORDS = []  # of the questions so far: every answer that is to be believed repeats the last
 
 
 def _header(**fields):
-    return lambda connection: wire.send(connection, fields)
+    return _arrays(**fields)
 
 
 def _arrays(*arrays, **fields):
-    return lambda connection: wire.send(connection, fields, arrays)
+    return lambda connection: wire.send(connection, {"word": WORDS[-1], **fields}, arrays)
 
 
 def _weights(*arrays, **fields):
@@ -42,7 +44,7 @@ def _text(text, body=b""):
 
 def _answer_then(then, header, *arrays):
     def lie(connection):
-        wire.send(connection, header, arrays)
+        wire.send(connection, {"word": WORDS[-1], **header}, arrays)
         then(connection)
 
     return lie
@@ -174,22 +176,28 @@ LIES = {
     "answer twice": (RUN, _answer_then(_header(outputs=[], classes=[]), ONE, SCORES), ""),
     "answer for ever": (RUN, _answer_then(_flood, ONE, SCORES), ""),
     "die after the answer": (RUN, _answer_then(_die, ONE, SCORES), ""),
-    "forget without the word": (FORGET, _header(), None),
-    "never forget": (FORGET, _sleep, None),
-    "crash when forgetting": (FORGET, lambda connection: ctypes.string_at(0), None),
+    "answer the next too": (LATER, _header(inputs=[]), None),
+    "an error for the next": (LATER, _header(error="it is no model"), None),
+    "never let go": (LATER, _sleep, None),
+    "crash when letting go": (LATER, lambda connection: ctypes.string_at(0), None),
+    "a word of its own": (RUN, _arrays(SCORES, word="0" * 32, **ONE), "no answer that can be read"),
 }
 
 
 def serve(connection, mechanisms):
-    lie, lying = None, False
+    lie, lying, name = None, False, None
 
     def receive(*arguments):
-        nonlocal lie, lying
+        nonlocal lie, lying, name
         question, arrays = wire.receive(*arguments)
         if question["ask"] in (LIST, LOAD):
+            if lie is not None and lie[0] == LATER and question["name"] != name:
+                lie[1](connection)  # before it has seen the word
+            name = question["name"]
             told = re.search(rb"<lie: (.*?)>", arrays[0].tobytes())
             lie = LIES[told[1].decode()] if told else None
-        lying = lie is not None and question["ask"] == lie[0]
+        lying = lie is not None and (question["ask"] == lie[0] or (lie[0] == OPEN and question.get("open", False)))
+        WORDS.append(question.get("word"))
         return question, arrays
 
     def send(*arguments):

@@ -376,15 +376,19 @@ def test_a_worker_that_lies_is_no_more_than_an_error_and_the_next_file_is_judged
     assert left == {}
 
 
-def test_a_model_lets_go_of_its_worker_in_its_own_time(tmp_path, monkeypatch):
-    """One that is nearly late, and then does not let go, holds up the next for no longer than its limit."""
-    onnx.save(telling("never forget"), tmp_path / "liar.onnx")
+def test_a_model_that_does_not_let_go_of_its_worker_is_not_put_down_to_the_next(tmp_path, monkeypatch):
+    onnx.save(telling("never let go"), tmp_path / "liar.onnx")
     with Supervisor("lying_service") as supervisor:
         monkeypatch.setattr(onnx_file, "shared_supervisor", lambda: supervisor)
         engine = open_engine("persistent", Limits(seconds=2.0, memory_bytes=512 << 20))
-        file = read_model(LocalSource(tmp_path / "liar.onnx"), engine.locations)
-        OnnxSuspect(file, engine=engine).answer({"x": np.zeros((2, 1, 4, 4), np.float32)})
-        assert not engine.begin()  # it sleeps for an hour
+        images = {"x": np.zeros((2, 1, 4, 4), np.float32)}
+        liar = read_model(LocalSource(tmp_path / "liar.onnx"), engine.locations)
+        OnnxSuspect(liar, engine=engine).answer(images)
+        assert engine.begin()
+        honest(tmp_path / "honest.onnx", 0)
+        next_one = read_model(LocalSource(tmp_path / "honest.onnx"), engine.locations)
+        assert OnnxSuspect(next_one, engine=engine).answer(images).values.shape == (2, 10)  # of a fresh worker
+        engine.close()
 
 
 class Bytes:

@@ -32,7 +32,9 @@ _SLICE = 1.0  # seconds of one wait
 
 class WireError(Exception):
     """The other side closed the connection (`closed`), did not answer in time (`late`), or sent what is no frame or one
-    too large."""
+    too large; header: the JSON of a frame for whose arrays there was no memory."""
+
+    header = b""
 
     def __init__(self, reason: str, closed: bool = False, late: bool = False) -> None:
         super().__init__(reason)
@@ -111,7 +113,11 @@ def receive(
     if len(begun) > at + array_bytes:
         raise WireError("an answer without a question")
     text = _receive_rest(connection, begun[_LENGTHS.size : at], header_bytes, allowance)
-    data = _receive_rest(connection, begun[at:], array_bytes, allowance)
+    try:
+        data = _receive_rest(connection, begun[at:], array_bytes, allowance)
+    except WireError as error:
+        error.header = bytes(text)
+        raise
     try:
         header = json.loads(bytes(text))
         described = [(str(dtype), [int(size) for size in shape]) for dtype, shape in header["arrays"]]

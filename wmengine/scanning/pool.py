@@ -21,6 +21,7 @@ from wmengine.judging.asking import Terms
 from wmengine.judging.judge import Finding, failed, judge_suspect
 from wmengine.judging.verdict import decide
 from wmengine.marks.watermark import Watermark
+from wmengine.parts.base import Need
 from wmengine.sandbox import Limits
 from wmengine.scanning.journal import Plan
 from wmengine.scanning.listing import Listed, open_source
@@ -118,7 +119,8 @@ class Judge:
         fresh = self._plan.isolation == "per-model" or self._served == SUSPECTS_A_WORKER
         if self._engine is None or fresh or not self._engine.begin():
             self._discard()
-            self._engine = open_engine(self._plan.isolation, self._limits, self._plan.device)
+            asks = any(mark.preset.source.needs != Need.TENSORS for mark in self._marks)
+            self._engine = open_engine(self._plan.isolation, self._limits, self._plan.device, eager=asks)
         self._served += 1
         return self._engine
 

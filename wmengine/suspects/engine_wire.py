@@ -6,6 +6,7 @@ Inputs and a model's bytes go out, arrays of numbers and text come back. Expecte
 from __future__ import annotations
 
 import gc
+import json
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +34,6 @@ Answer = tuple[dict[str, Any], Sequence[NDArray[Any]]]
 MAXIMUM_QUESTION = 1 << 40  # the client is trusted: its own limits hold
 LIST, LOAD, OPEN, RUN, READ = "list external files", "load the model", "create the session", "run", "read the weights"
 TAP = "read activations"
-FORGET = "forget the model"
 _OF_WEIGHTS = {"stored_as": ("count", "of", "kind"), "blocked": ("count",)}  # facts that reading them has
 MAXIMUM_NAME, MAXIMUM_FACTS = 200, 20  # characters of a tensor's name, or of a value in a fact
 
@@ -47,7 +47,8 @@ def serve(connection: socket.socket, mechanisms: Sequence[str]) -> None:
         except wire.WireError as error:
             if error.closed:
                 return
-            wire.send(connection, {"error": f"the model needs more memory than it may have ({error})"})
+            word = json.loads(error.header)["word"]
+            wire.send(connection, {"error": f"the model needs more memory than it may have ({error})", "word": word})
             continue
         try:
             header, answers = _answer(engine, question, arrays, mechanisms)
@@ -58,23 +59,27 @@ def serve(connection: socket.socket, mechanisms: Sequence[str]) -> None:
         except Exception as error:  # a hostile model can make any library raise anything
             header, answers = {"error": f"{question.get('name', 'the model')} cannot be judged ({one_line(error)})"}, ()
         del arrays
-        wire.send(connection, header, answers)
+        wire.send(connection, header | {"word": question.get("word")}, answers)
 
 
 def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechanisms: Sequence[str]) -> Answer:
     asked = question["ask"]
     header: dict[str, Any]
+    if asked in (LIST, LOAD):
+        engine.close()
+        gc.collect()  # a graph is full of cycles, and they hold its weights
     if asked == LIST:
         return {"locations": engine.locations(question["name"], arrays[0].tobytes())}, ()
     if asked == LOAD:
         contents = [array.tobytes() for array in arrays]
         arrays.clear()  # large models have room once less
         engine.load(question["name"], contents[0], dict(zip(question["locations"], contents[1:], strict=True)))
-        return {}, ()
+        try:
+            return _open(engine, question) if question["open"] else {}, ()
+        except SuspectError as error:  # its weights may be read all the same
+            return {"unopened": str(error)}, ()
     if asked == OPEN:
-        engine.provider, engine.device_bytes = question["provider"], question["device_bytes"]
-        inputs = [[each.name, each.type, each.shape, each.rescaled] for each in engine.open()]
-        return {"inputs": inputs}, ()
+        return _open(engine, question), ()
     if asked == RUN:
         outputs = engine.run(dict(zip(question["inputs"], arrays, strict=True)))
         stayed = [value if isinstance(value, Predicted) else None for _, value in outputs]
@@ -92,29 +97,35 @@ def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechan
         return header, [*(each.values for each in tensors), *factors]
     if asked == TAP:
         return {}, [engine.activations(question["place"], dict(zip(question["inputs"], arrays, strict=True)))]
-    if asked == FORGET:
-        engine.close()
-        gc.collect()  # a graph is full of cycles, and they hold its weights
-        return {"word": question["word"]}, ()
     return {"mechanisms": list(mechanisms)}, ()
+
+
+def _open(engine: OnnxEngine, question: dict[str, Any]) -> dict[str, Any]:
+    engine.provider, engine.device_bytes = question["provider"], question["device_bytes"]
+    return {"inputs": [[each.name, each.type, each.shape, each.rescaled] for each in engine.open()]}
 
 
 class RemoteEngine:
     """OnnxEngine's methods, answered by a sandboxed worker; a worker that fails is a SuspectError like any other.
 
-    An answer that is not what was asked for costs the worker: whatever wrote it is no engine of ours any more.
-    start(prepared): starts a worker; the first is not asked to be prepared for reading weights, as most never need to.
+    An answer that is not what was asked for costs the worker: whatever wrote it is no engine of ours any more. Each
+    question comes with a word that nobody can know, and its answer repeats it: what a model has said before is not
+    taken for an answer. start(prepared): starts a worker; the first is not asked to be prepared for reading weights, as
+    most never need to. eager: sessions are created as models are loaded, in one exchange: for what will be asked.
     """
 
-    def __init__(self, start: Callable[[bool], Worker], provider: str = "cpu") -> None:
+    def __init__(self, start: Callable[[bool], Worker], provider: str = "cpu", eager: bool = False) -> None:
         self._start = start
         self.worker = start(False)
         self.provider = provider
         self.conditions = tuple(_conditions(self.worker, provider))
+        self._eager = eager
         self._name = ""
         self._loaded: tuple[bytes, Mapping[str, bytes]] = b"", {}
-        self._opened = False
+        self._inputs: list[Input] | None = None  # of the session, once there is one
+        self._unopened: str | None = None  # why there can be none
         self._failure: str | None = None
+        self._served = False  # other suspects, before the one to come
         self._spent = False
         self.abandoned = False
 
@@ -122,18 +133,24 @@ class RemoteEngine:
         self._name = name
         if not may_name_files(data):
             return []
-        return self._ask(LIST, _read_locations, {"name": name}, [_bytes(data)])
+        return self._ask_first(LIST, _read_locations, {"name": name}, [_bytes(data)])
 
     def load(self, name: str, data: bytes, external: Mapping[str, bytes]) -> None:
-        self._name, self._loaded, self._opened = name, (data, external), False
+        self._name, self._loaded, self._inputs, self._unopened = name, (data, external), None, None
         contents = [_bytes(data), *map(_bytes, external.values())]
-        self._ask(LOAD, _read_nothing, {"name": name, "locations": list(external)}, contents)
+        question = {"name": name, "locations": list(external), "open": self._eager, **self._place()}
+        self._inputs, self._unopened = self._ask_first(LOAD, _read_loaded, question, contents)
+        self._spent |= self._unopened is not None
 
     def open(self) -> list[Input]:
-        self._opened = True
-        return self._ask(
-            OPEN, _read_inputs, {"provider": self.provider, "device_bytes": self.worker.limits.memory_bytes}
-        )
+        if self._unopened is not None:
+            raise SuspectError(self._unopened)
+        if self._inputs is None:
+            self._inputs = self._ask(OPEN, _read_inputs, self._place())
+        return self._inputs
+
+    def _place(self) -> dict[str, Any]:
+        return {"provider": self.provider, "device_bytes": self.worker.limits.memory_bytes}
 
     def run(self, inputs: Inputs) -> Outputs:
         return self._ask(RUN, _read_outputs, {"name": self._name, "inputs": list(inputs)}, [*inputs.values()])
@@ -151,7 +168,7 @@ class RemoteEngine:
 
     def _prepare(self) -> None:
         """Go on with a worker that can read weights, as far as this one has come."""
-        before, opened = self.worker, self._opened
+        before, opened = self.worker, self._inputs is not None
         try:
             self.worker = self._start(True)
         except SuspectError as error:  # there is none to be had, for the next suspect neither
@@ -167,21 +184,13 @@ class RemoteEngine:
     def begin(self) -> bool:
         """The time of the next suspect starts now; False where the worker is gone, or fit for no other suspect.
 
-        It is asked to let go of the model before, in what is left of that one's time, so that what a model does as it
-        goes is not put down to the next one, and to say a word that it cannot know: what else it has said is not taken
-        for an answer to the next question. A model that failed may have left its memory behind: its worker serves no
-        other.
+        A model that failed may have left its memory behind: its worker serves no other.
         """
         if self._spent or self._failure is not None:
             return False
-        self._loaded = b"", {}
-        word = secrets.token_hex(16)
-        try:
-            header, _ = self.worker.ask(FORGET, {"word": word})
-        except WorkerFailure:
-            return False
+        self._loaded, self._served = (b"", {}), True
         self.worker.begin()
-        return header.get("word") == word
+        return True
 
     def interrupt(self) -> None:
         """From another thread: the question of the moment fails."""
@@ -189,6 +198,25 @@ class RemoteEngine:
 
     def close(self) -> None:
         self.worker.close()
+
+    def _ask_first(
+        self,
+        asked: str,
+        read: Callable[[dict[str, Any], Arrays], Result],
+        question: Mapping[str, Any],
+        arrays: Sequence[Any],
+    ) -> Result:
+        """The first question about a suspect. The worker lets go of the suspect before first, and what goes wrong as it
+        does so is not put down to this one: a fresh worker is asked then."""
+        served, self._served = self._served, False
+        if served:
+            try:
+                return self._ask(asked, read, question, arrays)
+            except SuspectGone:
+                if self.abandoned:
+                    raise
+            self.worker, self._failure = self._start(False), None
+        return self._ask(asked, read, question, arrays)
 
     def _ask(
         self,
@@ -199,16 +227,19 @@ class RemoteEngine:
     ) -> Result:
         if self._failure is not None:
             raise SuspectGone(self._failure)
+        word = secrets.token_hex(16)
         try:
-            header, answers = self.worker.ask(asked, dict(question or {}), arrays)
+            header, answers = self.worker.ask(asked, {**(question or {}), "word": word}, arrays)
         except WorkerFailure as error:
             self.abandoned = isinstance(error, TemplateGone)
             self._failure = f"{self._name} cannot be judged: {error}"
             raise SuspectGone(self._failure) from None
-        if "error" in header:
-            self._spent |= asked not in (LIST, LOAD)
-            raise SuspectError(printable(str(header["error"]), 500))
         try:
+            if header["word"] != word:
+                raise ValueError("an answer to something else")
+            if "error" in header:
+                self._spent |= asked not in (LIST, LOAD)
+                raise SuspectError(printable(str(header["error"]), 500))
             return read(header, answers)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             self.worker.close()
@@ -225,10 +256,6 @@ def _conditions(worker: Worker, provider: str) -> Iterator[Fact]:
         yield fact("sandbox_without", missing=" and no ".join(missing))
 
 
-def _read_nothing(header: dict[str, Any], arrays: Arrays) -> None:
-    """The answer to what only has to be done."""
-
-
 def _read_locations(header: dict[str, Any], arrays: Arrays) -> list[str]:
     found = sorted({str(location) for location in header["locations"]})
     "".join(found).encode()  # a ValueError for what is no Unicode, and no path
@@ -243,6 +270,13 @@ def _read_inputs(header: dict[str, Any], arrays: Arrays) -> list[Input]:
     if any(size is not None and size < 1 for each in found for size in each.shape):
         raise ValueError("not what an engine says of a size")
     return found
+
+
+def _read_loaded(header: dict[str, Any], arrays: Arrays) -> tuple[list[Input] | None, str | None]:
+    """The session's inputs where it was created too, and why it could not be."""
+    if "unopened" in header:
+        return None, printable(str(header["unopened"]), 500)
+    return _read_inputs(header, arrays) if "inputs" in header else None, None
 
 
 def _read_outputs(header: dict[str, Any], arrays: Arrays) -> Outputs:

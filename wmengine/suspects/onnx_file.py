@@ -194,8 +194,8 @@ def shared_supervisor() -> Supervisor:
     return _supervisor
 
 
-def open_engine(isolation: str, limits: Limits, provider: str = "cpu") -> Engine:
-    """An engine in this process, or one in a fresh sandboxed worker.
+def open_engine(isolation: str, limits: Limits, provider: str = "cpu", eager: bool = False) -> Engine:
+    """An engine in this process, or one in a fresh sandboxed worker; eager: for suspects that will be asked.
 
     Raises ValueError for an isolation unknown, or a provider that is not there; NoWorker where none can be started.
     """
@@ -206,7 +206,7 @@ def open_engine(isolation: str, limits: Limits, provider: str = "cpu") -> Engine
         from wmengine.ops import get_num_threads
 
         return OnnxEngine(get_num_threads(), provider)
-    return RemoteEngine(lambda prepared: _start_worker(limits, provider == "cpu", prepared), provider)
+    return RemoteEngine(lambda prepared: _start_worker(limits, provider == "cpu", prepared), provider, eager)
 
 
 def _start_worker(limits: Limits, confined: bool, prepared: bool) -> Worker:
