@@ -21,7 +21,7 @@ from wmengine.suspects.engine_wire import LIST, LOAD, OPEN, READ, RUN, preload, 
 __all__ = ["LIES", "preload", "prepare", "serve"]
 
 WEIGHT = np.ones((400, 16), np.float32)
-LATER = "the first question about the next model"
+LATER = "let go of the model"
 WORDS = []  # of the questions so far: every answer that is to be believed repeats the last
 
 
@@ -185,17 +185,20 @@ LIES = {
 
 
 def serve(connection, mechanisms):
-    lie, lying, name = None, False, None
+    lie, lying, loaded = None, False, False
 
-    def receive(*arguments):
-        nonlocal lie, lying, name
-        question, arrays = wire.receive(*arguments)
+    def receive(*arguments, before_arrays):
+        def before(question):
+            if lie is not None and lie[0] == LATER and question["ask"] in (LIST, LOAD) and loaded:
+                lie[1](connection)
+            before_arrays(question)
+
+        nonlocal lie, lying, loaded
+        question, arrays = wire.receive(*arguments, before_arrays=before)
         if question["ask"] in (LIST, LOAD):
-            if lie is not None and lie[0] == LATER and question["name"] != name:
-                lie[1](connection)  # before it has seen the word
-            name = question["name"]
             told = re.search(rb"<lie: (.*?)>", arrays[0].tobytes())
             lie = LIES[told[1].decode()] if told else None
+        loaded = question["ask"] not in (LIST, LOAD)
         lying = lie is not None and (question["ask"] == lie[0] or (lie[0] == OPEN and question.get("open", False)))
         WORDS.append(question.get("word"))
         return question, arrays

@@ -97,6 +97,7 @@ class Trial:
         self._rounds: list[_Round] = []
         self._said: dict[Fact, None] = {}  # by the suspect, of how it was asked
         self._names_paid = names_given(suspect, marks[0])
+        self._known: dict[int, float] = {}  # p-values since the last answers
         try:
             self._ways += marks[0].preset.source.ways(marks[0], suspect, terms.every_way)  # type: ignore[attr-defined]
         except SuspectError as error:
@@ -140,6 +141,7 @@ class Trial:
         Raises SuspectError where the number of outputs has changed.
         """
         current = self._rounds[-1]
+        self._known.clear()
         ask = Ask(current.way, current.asked, current.asked + len(answers))
         expected = self.expected(ask)
         predicted = classes_of(answers)
@@ -223,7 +225,9 @@ class Trial:
 
     def log10_p(self, mark: int) -> float:
         """log10 of the p-value with every hypothesis paid."""
-        return min([0.0, *(self._paid_log10_p(hypothesis, mark) for _, hypothesis in self._tried)])
+        if mark not in self._known:
+            self._known[mark] = min([0.0, *(self._paid_log10_p(hypothesis, mark) for _, hypothesis in self._tried)])
+        return self._known[mark]
 
     def log10_e(self, mark: int) -> float | None:
         """log10 of the e-value at the end of a sequential trial, hypotheses paid; None for a fixed test."""
@@ -403,18 +407,19 @@ def run_trials(suspect: Suspect, trials: Sequence[Trial]) -> None:
     Where the suspect cannot answer, the trials that asked go on with another layout or have an error.
     """
     while True:
-        groups: dict[tuple[Any, ...], list[tuple[Trial, Ask]]] = {}
+        groups: dict[tuple[Any, ...], list[tuple[Trial, Ask, Inputs]]] = {}
         for trial in trials:
             ask = _next(suspect, trial)
             if ask is not None:
-                inputs = put(trial.marks[0], ask.way, ask.start, ask.stop)
-                like = tuple((name, rows.shape[1:], str(rows.dtype)) for name, rows in inputs.items())
-                groups.setdefault((ask.way, trial.num_classes, like), []).append((trial, ask))
+                inputs = put(trial.marks[0], *ask)
+                like = tuple((name, rows.shape[1:], rows.dtype) for name, rows in inputs.items())
+                groups.setdefault((ask.way, trial.num_classes, like), []).append((trial, ask, inputs))
         if not groups:
             return
-        for asks in groups.values():
+        for asked in groups.values():
+            asks = [(trial, ask) for trial, ask, _ in asked]
             try:
-                _ask(suspect, asks)
+                _ask(suspect, asks, [inputs for _, _, inputs in asked])
             except SuspectError as error:
                 for trial, _ in asks:
                     trial.fail(error)
@@ -434,9 +439,8 @@ def _next(suspect: Suspect, trial: Trial) -> Ask | None:
     return None
 
 
-def _ask(suspect: Suspect, asks: Sequence[tuple[Trial, Ask]]) -> None:
+def _ask(suspect: Suspect, asks: Sequence[tuple[Trial, Ask]], parts: Sequence[Inputs]) -> None:
     """Put what trials of one way and number of classes ask, and hand them their answers."""
-    parts = [put(trial.marks[0], *ask) for trial, ask in asks]
     # A copy, also of a single part: a model may write into what it is given.
     inputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     answers = _answers(suspect, inputs, asks[0][0].num_classes)

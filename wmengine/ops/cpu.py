@@ -191,6 +191,6 @@ def match_counts(
         labels.ctypes.data,
         0 if of is None else of.ctypes.data,
         groups,
-        *(0 if array is None else array.ctypes.data for array in found),
+        *[0 if array is None else array.ctypes.data for array in found],
     )
     return found

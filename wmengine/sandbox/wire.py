@@ -13,7 +13,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,14 +32,13 @@ _SLICE = 1.0  # seconds of one wait
 
 class WireError(Exception):
     """The other side closed the connection (`closed`), did not answer in time (`late`), or sent what is no frame or one
-    too large; header: the JSON of a frame for whose arrays there was no memory."""
-
-    header = b""
+    too large; header: the JSON of a frame whose arrays did not come."""
 
     def __init__(self, reason: str, closed: bool = False, late: bool = False) -> None:
         super().__init__(reason)
         self.closed = closed
         self.late = late
+        self.header: dict[str, Any] = {}
 
 
 class Allowance:
@@ -95,9 +94,15 @@ def send(
 
 
 def receive(
-    connection: socket.socket, maximum_bytes: int, allowance: Allowance | None = None
+    connection: socket.socket,
+    maximum_bytes: int,
+    allowance: Allowance | None = None,
+    before_arrays: Callable[[dict[str, Any]], None] | None = None,
 ) -> tuple[dict[str, Any], list[Array]]:
-    """The next frame, its arrays no more than maximum_bytes in all; WireError where there is none."""
+    """The next frame, its arrays no more than maximum_bytes in all; WireError where there is none.
+
+    before_arrays: is told the JSON before memory is taken for the arrays.
+    """
     allowance = allowance or Allowance()
     allowance.begin()
     # Nearly every answer comes whole with the first call; every call lets go of Python's lock, and may wait for it.
@@ -114,15 +119,17 @@ def receive(
         raise WireError("an answer without a question")
     text = _receive_rest(connection, begun[_LENGTHS.size : at], header_bytes, allowance)
     try:
-        data = _receive_rest(connection, begun[at:], array_bytes, allowance)
-    except WireError as error:
-        error.header = bytes(text)
-        raise
-    try:
         header = json.loads(bytes(text))
         described = [(str(dtype), [int(size) for size in shape]) for dtype, shape in header["arrays"]]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):  # int(1e999)
         raise WireError("an answer that cannot be read") from None
+    if before_arrays is not None:
+        before_arrays(header)
+    try:
+        data = _receive_rest(connection, begun[at:], array_bytes, allowance)
+    except WireError as error:
+        error.header = header
+        raise
     arrays, at = [], 0
     for dtype, shape in described:
         if dtype not in DTYPES or any(size < 0 for size in shape) or len(shape) > 32:

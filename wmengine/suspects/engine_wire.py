@@ -6,7 +6,6 @@ Inputs and a model's bytes go out, arrays of numbers and text come back. Expecte
 from __future__ import annotations
 
 import gc
-import json
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,14 +40,20 @@ MAXIMUM_NAME, MAXIMUM_FACTS = 200, 20  # characters of a tensor's name, or of a 
 def serve(connection: socket.socket, mechanisms: Sequence[str]) -> None:
     """Answer questions until the other side closes."""
     engine = OnnxEngine()
+
+    def make_room(question: dict[str, Any]) -> None:
+        if question["ask"] in (LIST, LOAD):
+            engine.close()
+            gc.collect()  # a graph is full of cycles, and they hold its weights
+
     while True:
         try:
-            question, arrays = wire.receive(connection, MAXIMUM_QUESTION)
+            question, arrays = wire.receive(connection, MAXIMUM_QUESTION, before_arrays=make_room)
         except wire.WireError as error:
             if error.closed:
                 return
-            word = json.loads(error.header)["word"]
-            wire.send(connection, {"error": f"the model needs more memory than it may have ({error})", "word": word})
+            said = f"the model needs more memory than it may have ({error})"
+            wire.send(connection, {"error": said, "word": error.header["word"]})
             continue
         try:
             header, answers = _answer(engine, question, arrays, mechanisms)
@@ -60,14 +65,12 @@ def serve(connection: socket.socket, mechanisms: Sequence[str]) -> None:
             header, answers = {"error": f"{question.get('name', 'the model')} cannot be judged ({one_line(error)})"}, ()
         del arrays
         wire.send(connection, header | {"word": question.get("word")}, answers)
+        del answers  # so that the next model finds the memory in one piece
 
 
 def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechanisms: Sequence[str]) -> Answer:
     asked = question["ask"]
     header: dict[str, Any]
-    if asked in (LIST, LOAD):
-        engine.close()
-        gc.collect()  # a graph is full of cycles, and they hold its weights
     if asked == LIST:
         return {"locations": engine.locations(question["name"], arrays[0].tobytes())}, ()
     if asked == LOAD:
