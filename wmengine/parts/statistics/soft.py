@@ -17,7 +17,7 @@ from wmengine.parts.statistics.base import LEVELS, Evidence, Look, Test
 
 RATES = (0.01, 0.03, 0.1, 0.3)  # per level: 0.1 to 3 per standard deviation, the e-value's mixture
 _LEVEL = np.arange(-LEVELS, LEVELS + 1)
-_TILTS = np.exp(np.outer(_LEVEL, RATES))  # [levels, rates]
+_TILTS = np.exp(np.outer(_LEVEL, (*RATES, 0.0)))  # [levels, rates and none]
 _LN10 = math.log(10.0)
 _STEEPEST = 40.0  # per level: nothing is left below the highest, so that even a sum of all of them does not underflow
 # A stranger's sum needs no exact tail: where Chernoff's bound at the four rates is above this, p counts as 1.
@@ -43,7 +43,7 @@ class _SoftTest:
         self._log10_bar, self._sequential = log10_bar, sequential
         self._looks: list[Look] = []
         self._tail: float | None = None  # of the fixed test, once it was asked for
-        self._ln_e, self._log10_e = np.zeros(len(RATES)), 0.0
+        self._ln_e, self._log10_e = [0.0] * len(RATES), 0.0
         self._peak, self._peak_looks = 0.0, 0  # log10 of the highest e-value, and after how many looks
 
     def add(self, look: Look) -> None:
@@ -51,10 +51,14 @@ class _SoftTest:
         self.asked += len(look)
         self._looks.append(look)
         self._tail = None
-        shares = look.histogram / look.histogram.sum(axis=1, keepdims=True)
-        self._ln_e += np.outer(look.at, RATES).sum(axis=0) - np.log(shares @ _TILTS).sum(axis=0)
-        top = float(self._ln_e.max())
-        self._log10_e = (top + math.log(float(np.exp(self._ln_e - top).sum()) / len(RATES))) / _LN10
+        mass = look.histogram @ _TILTS  # the last column is how many symbols are possible
+        *expected, possible = np.log(mass).sum(axis=0).tolist()
+        seen = int(look.at.sum())
+        self._ln_e = [
+            ln + rate * seen - each + possible for ln, rate, each in zip(self._ln_e, RATES, expected, strict=True)
+        ]
+        top = max(self._ln_e)
+        self._log10_e = (top + math.log(sum(math.exp(ln - top) for ln in self._ln_e) / len(RATES))) / _LN10
         if self._sequential and self._log10_e > self._peak:
             self._peak, self._peak_looks = self._log10_e, len(self._looks)
 
@@ -71,7 +75,7 @@ class _SoftTest:
     def log10_p(self) -> float:
         if self._sequential:
             return -self._peak
-        if not self._looks or -float(self._ln_e.max()) / _LN10 > _WORTH_LOOKING:
+        if not self._looks or -max(self._ln_e) / _LN10 > _WORTH_LOOKING:
             return 0.0
         if self._tail is None:
             self._tail = soft_log10_tail(*_joined(self._looks))
