@@ -25,7 +25,8 @@ def attack_module(
     torch = require("torch", extra="train")
     attacked = copy.deepcopy(unwrap(model))
     random = np.random.default_rng(seed)
-    with torch.random.fork_rng(devices=[]):
+    devices = range(torch.cuda.device_count())  # manual_seed seeds every one
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         attacked = attack.run(attacked, data, random, **options)
     return attacked.eval()
