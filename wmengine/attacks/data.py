@@ -41,7 +41,7 @@ class Data:
                 )
             if labels is not None and len(labels) not in counts:
                 raise ValueError(f"data has {counts.pop()} inputs and {len(labels)} labels")
-        elif hasattr(given, "__iter__") and iter(given) is not given:
+        elif hasattr(given, "__iter__") and not hasattr(given, "__next__"):
             self._loader = given
             self._labels = self._first()[1]
         else:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from wmengine.attacks.data import Data, Inputs
-from wmengine.attacks.training import logits, placed, train
+from wmengine.attacks.training import checked, logits, placed, rows_of, train
 from wmengine.identity.key import Key
 from wmengine.marks.preset import Preset
 from wmengine.parts.fields import integer
@@ -56,8 +56,7 @@ def overwrite(
         embedder = Embedder(model, key, schemes, num_classes=num_classes, sample=placed(model, sample), name=STOLEN)
 
         def loss(inputs: Inputs, labels: torch.Tensor | None, embedder: Embedder = embedder) -> torch.Tensor:
-            assert labels is not None
-            inputs, labels = embedder.mix(inputs, labels.long())
+            inputs, labels = embedder.mix(inputs, checked(labels, rows_of(inputs), num_classes))
             return embedder.loss(logits(model, inputs), labels)
 
         train(model, data, loss, random, epochs=epochs, rate=rate, batch=batch)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 MOST_EPOCHS = MOST_ROWS = 1 << 20
+WARMING = 10  # steps until the rate is reached
 
 Loss = Callable[[Inputs, "torch.Tensor | None"], "torch.Tensor"]
 
@@ -45,6 +46,8 @@ def train(
     needed = {each: each.requires_grad for each in model.parameters()}
     generator = torch.Generator().manual_seed(int(random.integers(1 << 63)))
     optimizer = torch.optim.Adam(chosen, rate)
+    # Adam's first steps move every weight by the whole rate, whatever its gradient, which costs a trained model points.
+    warming = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMING, total_iters=WARMING - 1)
     model.requires_grad_(False).train(layer is None)
     for each in chosen:
         each.requires_grad_()
@@ -52,12 +55,15 @@ def train(
         for epoch in range(1, epochs + 1):
             for step, (inputs, labels) in enumerate(data.batches(batch, generator)):
                 inputs = placed(model, inputs)
-                if step and _rows(inputs) == 1:  # no normalisation can be trained on the one row that is left over
+                if step and rows_of(inputs) == 1:  # no normalisation can be trained on the one row that is left over
                     continue
-                value = loss(inputs, None if labels is None else labels.to(_device(model)))
+                if labels is not None:
+                    labels = labels.to(_device(model), None if labels.is_floating_point() else torch.int64)
+                value = loss(inputs, labels)
                 optimizer.zero_grad()
                 value.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
+                warming.step()
             if not math.isfinite(value.item()):
                 raise ValueError(f"the loss is no longer finite at rate={rate:g}: choose a lower one")
             _to_terminal(f"\repoch {epoch} of {epochs}, loss {value.item():.4f}\033[K")
@@ -69,18 +75,21 @@ def train(
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-    """The mean over rows, in float32. Raises ValueError or TypeError for labels that are not one class for each."""
+    """The mean over rows, in float32."""
     from torch.nn import functional
 
+    return functional.cross_entropy(logits.float(), checked(labels, *logits.shape))
+
+
+def checked(labels: torch.Tensor | None, rows: int, classes: int) -> torch.Tensor:
+    """Raises TypeError or ValueError for labels that are not one class for each row."""
     from wmengine.marking.batches import check_hard
 
     check_hard(labels)
     assert labels is not None
-    if labels.shape != logits.shape[:1] or bool(((labels < 0) | (labels >= logits.shape[1])).any()):
-        raise ValueError(
-            f"labels must be one for each input, from 0 to {logits.shape[1] - 1}, as the model has that many classes"
-        )
-    return functional.cross_entropy(logits.float(), labels.long())
+    if len(labels) != rows or bool(((labels < 0) | (labels >= classes)).any()):
+        raise ValueError(f"labels must be one for each input, from 0 to {classes - 1}, the classes that the model has")
+    return labels
 
 
 def logits(model: torch.nn.Module, inputs: Inputs) -> torch.Tensor:
@@ -92,8 +101,8 @@ def logits(model: torch.nn.Module, inputs: Inputs) -> torch.Tensor:
     elif isinstance(answer, tuple | list) and answer:
         answer = answer[0]
     shape = list(getattr(answer, "shape", ()))
-    if len(shape) != 2 or shape[0] != _rows(inputs):
-        raise ValueError(f"an attacked model must answer logits [{_rows(inputs)}, C], and this one answers {shape}")
+    if len(shape) != 2 or shape[0] != rows_of(inputs):
+        raise ValueError(f"an attacked model must answer logits [{rows_of(inputs)}, C], and this one answers {shape}")
     found: torch.Tensor = answer
     return found
 
@@ -117,7 +126,7 @@ def last_layer(model: torch.nn.Module, data: Data) -> Any:
     return model.get_submodule(found[-1].path)
 
 
-def _rows(inputs: Inputs) -> int:
+def rows_of(inputs: Inputs) -> int:
     return len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
 
 
