@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def run(name, model, data, **options):
     """The attack with one epoch where nothing else is said, and a mark that fits a small network."""
-    settings = {"epochs": 1} | ({"scheme": MARK} if name == "overwrite" else {}) | options
+    settings = {"epochs": 1, "batch": 16} | ({"scheme": MARK} if name == "overwrite" else {}) | options
     return attacks.run(name, model, data, **settings)
 
 
@@ -147,6 +147,14 @@ def test_a_data_loader_is_gone_through_in_its_own_order(name):
     assert not changed(run(name, model, loader), state(first))
 
 
+def test_every_row_counts_where_batches_are_of_one():
+    model, (x, y) = nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES)), batch(4)
+    before = state(run("ftal", model, (x, y), batch=1))
+    for row in range(4):
+        other = torch.where(torch.arange(4) == row, (y + 1) % CLASSES, y)
+        assert changed(run("ftal", model, (x, other), batch=1), before)
+
+
 def test_arrays_of_doubles_and_bytes_are_data_too():
     model, (x, y) = network(), batch(40)
     of_arrays = run("ftal", model, (x.double().numpy(), y.numpy().astype(np.uint8)))
@@ -226,7 +234,7 @@ def test_settings_that_cannot_work_are_refused(options, said):
 
 def test_models_that_cannot_be_attacked_are_refused():
     x, y = batch(40)
-    with pytest.raises(ValueError, match=r"must answer logits \[40, C\], and this one answers \[40, 1, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"must answer logits \[16, C\], and this one answers \[16, 1, 8, 8\]"):
         run("ftal", nn.Conv2d(1, 1, 1), (x, y))
     with pytest.raises(ValueError, match="no convolution and no linear layer"):
         run("ftll", nn.Sequential(nn.Flatten(), nn.LayerNorm(64)), (x, y))
@@ -235,6 +243,18 @@ def test_models_that_cannot_be_attacked_are_refused():
         run("wrk", tokens, (torch.zeros(40, 5, dtype=torch.int64), y))
     with pytest.raises(ValueError, match="times must be from 1"):
         run("overwrite", network(), (x, y), times=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", EVERY)
+def test_a_model_on_a_gpu_is_attacked_there_with_data_from_anywhere(name):
+    model, (x, y) = network().cuda(), batch(40)
+    random = torch.cuda.get_rng_state()
+    for data in ((x, y), (x.cuda(), y.cuda())):
+        attacked = run(name, model, data)
+        assert {value.device.type for value in attacked.state_dict().values()} == {"cuda"}
+        assert changed(attacked, state(model))
+    assert torch.equal(torch.cuda.get_rng_state(), random)
 
 
 def test_nothing_is_printed_where_nobody_looks(capsys):
@@ -259,7 +279,7 @@ def marks_of_thief(seed, times, sample):
 def test_the_marks_of_the_thief_prove_themselves_each_time():
     x, y = batch(256)
     first, second = marks_of_thief(3, 2, x[:64])
-    once, twice = (run("overwrite", network(), (x, y), seed=3, times=times, epochs=15) for times in (1, 2))
+    once, twice = (run("overwrite", network(), (x, y), seed=3, times=times, epochs=6) for times in (1, 2))
     assert wmengine.verify(once, first).owned
     assert not wmengine.verify(once, second).owned
     assert wmengine.verify(twice, second).owned

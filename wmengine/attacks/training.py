@@ -53,9 +53,10 @@ def train(
         each.requires_grad_()
     with torch.enable_grad():
         for epoch in range(1, epochs + 1):
-            for step, (inputs, labels) in enumerate(data.batches(batch, generator)):
-                inputs = placed(model, inputs)
-                if step and rows_of(inputs) == 1:  # no normalisation can be trained on the one row that is left over
+            most = 0
+            for inputs, labels in data.batches(batch, generator):
+                inputs, most = placed(model, inputs), max(most, rows_of(inputs))
+                if rows_of(inputs) == 1 < most:  # no normalisation can be trained on the one row that is left over
                     continue
                 if labels is not None:
                     labels = labels.to(_device(model), None if labels.is_floating_point() else torch.int64)
@@ -65,7 +66,9 @@ def train(
                 optimizer.step()
                 warming.step()
             if not math.isfinite(value.item()):
-                raise ValueError(f"the loss is no longer finite at rate={rate:g}: choose a lower one")
+                raise ValueError(
+                    f"the loss is no longer finite at rate={rate:g}: choose a lower one, or give the model in float32"
+                )
             _to_terminal(f"\repoch {epoch} of {epochs}, loss {value.item():.4f}\033[K")
     _to_terminal("\r\033[K")
     optimizer.zero_grad()
