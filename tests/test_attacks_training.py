@@ -118,6 +118,19 @@ def test_attacks_work_inside_autocast_and_where_gradients_are_off(name):
     assert next(attacked.parameters()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["ftal", "rtal", "distil", "overwrite"])
+def test_inside_autocast_a_model_learns_as_much(name):
+    model, (x, y) = network(), batch(128)
+    options = {"epochs": 8, "rate": 3e-3} | ({"student": network(seed=1)} if name == "distil" else {})
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = run(name, model, (x, y), **options)
+    outside = run(name, model, (x, y), **options)
+    for mine, theirs, before in zip(
+        inside[8:].parameters(), outside[8:].parameters(), model[8:].parameters(), strict=True
+    ):
+        assert likeness((mine - before).detach(), (theirs - before).detach()) > 0.8
+
+
 class Named(nn.Module):
     """Two inputs by name, and answers as some libraries give them."""
 

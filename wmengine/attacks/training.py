@@ -60,6 +60,7 @@ def train(
                     continue
                 if labels is not None:
                     labels = labels.to(_device(model), None if labels.is_floating_point() else torch.int64)
+                torch.clear_autocast_cache()  # inside a caller's autocast it would hold the weights of the first step
                 value = loss(inputs, labels)
                 optimizer.zero_grad()
                 value.backward()  # type: ignore[no-untyped-call]
