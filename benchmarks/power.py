@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from benchmarks.environment import describe
+from wmengine import attacks
 from wmengine.demo import CLASSES, Data, build_network, load_digits, train
 from wmengine.identity.key import Key
 from wmengine.judging.looks import looks_of_bits, looks_of_labels, looks_of_scores
@@ -44,15 +44,13 @@ def thieves(marked: torch.nn.Sequential, data: Data, seed: int) -> Iterator[tupl
     """Copies, from the untouched one to those of which little is left."""
     yield "untouched", marked
     for rate in (1e-3, 3e-3, 1e-2, 3e-2):
-        yield (
-            f"fine-tuned 30 epochs, lr {rate:g}",
-            train(copy.deepcopy(marked), data.thief, 30, seed=seed + 50, rate=rate),
-        )
+        tuned = attacks.run("ftal", marked, data.thief, epochs=30, rate=rate, seed=seed + 50)
+        yield f"fine-tuned 30 epochs, lr {rate:g}", tuned
     for share in (0.5, 0.8, 0.9, 0.95):
         yield f"pruned {share:.0%}", pruned(marked, share)
     for sigma in (0.2, 0.5, 1.0):
         yield f"noise of {sigma:g} sd", noisy(marked, sigma, seed)
-    yield "distilled on the thief's digits", distilled(marked, data.thief[0], seed)
+    yield "distilled on the thief's digits", attacks.run("distil", marked, data.thief[0], seed=seed + 70)
     yield "another network", train(build_network(seed=seed + 90), data.owner, 15, seed=seed + 90)
 
 
@@ -74,21 +72,6 @@ def noisy(model: torch.nn.Sequential, sigma: float, seed: int) -> torch.nn.Seque
             if weight.ndim > 1:
                 weight += sigma * weight.std() * torch.randn(weight.shape, generator=generator)
     return shaken
-
-
-def distilled(teacher: torch.nn.Sequential, images: torch.Tensor, seed: int) -> torch.nn.Sequential:
-    """A fresh network trained on the teacher's probabilities for other images."""
-    student = build_network(seed=seed + 70)
-    with torch.no_grad():
-        targets = teacher(images).softmax(dim=1)
-    optimizer = torch.optim.Adam(student.parameters(), 2e-3)
-    student.train()
-    for _ in range(150):
-        loss = functional.cross_entropy(student(images), targets)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    return student.eval()
 
 
 def looks(model: torch.nn.Module, mark: Watermark) -> Iterator[tuple[str, float, Look]]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from wmengine import attacks
 from wmengine._optional import require
 from wmengine.identity.key import Key
 from wmengine.judging.verification import verify_all
@@ -162,12 +163,11 @@ def train(
     epochs: int,
     seed: int,
     embedder: Embedder | None = None,
-    rate: float = 3e-3,
 ) -> torch.nn.Sequential:
     """An ordinary training loop, Adam with a one-cycle schedule; with an embedder, two of its lines are different."""
     optimizer = torch.optim.Adam(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, epochs=epochs, steps_per_epoch=-(-len(data[1]) // 64)
+        optimizer, 3e-3, epochs=epochs, steps_per_epoch=-(-len(data[1]) // 64)
     )
     generator = torch.Generator().manual_seed(seed)
     model.train()
@@ -242,7 +242,7 @@ def _make_suspects(
     yield _Suspect("marked network", "the owner's, as trained with both marks", original)
     made = "the same recipe and data with another seed, and no marks"
     yield _Suspect("independent network", made, export(independent, "independent"), is_copy=False)
-    tuned = train(copy.deepcopy(marked), data.thief, effort.thief_epochs, seed=3, rate=1e-3)
+    tuned = attacks.run("ftal", marked, data.thief, epochs=effort.thief_epochs, seed=3)
     made = f"all layers trained for {effort.thief_epochs} epochs on {ELSEWHERE} digits that the owner never used"
     yield _Suspect("fine-tuned", made, export(tuned, "fine-tuned"))
     made = "the smaller half of all weights set to zero"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,7 +41,7 @@ class Data:
                 )
             if labels is not None and len(labels) not in counts:
                 raise ValueError(f"data has {counts.pop()} inputs and {len(labels)} labels")
-        elif hasattr(given, "__iter__") and iter(given) is not given:
+        elif hasattr(given, "__iter__") and not hasattr(given, "__next__"):
             self._loader = given
             self._labels = self._first()[1]
         else:
@@ -83,8 +85,11 @@ class Data:
         return torch.from_numpy(first[0].copy())
 
     def _first(self) -> tuple[Any, Any]:
-        for batch in self._loader:
-            return _parted(batch)
+        torch = sys.modules.get("torch")
+        # A DataLoader draws from torch's random numbers, which are the caller's, each time that it begins.
+        with nullcontext() if torch is None else torch.random.fork_rng(devices=[]):
+            for batch in self._loader:
+                return _parted(batch)
         raise ValueError("data has no batches")
 
 

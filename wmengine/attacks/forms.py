@@ -25,8 +25,10 @@ def attack_module(
     torch = require("torch", extra="train")
     attacked = copy.deepcopy(unwrap(model))
     random = np.random.default_rng(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    devices = range(torch.cuda.device_count())  # manual_seed seeds every one
+    with torch.random.fork_rng(devices=devices):
+        # Not the seed itself: layers drawn anew would be those that an owner drew who chose the same.
+        torch.manual_seed(int(np.random.SeedSequence([seed, 1]).generate_state(1)[0]))
         attacked = attack.run(attacked, data, random, **options)
     return attacked.eval()
 

@@ -1,0 +1,63 @@
+"""Overwriting: the thief embeds marks of his own over the owner's, with another key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from wmengine.attacks.data import Data, Inputs
+from wmengine.attacks.training import checked, logits, placed, rows_of, train
+from wmengine.identity.key import Key
+from wmengine.marks.preset import Preset
+from wmengine.parts.fields import integer
+from wmengine.suspects.weights import evaluating
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+MOST_TIMES = 1000
+THIEF, STOLEN = "thief", "stolen"  # the owner of his key, and what he calls the model
+SAMPLE = 64
+
+
+def overwrite(
+    model: torch.nn.Module,
+    data: Data,
+    random: np.random.Generator,
+    *,
+    scheme: str | Preset | Sequence[str | Preset],
+    times: int,
+    epochs: int,
+    rate: float,
+    batch: int,
+    num_classes: int | None,
+) -> torch.nn.Module:
+    """Train with marks of a fresh key, `times` times one after the other.
+
+    scheme: a scheme of the engine or several, by name or as `wmengine.scheme(...)` gives them. Each time the secret of
+    the key "thief" is the next 32 bytes of `random`, the model is "stolen" and the sample the first 64 rows of data, so
+    that whoever knows the seed can read the marks. num_classes: None for as many as the model answers.
+    """
+    import torch
+
+    from wmengine.marking.embedder import Embedder
+
+    schemes = [scheme] if isinstance(scheme, str | Preset) else list(scheme)
+    keys = [Key(THIEF, random.bytes(32)) for _ in range(integer("times", times, 1, MOST_TIMES))]
+    for each in model.parameters():  # what the owner froze can carry marks too
+        each.requires_grad_(each.is_floating_point())
+    rows = data.arrays(SAMPLE)
+    sample: Inputs = torch.tensor(rows[0]) if isinstance(rows, list) else {n: torch.tensor(r) for n, r in rows.items()}
+    if num_classes is None:
+        with evaluating(model):
+            num_classes = logits(model, placed(model, sample)).shape[1]
+    for key in keys:
+        embedder = Embedder(model, key, schemes, num_classes=num_classes, sample=placed(model, sample), name=STOLEN)
+
+        def loss(inputs: Inputs, labels: torch.Tensor | None, embedder: Embedder = embedder) -> torch.Tensor:
+            inputs, labels = embedder.mix(inputs, checked(labels, rows_of(inputs), num_classes))
+            return embedder.loss(logits(model, inputs), labels)
+
+        train(model, data, loss, random, epochs=epochs, rate=rate, batch=batch)
+    return model
