@@ -119,11 +119,16 @@ TWIN_LINE = Line("untouched", base=TWIN)
 
 def cells_of(problem: Problem, presets: Sequence[str], seeds: Iterable[int], lines: Sequence[Line]) -> list[Cell]:
     """Seed by seed and preset by preset, so that what was begun is whole early; the unmarked twin comes first."""
-    found = []
+    found, lines = [], possible(problem, lines)
     for seed in seeds:
         found.append(Cell(problem, UNMARKED, seed, TWIN_LINE))
         found += [Cell(problem, preset, seed, line) for preset in presets for line in lines]
     return found
+
+
+def possible(problem: Problem, lines: Sequence[Line]) -> list[Line]:
+    """The lines without those of attacks that the problem rules out."""
+    return [line for line in lines if not any(step.attack in problem.without for step in line.steps)]
 
 
 def chosen(names: Sequence[str] | None) -> list[Line]:

@@ -30,7 +30,8 @@ class Problem:
     load: the data's folder → owner, thief and test, [n, ...] inputs and int64 labels. build, other: a network from a
     seed, the owner's and one of another architecture. train: (model, rows, seed=, embedder=) → the model in eval mode.
     elsewhere: inputs that are none of the task's. presets: those that its table has. mark_options, attack_options: by
-    preset and by attack, what differs from their defaults. half: attacks train under autocast to bfloat16.
+    preset and by attack, what differs from their defaults. without: attacks that its inputs rule out. half: attacks
+    train under autocast to bfloat16.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Problem:
     classes: int = 10
     mark_options: Options = field(default_factory=dict)
     attack_options: Options = field(default_factory=dict)
+    without: tuple[str, ...] = ()
     half: bool = False
 
 
@@ -140,6 +142,7 @@ TOKENS = Problem(
     presets=("sketch", "adi_tokens"),
     value_range=(0, GREYS),
     mark_options={"adi_tokens": {"special": 1}},
+    without=("wrk",),  # perturbs inputs by their gradient, which tokens have not
 )
 CIFAR10 = Problem(
     name="cifar10",

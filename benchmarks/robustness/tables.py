@@ -19,7 +19,7 @@ from benchmarks import plots
 from benchmarks.environment import ROOT
 from benchmarks.robustness import cells
 from benchmarks.robustness.cells import Row
-from benchmarks.robustness.grid import LINES, MARKED, TWIN, TWIN_LINE, UNMARKED, Cell, Line, cells_of
+from benchmarks.robustness.grid import LINES, MARKED, TWIN, TWIN_LINE, UNMARKED, Cell, Line, cells_of, possible
 from benchmarks.robustness.problems import DIGITS, PROBLEMS, Problem
 from benchmarks.robustness.rules import MOST_LOSS, PROVEN, sok_success, sok_threshold
 
@@ -68,7 +68,7 @@ def table(problem: Problem, found: Found, lines: Sequence[Line] = LINES) -> str:
     head = f"| attack | {' | '.join(problem.presets)} |"
     rows = [head, "|---" * (1 + len(problem.presets)) + "|"]
     thresholds = {preset: sok_threshold(_nulls(problem, preset, lines, found)) for preset in problem.presets}
-    for line in lines:
+    for line in possible(problem, lines):
         if line.base == MARKED:
             shown = (_shown(_seeds(problem, each, line, found), thresholds[each]) for each in problem.presets)
             rows.append(f"| {line.label} | {' | '.join(shown)} |")
@@ -126,16 +126,16 @@ def picture_of(problem: Problem) -> Path:
     return ROOT / "docs" / f"robustness-{problem.name}.png"
 
 
-def source_of(problem: Problem, found: Found) -> str:
+def source_of(found: Found) -> str:
     """What a picture of these rows carries, so that a stale one is found."""
-    shown = [f"{row.key} {row.log10_p} {row.loss}" for row in _measured(problem, found)]
+    shown = [f"{key} {row.log10_p} {row.loss}" for key, row in sorted(found.items())]
     return hashlib.sha256("\n".join(shown).encode()).hexdigest()
 
 
 def picture(problem: Problem, found: Found, lines: Sequence[Line] = LINES) -> bytes:
     """A PNG, 1200 pixels wide: attacks × presets, the worst log10 p of the seeds in colour and digits with the mean
     loss in points beside it; struck through on the left where the loss leaves no product."""
-    shown = [line for line in lines if line.base == MARKED]
+    shown = [line for line in possible(problem, lines) if line.base == MARKED]
     with rc_context(plots.STYLE | {"axes.grid": False, "font.size": 10}):
         figure = Figure(figsize=(1200 / plots.DPI, 0.25 * len(shown) + 0.9), layout="constrained")
         axes = figure.subplots()
@@ -153,7 +153,7 @@ def picture(problem: Problem, found: Found, lines: Sequence[Line] = LINES) -> by
             "hatched: no product is left",
             fontsize=9,
         )
-        return plots.png(figure, source_of(problem, found))
+        return plots.png(figure, source_of(found))
 
 
 def _square(axes: Axes, x: int, y: int, rows: Sequence[Row]) -> None:
