@@ -184,6 +184,7 @@ def test_another_recipe_or_option_is_another_cell(counted: Counted) -> None:
     others = [
         dataclasses.replace(cell, problem=counted.problem(recipe="more steps")),
         dataclasses.replace(cell, problem=counted.problem(attack_options={"worse": {"sigma": 0.5}})),
+        dataclasses.replace(cell, problem=counted.problem(mark_options={"adi": {"count": 9}})),
         *(dataclasses.replace(cell, line=line) for line in (UNTOUCHED, WORSE_TWICE, STRANGER)),
         dataclasses.replace(cell, preset="sketch"),
         dataclasses.replace(cell, seed=2),
@@ -250,14 +251,14 @@ def test_the_table_shows_every_seed_the_worst_marked_and_what_is_missing(counted
     head, _, untouched, worse, strangers = a_table(counted)
     assert head == ["attack", "adi", "sketch"]
     assert untouched == ["untouched", "not run", "not run"]
-    assert worse[1] == "-30.0 **-7.2** -8.0<br>loss 0.5, SoK 3/3"
-    assert worse[2] == "not run not run **0.0**<br>loss 0.5, SoK not run"
+    assert worse[1] == "-30.0 **-7.2** -8.0 ✗<br>loss 0.5, SoK 3/3"
+    assert worse[2] == "not run not run **0.0** ✗<br>loss 0.5, SoK not run"
     assert strangers == ["2 models without the mark", "least of 6: -0.8", "not run"]
 
 
 def test_a_cell_whose_copies_are_worth_nothing_is_set_apart(counted: Counted) -> None:
-    assert a_table(counted, loss=5.01)[3][1].startswith("*-30.0 **-7.2** -8.0* †<br>loss 5.0")
-    assert "†" not in a_table(counted, loss=4.99)[3][1]
+    assert a_table(counted, loss=5.01)[3][1] == "-30.0 **-7.2** -8.0 †<br>loss 5.0, SoK 3/3"
+    assert a_table(counted, loss=4.99)[3][1] == "-30.0 **-7.2** -8.0 ✗<br>loss 5.0, SoK 3/3"
 
 
 def test_the_table_of_statistics_reads_answers_as_scores_and_as_labels(counted: Counted) -> None:

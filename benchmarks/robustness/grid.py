@@ -62,8 +62,17 @@ class Cell:
     @property
     def key(self) -> str:
         """What a row is found by again: everything that says what was to be measured."""
-        said = [self.problem.name, self.problem.recipe, self.preset, self.seed, self.line.base, as_json(self.steps)]
-        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:24]
+        return digest(recipe_of(self.problem, self.preset), self.seed, self.line.base, as_json(self.steps))
+
+
+def recipe_of(problem: Problem, preset: str) -> list[Any]:
+    """How the networks of a problem are made, with this preset or UNMARKED."""
+    own = None if preset == UNMARKED else problem.preset(preset)
+    return [problem.name, problem.recipe, preset, own and [own.full_name, own.options]]
+
+
+def digest(*said: Any) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def as_json(steps: Sequence[Step]) -> str:

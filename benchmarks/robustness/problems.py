@@ -17,6 +17,8 @@ from benchmarks.robustness import cifar10
 from wmengine._optional import require
 from wmengine.demo import Data, build_network, load_digits, train
 from wmengine.marking.embedder import Embedder
+from wmengine.marks.catalogue import scheme
+from wmengine.marks.preset import Preset
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 Options = Mapping[str, Mapping[str, Any]]
@@ -48,6 +50,9 @@ class Problem:
     attack_options: Options = field(default_factory=dict)
     without: tuple[str, ...] = ()
     half: bool = False
+
+    def preset(self, name: str) -> Preset:
+        return scheme(name).with_options(**self.mark_options.get(name, {}))
 
 
 def _tokens(pictures: torch.Tensor) -> torch.Tensor:
@@ -128,7 +133,7 @@ DIGITS = Problem(
     build=build_network,
     other=_small_pictures_network,
     train=_train_on_digits,
-    elsewhere=partial(photographs, 1000, 8, 1),
+    elsewhere=partial(photographs, 500, 8, 1),
     presets=("sketch", "uchida", "deepsigns", "adi"),
 )
 TOKENS = Problem(
@@ -138,7 +143,7 @@ TOKENS = Problem(
     build=_reader,
     other=_attentive,
     train=_train_on_digits,
-    elsewhere=lambda: _tokens(photographs(1000, 8, 1)),
+    elsewhere=lambda: _tokens(photographs(500, 8, 1)),
     presets=("sketch", "adi_tokens"),
     value_range=(0, GREYS),
     mark_options={"adi_tokens": {"special": 1}},

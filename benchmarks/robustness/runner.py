@@ -22,7 +22,7 @@ from torch import nn
 
 from benchmarks.environment import device_name, git_commit
 from benchmarks.robustness import cells
-from benchmarks.robustness.grid import MARKED, TWIN, UNMARKED, Cell, Step, as_json
+from benchmarks.robustness.grid import MARKED, TWIN, UNMARKED, Cell, Step, as_json, digest, recipe_of
 from benchmarks.robustness.problems import Problem
 from benchmarks.robustness.reading import Correct, accuracy, correct, evidence, loss
 from wmengine.attacks import attack, run
@@ -30,7 +30,6 @@ from wmengine.demo import Data
 from wmengine.errors import WmengineError
 from wmengine.identity.key import Key
 from wmengine.marking.embedder import Embedder
-from wmengine.marks.catalogue import scheme
 from wmengine.marks.watermark import Watermark
 from wmengine.suspects import open_suspect
 
@@ -56,8 +55,7 @@ class Bench:
     def __init__(self, problem: Problem, data: Data, out: Path, device: str, scratch: Path) -> None:
         self.problem, self.device = problem, device
         self.data = Data(*((x.to(device), y.to(device)) for x, y in data))
-        recipe = hashlib.sha256(problem.recipe.encode()).hexdigest()[:8]
-        self._kept, self._suffix = out / problem.name / "networks", f"-{recipe}.pt"
+        self._kept = out / problem.name / "networks"
         self._networks: dict[str, Network] = {}
         self._copies: dict[tuple[str, str], tuple[Any, float]] = {}
         self._files = (scratch / f"{number}.onnx" for number in itertools.count())
@@ -66,11 +64,11 @@ class Bench:
         """Trained now, or before and kept."""
         name = _name_of(preset, seed, base)
         if name not in self._networks:
-            file = self._kept / (name + self._suffix)
+            preset = preset if base == MARKED else UNMARKED
+            file = self._kept / f"{name}-{digest(recipe_of(self.problem, preset))[:8]}.pt"
             if not file.exists():
                 # Strangers share no seed with marked networks, whose twins do.
-                seed = seed if base in (MARKED, TWIN) else 1000 + int(base.split()[1])
-                self._train(file, preset if base == MARKED else UNMARKED, seed)
+                self._train(file, preset, seed if base in (MARKED, TWIN) else 1000 + int(base.split()[1]))
             self._networks[name] = self._load(file)
         return self._networks[name]
 
@@ -118,7 +116,7 @@ class Bench:
             embedder = Embedder(
                 model,
                 key_of(seed),
-                [scheme(preset).with_options(**problem.mark_options.get(preset, {}))],
+                [problem.preset(preset)],
                 num_classes=problem.classes,
                 sample=self.data.owner[0][:64],
                 name=problem.name,

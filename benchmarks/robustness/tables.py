@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -21,7 +21,7 @@ from benchmarks.robustness import cells
 from benchmarks.robustness.cells import Row
 from benchmarks.robustness.grid import LINES, MARKED, TWIN, TWIN_LINE, UNMARKED, Cell, Line, cells_of, possible
 from benchmarks.robustness.problems import DIGITS, PROBLEMS, Problem
-from benchmarks.robustness.rules import MOST_LOSS, PROVEN, sok_success, sok_threshold
+from benchmarks.robustness.rules import MOST_LOSS, PROVEN, outcome, sok_success, sok_threshold
 
 OUT = ROOT / "benchmarks" / "results" / "robustness"
 SEEDS = (1, 2, 3)
@@ -35,7 +35,12 @@ COMPARED = (
     *(f"noise {sigma}" for sigma in ("0.2", "0.5", "1")),
     *("distil T=1", "stranger 1"),
 )
-COMPARED_PRESETS = ("sketch", "uchida", "adi")
+COMPARED_READINGS = (
+    ("sketch", "weights", "log10_p_soft"),
+    ("uchida", "weights", "log10_p_soft"),
+    ("adi", "scores", "log10_p_soft"),
+    ("adi", "labels", "log10_p_labels_soft"),
+)
 
 Found = Mapping[str, Row]
 
@@ -83,18 +88,15 @@ def statistics_table(found: Found, problem: Problem = DIGITS, lines: Sequence[Li
     """Markdown: for each copy and mark the log10 p of all seeds by each statistic, and by the half of both."""
     rows = ["| copy | mark, read from | matched | matches | soft | either |", "|---|---|---|---|---|---|"]
     for line in lines:
-        for preset in COMPARED_PRESETS if line.label in COMPARED else ():
+        for preset, read, column in COMPARED_READINGS if line.label in COMPARED else ():
             seeds = [row for row in _seeds(problem, preset, line, found) if row is not None]
-            readings = {"weights" if preset != "adi" else "scores": "log10_p_soft"}
-            readings |= {"labels": "log10_p_labels_soft"} if preset == "adi" else {}
-            for read, column in readings.items():
-                cell = [NOT_RUN] * 4
-                if seeds:
-                    both = [(row.log10_p_matches, getattr(row, column)) for row in seeds]
-                    matched = " ".join(str(row.matched) for row in seeds)
-                    halves = [min(0.0, min(each) + 0.30103) for each in both]
-                    cell = [f"{matched} of {seeds[0].total}", *map(_numbers, (*zip(*both, strict=True), halves))]
-                rows.append(f"| {line.label} | {preset}, {read} | {' | '.join(cell)} |")
+            cell = [NOT_RUN] * 4
+            if seeds:
+                both = [(row.log10_p_matches, getattr(row, column)) for row in seeds]
+                matched = " ".join(str(row.matched) for row in seeds)
+                halves = [min(0.0, min(each) + math.log10(2.0)) for each in both]
+                cell = [f"{matched} of {seeds[0].total}", *map(_numbers, (*zip(*both, strict=True), halves))]
+            rows.append(f"| {line.label} | {preset}, {read} | {' | '.join(cell)} |")
     return "\n".join(rows)
 
 
@@ -133,44 +135,48 @@ def source_of(found: Found) -> str:
 
 
 def picture(problem: Problem, found: Found, lines: Sequence[Line] = LINES) -> bytes:
-    """A PNG, 1200 pixels wide: attacks × presets, the worst log10 p of the seeds in colour and digits with the mean
-    loss in points beside it; struck through on the left where the loss leaves no product."""
+    """A PNG, 1200 pixels wide: attacks × presets, what it came to in colour, the worst log10 p of the seeds and the
+    mean loss in points in digits; hatched on the left where the loss leaves no product."""
     shown = [line for line in possible(problem, lines) if line.base == MARKED]
-    with rc_context(plots.STYLE | {"axes.grid": False, "font.size": 10}):
+    with rc_context(plots.STYLE | {"axes.grid": False, "font.size": 10, "hatch.linewidth": 0.7}):
         figure = Figure(figsize=(1200 / plots.DPI, 0.25 * len(shown) + 0.9), layout="constrained")
         axes = figure.subplots()
         for y, line in enumerate(shown):
             for x, preset in enumerate(problem.presets):
                 _square(axes, x, y, [row for row in _seeds(problem, preset, line, found) if row is not None])
         axes.set(xlim=(0, len(problem.presets)), ylim=(len(shown), 0))
-        axes.set_xticks([x + 0.5 for x in range(len(problem.presets))], problem.presets, fontweight="bold")
+        axes.set_xticks(
+            [x + 0.5 for x in range(len(problem.presets))], [f"{preset}\nlog10 p    loss" for preset in problem.presets]
+        )
         axes.set_yticks([y + 0.5 for y in range(len(shown))], [line.label for line in shown])
         axes.xaxis.tick_top()
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_xlabel(
-            "log10 p of the worst seed, and points of accuracy lost; green is proven (p < 1e-9), orange is not; "
-            "hatched: no product is left",
+            "log10 p of the worst seed, points of accuracy lost. Green: proven (p < 1e-9). Orange: the thief got away."
+            "\nGrey: the attack failed anyway. Hatched: over 5 points are lost, no product is left.",
             fontsize=9,
         )
         return plots.png(figure, source_of(found))
 
 
 def _square(axes: Axes, x: int, y: int, rows: Sequence[Row]) -> None:
-    worst = max(map(_log10_p, rows), default=None)
-    face: Any = "white" if worst is None else _COLOURS(_SCALE(max(worst, _LEAST)))
+    if not rows:
+        axes.text(x + 0.5, y + 0.5, NOT_RUN, ha="center", va="center", color=plots.FLOOR)
+        return
+    worst, lost = max(map(_log10_p, rows)), _mean_loss(rows)
+    faces = {"removed": plots.PEER, "failed anyway": "#dde2e8", "proven": _EVIDENCE((PROVEN - worst) / 50.0)}
+    came_to = {outcome(row) for row in rows}
+    face = next(faces[each] for each in faces if each in came_to)
     axes.add_patch(Rectangle((x, y), 1, 1, facecolor=face, edgecolor="white"))
-    if rows and _mean_loss(rows) > MOST_LOSS:
-        strip = Rectangle((x, y), 0.09, 1, facecolor=face, edgecolor=plots.FLOOR, hatch="/////", linewidth=0)
-        axes.add_patch(strip)
-    said = NOT_RUN if worst is None else f"{_numbers([worst])}   {_mean_loss(rows):+.1f}"
-    strong = worst is not None and not -40.0 < worst < -3.0
-    axes.text(x + 0.5, y + 0.5, said, ha="center", va="center", color="white" if strong else "#1d2733")
+    if lost > MOST_LOSS:
+        axes.add_patch(Rectangle((x, y), 0.09, 1, facecolor=face, edgecolor=plots.FLOOR, hatch="/////", linewidth=0))
+    ink = "#1d2733" if "removed" not in came_to and worst > -35.0 else "white"
+    for place, value in ((0.5, worst), (0.8, lost)):
+        axes.text(x + place, y + 0.52, _numbers([value]), ha="right", va="center", color=ink)
 
 
-_COLOURS = LinearSegmentedColormap.from_list("evidence", [plots.OURS, "#d5ebe3", "#f7efe8", plots.PEER])
-_LEAST = -60.0
-_SCALE = TwoSlopeNorm(vmin=_LEAST, vcenter=PROVEN, vmax=0.0)
+_EVIDENCE = LinearSegmentedColormap.from_list("evidence", ["#bfe3d6", plots.OURS])
 
 
 def _measured(problem: Problem, found: Found) -> list[Row]:
@@ -196,8 +202,8 @@ def _shown(seeds: Sequence[Row | None], threshold: float | None) -> str:
     said = " ".join(f"**{each}**" if row is worst else each for row, each in zip(seeds, numbers, strict=True))
     lost = _mean_loss(rows)
     kept = NOT_RUN if threshold is None else f"{sum(not sok_success(row, threshold) for row in rows)}/{len(rows)}"
-    said = f"*{said}* †" if lost > MOST_LOSS else said
-    return f"{said}<br>loss {lost:.1f}, SoK {kept}"
+    signs = " ✗" * any(outcome(row) == "removed" for row in rows) + " †" * (lost > MOST_LOSS)
+    return f"{said}{signs}<br>loss {lost:.1f}, SoK {kept}"
 
 
 def _strangers(rows: Sequence[Row]) -> str:
