@@ -104,7 +104,8 @@ class Bench:
         if isinstance(model, nn.Module):
             model = model.to(place)
         half = self.problem.half and kind == "module"
-        with torch.autocast(place.partition(":")[0], torch.bfloat16, enabled=half):
+        # Without a cache: it would keep the weights' first values for as long as the context lasts.
+        with torch.autocast(place.partition(":")[0], torch.bfloat16, enabled=half, cache_enabled=False):
             out = next(self._files) if kind == "file" or not isinstance(model, nn.Module) else None
             return run(step.attack, model, data, out=out, seed=seed, **options)
 
