@@ -144,6 +144,24 @@ def test_a_cell_that_fails_is_said_and_stops_no_other(counted: Counted, tmp_path
     assert {row.attack for row in cells.read(tmp_path, "tiny").values()} == {"untouched"}
 
 
+def test_half_precision_is_for_attacks_and_caches_no_weight_that_is_being_trained(
+    counted: Counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def trains(model: torch.nn.Module, data: Any, random: Any) -> torch.nn.Module:
+        inputs, _ = counted.data().thief
+        before = model(inputs)
+        with torch.no_grad():
+            model[1].weight.mul_(-1.0)
+        seen.append((before.dtype, bool((before != model(inputs)).any())))
+        return model
+
+    monkeypatch.setattr(catalogue, "ATTACKS", {"trains": Attack("trains", "stand-in", trains, "module")})
+    assert fill(counted.problem(half=True), tmp_path, Line("trains", (Step("trains"),))) == []
+    assert set(seen) == {(torch.bfloat16, True)}
+
+
 def test_a_row_says_all_that_was_measured(counted: Counted, tmp_path: Path) -> None:
     problem = counted.problem()
     fill(problem, tmp_path)
