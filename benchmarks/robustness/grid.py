@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from benchmarks.robustness.problems import Problem
@@ -140,14 +141,10 @@ def possible(problem: Problem, lines: Sequence[Line]) -> list[Line]:
     return [line for line in lines if not any(step.attack in problem.without for step in line.steps)]
 
 
-def chosen(names: Sequence[str] | None) -> list[Line]:
-    """The lines of these labels, or of these attacks as their last step; all where none is named. ValueError for a name
-    that is neither."""
-    for name in names or ():
-        if not any(name in _names(line) for line in LINES):
-            raise ValueError(f"there is no line {name!r}: `--list` shows those that there are")
-    return [line for line in LINES if names is None or _names(line) & set(names)]
-
-
-def _names(line: Line) -> set[str]:
-    return {line.label, line.steps[-1].attack if line.steps else line.base.partition(" ")[0]}
+def chosen(patterns: Sequence[str] | None) -> list[Line]:
+    """The lines whose labels are these, or match them as the names of files do; all for None. ValueError where one
+    matches none."""
+    for pattern in patterns or ():
+        if not any(fnmatchcase(line.label, pattern) for line in LINES):
+            raise ValueError(f"there is no line {pattern!r}: --list shows them, and '{pattern}*' is all that begin so")
+    return [line for line in LINES if patterns is None or any(fnmatchcase(line.label, each) for each in patterns)]

@@ -62,7 +62,7 @@ def robustness(
     ] = None,
     presets: Annotated[str | None, typer.Option("--presets", metavar="NAME,…", help="Which schemes; all.")] = None,
     attacks: Annotated[
-        str | None, typer.Option("--attacks", metavar="NAME,…", help="Which attacks, or lines of the table; all.")
+        str | None, typer.Option("--attacks", metavar="NAME,…", help="Which lines of the table: ftal, 'prune*'; all.")
     ] = None,
     seeds: Annotated[str, typer.Option("--seeds", metavar="N,…", help="Which seeds.")] = "1,2,3",
     data: Annotated[
