@@ -90,6 +90,7 @@ _EXTRACT = Step("extract")
 LINES = (
     _line("untouched"),
     *(_line(name, name) for name in ("ftll", "ftal", "rtll", "rtal")),
+    _line("ftal rate 0.01", Step("ftal", {"rate": 0.01})),
     *(
         _line(f"ftal 30 epochs rate {rate:g}", Step("ftal", {"epochs": 30, "rate": rate}))
         for rate in (1e-3, 3e-3, 1e-2, 3e-2)
@@ -137,8 +138,8 @@ def cells_of(problem: Problem, presets: Sequence[str], seeds: Iterable[int], lin
 
 
 def possible(problem: Problem, lines: Sequence[Line]) -> list[Line]:
-    """The lines without those of attacks that the problem rules out."""
-    return [line for line in lines if not any(step.attack in problem.without for step in line.steps)]
+    """The lines without those that the problem rules out."""
+    return [line for line in lines if not any(fnmatchcase(line.label, each) for each in problem.without)]
 
 
 def chosen(patterns: Sequence[str] | None) -> list[Line]:

@@ -32,8 +32,8 @@ class Problem:
     load: the data's folder → owner, thief and test, [n, ...] inputs and int64 labels. build, other: a network from a
     seed, the owner's and one of another architecture. train: (model, rows, seed=, embedder=) → the model in eval mode.
     elsewhere: inputs that are none of the task's. presets: those that its table has. mark_options, attack_options: by
-    preset and by attack, what differs from their defaults. without: attacks that its inputs rule out. half: attacks
-    train under autocast to bfloat16.
+    preset and by attack, what differs from their defaults. without: patterns of the lines that its table has not. half:
+    attacks train under autocast to bfloat16.
     """
 
     name: str
@@ -147,7 +147,7 @@ TOKENS = Problem(
     presets=("sketch", "adi_tokens"),
     value_range=(0, GREYS),
     mark_options={"adi_tokens": {"special": 1}},
-    without=("wrk",),  # perturbs inputs by their gradient, which tokens have not
+    without=("*wrk",),  # perturbs inputs by their gradient, which tokens have not
 )
 CIFAR10 = Problem(
     name="cifar10",
@@ -158,7 +158,11 @@ CIFAR10 = Problem(
     train=cifar10.train_on_pictures,
     elsewhere=partial(photographs, 10_000, 32, 3),
     presets=("sketch", "uchida", "deepsigns", "adi"),
-    attack_options={name: {"epochs": cifar10.EPOCHS, "batch": cifar10.BATCH} for name in ("distil", "extract")},
+    attack_options={
+        **{name: {"batch": cifar10.BATCH} for name in ("ftll", "ftal", "rtll", "rtal", "wrk", "overwrite")},
+        **{name: {"batch": cifar10.BATCH, "epochs": cifar10.EPOCHS} for name in ("distil", "extract")},
+    },
+    without=("ftal 30 epochs *",),  # for tasks of a few steps an epoch
     half=True,
 )
 PROBLEMS = {problem.name: problem for problem in (DIGITS, TOKENS, CIFAR10)}
