@@ -24,6 +24,7 @@ from benchmarks.harness import quantity
 from benchmarks.results import Result, Row
 
 OURS, PEER, FLOOR = "#0b7a5b", "#c2570c", "#8a94a0"
+DPI = 110
 DIRECTIONS = r", forward \+ [^,]*"  # in a row's name; a dtype behind them stays
 STYLE: Any = {
     **rcParamsDefault,
@@ -60,7 +61,7 @@ def pictures(measured: Sequence[Result]) -> dict[Path, bytes]:
         for name in drawn(ones):
             draw = _speed if name.startswith("speed") else _scaling
             with rc_context(STYLE):
-                found[ROOT / "docs" / name] = _png(draw(ones), digest(ones))
+                found[ROOT / "docs" / name] = png(draw(ones), digest(ones))
     return found
 
 
@@ -69,9 +70,10 @@ def digest(measured: Sequence[Result]) -> str:
     return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
 
 
-def _png(figure: Figure, source: str) -> bytes:
+def png(figure: Figure, source: str) -> bytes:
+    """A PNG of 48 colours with its Source noted."""
     drawing, buffer, note = io.BytesIO(), io.BytesIO(), PngImagePlugin.PngInfo()
-    figure.savefig(drawing, dpi=110)
+    figure.savefig(drawing, dpi=DPI)
     note.add_text("Source", source)
     Image.open(drawing).convert("RGB").quantize(48).save(buffer, "PNG", optimize=True, pnginfo=note)
     return buffer.getvalue()

@@ -1,0 +1,151 @@
+"""Which cells there are: presets × lines (attacks with their options, one after another) × seeds, for each problem."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from benchmarks.robustness.problems import Problem
+from wmengine.attacks import attack
+
+MARKED, TWIN = "marked", "twin"  # the network with the mark, and the same one trained without
+UNMARKED = "none"  # in the place of a preset
+STRANGERS = 5
+
+
+@dataclass(frozen=True)
+class Step:
+    """One attack. student: another architecture's, for what trains one; elsewhere: queries that are not the task's."""
+
+    attack: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    student: bool = False
+    elsewhere: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table: what is done, one step after another, to `base`, a network that the problem's recipe makes:
+    MARKED, TWIN, or "stranger 1" …, trained apart from the marked one."""
+
+    label: str
+    steps: tuple[Step, ...] = ()
+    base: str = MARKED
+
+
+@dataclass(frozen=True)
+class Cell:
+    problem: Problem
+    preset: str
+    seed: int
+    line: Line
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The line's, with every option: the attacks' defaults, and what the problem and the preset fill in. Raises
+        ValueError for an attack or an option that does not exist."""
+        found = []
+        for step in self.line.steps:
+            own = {"scheme": self.preset} if step.attack == "overwrite" else {}
+            options = {**self.problem.attack_options.get(step.attack, {}), **own, **step.options}
+            found.append(replace(step, options=attack(step.attack).options(options)))
+        return tuple(found)
+
+    @property
+    def group(self) -> tuple[str, int]:
+        """Cells of one group begin with the same marked network."""
+        return self.preset, self.seed
+
+    @property
+    def key(self) -> str:
+        """What a row is found by again: everything that says what was to be measured."""
+        return digest(recipe_of(self.problem, self.preset), self.seed, self.line.base, as_json(self.steps))
+
+
+def recipe_of(problem: Problem, preset: str) -> list[Any]:
+    """How the networks of a problem are made, with this preset or UNMARKED."""
+    own = None if preset == UNMARKED else problem.preset(preset)
+    return [problem.name, problem.recipe, preset, own and [own.full_name, own.options]]
+
+
+def digest(*said: Any) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def as_json(steps: Sequence[Step]) -> str:
+    """A list of objects, with every option."""
+    return json.dumps([vars(step) for step in steps], sort_keys=True, default=str)
+
+
+def _line(label: str, *steps: Step | str, base: str = MARKED) -> Line:
+    return Line(label, tuple(Step(step) if isinstance(step, str) else step for step in steps), base)
+
+
+_EXTRACT = Step("extract")
+
+LINES = (
+    _line("untouched"),
+    *(_line(name, name) for name in ("ftll", "ftal", "rtll", "rtal")),
+    _line("ftal rate 0.01", Step("ftal", {"rate": 0.01})),
+    *(
+        _line(f"ftal 30 epochs rate {rate:g}", Step("ftal", {"epochs": 30, "rate": rate}))
+        for rate in (1e-3, 3e-3, 1e-2, 3e-2)
+    ),
+    *(_line(f"prune {share:.0%}", Step("prune", {"share": share})) for share in (0.5, 0.8, 0.9, 0.95)),
+    *(
+        _line(f"prune {share:.0%} of each layer", Step("prune", {"share": share, "per_layer": True}))
+        for share in (0.5, 0.9)
+    ),
+    *(_line(f"prune filters {share:.0%}", Step("prune_filters", {"share": share})) for share in (0.25, 0.5)),
+    _line("prune 90% then ftal", Step("prune", {"share": 0.9}), "ftal"),
+    *(
+        _line(f"noise {name}", Step("noise", {"sigma": sigma}))
+        for name, sigma in {"1/700": 1 / 700, "0.2": 0.2, "0.5": 0.5, "1": 1.0}.items()
+    ),
+    *(_line(name, name) for name in ("permute", "rescale", "flip")),
+    _line("permute rescale flip", "permute", "rescale", "flip"),
+    *(_line(name, name) for name in ("fp16", "rename")),
+    *(_line(f"int8 {kind}", Step("int8", {"kind": kind})) for kind in ("qdq", "qoperator", "dynamic")),
+    _line("overwrite", "overwrite"),
+    _line("overwrite 3 times", Step("overwrite", {"times": 3})),
+    _line("distil", "distil"),
+    _line("distil T=1", Step("distil", {"temperature": 1.0})),
+    _line("distil other architecture", Step("distil", student=True)),
+    _line("distil elsewhere", Step("distil", elsewhere=True)),
+    _line("extract", _EXTRACT),
+    _line("extract other architecture", Step("extract", student=True)),
+    _line("extract elsewhere", Step("extract", elsewhere=True)),
+    _line("extract then ftal", _EXTRACT, "ftal"),
+    _line("extract then wrk", _EXTRACT, "wrk"),
+    *(_line(f"stranger {number}", base=f"stranger {number}") for number in range(1, STRANGERS + 1)),
+    _line("stranger 1 then ftal", "ftal", base="stranger 1"),
+    _line("stranger 2 then distil", "distil", base="stranger 2"),
+)
+TWIN_LINE = Line("untouched", base=TWIN)
+
+
+def cells_of(problem: Problem, presets: Sequence[str], seeds: Iterable[int], lines: Sequence[Line]) -> list[Cell]:
+    """Seed by seed and preset by preset, so that what was begun is whole early; the unmarked twin comes first."""
+    found, lines = [], possible(problem, lines)
+    for seed in seeds:
+        found.append(Cell(problem, UNMARKED, seed, TWIN_LINE))
+        found += [Cell(problem, preset, seed, line) for preset in presets for line in lines]
+    return found
+
+
+def possible(problem: Problem, lines: Sequence[Line]) -> list[Line]:
+    """The lines without those that the problem rules out."""
+    return [line for line in lines if not any(fnmatchcase(line.label, each) for each in problem.without)]
+
+
+def chosen(patterns: Sequence[str] | None) -> list[Line]:
+    """The lines whose labels are these, or match them as the names of files do; all for None. ValueError where one
+    matches none."""
+    for pattern in patterns or ():
+        if not any(fnmatchcase(line.label, pattern) for line in LINES):
+            raise ValueError(f"there is no line {pattern!r}: --list shows them, and '{pattern}*' is all that begin so")
+    return [line for line in LINES if patterns is None or any(fnmatchcase(line.label, each) for each in patterns)]

@@ -1,0 +1,168 @@
+"""The tasks that marked networks learn: data for owner, thief and test, networks, and how they are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from benchmarks.robustness import cifar10
+from wmengine._optional import require
+from wmengine.demo import Data, build_network, load_digits, train
+from wmengine.marking.embedder import Embedder
+from wmengine.marks.catalogue import scheme
+from wmengine.marks.preset import Preset
+
+Rows = tuple[torch.Tensor, torch.Tensor]
+Options = Mapping[str, Mapping[str, Any]]
+GREYS = 17  # of a digit's pixel; as a token each is one more, as 0 is kept for padding
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One task. recipe: how its networks are trained, in words; what was measured under another recipe does not count.
+
+    load: the data's folder → owner, thief and test, [n, ...] inputs and int64 labels. build, other: a network from a
+    seed, the owner's and one of another architecture. train: (model, rows, seed=, embedder=) → the model in eval mode.
+    elsewhere: inputs that are none of the task's. presets: those that its table has. mark_options, attack_options: by
+    preset and by attack, what differs from their defaults. without: patterns of the lines that its table has not. half:
+    attacks train under autocast to bfloat16.
+    """
+
+    name: str
+    recipe: str
+    load: Callable[[Path | None], Data]
+    build: Callable[[int], nn.Module]
+    other: Callable[[int], nn.Module]
+    train: Callable[..., nn.Module]
+    elsewhere: Callable[[], torch.Tensor]
+    presets: tuple[str, ...]
+    value_range: tuple[float, float] = (0.0, 1.0)
+    classes: int = 10
+    mark_options: Options = field(default_factory=dict)
+    attack_options: Options = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+    half: bool = False
+
+    def preset(self, name: str) -> Preset:
+        return scheme(name).with_options(**self.mark_options.get(name, {}))
+
+
+def _tokens(pictures: torch.Tensor) -> torch.Tensor:
+    """[n, 1, 8, 8] in [0, 1] → int64 [n, 64]: the grey levels, row after row."""
+    return 1 + (pictures.flatten(1) * (GREYS - 1)).round().long()
+
+
+def _digits_as_tokens(_: Path | None) -> Data:
+    return Data(*((_tokens(pictures), labels) for pictures, labels in load_digits()))
+
+
+def _small_pictures_network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 24, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(24, 48, 3, padding=1), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(768, 96), nn.ReLU(), nn.Linear(96, 10)),
+    )
+
+
+class _ChannelsFirst(nn.Module):
+    def forward(self, embedded: torch.Tensor) -> torch.Tensor:
+        return embedded.transpose(1, 2)
+
+
+def _reader(seed: int) -> nn.Module:
+    """Embedded tokens, two convolutions that see the rows above and below, two linear layers."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        *(nn.Embedding(GREYS + 1, 24), _ChannelsFirst()),
+        *(nn.Conv1d(24, 64, 9, padding=4, bias=False), nn.BatchNorm1d(64), nn.ReLU(), nn.MaxPool1d(2)),
+        *(nn.Conv1d(64, 96, 9, padding=4, bias=False), nn.BatchNorm1d(96), nn.ReLU(), nn.MaxPool1d(4), nn.Flatten()),
+        *(nn.Linear(768, 128), nn.ReLU(), nn.Linear(128, 10)),
+    )
+
+
+class _Attentive(nn.Module):
+    """A transformer of two layers over embedded tokens and places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(GREYS + 1, 32), nn.Embedding(64, 32)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        self.layers, self.answer = nn.TransformerEncoder(layer, 2), nn.Linear(32, 10)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        seen = self.tokens(tokens) + self.places(torch.arange(tokens.shape[1], device=tokens.device))
+        found: torch.Tensor = self.answer(self.layers(seen).mean(dim=1))
+        return found
+
+
+def _attentive(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return _Attentive()
+
+
+def _train_on_digits(model: Any, rows: Rows, seed: int, embedder: Embedder | None = None) -> nn.Module:
+    return train(model, rows, 30, seed=seed, embedder=embedder)
+
+
+def photographs(count: int, size: int, channels: int) -> torch.Tensor:
+    """Squares cut from scikit-learn's two photographs (a temple, a flower), float32 [count, channels, size, size]."""
+    scenes = [Image.fromarray(each) for each in require("sklearn.datasets", extra="demo").load_sample_images().images]
+    random, found = np.random.default_rng(0), []
+    for _ in range(count):
+        scene = scenes[random.integers(len(scenes))]
+        side = int(random.integers(size, min(scene.size) // 2))
+        left, top = (int(random.integers(length - side)) for length in scene.size)
+        square = scene.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BOX)
+        found.append(np.asarray(square.convert("RGB" if channels == 3 else "L")).reshape(size, size, channels))
+    return torch.from_numpy(np.stack(found).transpose(0, 3, 1, 2).astype(np.float32) / 255.0)
+
+
+DIGITS = Problem(
+    name="digits",
+    recipe="897 digits, 30 epochs, Adam, one cycle to 3e-3, batches of 64",
+    load=lambda _: load_digits(),
+    build=build_network,
+    other=_small_pictures_network,
+    train=_train_on_digits,
+    elsewhere=partial(photographs, 500, 8, 1),
+    presets=("sketch", "uchida", "deepsigns", "adi"),
+)
+TOKENS = Problem(
+    name="digits-tokens",
+    recipe="897 digits as 64 tokens each, 30 epochs, Adam, one cycle to 3e-3, batches of 64",
+    load=_digits_as_tokens,
+    build=_reader,
+    other=_attentive,
+    train=_train_on_digits,
+    elsewhere=lambda: _tokens(photographs(500, 8, 1)),
+    presets=("sketch", "adi_tokens"),
+    value_range=(0, GREYS),
+    mark_options={"adi_tokens": {"special": 1}},
+    without=("*wrk",),  # perturbs inputs by their gradient, which tokens have not
+)
+CIFAR10 = Problem(
+    name="cifar10",
+    recipe=f"25,000 pictures, {cifar10.RECIPE}",
+    load=cifar10.load,
+    build=cifar10.resnet,
+    other=cifar10.plain_network,
+    train=cifar10.train_on_pictures,
+    elsewhere=partial(photographs, 10_000, 32, 3),
+    presets=("sketch", "uchida", "deepsigns", "adi"),
+    attack_options={
+        **{name: {"batch": cifar10.BATCH} for name in ("ftll", "ftal", "rtll", "rtal", "wrk", "overwrite")},
+        **{name: {"batch": cifar10.BATCH, "epochs": cifar10.EPOCHS} for name in ("distil", "extract")},
+    },
+    without=("ftal 30 epochs *",),  # for tasks of a few steps an epoch
+    half=True,
+)
+PROBLEMS = {problem.name: problem for problem in (DIGITS, TOKENS, CIFAR10)}

@@ -1,0 +1,220 @@
+"""Measure the cells that are missing. A network is trained once, kept with its mark, and all attacks begin with it."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.environment import device_name, git_commit
+from benchmarks.robustness import cells
+from benchmarks.robustness.grid import MARKED, TWIN, UNMARKED, Cell, Step, as_json, digest, recipe_of
+from benchmarks.robustness.problems import Problem
+from benchmarks.robustness.reading import Correct, accuracy, correct, evidence, loss
+from wmengine.attacks import attack, run
+from wmengine.demo import Data
+from wmengine.identity.key import Key
+from wmengine.marking.embedder import Embedder
+from wmengine.marks.watermark import Watermark
+from wmengine.suspects import open_suspect
+
+PACKAGES = ("wmengine", "torch", "numpy", "onnx", "onnxruntime", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network, its mark if it has one, which test inputs it answers rightly, and how long it trained."""
+
+    model: nn.Module
+    mark: Watermark | None
+    correct: Correct
+    seconds: float
+
+
+class Bench:
+    """What the cells of one problem share: data, device, trained networks, and copies that go on being attacked.
+
+    scratch: a folder for attacked files.
+    """
+
+    def __init__(self, problem: Problem, data: Data, out: Path, device: str, scratch: Path) -> None:
+        self.problem, self.device = problem, device
+        self.data = Data(*((x.to(device), y.to(device)) for x, y in data))
+        self._kept = out / problem.name / "networks"
+        self._networks: dict[str, Network] = {}
+        self._copies: dict[tuple[str, str], tuple[Any, float]] = {}
+        self._files = (scratch / f"{number}.onnx" for number in itertools.count())
+
+    def network(self, preset: str, seed: int, base: str) -> Network:
+        """Trained now, or before and kept."""
+        name = _name_of(preset, seed, base)
+        if name not in self._networks:
+            preset = preset if base == MARKED else UNMARKED
+            file = self._kept / f"{name}-{digest(recipe_of(self.problem, preset))[:8]}.pt"
+            if not file.exists():
+                # Strangers share no seed with marked networks, whose twins do.
+                self._train(file, preset, seed if base in (MARKED, TWIN) else 1000 + int(base.split()[1]))
+            self._networks[name] = self._load(file)
+        return self._networks[name]
+
+    def copy(self, cell: Cell) -> tuple[Any, float]:
+        """A network after all steps of the cell, a module or a file, and the seconds that they took."""
+        model: Any = self.network(cell.preset, cell.seed, cell.line.base).model
+        name, seconds = _name_of(cell.preset, cell.seed, cell.line.base), 0.0
+        seed = cell.seed if cell.line.base == MARKED else 0  # a stranger's copies serve the marks of all seeds
+        for count, step in enumerate(cell.steps, start=1):
+            place = name, as_json(cell.steps[:count])
+            if place not in self._copies:
+                began = time.perf_counter()
+                attacked = self._attacked(model, step, seed)
+                self._copies[place] = attacked, time.perf_counter() - began
+            model, spent = self._copies[place]
+            seconds += spent
+        return model, seconds
+
+    def forget(self, preset: str, seed: int) -> None:
+        """Let go of what nothing asks for any more once all cells of a preset and a seed are measured."""
+        name = _name_of(preset, seed, MARKED)
+        self._networks.pop(name, None)
+        for place in [place for place in self._copies if place[0] == name]:
+            del self._copies[place]
+
+    def _attacked(self, model: Any, step: Step, seed: int) -> Any:
+        kind, options = attack(step.attack).takes, dict(step.options)
+        if step.student:
+            options["student"] = self.problem.other(seed)
+        place = self.device if kind == "module" else "cpu"  # only training gains from another one
+        data: Any = self.problem.elsewhere().to(place)
+        if not step.elsewhere:
+            data = tuple(rows.to(place) for rows in self.data.thief)
+        if isinstance(model, nn.Module):
+            model = model.to(place)
+        half = self.problem.half and kind == "module"
+        # Without a cache: it would keep the weights' first values for as long as the context lasts.
+        with torch.autocast(place.partition(":")[0], torch.bfloat16, enabled=half, cache_enabled=False):
+            out = next(self._files) if kind == "file" or not isinstance(model, nn.Module) else None
+            return run(step.attack, model, data, out=out, seed=seed, **options)
+
+    def _train(self, file: Path, preset: str, seed: int) -> None:
+        problem, began, embedder = self.problem, time.perf_counter(), None
+        model = problem.build(seed).to(self.device)
+        if preset != UNMARKED:
+            embedder = Embedder(
+                model,
+                key_of(seed),
+                [problem.preset(preset)],
+                num_classes=problem.classes,
+                sample=self.data.owner[0][:64],
+                name=problem.name,
+                value_range=problem.value_range,
+            )
+        problem.train(model, self.data.owner, seed=seed, embedder=embedder)
+        seconds = time.perf_counter() - began
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if embedder is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the table shows a mark that does not prove itself
+                (mark,) = embedder.watermarks()
+            mark.save(file.with_suffix(".wm"), overwrite=True)
+        right = torch.from_numpy(correct(open_suspect(model), self.data.test, problem.classes))
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        torch.save({"state": model.cpu().state_dict(), "correct": right, "seconds": seconds}, partial)
+        os.replace(partial, file)
+
+    def _load(self, file: Path) -> Network:
+        held, model, mark = torch.load(file, weights_only=True), self.problem.build(0), file.with_suffix(".wm")
+        model.load_state_dict(held["state"])
+        watermark = Watermark.load(mark) if mark.exists() else None
+        return Network(model.eval(), watermark, held["correct"].numpy(), held["seconds"])
+
+
+def key_of(seed: int) -> Key:
+    """The owner's, one for each seed."""
+    return Key("robustness", hashlib.sha256(f"wmengine robustness {seed}".encode()).digest())
+
+
+def measure(bench: Bench, cell: Cell) -> cells.Row:
+    """One cell."""
+    own = bench.network(cell.preset, cell.seed, cell.line.base)
+    marked = None if cell.preset == UNMARKED else bench.network(cell.preset, cell.seed, MARKED)
+    copy, seconds = bench.copy(cell)
+    began = time.perf_counter()
+    suspect = open_suspect(copy, isolation="none")
+    try:
+        right = correct(suspect, bench.data.test, bench.problem.classes) if cell.steps else own.correct
+        found = evidence(suspect, None if marked is None else marked.mark, key_of(cell.seed))
+    finally:
+        suspect.close()
+    seconds += time.perf_counter() - began if cell.steps else own.seconds
+    before = marked
+    if marked is own and not cell.steps:
+        before = bench.network(cell.preset, cell.seed, TWIN)
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return cells.Row(
+        key=cell.key,
+        problem=cell.problem.name,
+        recipe=cell.problem.recipe,
+        preset=cell.preset,
+        seed=cell.seed,
+        attack=cell.line.label,
+        base=cell.line.base,
+        steps=as_json(cell.steps),
+        **accuracy(right),
+        **loss(None if before is None else before.correct, right),
+        **found,
+        seconds=seconds,
+        versions=json.dumps(versions),
+        commit=git_commit(),
+        device=device_name(bench.device),
+        threads=torch.get_num_threads(),
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+    )
+
+
+def fill(
+    problem: Problem, data: Data, wanted: Sequence[Cell], out: Path, *, device: str = "cpu", again: bool = False
+) -> list[str]:
+    """Measure those of the wanted cells that OUT does not hold, all of them with `again`, and keep each row at once.
+
+    Returns what failed, a sentence for each; the other cells are measured all the same. Says on stderr how far it is.
+    """
+    done = set() if again else cells.read(out, problem.name).keys()
+    missing = [cell for cell in wanted if cell.key not in done]
+    failed: list[str] = []
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=[]):
+        bench = Bench(problem, data, out, device, Path(scratch))
+        for number, cell in enumerate(missing, start=1):
+            name = f"{problem.name}, {cell.preset}, seed {cell.seed}, {cell.line.label}"
+            try:
+                row = measure(bench, cell)
+            except Exception as error:  # whatever an attack's own code raises
+                failed.append(f"{name}: {error}")
+                said = f"failed: {error}"
+            else:
+                cells.write(out, row)
+                proven = "" if row.log10_p is None else f"log10 p {row.log10_p:.1f}, "
+                said = f"{proven}accuracy {row.accuracy:.1%}, {row.seconds:.1f} s"
+            left = (time.monotonic() - began) / number * (len(missing) - number) / 60.0
+            print(f"{number}/{len(missing)}, {left:.0f} min left: {name}: {said}", file=sys.stderr, flush=True)
+            if number == len(missing) or missing[number].group != cell.group:
+                bench.forget(*cell.group)
+    return failed
+
+
+def _name_of(preset: str, seed: int, base: str) -> str:
+    return f"{preset}-{seed}" if base == MARKED else f"{UNMARKED}-{seed}" if base == TWIN else base.replace(" ", "-")

@@ -1,0 +1,224 @@
+"""The published pages: tables and pictures that are generated from rows, never typed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from benchmarks import plots
+from benchmarks.environment import ROOT
+from benchmarks.robustness import cells
+from benchmarks.robustness.cells import Row
+from benchmarks.robustness.grid import LINES, MARKED, TWIN, TWIN_LINE, UNMARKED, Cell, Line, cells_of, possible
+from benchmarks.robustness.problems import DIGITS, PROBLEMS, Problem
+from benchmarks.robustness.rules import MOST_LOSS, PROVEN, outcome, sok_success, sok_threshold
+
+OUT = ROOT / "benchmarks" / "results" / "robustness"
+SEEDS = (1, 2, 3)
+NOT_RUN = "not run"
+PAGES = {"robustness": ROOT / "docs" / "robustness.md", "statistics": ROOT / "docs" / "schemes.md"}
+# The copies from which docs/schemes.md tells what each statistic is worth, and the marks that it tells it of.
+COMPARED = (
+    "untouched",
+    *(f"ftal 30 epochs rate {rate}" for rate in ("0.001", "0.003", "0.01", "0.03")),
+    *(f"prune {share}%" for share in (50, 80, 90, 95)),
+    *(f"noise {sigma}" for sigma in ("0.2", "0.5", "1")),
+    *("distil T=1", "stranger 1"),
+)
+COMPARED_READINGS = (
+    ("sketch", "weights", "log10_p_soft"),
+    ("uchida", "weights", "log10_p_soft"),
+    ("adi", "scores", "log10_p_soft"),
+    ("adi", "labels", "log10_p_labels_soft"),
+)
+
+Found = Mapping[str, Row]
+
+
+def heading(problem: Problem, found: Found) -> str:
+    """What was measured, on what: the networks' accuracy and what the marks cost them, seed by seed."""
+    rows = _measured(problem, found)
+    if not rows:
+        return f"Nothing is measured yet: `python -m benchmarks.robustness --problem {problem.name} --publish`."
+    lines = ["| network | accuracy, % | the mark costs, points [95 %] |", "|---|---|---|"]
+    for preset in (UNMARKED, *problem.presets):
+        line = TWIN_LINE if preset == UNMARKED else LINES[0]
+        seeds = _seeds(problem, preset, line, found)
+        accuracies = ", ".join(NOT_RUN if row is None else f"{100 * row.accuracy:.1f}" for row in seeds)
+        costs = ", ".join(
+            NOT_RUN if row is None or row.loss is None else f"{row.loss:.1f} [{row.loss_low:.1f}, {row.loss_high:.1f}]"
+            for row in seeds
+        )
+        lines.append(f"| {'without a mark' if preset == UNMARKED else preset} | {accuracies} | {costs} |")
+    versions = json.loads(max(rows, key=lambda row: row.date).versions)
+    devices = ", ".join(sorted({f"{row.device} (threads: {row.threads})" for row in rows}))
+    commits = ", ".join(sorted({row.commit for row in rows}))
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    measured = f"{problem.recipe}; {rows[0].tested} inputs test. Measured on {devices}; {named}; commit {commits}."
+    return "\n".join([measured, "", *lines])
+
+
+def table(problem: Problem, found: Found, lines: Sequence[Line] = LINES) -> str:
+    """Markdown: a row for each attack, a column for each preset; what a cell shows stands in docs/robustness.md."""
+    head = f"| attack | {' | '.join(problem.presets)} |"
+    rows = [head, "|---" * (1 + len(problem.presets)) + "|"]
+    thresholds = {preset: sok_threshold(_nulls(problem, preset, lines, found)) for preset in problem.presets}
+    for line in possible(problem, lines):
+        if line.base == MARKED:
+            shown = (_shown(_seeds(problem, each, line, found), thresholds[each]) for each in problem.presets)
+            rows.append(f"| {line.label} | {' | '.join(shown)} |")
+    strangers = [line for line in lines if line.base != MARKED]
+    if strangers:
+        shown = (_strangers(_nulls(problem, each, lines, found)) for each in problem.presets)
+        rows.append(f"| {len(strangers)} models without the mark | {' | '.join(shown)} |")
+    return "\n".join(rows)
+
+
+def statistics_table(found: Found, problem: Problem = DIGITS, lines: Sequence[Line] = LINES) -> str:
+    """Markdown: for each copy and mark the log10 p of all seeds by each statistic, and by the half of both."""
+    rows = ["| copy | mark, read from | matched | matches | soft | either |", "|---|---|---|---|---|---|"]
+    for line in lines:
+        for preset, read, column in COMPARED_READINGS if line.label in COMPARED else ():
+            seeds = [row for row in _seeds(problem, preset, line, found) if row is not None]
+            cell = [NOT_RUN] * 4
+            if seeds:
+                both = [(row.log10_p_matches, getattr(row, column)) for row in seeds]
+                matched = " ".join(str(row.matched) for row in seeds)
+                halves = [min(0.0, min(each) + math.log10(2.0)) for each in both]
+                cell = [f"{matched} of {seeds[0].total}", *map(_numbers, (*zip(*both, strict=True), halves))]
+            rows.append(f"| {line.label} | {preset}, {read} | {' | '.join(cell)} |")
+    return "\n".join(rows)
+
+
+def published(found: Mapping[str, Found]) -> dict[str, str]:
+    """What stands between the marks of each page."""
+    parts = []
+    for name, problem in PROBLEMS.items():
+        parts += [f"## {name}", "", heading(problem, found[name]), ""]
+        if found[name]:
+            seen = f"![Worst log10 p of three seeds for every attack and mark on {name}]({picture_of(problem).name})"
+            parts += [table(problem, found[name]), "", seen, ""]
+    return {"robustness": "\n".join(parts).strip(), "statistics": statistics_table(found[DIGITS.name])}
+
+
+def publish(out: Path = OUT) -> None:
+    """Gather the rows of OUT into a file for each problem, and write pages and pictures from them."""
+    found = {name: {row.key: row for row in cells.gather(out, name)} for name in PROBLEMS}
+    for name, text in published(found).items():
+        page = PAGES[name].read_text(encoding="utf-8")
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, _, rest = page.partition(begin)
+        PAGES[name].write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+    for name, problem in PROBLEMS.items():
+        if found[name]:
+            picture_of(problem).write_bytes(picture(problem, found[name]))
+
+
+def picture_of(problem: Problem) -> Path:
+    return ROOT / "docs" / f"robustness-{problem.name}.png"
+
+
+def source_of(found: Found) -> str:
+    """What a picture of these rows carries, so that a stale one is found."""
+    shown = [f"{key} {row.log10_p} {row.loss}" for key, row in sorted(found.items())]
+    return hashlib.sha256("\n".join(shown).encode()).hexdigest()
+
+
+def picture(problem: Problem, found: Found, lines: Sequence[Line] = LINES) -> bytes:
+    """A PNG, 1200 pixels wide: attacks × presets, what it came to in colour, the worst log10 p of the seeds and the
+    mean loss in points in digits; hatched on the left where the loss leaves no product."""
+    shown = [line for line in possible(problem, lines) if line.base == MARKED]
+    with rc_context(plots.STYLE | {"axes.grid": False, "font.size": 10, "hatch.linewidth": 0.7}):
+        figure = Figure(figsize=(1200 / plots.DPI, 0.25 * len(shown) + 0.9), layout="constrained")
+        axes = figure.subplots()
+        for y, line in enumerate(shown):
+            for x, preset in enumerate(problem.presets):
+                _square(axes, x, y, [row for row in _seeds(problem, preset, line, found) if row is not None])
+        axes.set(xlim=(0, len(problem.presets)), ylim=(len(shown), 0))
+        axes.set_xticks(
+            [x + 0.5 for x in range(len(problem.presets))], [f"{preset}\nlog10 p    loss" for preset in problem.presets]
+        )
+        axes.set_yticks([y + 0.5 for y in range(len(shown))], [line.label for line in shown])
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel(
+            "log10 p of the worst seed, points of accuracy lost. Green: proven (p < 1e-9). Orange: the thief got away."
+            "\nGrey: the attack failed anyway. Hatched: over 5 points are lost, no product is left.",
+            fontsize=9,
+        )
+        return plots.png(figure, source_of(found))
+
+
+def _square(axes: Axes, x: int, y: int, rows: Sequence[Row]) -> None:
+    if not rows:
+        axes.text(x + 0.5, y + 0.5, NOT_RUN, ha="center", va="center", color=plots.FLOOR)
+        return
+    worst, lost = max(map(_log10_p, rows)), _mean_loss(rows)
+    faces = {"removed": plots.PEER, "failed anyway": "#dde2e8", "proven": _EVIDENCE((PROVEN - worst) / 50.0)}
+    came_to = {outcome(row) for row in rows}
+    face = next(faces[each] for each in faces if each in came_to)
+    axes.add_patch(Rectangle((x, y), 1, 1, facecolor=face, edgecolor="white"))
+    if lost > MOST_LOSS:
+        axes.add_patch(Rectangle((x, y), 0.09, 1, facecolor=face, edgecolor=plots.FLOOR, hatch="/////", linewidth=0))
+    ink = "#1d2733" if "removed" not in came_to and worst > -35.0 else "white"
+    for place, value in ((0.5, worst), (0.8, lost)):
+        axes.text(x + place, y + 0.52, _numbers([value]), ha="right", va="center", color=ink)
+
+
+_EVIDENCE = LinearSegmentedColormap.from_list("evidence", ["#bfe3d6", plots.OURS])
+
+
+def _measured(problem: Problem, found: Found) -> list[Row]:
+    every = cells_of(problem, problem.presets, SEEDS, LINES)
+    return [found[cell.key] for cell in every if cell.key in found]
+
+
+def _seeds(problem: Problem, preset: str, line: Line, found: Found) -> list[Row | None]:
+    return [found.get(Cell(problem, preset, seed, line).key) for seed in SEEDS]
+
+
+def _nulls(problem: Problem, preset: str, lines: Sequence[Line], found: Found) -> list[Row]:
+    rows = [_seeds(problem, preset, line, found) for line in lines if line.base not in (MARKED, TWIN)]
+    return [row for seeds in rows for row in seeds if row is not None]
+
+
+def _shown(seeds: Sequence[Row | None], threshold: float | None) -> str:
+    rows = [row for row in seeds if row is not None]
+    if not rows:
+        return NOT_RUN
+    worst = max(rows, key=_log10_p)
+    numbers = (NOT_RUN if row is None else _numbers([_log10_p(row)]) for row in seeds)
+    said = " ".join(f"**{each}**" if row is worst else each for row, each in zip(seeds, numbers, strict=True))
+    lost = _mean_loss(rows)
+    kept = NOT_RUN if threshold is None else f"{sum(not sok_success(row, threshold) for row in rows)}/{len(rows)}"
+    signs = " ✗" * any(outcome(row) == "removed" for row in rows) + " †" * (lost > MOST_LOSS)
+    return f"{said}{signs}<br>loss {lost:.1f}, SoK {kept}"
+
+
+def _strangers(rows: Sequence[Row]) -> str:
+    if not rows:
+        return NOT_RUN
+    return f"least of {len(rows)}: {_numbers([min(map(_log10_p, rows))])}"
+
+
+def _log10_p(row: Row) -> float:
+    return 0.0 if row.log10_p is None else row.log10_p
+
+
+def _mean_loss(rows: Sequence[Row]) -> float:
+    return statistics.fmean(row.loss for row in rows if row.loss is not None)
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return " ".join(f"{value:.1f}" for value in values).replace("-0.0", "0.0")
