@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.environment import describe
+from wmengine.attacks import run
 from wmengine.demo import CLASSES, Data, build_network, load_digits, train
 from wmengine.identity.key import Key
 from wmengine.judging.looks import looks_of_bits, looks_of_labels, looks_of_scores
@@ -49,31 +50,11 @@ def thieves(marked: torch.nn.Sequential, data: Data, seed: int) -> Iterator[tupl
             train(copy.deepcopy(marked), data.thief, 30, seed=seed + 50, rate=rate),
         )
     for share in (0.5, 0.8, 0.9, 0.95):
-        yield f"pruned {share:.0%}", pruned(marked, share)
+        yield f"pruned {share:.0%}", run("prune", marked, share=share)
     for sigma in (0.2, 0.5, 1.0):
-        yield f"noise of {sigma:g} sd", noisy(marked, sigma, seed)
+        yield f"noise of {sigma:g} sd", run("noise", marked, sigma=sigma, seed=seed)
     yield "distilled on the thief's digits", distilled(marked, data.thief[0], seed)
     yield "another network", train(build_network(seed=seed + 90), data.owner, 15, seed=seed + 90)
-
-
-def pruned(model: torch.nn.Sequential, share: float) -> torch.nn.Sequential:
-    thin = copy.deepcopy(model)
-    weights = [module.weight for module in thin if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
-    with torch.no_grad():
-        sizes = torch.cat([weight.abs().flatten() for weight in weights])
-        bar = sizes.kthvalue(int(share * len(sizes))).values
-        for weight in weights:
-            weight[weight.abs() <= bar] = 0.0
-    return thin
-
-
-def noisy(model: torch.nn.Sequential, sigma: float, seed: int) -> torch.nn.Sequential:
-    generator, shaken = torch.Generator().manual_seed(seed), copy.deepcopy(model)
-    with torch.no_grad():
-        for weight in shaken.parameters():
-            if weight.ndim > 1:
-                weight += sigma * weight.std() * torch.randn(weight.shape, generator=generator)
-    return shaken
 
 
 def distilled(teacher: torch.nn.Sequential, images: torch.Tensor, seed: int) -> torch.nn.Sequential:
