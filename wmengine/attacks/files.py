@@ -88,6 +88,7 @@ def set_initializers(model: Any, values: Mapping[str, NDArray[Any]]) -> None:
 
 def read_safetensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str] | None]:
     """A file's tensors by name, and its metadata. Raises ValueError for what is no safetensors file."""
+    import ml_dtypes  # noqa: F401  # through which NumPy knows bfloat16
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -157,9 +157,7 @@ def _set(tensor: torch.Tensor, values: NDArray[Any]) -> None:
 
 def _example(attack: Attack, data: Data | None) -> Inputs:
     if data is None:
-        raise ValueError(
-            f"the attack {attack.name!r} exports the module: give data=, inputs of which one row is put in"
-        )
+        raise ValueError(f"for {attack.name!r} or for out= a torch module is exported: give data=inputs, a row or more")
     return data.example()
 
 

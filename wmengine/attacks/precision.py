@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +33,14 @@ def int8(source: Path, target: Path, data: Data | None, kind: str, calibration: 
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, and it is {kind!r}")
     quantization = require("onnxruntime.quantization", extra="cpu")
-    model = read_onnx(source)
-    if kind == "dynamic":
-        del model.graph.value_info[:]  # noted shapes of weights, over which the tool trips when it turns them round
-        quantization.quantize_dynamic(model, target)
-        return
-    if data is None:
-        raise ValueError(f'int8 of the kind {kind!r} is calibrated: give data=inputs, or kind="dynamic"')
-    batches = _batches(source, model, data, calibration)
     preparation = require("onnxruntime.quantization.shape_inference", extra="cpu")
+    model = read_onnx(source)
+    batches = iter(() if kind == "dynamic" else _batches(source, model.graph, data, calibration))
+    preparation.quant_pre_process(source, target, skip_symbolic_shape=True)
+    if kind == "dynamic":
+        model = read_onnx(target)
+        del model.graph.value_info[:]  # noted shapes of weights, over which the tool trips when it turns them round
+        return quantization.quantize_dynamic(model, target)
     base: Any = quantization.CalibrationDataReader
 
     class Calibration(base):  # type: ignore[misc]
@@ -50,16 +48,15 @@ def int8(source: Path, target: Path, data: Data | None, kind: str, calibration: 
             return next(batches, None)
 
     form = quantization.QuantFormat.QDQ if kind == "qdq" else quantization.QuantFormat.QOperator
-    preparation.quant_pre_process(source, target, skip_symbolic_shape=True)
-    quantization.quantize_static(target, target, Calibration(), quant_format=form, per_channel=True)
+    return quantization.quantize_static(target, target, Calibration(), quant_format=form, per_channel=True)
 
 
-def _batches(source: Path, model: Any, data: Data, count: int) -> Iterator[dict[str, NDArray[Any]]]:
+def _batches(source: Path, graph: Any, data: Any, count: int) -> list[dict[str, NDArray[Any]]]:
     """The first inputs under the file's own names, in batches of its fixed size or of 16."""
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"calibration must be a number of inputs, at least 1, and it is {count!r}")
-    held = {tensor.name for tensor in model.graph.initializer}
-    entries = [entry for entry in model.graph.input if entry.name not in held]
+    held = {tensor.name for tensor in graph.initializer}
+    entries = [entry for entry in graph.input if entry.name not in held]
     given = data.arrays(count)
     rows = given if isinstance(given, dict) else {entry.name: each for entry, each in zip(entries, given, strict=False)}
     if rows.keys() != {entry.name for entry in entries}:
@@ -71,4 +68,4 @@ def _batches(source: Path, model: Any, data: Data, count: int) -> Iterator[dict[
     starts = range(0, there - (fixed or 1) + 1, size)
     if not starts:
         raise ValueError(f"{source} takes batches of {fixed}, and data has {there} inputs")
-    return iter([{name: each[start : start + size] for name, each in rows.items()} for start in starts])
+    return [{name: each[start : start + size] for name, each in rows.items()} for start in starts]
