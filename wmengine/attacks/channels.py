@@ -24,21 +24,8 @@ NORMALISATIONS = ("BatchNormalization", "InstanceNormalization", "LayerNormaliza
 LINEAR = ("Identity", "Dropout", "Cast", "CastLike", "Neg", "AveragePool", "GlobalAveragePool")
 POSITIVE = ("Relu", "LeakyRelu", "PRelu", "Abs", "MaxPool", "GlobalMaxPool")
 ODD = ("Tanh", "Softsign", "Erf", "Sin", "Atan", "Asinh")
+OTHER = ("Sigmoid", "Gelu", "Elu", "Selu", "Swish", "Softplus", "HardSigmoid", "HardSwish", "Clip", "Exp", "Pow")
 CAST = ("CastLike", 1)  # asked for its type only
-OTHER = (
-    "Sigmoid",
-    "Gelu",
-    "Elu",
-    "Selu",
-    "Mish",
-    "Swish",
-    "Softplus",
-    "HardSigmoid",
-    "HardSwish",
-    "Clip",
-    "Exp",
-    "Pow",
-)
 POOLS = ("AveragePool", "GlobalAveragePool", "MaxPool", "GlobalMaxPool")
 RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin")
@@ -167,7 +154,8 @@ class _Walk:
     def _place(self, node: Any) -> _Place | None:
         given = [value for value in node.inputs[: 1 if node.op_type == "CastLike" else None] if value in self.places]
         inner = any(attribute.type.name in ("GRAPH", "GRAPHS") for attribute in node.attributes.values())
-        if node.domain not in DOMAINS or inner or any(each.uses() for each in node.outputs[1:]):
+        more = any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
+        if node.domain not in DOMAINS or inner or more:
             raise _Fixed
         if node.op_type in WEIGHTS:
             return self._weight(node)

@@ -40,7 +40,8 @@ def int8(source: Path, target: Path, data: Data | None, kind: str, calibration: 
     if kind == "dynamic":
         model = read_onnx(target)
         del model.graph.value_info[:]  # noted shapes of weights, over which the tool trips when it turns them round
-        return quantization.quantize_dynamic(model, target)
+        quantization.quantize_dynamic(model, target)
+        return
     base: Any = quantization.CalibrationDataReader
 
     class Calibration(base):  # type: ignore[misc]
@@ -48,11 +49,13 @@ def int8(source: Path, target: Path, data: Data | None, kind: str, calibration: 
             return next(batches, None)
 
     form = quantization.QuantFormat.QDQ if kind == "qdq" else quantization.QuantFormat.QOperator
-    return quantization.quantize_static(target, target, Calibration(), quant_format=form, per_channel=True)
+    quantization.quantize_static(target, target, Calibration(), quant_format=form, per_channel=True)
 
 
 def _batches(source: Path, graph: Any, data: Any, count: int) -> list[dict[str, NDArray[Any]]]:
     """The first inputs under the file's own names, in batches of its fixed size or of 16."""
+    from onnx import helper
+
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"calibration must be a number of inputs, at least 1, and it is {count!r}")
     held = {tensor.name for tensor in graph.initializer}
@@ -62,10 +65,11 @@ def _batches(source: Path, graph: Any, data: Any, count: int) -> list[dict[str, 
     if rows.keys() != {entry.name for entry in entries}:
         names = ", ".join(entry.name for entry in entries)
         raise ValueError(f"{source} takes the inputs {names}: give them as data, a dict of arrays by these names")
+    types = {entry.name: helper.tensor_dtype_to_np_dtype(entry.type.tensor_type.elem_type) for entry in entries}
     shape = entries[0].type.tensor_type.shape
     fixed = shape.dim[0].dim_value if len(shape.dim) else 0
     size, there = fixed or BATCH, min(map(len, rows.values()))
     starts = range(0, there - (fixed or 1) + 1, size)
     if not starts:
         raise ValueError(f"{source} takes batches of {fixed}, and data has {there} inputs")
-    return [{name: each[start : start + size] for name, each in rows.items()} for start in starts]
+    return [{name: rows[name][start : start + size].astype(types[name]) for name in rows} for start in starts]

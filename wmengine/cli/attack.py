@@ -102,6 +102,9 @@ def _load(path: Path) -> Any:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file}
+            arrays = {
+                name: each.astype(np.float32) if each.dtype == np.float64 else each for name, each in arrays.items()
+            }
     except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
         raise ValueError(f"{path} must be an .npz file with an array `inputs`") from None
     labels = arrays.pop("labels", None)
