@@ -230,7 +230,7 @@ def test_the_examples_of_attacks_run_as_they_are_typed(tmp_path, monkeypatch):
     exec(add, names)
     weights = {"w": np.array([[-3.0, 0.01]], np.float32)}
     names["CLIP"].run(weights, None, **names["CLIP"].defaults)
-    assert weights["w"].tolist() == pytest.approx(np.array([[-0.1, 0.01]]).tolist())
+    assert weights["w"].tolist() == [[np.float32(-0.1), np.float32(0.01)]]
 
 
 def test_every_field_of_a_verdict_is_in_its_table_and_in_that_of_scans():
