@@ -258,15 +258,10 @@ class _Walk:
         place, batch = self.places.get(data), node.op_type == "BatchNormalization"
         if {scale, bias, mean, variance} & self.places.keys() or _attribute(node, "training_mode", 0):
             raise _Fixed
-        if node.op_type in ("LayerNormalization", "RMSNormalization"):
-            start = _attribute(node, "axis", -1)
-            if place is None or place.axis < (start if start < 0 else start - len(_sizes(data))):
-                raise _Fixed
-            axis = place.axis
-        else:
-            if place is None or place.axis != 1 - len(_sizes(data)):
-                raise _Fixed
-            axis = -1
+        whole = node.op_type in ("LayerNormalization", "RMSNormalization")  # whose scale lies like what it normalises
+        if place is None or not (whole or place.axis == 1 - len(_sizes(data))):
+            raise _Fixed
+        axis = place.axis if whole else -1
         lane = self._lane(place.lane.channels)
         self.aligned.append((place.lane, lane))
         before, behind = _Place(place.lane, axis), _Place(lane, axis)
@@ -309,12 +304,8 @@ class _Walk:
             place.lane.flipped &= node.op_type in ("ReduceMean", "ReduceSum")
             return place.axis + (0 if _attribute(node, "keepdims", 1) else sum(each > axis for each in gone))
         before, behind = _sizes(node.inputs[0])[axis:], _sizes(node.outputs[0])
-        if None in before:
-            raise _Fixed
-        whole = math.prod(before)
-        for after in range(1, len(behind) + 1):
-            held = behind[-after] == before[0] or after == 1  # the channels alone, or with all behind them in one axis
-            if held and None not in behind[-after:] and math.prod(behind[-after:]) == whole:
+        for after in range(1, len(behind) + 1):  # the axis behind which as much lies, or that holds all of it
+            if None not in (*before, *behind[-after:]) and math.prod(before) == math.prod(behind[-after:]):
                 return -after
         raise _Fixed
 
