@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import wmengine
+from wmengine.attacks.page import PAGE
 from wmengine.cli import main
 from wmengine.identity.key import Key
 from wmengine.judging.verdict import Verdict
@@ -178,7 +179,7 @@ def test_every_heading_the_documents_link_to_is_there():
 
 def test_the_documented_commands_have_the_options_that_they_are_typed_with(capsys):
     text = "\n".join(PAGES.values())
-    for command in ("demo", "keygen", "verify", "scan", "schemes", "info"):
+    for command in ("demo", "keygen", "verify", "scan", "schemes", "info", "attack", "attacks"):
         main([command, "--help"])
         known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
         for line in re.findall(rf"^    (?:\S+/)?wmengine {command}\b(.*)$", text, re.MULTILINE):
@@ -203,6 +204,33 @@ def test_the_documented_defaults_are_those_of_the_presets():
         assert documented[name][-len(expected) :] == expected
         assert preset.null == "exact"
         assert f"`{preset.statistic.identifier}`" in PAGES["schemes.md"].replace("\n", " ")
+
+
+def test_every_attack_is_documented_with_its_options():
+    """docs/attacks.md has one table row for each attack of the page, its defaults in the second cell."""
+    documented = {
+        name: options for name, options, *_ in rows_below("attacks.md", "| attack | options | what is left |")
+    }
+    for attack in PAGE:
+        shown = ", ".join(f"`{name}={json.dumps(value)}`" for name, value in attack.defaults.items())
+        assert documented.pop(f"`{attack.name}`") == shown
+    assert not documented
+
+
+@pytest.mark.slow
+def test_the_examples_of_attacks_run_as_they_are_typed(tmp_path, monkeypatch):
+    use, add = examples("attacks.md")
+    monkeypatch.chdir(tmp_path)
+    model, images = torch.nn.Linear(16, 10), torch.rand(32, 16)
+    wmengine.export_onnx(model, images[:1], "model.onnx")
+    names = {"model": model, "images": images}
+    exec(use, names)
+    assert (names["thief"].weight == 0).sum() == 144
+    assert names["path"].name == "int8.onnx"
+    exec(add, names)
+    weights = {"w": np.array([[-3.0, 0.01]], np.float32)}
+    names["CLIP"].run(weights, None, **names["CLIP"].defaults)
+    assert weights["w"].tolist() == [[np.float32(-0.1), np.float32(0.01)]]
 
 
 def test_every_field_of_a_verdict_is_in_its_table_and_in_that_of_scans():

@@ -6,7 +6,6 @@ black-box mark, one without, and every copy an ONNX file that `wmengine.verify` 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -17,13 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wmengine import attacks
 from wmengine._optional import require
+from wmengine.attacks import run
 from wmengine.identity.key import Key
 from wmengine.judging.verification import verify_all
 from wmengine.marks.watermark import Watermark
@@ -246,79 +246,15 @@ def _make_suspects(
     made = f"all layers trained for {effort.thief_epochs} epochs on {ELSEWHERE} digits that the owner never used"
     yield _Suspect("fine-tuned", made, export(tuned, "fine-tuned"))
     made = "the smaller half of all weights set to zero"
-    yield _Suspect("pruned 50 %", made, export(_pruned(marked, 0.5), "pruned"))
-    yield _Suspect("float16", "ONNX Runtime's float16 tool", _to_float16(original, folder / "float16.onnx"))
+    yield _Suspect("pruned 50 %", made, export(run("prune", marked, share=0.5), "pruned"))
+    halved = run("fp16", original, out=folder / "float16.onnx", overwrite=True)
+    yield _Suspect("float16", "ONNX Runtime's float16 tool", halved)
     folded = export(marked, "folded", fold_batchnorm=True)
-    quantised = _to_int8(folded, folder / "int8.onnx", data.owner[0][:128].numpy())
+    quantised = run("int8", folded, data.owner[0][:128], out=folder / "int8.onnx", overwrite=True)
     yield _Suspect("int8 QDQ", "folded, then ONNX Runtime's static quantizer, calibrated on 128 digits", quantised)
     yield _Suspect("BatchNorm folded", "the exporter folds each BatchNorm into the convolution before it", folded)
     made = "every tensor, node, input and output of the file has a new name"
-    yield _Suspect("tensors renamed", made, _renamed(original, folder / "renamed.onnx"))
-
-
-def _pruned(model: torch.nn.Sequential, share: float) -> torch.nn.Sequential:
-    """A copy whose smallest weights, over all layers together, are zero."""
-    pruned = copy.deepcopy(model)
-    weights = [module.weight for module in pruned if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
-    with torch.no_grad():
-        sizes = torch.cat([weight.abs().flatten() for weight in weights])
-        bar = sizes.kthvalue(int(share * len(sizes))).values
-        for weight in weights:
-            weight[weight.abs() <= bar] = 0.0
-    return pruned
-
-
-def _to_float16(source: Path, target: Path) -> Path:
-    onnx = require("onnx", extra="demo")
-    float16 = require("onnxruntime.transformers.float16", extra="demo")
-    onnx.save(float16.convert_float_to_float16(onnx.load(source)), target)
-    return target
-
-
-def _to_int8(source: Path, target: Path, images: NDArray[np.float32]) -> Path:
-    quantization = require("onnxruntime.quantization", extra="demo")
-    preparation = require("onnxruntime.quantization.shape_inference", extra="demo")
-    (entry,) = require("onnx", extra="demo").load(source).graph.input
-    batches = iter([{entry.name: batch} for batch in np.split(images, len(images) // 16)])
-
-    base: Any = quantization.CalibrationDataReader
-
-    class Calibration(base):  # type: ignore[misc]
-        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-            return next(batches, None)
-
-    preparation.quant_pre_process(source, target, skip_symbolic_shape=True)
-    quantization.quantize_static(
-        target, target, Calibration(), quant_format=quantization.QuantFormat.QDQ, per_channel=True
-    )
-    return target
-
-
-def _renamed(source: Path, target: Path) -> Path:
-    """The same graph in which no name, and nothing that the exporter noted about names, is left."""
-    onnx = require("onnx", extra="demo")
-    model = onnx.load(source)
-    graph = model.graph
-    names: dict[str, str] = {"": ""}
-
-    def renamed(name: str) -> str:
-        return names.setdefault(name, f"t{len(names)}")
-
-    for value in (*graph.input, *graph.output, *graph.initializer):
-        value.name = renamed(value.name)
-    for index, node in enumerate(graph.node):
-        node.name = f"n{index}"
-        node.doc_string = ""
-        del node.metadata_props[:]
-        node.input[:] = [renamed(name) for name in node.input]
-        node.output[:] = [renamed(name) for name in node.output]
-    del graph.value_info[:]
-    del graph.metadata_props[:]
-    del model.metadata_props[:]
-    graph.name = "g"
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, target)
-    return target
+    yield _Suspect("tensors renamed", made, run("rename", original, out=folder / "renamed.onnx", overwrite=True))
 
 
 def _predictions(path: Path, images: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -24,8 +24,9 @@ class Attack:
     * "file": run(source, target, data, **options), which writes the file `target` for the ONNX file `source`.
 
     data is a :class:`wmengine.attacks.data.Data`, random a seeded numpy.random.Generator. needs: what of data it cannot
-    do without: nothing, "inputs" or "labels" (and inputs). defaults: every option with its value, the reference one
-    where there is one. promise: what holds of the result, one sentence. paper: where it comes from.
+    do without: nothing, "inputs" or "labels" (and inputs). unless: options with which it can. defaults: every option
+    with its value, the reference one where there is one. promise: what holds of the result, one sentence. paper: where
+    it comes from.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Attack:
     run: Callable[..., Any]
     takes: str
     needs: str = ""
+    unless: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     promise: str = ""
     paper: str = ""

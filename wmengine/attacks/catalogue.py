@@ -55,9 +55,9 @@ def run(
 
     model: a torch module, or the path of an ONNX or safetensors file. data: the thief's (inputs, labels), inputs alone,
     or a DataLoader; `wmengine attacks` says what each attack needs. out: the file to write, for a model that is a file
-    and for attacks that end in one (fp16, int8): its path is returned then, and a file that is there already is
-    overwritten only if told. seed: of everything random; same seed, same result on the same machine. options: see
-    `wmengine attacks --json`.
+    and for attacks that end in one (fp16, int8); an attacked module is exported to it. Its path is returned then, and a
+    file that is there already is overwritten only if told. seed: of everything random; same seed, same result on the
+    same machine. options: see `wmengine attacks --json`.
 
     Raises ValueError for an attack, an option, a value or a form of model that cannot work, saying what could;
     ImportError naming the extra where a package is missing.
@@ -67,7 +67,7 @@ def run(
     """
     chosen = attack(name)
     options = chosen.options(options)
-    if data is None and chosen.needs:
+    if data is None and chosen.needs and not any(options[name] == value for name, value in chosen.unless.items()):
         also = "inputs" if chosen.needs == "inputs" else "(inputs, labels)"
         raise ValueError(f"the attack {name!r} needs data={also}")
     given = None if data is None else Data(data)
