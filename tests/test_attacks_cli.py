@@ -107,7 +107,7 @@ def test_the_module_that_a_function_returns_becomes_an_onnx_file(run, folder, at
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("prunes", "model.onnx", "--out", "p.onnx"), "there is no attack 'prunes'; the attacks are prune, "),
+        (("prunes", "model.onnx", "--out", "p.onnx"), "there is no attack 'prunes'; the attacks are ftll, "),
         (
             ("prune", "model.onnx", "--out", "p.onnx", "--option", "ratio=1"),
             "'prune' has no option 'ratio'; it has share",
