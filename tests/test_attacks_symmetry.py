@@ -307,6 +307,14 @@ IMAGES = {
         {"a": A, "b": normal(6, 5), "axes": np.array([2, 3])},
         SCALE,
     ),
+    "a bias of zeros as torch traces it": (
+        [
+            *(CONV, RELU, ("Shape", "b", "p", {"end": 1}), ("CastLike", "zero i", "q", {}), ("Expand", "q p", "r", {})),
+            ("Conv", "i b r", "y", {}),
+        ],
+        CONVS | {"zero": np.float64(0)},
+        SCALE,
+    ),
     "BatchNormalization": ([CONV, ("BatchNormalization", "h s t m v", "i", {}), LAST], CONVS | NORM, ALL),
     "BatchNormalization with one factor for all": (
         [CONV, ("Expand", "one six", "g", {}), ("BatchNormalization", "h g t m v", "i", {}), LAST],
@@ -409,6 +417,31 @@ ROWS = {
         ],
         {"a": normal(2, 4, 1), "s": np.array([0, 2, 3]), "b": normal(2, 5)},
         SCALE,
+    ),
+    "channels cut across": (
+        [
+            *(("Transpose", "x", "u", {"perm": [0, 2, 1]}), ("Conv", "u a", "h", {}), ("Relu", "h", "k", {})),
+            *(("Reshape", "k s", "l", {}), ("MatMul", "l b", "y", {})),
+        ],
+        {"a": normal(2, 4, 1), "s": np.array([0, 3, 2]), "b": normal(2, 5)},
+        NOTHING,
+    ),
+    "channels that are shared out": (
+        [
+            *(
+                ("Transpose", "x", "u", {"perm": [0, 2, 1]}),
+                ("Conv", "u a", "h", {"pads": [0, 3]}),
+                ("Relu", "h", "k", {}),
+            ),
+            *(("Reshape", "k s", "l", {}), ("Transpose", "l", "i", {"perm": [0, 2, 1]}), ("MatMul", "i b", "y", {})),
+        ],
+        {"a": normal(2, 4, 1), "s": np.array([0, 3, 4]), "b": normal(3, 5)},
+        NOTHING,
+    ),
+    "BatchNormalization along another axis": (
+        [INTO, ("BatchNormalization", "h s t m v", "i", {}), OUT],
+        {"a": normal(4, 3), "b": normal(3, 5)} | {name: array[:3] for name, array in NORM.items()},
+        NOTHING,
     ),
     "a convolution along the channels": (
         [INTO, ("Conv", "h c", "y", {})],

@@ -194,8 +194,7 @@ class _Walk:
         product = node.op_type in ("Mul", "Div")
         if one in self.places and other in self.places:
             place, second = self.places[one], self.places[other]
-            alike = place.axis == second.axis and place.lane.channels == second.lane.channels
-            if not alike or _sizes(one)[place.axis] != _sizes(other)[place.axis]:
+            if place.axis != second.axis or place.lane.channels != second.lane.channels:
                 raise _Fixed
             self.summed.append((place.lane, second.lane))
             if product:
