@@ -160,6 +160,18 @@ def test_permuting_moves_every_weight_of_a_plain_network_and_loses_none(networks
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_no_layer_is_left_out_where_channels_lie_last_in_memory():
+    torch.manual_seed(0)
+    body = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(*body, nn.Linear(16, 5)).eval().to(memory_format=torch.channels_last)
+    x = torch.rand(6, 3, 8, 8).to(memory_format=torch.channels_last)
+    permuted = wm.attacks.run("permute", model, x)
+    assert torch.allclose(model(x), permuted(x), atol=1e-5)
+    assert not any(torch.equal(model[layer].weight, permuted[layer].weight) for layer in (0, 2, 6))
+    assert model[2].weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_residual_stream_is_permuted_as_one(networks):
     model = networks["residual"]
     attacked = wm.attacks.run("permute", model, X[:1])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,10 +50,14 @@ def export_onnx(
         if not isinstance(rows, torch.Tensor) or rows.ndim < 1 or len(rows) == 0:
             raise ValueError("example must be a batch of inputs, such as x[:1], or a tuple or dict of batches")
         # Two rows: a batch of one looks to the tracer like an axis that is always 1.
-        batches.append(torch.cat([rows[:1], rows[:1]]).to(device=rows.device if like is None else like.device))
+        pair = torch.cat([rows[:1], rows[:1]]).to(device=rows.device if like is None else like.device)
+        batches.append(pair.contiguous())
+    if not all(each.is_contiguous() for each in model.parameters()):
+        # Channels that lie last are pooled through strides, of which the exporter makes a tangle of Range and Gather.
+        model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     batch = torch.export.Dim("batch")
     shapes = [{0: batch} for _ in batches]
-    with evaluating(model), _quiet():
+    with evaluating(model), quiet():
         program = torch.onnx.export(
             model,
             () if named else tuple(batches),
@@ -80,15 +86,14 @@ def _remove_traces(model: Any) -> None:
         value.metadata_props.clear()
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress lines, no warnings about torchvision or the exporter's own deprecations."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress lines, no warnings about torchvision or a tool's own deprecations, no graphs that it fails at."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(level)
