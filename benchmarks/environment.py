@@ -151,14 +151,15 @@ def peak_memory(run: Callable[[], object], device: str, differentiated: Sequence
 
 
 def git_commit() -> str:
-    """Short hash, with '+' when engine sources differ from that commit; 'unknown' outside a checkout."""
+    """Short hash, with '+' when sources of engine or benchmarks differ from it; 'unknown' outside a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "csrc", "wmengine") else "")
+        changed = git("status", "--porcelain", "csrc", "wmengine", ":(glob)benchmarks/**/*.py")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

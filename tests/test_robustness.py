@@ -84,6 +84,8 @@ class Counted:
 
     def worse(self, model: Any, data: Any, random: np.random.Generator, sigma: float) -> torch.nn.Module:
         self.attacked += 1
+        if sigma < 0.0:
+            raise ValueError("sigma must be a number from 0")
         if self.attacked == self.stop_at:
             raise KeyboardInterrupt
         with torch.no_grad():
@@ -138,7 +140,7 @@ def test_a_run_that_is_interrupted_goes_on_with_the_cells_that_are_missing(
 
 def test_a_cell_that_fails_is_said_and_stops_no_other(counted: Counted, tmp_path: Path) -> None:
     problem = counted.problem()
-    broken = Line("broken", (Step("worse", {"sigma": "much"}),))
+    broken = Line("broken", (Step("worse", {"sigma": -1.0}),))
     (failed,) = runner.fill(problem, problem.load(None), every(problem, broken, UNTOUCHED, seeds=(1,)), tmp_path)
     assert failed.startswith("tiny, adi, seed 1, broken: ")
     assert {row.attack for row in cells.read(tmp_path, "tiny").values()} == {"untouched"}
@@ -178,6 +180,7 @@ def test_a_row_says_all_that_was_measured(counted: Counted, tmp_path: Path) -> N
     assert worse.log10_p_labels_soft <= 0.0
     assert [step["options"] for step in json.loads(worse.steps)] == [{"sigma": 1.0}, {"sigma": 2.0}]
     assert {"torch", "onnxruntime"} <= json.loads(worse.versions).keys()
+    assert worse.network_commit == worse.commit
     assert rows["adi", 1, "stranger 1"].base == "stranger 1"
 
 
@@ -274,6 +277,15 @@ def test_the_table_shows_every_seed_the_worst_marked_and_what_is_missing(counted
     assert strangers == ["2 models without the mark", "least of 6: -0.8", "not run"]
 
 
+def test_the_heading_names_every_commit_and_version_that_its_rows_come_from() -> None:
+    rows = [
+        a_row(Cell(DIGITS, "adi", 1, LINES[0]), network_commit="older00"),
+        a_row(Cell(DIGITS, "adi", 2, LINES[0]), commit="newer00", versions='{"torch": "2.14.0"}', date="2030-02-01"),
+    ]
+    said = tables.heading(DIGITS, {row.key: row for row in rows})
+    assert "torch 2.13.0 and 2.14.0; commit abc1234, newer00, older00." in said
+
+
 def test_a_cell_whose_copies_are_worth_nothing_is_set_apart(counted: Counted) -> None:
     assert a_table(counted, loss=5.01)[3][1] == "-30.0 **-7.2** -8.0 †<br>loss 5.0, SoK 3/3"
     assert a_table(counted, loss=4.99)[3][1] == "-30.0 **-7.2** -8.0 ✗<br>loss 5.0, SoK 3/3"
@@ -346,6 +358,7 @@ def test_the_command_lists_cells_and_names_what_it_does_not_know(
         ("--presets", "none"): "no preset 'none'",
         ("--attacks", "magic"): "no line 'magic'",
         ("--seeds", "1,x"): "whole numbers",
+        ("--seeds", "1001"): "under 1000",
         ("--problem", "cifar10", "--data", str(tmp_path)): "has none of them",
     }.items():
         assert main(["bench", "robustness", "--out", str(tmp_path), *wrong]) == 2

@@ -19,10 +19,11 @@ from pyarrow import parquet
 class Row:
     """One cell, measured.
 
-    key: of everything that says what was to be measured. base: the network that the steps (a JSON list of attacks with
-    their options) began with. accuracy of `tested` inputs, from 0 to 1, with its 95 % interval (Wilson's). loss:
-    accuracy lost on the same inputs, in points of 100, with its 95 % interval (Tango's), against the marked network; of
-    the marked network itself against its unmarked twin, what the mark costs.
+    key: of everything that says what was to be measured, not of the code that did: `commit` says that, and for the base
+    `network_commit`, None where that was not kept. base: the network that the steps (a JSON list of attacks with their
+    options) began with. accuracy of `tested` inputs, from 0 to 1, with its 95 % interval (Wilson's). loss: accuracy
+    lost on the same inputs, in points of 100, with its 95 % interval (Tango's), against the marked network; of the
+    marked network itself against its unmarked twin, what the mark costs.
 
     matched of total symbols, a stranger matching each with `chance`; log10_p and decision as `verify` gives them,
     log10_p_matches and log10_p_soft by one statistic alone, log10_p_labels_soft by the soft one from labels alone where
@@ -59,6 +60,7 @@ class Row:
     device: str
     threads: int
     date: str
+    network_commit: str | None = None
 
 
 def schema() -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.environment import choose_device, use_threads
 from benchmarks.robustness import cells, tables
-from benchmarks.robustness.grid import Cell, cells_of, chosen
+from benchmarks.robustness.grid import STRANGER_SEEDS, Cell, cells_of, chosen
 from benchmarks.robustness.problems import PROBLEMS
 from benchmarks.robustness.runner import fill
 
@@ -23,8 +23,9 @@ def wanted(
         for name in given or ():
             if name not in there:
                 raise ValueError(f"the table has no {what} {name!r}: it has {', '.join(there)}")
-    if not all(seed.isdigit() for seed in seeds):
-        raise ValueError(f"seeds are whole numbers such as 1,2,3, and these are {','.join(seeds)}")
+    if not all(seed.isdigit() and int(seed) < STRANGER_SEEDS for seed in seeds):
+        said = f"seeds are whole numbers under {STRANGER_SEEDS}, such as 1,2,3"
+        raise ValueError(f"{said}, and these are {','.join(seeds)}")
     numbers, lines = [int(seed) for seed in seeds], chosen(attacks)
     return {
         name: cells_of(

@@ -15,6 +15,7 @@ from wmengine.attacks import attack
 MARKED, TWIN = "marked", "twin"  # the network with the mark, and the same one trained without
 UNMARKED = "none"  # in the place of a preset
 STRANGERS = 5
+STRANGER_SEEDS = 1000  # from which strangers take theirs, so that they share none with marked networks
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import nn
 
 from benchmarks.environment import device_name, git_commit
 from benchmarks.robustness import cells
-from benchmarks.robustness.grid import MARKED, TWIN, UNMARKED, Cell, Step, as_json, digest, recipe_of
+from benchmarks.robustness.grid import MARKED, STRANGER_SEEDS, TWIN, UNMARKED, Cell, Step, as_json, digest, recipe_of
 from benchmarks.robustness.problems import Problem
 from benchmarks.robustness.reading import Correct, accuracy, correct, evidence, loss
 from wmengine.attacks import attack, run
@@ -37,12 +37,14 @@ PACKAGES = ("wmengine", "torch", "numpy", "onnx", "onnxruntime", "scikit-learn")
 
 @dataclass(frozen=True)
 class Network:
-    """A trained network, its mark if it has one, which test inputs it answers rightly, and how long it trained."""
+    """A trained network, its mark if it has one, which test inputs it answers rightly, how long it trained, and the
+    commit of the code that trained it."""
 
     model: nn.Module
     mark: Watermark | None
     correct: Correct
     seconds: float
+    commit: str | None
 
 
 class Bench:
@@ -66,8 +68,7 @@ class Bench:
             preset = preset if base == MARKED else UNMARKED
             file = self._kept / f"{name}-{digest(recipe_of(self.problem, preset))[:8]}.pt"
             if not file.exists():
-                # Strangers share no seed with marked networks, whose twins do.
-                self._train(file, preset, seed if base in (MARKED, TWIN) else 1000 + int(base.split()[1]))
+                self._train(file, preset, seed if base in (MARKED, TWIN) else STRANGER_SEEDS + int(base.split()[1]))
             self._networks[name] = self._load(file)
         return self._networks[name]
 
@@ -132,14 +133,15 @@ class Bench:
             mark.save(file.with_suffix(".wm"), overwrite=True)
         right = torch.from_numpy(correct(open_suspect(model), self.data.test, problem.classes))
         partial = file.with_suffix(f".{os.getpid()}.partial")
-        torch.save({"state": model.cpu().state_dict(), "correct": right, "seconds": seconds}, partial)
+        state = model.cpu().state_dict()
+        torch.save({"state": state, "correct": right, "seconds": seconds, "commit": git_commit()}, partial)
         os.replace(partial, file)
 
     def _load(self, file: Path) -> Network:
         held, model, mark = torch.load(file, weights_only=True), self.problem.build(0), file.with_suffix(".wm")
         model.load_state_dict(held["state"])
         watermark = Watermark.load(mark) if mark.exists() else None
-        return Network(model.eval(), watermark, held["correct"].numpy(), held["seconds"])
+        return Network(model.eval(), watermark, held["correct"].numpy(), held["seconds"], held.get("commit"))
 
 
 def key_of(seed: int) -> Key:
@@ -182,6 +184,7 @@ def measure(bench: Bench, cell: Cell) -> cells.Row:
         device=device_name(bench.device),
         threads=torch.get_num_threads(),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        network_commit=own.commit,
     )
 
 

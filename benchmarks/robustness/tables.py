@@ -60,10 +60,13 @@ def heading(problem: Problem, found: Found) -> str:
             for row in seeds
         )
         lines.append(f"| {'without a mark' if preset == UNMARKED else preset} | {accuracies} | {costs} |")
-    versions = json.loads(max(rows, key=lambda row: row.date).versions)
+    versions: dict[str, set[str]] = {}
+    for said in {row.versions for row in rows}:
+        for package, version in json.loads(said).items():
+            versions.setdefault(package, set()).add(version)
     devices = ", ".join(sorted({f"{row.device} (threads: {row.threads})" for row in rows}))
-    commits = ", ".join(sorted({row.commit for row in rows}))
-    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    commits = ", ".join(sorted({each for row in rows for each in (row.commit, row.network_commit) if each}))
+    named = ", ".join(f"{package} {' and '.join(sorted(versions[package]))}" for package in sorted(versions))
     measured = f"{problem.recipe}; {rows[0].tested} inputs test. Measured on {devices}; {named}; commit {commits}."
     return "\n".join([measured, "", *lines])
 
