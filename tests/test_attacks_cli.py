@@ -20,6 +20,9 @@ def detector():
 
 def nothing():
     return None
+
+def broken():
+    raise RuntimeError("no weights here")
 """
 
 
@@ -48,6 +51,11 @@ def folder(tmp_path, monkeypatch):
     np.savez(tmp_path / "named.npz", x=rows, labels=np.zeros(20, np.int64))
     np.savez(tmp_path / "images.npz", inputs=rows.reshape(20, 1, 4, 4), labels=np.zeros(20, np.int64))
     np.savez(tmp_path / "empty.npz", labels=np.zeros(20, np.int64))
+    np.savez(tmp_path / "soft.npz", inputs=rows.reshape(20, 1, 4, 4), labels=np.full((20, 3), 1 / 3))
+    np.savez(tmp_path / "far.npz", inputs=rows.reshape(20, 1, 4, 4), labels=np.full(20, 7))
+    np.savez(tmp_path / "words.npz", inputs=np.array(["a", "b"]))
+    np.savez(tmp_path / "one.npz", inputs=np.float32(3))
+    np.savez(tmp_path / "nan.npz", inputs=np.full((20, 16), np.nan))
     (tmp_path / "shop.py").write_text(MODELS)
     (tmp_path / "there.onnx").write_bytes(b"precious")
     monkeypatch.chdir(tmp_path)
@@ -116,7 +124,9 @@ def test_the_module_that_a_function_returns_becomes_an_onnx_file(run, folder, at
             ("prune", "model.onnx", "--out", "p.onnx", "--option", "share"),
             "--option share has no value: write NAME=VALUE",
         ),
-        (("prune", "model.onnx", "--out", "p.onnx", "--option", "share=all"), "share must be between 0 and 1"),
+        (("prune", "model.onnx", "--out", "p.onnx", "--option", "share=all"), "share must be a number, and"),
+        (("prune", "model.onnx", "--out", "p.onnx", "--option", "per_layer=False"), "per_layer must be true or false"),
+        (("rescale", "model.onnx", "--out", "p.onnx", "--option", "low=little"), "low must be a number"),
         (("prune", "model.onnx", "--out", "there.onnx"), "there.onnx is there already"),
         (("prune", "model.onnx", "--out", "p.safetensors"), "p.safetensors must end in .onnx"),
         (("prune", "nothing.onnx", "--out", "p.onnx"), "nothing.onnx does not exist"),
@@ -130,11 +140,15 @@ def test_the_module_that_a_function_returns_becomes_an_onnx_file(run, folder, at
             ("prune", "shop:nothing", "--out", "p.onnx"),
             "shop:nothing returned NoneType, and must return a torch module",
         ),
-        (("prune", "shop:missing", "--out", "p.onnx"), "there is no function shop:missing to make the model with"),
-        (
-            ("prune", "market:detector", "--out", "p.onnx"),
-            "there is no function market:detector to make the model with",
-        ),
+        (("prune", "shop:missing", "--out", "p.onnx"), "shop:missing must be package.module:function, a function that"),
+        (("prune", "market:detector", "--out", "p.onnx"), "that makes the model (ModuleNotFoundError: No module named"),
+        (("prune", "shop:broken", "--out", "p.onnx"), "(RuntimeError: no weights here)"),
+        (("int8", "model.onnx", "--out", "p.onnx", "--data", "words.npz"), "data's input must hold rows of numbers"),
+        (("int8", "model.onnx", "--out", "p.onnx", "--data", "one.npz"), "inputs is one value alone"),
+        (("int8", "model.onnx", "--out", "p.onnx", "--data", "nan.npz"), "data's input holds NaN or Inf"),
+        (("int8", "model.onnx", "--out", "p.onnx", "--data", "images.npz"), "takes x [n, 16], and a row of data is"),
+        (("prune", "shop:detector", "--out", "p.onnx", "--data", "named.npz"), "the model does not run on a row of"),
+        (("ftal", "model.onnx", "--out", "p.onnx", "--data", "images.npz"), "on the command line package.module:func"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_status_2(run, folder, arguments, said):
@@ -145,6 +159,23 @@ def test_what_cannot_be_done_is_one_line_and_status_2(run, folder, arguments, sa
     assert err.count("\n") == 1
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     assert json.loads(run("attack", *arguments, "--json")[1])["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "said"), [("soft", "labels must be one class number for"), ("far", "and one is 7")])
+def test_labels_that_are_no_classes_are_one_line_too(run, data, said):
+    status, out, err = run("attack", "ftal", "shop:detector", "--out", "p.onnx", "--data", f"{data}.npz")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert said in err
+
+
+@pytest.mark.slow
+def test_a_student_is_named_as_the_model_is(run, folder):
+    options = ("--data", "images.npz", "--option", "epochs=1", "--option", "student=shop:detector")
+    status, out, err = run("attack", "distil", "shop:detector", "--out", "p.onnx", *options)
+    assert (status, err) == (0, "")
+    assert 'student="shop:detector"' in out
+    assert (folder / "p.onnx").exists()
 
 
 def test_a_file_that_is_there_is_overwritten_if_forced(run, folder):

@@ -160,7 +160,9 @@ def test_eight_bits_in_each_of_the_tools_ways(model, tmp_path, kind):
     [
         (None, {}, "the attack 'int8' needs data=inputs"),
         (X, {"kind": "int4"}, "kind must be one of qdq, qoperator, dynamic, and it is 'int4'"),
-        (X, {"calibration": 0}, "calibration must be a number of inputs, at least 1, and it is 0"),
+        (X, {"calibration": 0}, "calibration must be from 1 to"),
+        (X[:, :2], {}, r"takes x \[n, 3, 6, 6\], and a row of data is \[2, 6, 6\]"),
+        (X[0, 0], {}, r"takes x \[n, 3, 6, 6\], and a row of data is \[6\]"),
         ({"image": X}, {}, "takes the inputs x: give them as data, a dict of arrays by these names"),
     ],
 )
@@ -175,6 +177,28 @@ def test_a_fixed_batch_is_calibrated_with(tmp_path):
     assert answers(out, X[:5]).shape == (5, 10)
     with pytest.raises(ValueError, match="takes batches of 5, and data has 3 inputs"):
         wm.attacks.run("int8", tmp_path / "five.onnx", X[:3], out=tmp_path / "other.onnx")
+
+
+def test_a_file_without_anything_to_put_into_eight_bits_is_refused(tmp_path):
+    saved = classifier()
+    del saved.graph.node[:]
+    saved.graph.node.append(helper.make_node("Identity", ["x"], ["y"]))
+    onnx.save(saved, tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match="holds no weights that ONNX Runtime's tool can put into 8 bits"):
+        wm.attacks.run("int8", tmp_path / "m.onnx", kind="dynamic", out=tmp_path / "int8.onnx")
+
+
+def test_options_that_leave_no_numbers_are_refused_and_masks_of_infinity_are_no_weights(tmp_path):
+    mask = np.where(np.tri(6, dtype=bool), 0, -np.inf).astype(np.float32)
+    onnx.save(classifier(ARRAYS | {"mask": mask}), tmp_path / "m.onnx")
+    out = wm.attacks.run("noise", tmp_path / "m.onnx", out=tmp_path / "noisy.onnx", sigma=1.0)
+    assert np.array_equal(values(out)["mask"], mask)
+    save_file({"mask": mask, "a": ARRAYS["a"]}, tmp_path / "m.safetensors")
+    out = wm.attacks.run("fp16", tmp_path / "m.safetensors", out=tmp_path / "half.safetensors")
+    assert np.array_equal(loaded(out)[0]["mask"], mask.astype(np.float16))
+    for attack, options in (("noise", {"sigma": 1e300}), ("rescale", {"high": 1e300})):
+        with pytest.raises(ValueError, match="would hold numbers that are not finite in float32"):
+            wm.attacks.run(attack, tmp_path / "m.onnx", out=tmp_path / "p.onnx", **options)
 
 
 def test_a_renamed_file_shares_no_name_and_answers_the_same(model, tmp_path):
@@ -202,6 +226,21 @@ def test_names_in_subgraphs_are_renamed_as_well(tmp_path):
     assert np.array_equal(answers(tmp_path / "m.onnx"), answers(out))
     assert b"else_branch" in out.read_bytes()  # an attribute's name is the operator's
     assert not any(name in out.read_bytes() for name in (b"Neg\x1a", b"classifier", b"bias"))
+
+
+def test_names_in_functions_are_renamed_as_well(tmp_path):
+    saved = classifier()
+    inner = helper.make_node("Neg", ["precious"], ["secret"], name="hidden")
+    opset = [helper.make_opsetid("", 20)]
+    saved.functions.append(helper.make_function("shop", "turn", ["precious"], ["secret"], [inner], opset))
+    saved.opset_import.append(helper.make_opsetid("shop", 1))
+    saved.graph.node[-1].output[0] = "before"
+    saved.graph.node.append(helper.make_node("turn", ["before"], ["y"], domain="shop"))
+    saved.graph.doc_string = saved.doc_string = saved.graph.input[0].doc_string = "made by the shop"
+    onnx.save(saved, tmp_path / "m.onnx")
+    out = wm.attacks.run("rename", tmp_path / "m.onnx", out=tmp_path / "renamed.onnx")
+    assert np.array_equal(answers(tmp_path / "m.onnx"), answers(out))
+    assert not any(name in out.read_bytes() for name in (b"precious", b"secret", b"hidden", b"turn", b"made by"))
 
 
 # --- forms ---
@@ -438,7 +477,9 @@ def test_a_module_needs_somewhere_to_write_to_and_a_row_to_be_exported_with(tmp_
 
 
 def test_an_unknown_attack_or_option_is_answered_with_the_known_ones(model, tmp_path):
-    with pytest.raises(ValueError, match="there is no attack 'prunes'; the attacks are ftll, ftal, .*prune, prune_filters, noise"):
+    with pytest.raises(
+        ValueError, match=r"there is no attack 'prunes'; the attacks are ftll, ftal, .*prune, prune_filters, noise"
+    ):
         wm.attacks.run("prunes", model, out=tmp_path / "p.onnx")
     with pytest.raises(ValueError, match="the attack 'prune' has no option 'ratio'; it has share, per_layer"):
         wm.attacks.run("prune", model, out=tmp_path / "p.onnx", ratio=0.5)

@@ -198,7 +198,7 @@ def test_a_student_of_another_architecture_is_copied_and_begins_as_it_is(name):
 
 def test_a_student_that_cannot_be_one_is_refused():
     x = batch(40)[0]
-    with pytest.raises(TypeError, match="student must be a torch module, and it is str"):
+    with pytest.raises(ValueError, match="student must be a torch module, and it is str"):
         run("distil", network(), x, student="resnet")
     with pytest.raises(ValueError, match=f"the model has {CLASSES} classes and student has 7"):
         run("distil", network(), x, student=nn.Sequential(nn.Flatten(), nn.Linear(64, 7)))
@@ -227,6 +227,9 @@ def test_attacks_that_need_labels_say_so(name):
     for wrong in (y + CLASSES, y - 1):
         with pytest.raises(ValueError, match=f"labels must be.* from 0 to {CLASSES - 1}"):
             run(name, network(), (x, wrong))
+    for wrong in (y.float(), y[:, None], nn.functional.one_hot(y, CLASSES).float()):
+        with pytest.raises(ValueError, match="labels must be one class number for each input"):
+            run(name, network(), (x, wrong))
 
 
 @pytest.mark.parametrize(
@@ -245,6 +248,37 @@ def test_settings_that_cannot_work_are_refused(options, said):
         run("ftal", network(), batch(40), **options)
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_data_that_hold_no_numbers_or_no_rows_of_the_model_are_refused(name):
+    x, y = batch(40)
+    broken = torch.where(torch.arange(40)[:, None, None, None] == 30, torch.nan, x)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(broken, y), batch_size=10)
+    for wrong in ((broken, y), (broken.numpy(), y.numpy()), loader):
+        with pytest.raises(ValueError, match="data's input holds NaN or Inf"):
+            run(name, network(), wrong)
+    with pytest.raises(ValueError, match=r"does not run on a row of data, torch.float32 \[1, 64\] \(RuntimeError"):
+        run(name, network(), (x.flatten(1), y))
+    with pytest.raises(TypeError, match=r"data is .*and not str"):
+        run(name, network(), "thief.npz")
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_exported_is_refused_before_it_is_trained(tmp_path):
+    class Choosing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, CLASSES)
+
+        def forward(self, x):
+            if self.training:
+                raise AssertionError("the attack began")
+            return self.layer(x.flatten(1)) if x.sum() > 0 else self.layer(-x.flatten(1))
+
+    with pytest.raises(ValueError, match="torch cannot export this Choosing to ONNX"):
+        run("ftal", Choosing(), batch(40), out=tmp_path / "p.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_models_that_cannot_be_attacked_are_refused():
     x, y = batch(40)
     with pytest.raises(ValueError, match=r"must answer logits \[16, C\], and this one answers \[16, 1, 8, 8\]"):
@@ -256,6 +290,10 @@ def test_models_that_cannot_be_attacked_are_refused():
         run("wrk", tokens, (torch.zeros(40, 5, dtype=torch.int64), y))
     with pytest.raises(ValueError, match="times must be from 1"):
         run("overwrite", network(), (x, y), times=0)
+    with pytest.raises(ValueError, match="scheme must be the name of a scheme, or a list of such"):
+        run("overwrite", network(), (x, y), scheme=[7])
+    with pytest.raises(ValueError, match="share must be above 0 and at most 1"):
+        run("wrk", network(), (x, y), share=2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 TAKES = ("module", "weights", "graph", "file")
+KINDS: Mapping[type, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    int: (Integral, "an integer"),
+    float: (Real, "a number"),
+}  # by that of an option's default
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,13 @@ class Attack:
             raise ValueError(f"an attack needs nothing, inputs or labels, and {self.name!r} needs {self.needs!r}")
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The defaults with what is given in their place. Raises ValueError for an option that does not exist."""
-        for name in given:
+        """The defaults with what is given in their place. Raises ValueError for an option that does not exist, and for
+        a value that is no number, integer or bool where the default is one."""
+        for name, value in given.items():
             if name not in self.defaults:
                 known = ", ".join(self.defaults) or "none"
                 raise ValueError(f"the attack {self.name!r} has no option {name!r}; it has {known}")
+            wanted, said = KINDS.get(type(self.defaults[name]), (object, ""))
+            if not isinstance(value, wanted) or (isinstance(value, bool) and wanted in (Integral, Real)):
+                raise ValueError(f"{name} must be {said}, and it is {value!r}")
         return {**self.defaults, **given}

@@ -74,7 +74,9 @@ def run(
     if given is not None and chosen.needs == "labels" and not given.labelled:
         raise ValueError(f"the attack {name!r} needs labels: give data=(inputs, labels)")
     if out is not None and os.path.exists(out) and not overwrite:
-        raise ValueError(f"{os.fspath(out)} is there already: choose another name, or say that it may be overwritten")
+        raise ValueError(
+            f"{os.fspath(out)} is there already: choose another name, or overwrite it (overwrite=True, --force)"
+        )
     if isinstance(model, str | os.PathLike):
         return attack_file(chosen, Path(model), given, None if out is None else Path(out), seed, options)
     torch = sys.modules.get("torch")  # whoever holds a module has imported torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 Inputs = Any  # a torch tensor, or a dict of them by name
+NO_BATCHES = (str, bytes, Mapping, np.ndarray)  # which can be iterated over all the same
 
 
 class Data:
@@ -23,7 +25,8 @@ class Data:
 
     given: (inputs, labels) or inputs alone, arrays or torch tensors [n, ...], inputs also as a dict of them by name; or
     an iterable of such batches that can be gone through more than once, such as a DataLoader, whose order and sizes
-    stay. Raises TypeError for anything else and ValueError where there are no rows, or not a label for each.
+    stay. Raises TypeError for anything else, and ValueError where there are no rows, not a label for each, or what is
+    no finite number.
     """
 
     def __init__(self, given: Any) -> None:
@@ -34,14 +37,13 @@ class Data:
             inputs, labels = given
             self._inputs: dict[str, Any] = dict(inputs) if isinstance(inputs, Mapping) else {"": inputs}
             self._labels = labels
+            _check(inputs, labels)
             counts = {len(rows) for rows in self._inputs.values()}
-            if len(counts) != 1 or 0 in counts:
-                raise ValueError(
-                    f"data must hold as many rows in each input, at least one, and it has {sorted(counts)}"
-                )
+            if len(counts) != 1:
+                raise ValueError(f"data must hold as many rows in each input, and it has {sorted(counts)}")
             if labels is not None and len(labels) not in counts:
                 raise ValueError(f"data has {counts.pop()} inputs and {len(labels)} labels")
-        elif hasattr(given, "__iter__") and not hasattr(given, "__next__"):
+        elif hasattr(given, "__iter__") and not hasattr(given, "__next__") and not isinstance(given, NO_BATCHES):
             self._loader = given
             self._labels = self._first()[1]
         else:
@@ -58,8 +60,7 @@ class Data:
         """One epoch, in an order drawn from `generator`; a DataLoader's own batches as they come."""
         torch = require("torch", extra="train")
         if self._loader is not None:
-            for batch in self._loader:
-                inputs, labels = _parted(batch)
+            for inputs, labels in map(_parted, self._loader):
                 yield _tensors(inputs), None if labels is None else torch.as_tensor(labels)
             return
         inputs = {name: torch.as_tensor(rows) for name, rows in self._inputs.items()}
@@ -76,10 +77,10 @@ class Data:
             return {name: _array(rows[:count]) for name, rows in inputs.items()}
         return [_array(inputs[:count])]
 
-    def example(self) -> Inputs:
-        """One row of the inputs as torch tensors, for exporting a model."""
+    def example(self, count: int = 1) -> Inputs:
+        """The first `count` inputs as torch tensors."""
         torch = require("torch", extra="train")
-        first = self.arrays(1)
+        first = self.arrays(count)
         if isinstance(first, dict):
             return {name: torch.from_numpy(rows.copy()) for name, rows in first.items()}
         return torch.from_numpy(first[0].copy())
@@ -100,11 +101,25 @@ def _is_rows(given: Any) -> bool:
 
 
 def _parted(batch: Any) -> tuple[Any, Any]:
-    if _is_rows(batch):
-        return batch, None
-    if isinstance(batch, tuple | list) and len(batch) in (1, 2) and _is_rows(batch[0]):
-        return batch[0], batch[1] if len(batch) == 2 else None
-    raise TypeError(f"a batch of data is (inputs, labels) or inputs alone, and not {type(batch).__name__}")
+    parts = (batch,) if _is_rows(batch) else batch
+    if not (isinstance(parts, tuple | list) and len(parts) in (1, 2) and _is_rows(parts[0])):
+        raise TypeError(f"a batch of data is (inputs, labels) or inputs alone, and not {type(batch).__name__}")
+    inputs, labels = (*parts, None)[:2]
+    _check(inputs, labels)
+    return inputs, labels
+
+
+def _check(inputs: Any, labels: Any) -> None:
+    """Raises ValueError for rows that are no numbers, or not finite."""
+    named = inputs if isinstance(inputs, Mapping) else {"": inputs}
+    rows = {f"data's input {name}".rstrip(): given for name, given in named.items()}
+    for what, given in (rows if labels is None else rows | {"labels": labels}).items():
+        values = given if hasattr(given, "dtype") else np.asarray(given)
+        floating = values.is_floating_point() if hasattr(values, "is_floating_point") else values.dtype.kind == "f"
+        if 0 in (values.shape or (0,)) or getattr(values.dtype, "kind", "") in tuple("USOcMm"):
+            raise ValueError(f"{what} must hold rows of numbers, and holds {values.dtype} {list(values.shape)}")
+        if floating and not (math.isfinite(values.min()) and math.isfinite(values.max())):
+            raise ValueError(f"{what} holds NaN or Inf: give clean rows")
 
 
 def _tensors(inputs: Any) -> Inputs:

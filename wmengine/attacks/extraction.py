@@ -52,7 +52,7 @@ def _taught(
 
     model.eval()
     if student is not None and not isinstance(student, torch.nn.Module):
-        raise TypeError(f"student must be a torch module, and it is {type(student).__name__}")
+        raise ValueError(f"student must be a torch module, and it is {type(student).__name__}")
     learner = copy.deepcopy(model if student is None else unwrap(student))
     if student is None:
         _draw_anew(learner)

@@ -20,12 +20,28 @@ def floating(array: NDArray[Any]) -> bool:
     return array.dtype.name in FLOATS
 
 
+def cast(name: str, values: NDArray[Any], before: NDArray[Any], dtype: Any) -> NDArray[Any]:
+    """Values in another type. Raises ValueError where one is not finite any more, which was `before`."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        made = values.astype(dtype)
+    if (np.isfinite(before) & ~np.isfinite(made)).any():
+        raise ValueError(f"{name} would hold numbers that are not finite in {made.dtype}: no product is left")
+    return made
+
+
+def reason(error: Exception) -> str:
+    """What another library complains of, in the words of its first line."""
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+
+
 def check_out(out: Path | None, suffix: str, attack: str) -> Path:
     """Where to write. Raises ValueError where there is nothing, another kind of file, or no folder to write into."""
     if out is None:
         raise ValueError(f"the attack {attack!r} ends in a file here: give out=, the {suffix} file to write")
     if out.suffix != suffix:
         raise ValueError(f"{out} must end in {suffix}, as what is written is such a file")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: choose another name")
     if not out.parent.is_dir():
         raise ValueError(f"{out.parent} is no folder: make it first")
     beside = out.with_name(f"{out.name}.data")
@@ -57,7 +73,10 @@ def read_onnx(path: Path) -> Any:
     if path.suffix != ".onnx":
         raise ValueError(f"{path} holds no graph, which this attack needs: give the .onnx file")
     try:
-        return onnx.load(path)
+        model = onnx.load(path)
+        if not model.graph.node:
+            raise DecodeError("no graph is in it")
+        return model
     except (DecodeError, onnx.checker.ValidationError) as error:
         raise ValueError(f"{path} cannot be read as an ONNX file ({' '.join(str(error).split())})") from None
 

@@ -16,17 +16,20 @@ from wmengine._optional import require
 from wmengine.attacks.attack import Attack
 from wmengine.attacks.data import Data, Inputs
 from wmengine.attacks.files import (
+    cast,
     check_out,
     floating,
     initializers,
     read_onnx,
     read_safetensors,
+    reason,
     set_initializers,
     write_onnx,
     write_safetensors,
     written,
 )
-from wmengine.suspects.weights import unwrap
+from wmengine.attacks.training import placed
+from wmengine.suspects.weights import evaluating, unwrap
 
 if TYPE_CHECKING:
     import torch
@@ -42,17 +45,22 @@ def attack_module(
     plain = unwrap(model)
     if out is not None or attack.takes == "file":
         out = check_out(out, ".onnx", attack.name)
-    if attack.takes == "file":
+    exported = out is not None or attack.takes == "graph"
+    if exported and data is None:
+        raise ValueError(f"for {attack.name!r} or for out= a torch module is exported: give data=inputs, a row or more")
+    example = _example(plain, data) if data is not None and (exported or attack.takes == "module") else None
+    if out is not None and attack.takes in ("file", "module"):
+        # Of what trains too: after hours of training it is too late to learn that torch cannot export the model.
         with tempfile.TemporaryDirectory() as folder:
-            source = _export(plain, _example(attack, data), Path(folder) / "model.onnx")
-            return attack_file(attack, source, data, out, seed, options)
-    example = None if out is None else _example(attack, data)
+            source = _export(plain, example, Path(folder) / "model.onnx")
+            if attack.takes == "file":
+                return attack_file(attack, source, data, out, seed, options)
     attacked = copy.deepcopy(plain)
     random = np.random.default_rng(seed)
     if attack.takes == "weights":
         _attack_parameters(attack, attacked, random, options)
     elif attack.takes == "graph":
-        _attack_exported(attack, attacked, _example(attack, data), random, options)
+        _attack_exported(attack, attacked, example, random, options)
     else:
         devices = range(torch.cuda.device_count())  # manual_seed seeds every one
         with torch.random.fork_rng(devices=devices):
@@ -72,7 +80,10 @@ def attack_file(
 ) -> Path:
     """The attacked file, written to `out`, which is as it was if anything fails."""
     if attack.takes == "module":
-        raise ValueError(f"the attack {attack.name!r} trains: give the torch module, not a file of it")
+        raise ValueError(
+            f"the attack {attack.name!r} trains: give the torch module (on the command line package.module:function, "
+            f"which returns it) and not {source}"
+        )
     if source.suffix not in SUFFIXES:
         raise ValueError(f"{source} must be a file of {' or '.join(SUFFIXES)}, or a torch module")
     if not source.is_file():
@@ -101,14 +112,17 @@ def _attacked(
     attack: Attack, arrays: Mapping[str, NDArray[Any]], random: np.random.Generator, options: Mapping[str, Any]
 ) -> dict[str, NDArray[Any]]:
     """The arrays that an attack on weights changed, in their own type; what it left alone keeps every bit."""
-    own = {name: array for name, array in arrays.items() if array.ndim > 1 and floating(array)}
+    own = {  # a mask of -inf is no weight
+        name: array for name, array in arrays.items() if array.ndim > 1 and floating(array) and np.isfinite(array).all()
+    }
     if not own:
         raise ValueError(f"the model holds no floating weights of two axes or more, which {attack.name!r} changes")
     weights = {name: array.astype(np.float32) for name, array in own.items()}
-    attack.run(weights, random, **options)
+    with np.errstate(over="ignore", invalid="ignore"):  # `cast` tells of it
+        attack.run(weights, random, **options)
     changed = {name: weights[name] != array.astype(np.float32) for name, array in own.items()}
     return {
-        name: np.where(changed[name], weights[name].astype(array.dtype), array)
+        name: np.where(changed[name], cast(name, weights[name], array, array.dtype), array)
         for name, array in own.items()
         if changed[name].any()
     }
@@ -157,13 +171,29 @@ def _set(tensor: torch.Tensor, values: NDArray[Any]) -> None:
         tensor.copy_(torch.from_numpy(np.array(like)))
 
 
-def _example(attack: Attack, data: Data | None) -> Inputs:
-    if data is None:
-        raise ValueError(f"for {attack.name!r} or for out= a torch module is exported: give data=inputs, a row or more")
-    return data.example()
+def _example(model: torch.nn.Module, data: Data) -> Inputs:
+    """One row, on the model's device. Raises ValueError where the model does not run on it."""
+    torch = require("torch", extra="train")
+    example = placed(model, data.example())
+    named = example if isinstance(example, Mapping) else {"": example}
+    with evaluating(model), torch.no_grad():
+        try:
+            model(**example) if isinstance(example, Mapping) else model(example)
+        except Exception as error:
+            rows = ", ".join(f"{name} {rows.dtype} {list(rows.shape)}".lstrip() for name, rows in named.items())
+            raise ValueError(f"the model does not run on a row of data, {rows} ({reason(error)})") from error
+    return example
 
 
 def _export(model: torch.nn.Module, example: Inputs, path: Path, fold_batchnorm: bool = True) -> Path:
     from wmengine.marking.export import export_onnx
 
-    return export_onnx(model, example, path, fold_batchnorm)
+    try:
+        return export_onnx(model, example, path, fold_batchnorm)
+    except (ImportError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"torch cannot export this {type(model).__name__} to ONNX ({type(error).__name__}; torch.onnx.export says "
+            "more): attack the module without out=, or a file that you exported"
+        ) from error

@@ -31,29 +31,26 @@ def overwrite(
     epochs: int,
     rate: float,
     batch: int,
-    num_classes: int | None,
 ) -> torch.nn.Module:
     """Train with marks of a fresh key, `times` times one after the other.
 
     scheme: a scheme of the engine or several, by name or as `wmengine.scheme(...)` gives them. Each time the secret of
     the key "thief" is the next 32 bytes of `random`, the model is "stolen" and the sample the first 64 rows of data, so
-    that whoever knows the seed can read the marks. num_classes: None for as many as the model answers.
+    that whoever knows the seed can read the marks.
     """
-    import torch
-
     from wmengine.marking.embedder import Embedder
 
-    schemes = [scheme] if isinstance(scheme, str | Preset) else list(scheme)
+    schemes = [scheme] if isinstance(scheme, str | Preset) else scheme
+    if not isinstance(schemes, Sequence) or not all(isinstance(each, str | Preset) for each in schemes):
+        raise ValueError(f"scheme must be the name of a scheme, or a list of such, and it is {scheme!r}")
     keys = [Key(THIEF, random.bytes(32)) for _ in range(integer("times", times, 1, MOST_TIMES))]
     for each in model.parameters():  # what the owner froze can carry marks too
         each.requires_grad_(each.is_floating_point())
-    rows = data.arrays(SAMPLE)
-    sample: Inputs = torch.tensor(rows[0]) if isinstance(rows, list) else {n: torch.tensor(r) for n, r in rows.items()}
-    if num_classes is None:
-        with evaluating(model):
-            num_classes = logits(model, placed(model, sample)).shape[1]
+    sample = placed(model, data.example(SAMPLE))
+    with evaluating(model):
+        num_classes = logits(model, sample).shape[1]
     for key in keys:
-        embedder = Embedder(model, key, schemes, num_classes=num_classes, sample=placed(model, sample), name=STOLEN)
+        embedder = Embedder(model, key, schemes, num_classes=num_classes, sample=sample, name=STOLEN)
 
         def loss(inputs: Inputs, labels: torch.Tensor | None, embedder: Embedder = embedder) -> torch.Tensor:
             inputs, labels = embedder.mix(inputs, checked(labels, rows_of(inputs), num_classes))

@@ -95,7 +95,7 @@ PAGE: tuple[Attack, ...] = (
         run=overwrite,
         takes="module",
         needs="labels",
-        defaults={"scheme": "sketch", "times": 1, "num_classes": None} | _FINE_TUNING,
+        defaults={"scheme": "sketch", "times": 1} | _FINE_TUNING,
         promise="all layers are trained and carry marks of another key",
         paper="Uchida, Nagai, Sakazawa, Satoh: Embedding watermarks into deep neural networks, ICMR 2017",
     ),

@@ -47,7 +47,7 @@ def prune_filters(model: Any, random: np.random.Generator, share: float) -> None
 
 def _smallest(sizes: NDArray[Any], share: float) -> NDArray[np.int64]:
     """The indices of exactly that share of the sizes; among equal ones those that come first."""
-    if not isinstance(share, int | float) or not 0.0 <= share <= 1.0:
+    if not 0.0 <= share <= 1.0:
         raise ValueError(f"share must be between 0 and 1, and it is {share!r}")
     count = round(share * len(sizes))
     if count in (0, len(sizes)):

@@ -11,7 +11,11 @@ from wmengine.attacks.files import read_onnx, write_onnx
 
 def rename(source: Path, target: Path, data: Data | None) -> None:
     """Give every tensor, node, input and output of an ONNX file a new name, those of subgraphs included."""
+    from onnx import inliner
+
     model = read_onnx(source)
+    if model.functions:  # which have names of their own
+        model = inliner.inline_local_functions(model)
     names: dict[str, str] = {"": ""}
 
     def renamed(name: str) -> str:
@@ -20,7 +24,8 @@ def rename(source: Path, target: Path, data: Data | None) -> None:
     def rename_graph(graph: Any) -> None:
         sparse = [part for tensor in graph.sparse_initializer for part in (tensor.values, tensor.indices)]
         for value in (*graph.input, *graph.output, *graph.initializer, *sparse):
-            value.name = renamed(value.name)
+            value.name, value.doc_string = renamed(value.name), ""
+            del value.metadata_props[:]
         for index, node in enumerate(graph.node):
             node.name = f"n{index}"
             node.doc_string = ""
@@ -33,8 +38,9 @@ def rename(source: Path, target: Path, data: Data | None) -> None:
         del graph.value_info[:]
         del graph.metadata_props[:]
         del graph.quantization_annotation[:]
-        graph.name = "g"
+        graph.name, graph.doc_string = "g", ""
 
     rename_graph(model.graph)
+    model.doc_string = ""
     del model.metadata_props[:]
     write_onnx(model, target)

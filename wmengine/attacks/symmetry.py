@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.attacks.channels import Group, Use, channel_groups, indices
-from wmengine.attacks.files import initializers, set_initializers
+from wmengine.attacks.files import cast, initializers, set_initializers
 
 Values = dict[str, NDArray[np.float64]]
 
@@ -62,7 +62,7 @@ def _change(model: Any, what: str, change: Callable[[Group, Values], None]) -> N
     values: Values = {name: own[name].astype(np.float64) for name in names}
     for group in groups:
         change(group, values)
-    set_initializers(model, {name: array.astype(own[name].dtype) for name, array in values.items()})
+    set_initializers(model, {name: cast(name, array, own[name], own[name].dtype) for name, array in values.items()})
 
 
 def _scale(group: Group, values: Values, factors: NDArray[np.float64]) -> None:

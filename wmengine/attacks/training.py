@@ -86,13 +86,14 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Te
 
 
 def checked(labels: torch.Tensor | None, rows: int, classes: int) -> torch.Tensor:
-    """Raises TypeError or ValueError for labels that are not one class for each row."""
-    from wmengine.marking.batches import check_hard
-
-    check_hard(labels)
+    """Raises ValueError for labels that are not one class for each row."""
     assert labels is not None
-    if len(labels) != rows or bool(((labels < 0) | (labels >= classes)).any()):
-        raise ValueError(f"labels must be one for each input, from 0 to {classes - 1}, the classes that the model has")
+    kind, wrong = f"{labels.dtype} {list(labels.shape)}", (labels < 0) | (labels >= classes)
+    if labels.is_floating_point() or tuple(labels.shape) != (rows,):
+        raise ValueError(f"labels must be one class number for each input, integers [{rows}], and they are {kind}")
+    if bool(wrong.any()):
+        known = f"from 0 to {classes - 1}, the classes that the model has"
+        raise ValueError(f"labels must be {known}, and one is {labels[wrong][0].item()}")
     return labels
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from wmengine.attacks.data import Data, Inputs
-from wmengine.attacks.training import cross_entropy, last_layer, logits, placed, train
+from wmengine.attacks.training import checked, cross_entropy, last_layer, logits, placed, rows_of, train
 from wmengine.parts.fields import positive
 
 if TYPE_CHECKING:
@@ -41,13 +41,15 @@ def wrk(
     import torch
 
     share, step, shift = positive("share", share), positive("step", step), positive("shift", shift)
+    if share > 1.0:
+        raise ValueError(f"share must be above 0 and at most 1, and it is {share}")
     generator = torch.Generator().manual_seed(int(random.integers(1 << 63)))
     model.eval()
     parts, wrong = [], []
     for inputs, labels in data.batches(batch, generator):
-        assert labels is not None
-        count = _part(share, len(labels))
+        count = _part(share, rows_of(inputs))
         rows, classes = _across(model, placed(model, _at(inputs, slice(count))), random, step)
+        labels = checked(labels, rows_of(inputs), classes)
         parts.append(rows)
         wrong.append((labels[:count].cpu() + torch.from_numpy(random.integers(1, classes, count))) % classes)
     perturbed, others = _joined(*parts), torch.cat(wrong)

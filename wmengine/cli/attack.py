@@ -34,7 +34,10 @@ def attack(
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="An option of the attack, its value in JSON or a word."),
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="An option of the attack, its value in JSON or a word; a student is given as MODEL is.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there already.")] = False,
@@ -46,7 +49,9 @@ def attack(
 
     options = find(name).options(dict(map(_parsed, option or ())))
     given = None if data is None else _load(data)
-    run(name, _model(model), given, out=out, overwrite=force, seed=seed, **options)
+    student = options.get("student")
+    own = {"student": _model(student)} if isinstance(student, str) else {}
+    run(name, _model(model), given, out=out, overwrite=force, seed=seed, **(options | own))
     if as_json:
         print_json({"out": str(out), "attack": name, "options": options, "seed": seed})
     else:
@@ -107,6 +112,9 @@ def _load(path: Path) -> Any:
             }
     except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
         raise ValueError(f"{path} must be an .npz file with an array `inputs`") from None
+    for name, each in arrays.items():
+        if each.ndim == 0:
+            raise ValueError(f"{path} must hold a row for each input, and {name} is one value alone")
     labels = arrays.pop("labels", None)
     if not arrays:
         raise ValueError(f"{path} must be an .npz file with an array `inputs`, and it has none")
@@ -116,15 +124,18 @@ def _load(path: Path) -> Any:
 
 def _model(given: str) -> Any:
     """The path of a file, or the torch module that the named function returns."""
+    from wmengine.attacks.files import reason
+
     home, colon, name = given.partition(":")
     if not colon or Path(given).suffix in (".onnx", ".safetensors") or os.path.exists(given):
         return Path(given)
     sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(home), name)
-    except (ModuleNotFoundError, AttributeError, ValueError) as error:
-        raise ValueError(f"there is no function {given} to make the model with ({error})") from None
-    model = function()
+        model = getattr(importlib.import_module(home), name)()
+    except Exception as error:
+        raise ValueError(
+            f"{given} must be package.module:function, a function that makes the model ({reason(error)})"
+        ) from error
     if not hasattr(model, "state_dict"):
         raise ValueError(f"{given} returned {type(model).__name__}, and must return a torch module")
     return model
