@@ -144,8 +144,8 @@ def source_of(found: Found) -> str:
 
 
 def picture(problem: Problem, found: Found, lines: Sequence[Line] = LINES) -> bytes:
-    """A PNG, 1200 pixels wide or more: attacks × presets, what it came to in colour, the worst log10 p of the seeds and the
-    mean loss in points in digits; hatched on the left where the loss leaves no product."""
+    """A PNG, 1200 pixels wide or more: attacks × presets, what it came to in colour, the worst log10 p of the seeds and
+    the mean loss in points in digits; hatched on the left where the loss leaves no product."""
     shown = [line for line in possible(problem, lines) if line.base == MARKED]
     with rc_context(plots.STYLE | {"axes.grid": False, "font.size": 10, "hatch.linewidth": 0.7}):
         width = max(1200, 300 + 130 * len(problem.presets))
