@@ -477,9 +477,7 @@ def test_a_module_needs_somewhere_to_write_to_and_a_row_to_be_exported_with(tmp_
 
 
 def test_an_unknown_attack_or_option_is_answered_with_the_known_ones(model, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"there is no attack 'prunes'; the attacks are ftll, ftal, .*prune, prune_filters, noise"
-    ):
+    with pytest.raises(ValueError, match=r"no attack 'prunes'; the attacks are ftll, .*, prune, prune_filters"):
         wm.attacks.run("prunes", model, out=tmp_path / "p.onnx")
     with pytest.raises(ValueError, match="the attack 'prune' has no option 'ratio'; it has share, per_layer"):
         wm.attacks.run("prune", model, out=tmp_path / "p.onnx", ratio=0.5)

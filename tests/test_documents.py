@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from operating import operating_point
 
 import wmengine
 from wmengine.attacks.page import PAGE
@@ -22,7 +23,6 @@ from wmengine.marks.catalogue import SCHEMES, scheme
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Task
 from wmengine.parts.sources.weights import Weights
-from wmengine.parts.statistics.sequential import operating_point
 from wmengine.parts.triggers.pictures import abstract_images
 from wmengine.scanning.schema import schema_of
 from wmengine.suspects.base import InputSpec

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operating import operating_point
 
-from wmengine.parts.statistics.sequential import SequentialTest, e_bh, is_futile, log10_e_value, operating_point
+from wmengine.parts.statistics.sequential import SequentialTest, e_bh, is_futile, log10_e_value
 from wmengine.parts.statistics.tails import binomial_log10_tail
 
 
@@ -37,34 +38,11 @@ def test_a_match_never_lowers_the_evidence(n, k, p0):
     assert log10_e_value(k + 1, n, p0) >= log10_e_value(k, n, p0) - 1e-9
 
 
-def crossing_probability(p0, total, log10_bar, chunk, rate):
-    """P(proven) and the mean number of answers when each matches with chance `rate`, by summing over all paths."""
-    alive = np.zeros(total + 1)
-    alive[0] = 1.0
-    proven = asked_mean = 0.0
-    asked = 0
-    while asked < total and alive.sum() > 0:
-        step = min(chunk, total - asked)
-        for _ in range(step):
-            alive[1:] = alive[1:] * (1 - rate) + alive[:-1] * rate
-            alive[0] *= 1 - rate
-        asked += step
-        for k in range(asked + 1):
-            if alive[k] > 0:
-                test = SequentialTest(p0, total, log10_bar)
-                test.count(k, asked)
-                if test.decision is not None:
-                    proven += alive[k] * (test.decision == "proven")
-                    asked_mean += alive[k] * asked
-                    alive[k] = 0.0
-    return proven, asked_mean
-
-
 @pytest.mark.parametrize("p0", [0.5, 0.1, 0.01])
 @pytest.mark.parametrize("chunk", [1, 8, 32])
 @pytest.mark.parametrize("log10_bar", [0.5, 1.0, 2.0, 4.0])
 def test_a_stranger_is_accused_with_at_most_the_promised_chance(p0, chunk, log10_bar):
-    proven, _ = crossing_probability(p0, 100, log10_bar, chunk, p0)
+    proven, _ = operating_point(p0, p0, 100, log10_bar, chunk, chunk)
     assert 0.0 < proven <= 10.0**-log10_bar
 
 
@@ -87,11 +65,11 @@ def test_the_tail_at_the_stopped_n_would_accuse_too_many():
 def test_power_and_cost_are_as_promised():
     """At C = 10 and a bar of 2^64: every perfect copy is proven, and strangers cost about a fifth of the triggers."""
     bar = 64 * math.log10(2)
-    assert crossing_probability(0.1, 100, bar, 1, 1.0) == (1.0, pytest.approx(21, abs=0.5))
-    proven, asked = crossing_probability(0.1, 100, bar, 1, 0.8)
+    assert operating_point(1.0, 0.1, 100, bar, 1, 1) == (1.0, pytest.approx(21, abs=0.5))
+    proven, asked = operating_point(0.8, 0.1, 100, bar, 1, 1)
     assert proven > 0.99
     assert asked == pytest.approx(33, abs=3)
-    proven, asked = crossing_probability(0.1, 100, bar, 1, 0.1)
+    proven, asked = operating_point(0.1, 0.1, 100, bar, 1, 1)
     assert asked < 25
 
 
@@ -116,7 +94,7 @@ def test_nothing_is_futile_where_a_stranger_matches_as_often_as_a_copy():
 @settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=12))
 def test_p_never_rises_as_answers_come_in(steps):
-    test = SequentialTest(0.1, 1000, 100.0)
+    test = SequentialTest(0.1, 1000)
     last = 0.0
     for matched, missed in steps:
         test.count(matched, matched + missed)
@@ -126,7 +104,7 @@ def test_p_never_rises_as_answers_come_in(steps):
 
 
 def test_more_answers_than_triggers_are_refused():
-    test = SequentialTest(0.1, 10, 9.0)
+    test = SequentialTest(0.1, 10)
     with pytest.raises(ValueError, match="do not fit"):
         test.count(5, 11)
     with pytest.raises(ValueError, match="do not fit"):
@@ -145,9 +123,3 @@ def test_e_bh_equals_its_definition():
             assert {i for i in range(7) if q[i] <= alpha} == {log10_e.index(value) for value in ordered[:k]}
     with pytest.raises(ValueError, match="only 1 tests"):
         e_bh([1.0, 2.0], 1)
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.5, 0.8, 1.0])
-def test_operating_points_are_the_sum_over_all_paths(rate):
-    proven, queries = operating_point(rate, 0.1, 100, 9.0, first_look=8, next_look=8)
-    assert (proven, queries) == pytest.approx(crossing_probability(0.1, 100, 9.0, 8, rate))

@@ -80,7 +80,7 @@ def p_values(statistic, looks, sequential=False, chance=0.1):
     found = []
     for batches in looks:
         total = sum(map(len, batches))
-        test = statistic.begin(chance, total, 9.0, sequential)
+        test = statistic.begin(chance, total, sequential)
         for batch in batches:
             test.add(batch)
         found.append(test.log10_p)
@@ -127,7 +127,7 @@ def test_evidence_is_enough_to_compute_the_p_value_again():
     scores, labels = generator.normal(size=(64, 10)), generator.integers(0, 10, 64)
     scores[np.arange(64), labels] += 1.0
     for sequential in (False, True):
-        test = Soft().begin(0.1, 64, 9.0, sequential)
+        test = Soft().begin(0.1, 64, sequential)
         for start in range(0, 64, 16):
             test.add(look(scores[start : start + 16], labels[start : start + 16]))
         evidence = test.evidence(-1.0)
@@ -158,7 +158,7 @@ def test_evidence_does_not_tell_which_symbol_is_which():
     (second,) = looks_of_bits(-y[::-1], [1 - bits[::-1]])
     rows = []
     for seen in (first, second):
-        test = Soft().begin(0.5, 4, 9.0, False)
+        test = Soft().begin(0.5, 4, False)
         test.add(seen)
         rows.append(test.evidence(0.0).rows)
     assert rows[0] == rows[1]
@@ -168,10 +168,10 @@ def test_a_single_huge_weight_cannot_outvote_the_others():
     generator = np.random.default_rng(8)
     bits = generator.integers(0, 2, 256).astype(np.uint8)
     y = 2.0 * bits - 1.0
-    whole = Soft().begin(0.5, 256, 9.0, False)
+    whole = Soft().begin(0.5, 256, False)
     whole.add(looks_of_bits(y, [bits])[0])
     y[3] *= -1e9
-    scaled = Soft().begin(0.5, 256, 9.0, False)
+    scaled = Soft().begin(0.5, 256, False)
     scaled.add(looks_of_bits(y, [bits])[0])
     assert scaled.log10_p < whole.log10_p + 8
 
@@ -191,7 +191,7 @@ def test_labels_alone_say_as_much_as_their_matches():
     labels = generator.integers(0, 10, 100)
     named = np.where(generator.random(100) < 0.5, labels, generator.integers(0, 10, 100))
     (seen,) = looks_of_labels(named, [labels], 10)
-    soft, either = Soft().begin(0.1, 100, 9.0, False), Either().begin(0.1, 100, 9.0, False)
+    soft, either = Soft().begin(0.1, 100, False), Either().begin(0.1, 100, False)
     soft.add(seen)
     either.add(seen)
     assert soft.log10_p == pytest.approx(either.log10_p - np.log10(2.0), rel=0.05)

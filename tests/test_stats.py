@@ -13,7 +13,6 @@ from wmengine.parts.statistics.tails import (
     binomial_interval,
     binomial_log10_point,
     binomial_log10_tail,
-    paid_log10_p,
     paired_difference_interval,
     threshold,
 )
@@ -201,40 +200,7 @@ def test_the_randomised_p_value_is_uniform_and_the_plain_one_is_not(n: int, p: f
     assert kolmogorov_smirnov(tail[counts]) > 1.95  # it is discrete: the same test must not be applied to it
 
 
-# --- what is paid, and intervals ---
-
-
-def test_every_try_is_paid() -> None:
-    assert paid_log10_p([-12.0]) == (-12.0, 0)
-    assert paid_log10_p([-3.0, -12.0]) == (pytest.approx(-12.0 + math.log10(2)), 1)
-    assert paid_log10_p([-3.0, -12.0], [0.9, 0.1]) == (pytest.approx(-11.0), 1)
-    assert paid_log10_p([-11.5, -12.0], [0.9, 0.1]) == (pytest.approx(-11.5 - math.log10(0.9)), 0)
-    assert paid_log10_p([-0.1, -0.2, 0.0]) == (0.0, 1)
-    assert paid_log10_p([-math.inf, 0.0]) == (-math.inf, 0)
-
-
-@pytest.mark.parametrize(
-    ("log10_p", "weights"),
-    [
-        ([], None),
-        ([0.1], None),
-        ([math.nan], None),
-        ([-1.0], []),
-        ([-1.0], [0.0]),
-        ([-1.0], [math.nan]),
-        ([-1.0, -1.0], [0.9, 0.2]),
-    ],
-)
-def test_payment_refuses_what_would_not_be_valid(log10_p: list[float], weights: list[float] | None) -> None:
-    with pytest.raises(ValueError, match=r"log10_p must|needs a weight|weights must"):
-        paid_log10_p(log10_p, weights)
-
-
-def test_paid_tries_stay_valid_under_the_null() -> None:
-    p_values = np.random.default_rng(5).random((20_000, 3))
-    paid = np.array([paid_log10_p(row, [0.6, 0.3, 0.1])[0] for row in np.log10(p_values)])
-    for a in (0.5, 0.1, 0.01, 0.001):
-        assert (10**paid <= a).mean() <= a + 4 * math.sqrt(a / 20_000)
+# --- intervals ---
 
 
 def test_wilson_s_interval_agrees_with_its_published_example() -> None:

@@ -79,7 +79,7 @@ def _looks(suspect: Suspect, mark: Watermark) -> Iterator[tuple[float, Look]]:
 def _alone(statistic: Statistic, looks: list[tuple[float, Look]], chance: float, total: int) -> float:
     found = [0.0]
     for log10_share, look in looks:
-        test = statistic.begin(chance, total, 9.0, sequential=False)
+        test = statistic.begin(chance, total, sequential=False)
         test.add(look)
         found.append(test.log10_p - log10_share)
     return min(found)

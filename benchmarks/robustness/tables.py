@@ -46,11 +46,16 @@ Found = Mapping[str, Row]
 
 
 def heading(problem: Problem, found: Found) -> str:
-    """What was measured, on what: the networks' accuracy and what the marks cost them, seed by seed."""
+    """What was measured, on what: the networks' accuracy and what the marks cost them, seed by seed, and the longer
+    training that they take, the median of the seeds."""
     rows = _measured(problem, found)
     if not rows:
         return f"Nothing is measured yet: `python -m benchmarks.robustness --problem {problem.name} --publish`."
-    lines = ["| network | accuracy, % | the mark costs, points [95 %] |", "|---|---|---|"]
+    lines = [
+        "| network | symbols | accuracy, % | the mark costs, points [95 %] | training takes |",
+        "|---|---|---|---|---|",
+    ]
+    twins = _seeds(problem, UNMARKED, TWIN_LINE, found)
     for preset in (UNMARKED, *problem.presets):
         line = TWIN_LINE if preset == UNMARKED else LINES[0]
         seeds = _seeds(problem, preset, line, found)
@@ -59,7 +64,11 @@ def heading(problem: Problem, found: Found) -> str:
             NOT_RUN if row is None or row.loss is None else f"{row.loss:.1f} [{row.loss_low:.1f}, {row.loss_high:.1f}]"
             for row in seeds
         )
-        lines.append(f"| {'without a mark' if preset == UNMARKED else preset} | {accuracies} | {costs} |")
+        times = [row.seconds / twin.seconds for row, twin in zip(seeds, twins, strict=True) if row and twin]
+        longer = f"{statistics.median(times):.2f} ×" if times else NOT_RUN
+        symbols = next((str(row.total) for row in seeds if row is not None and row.total), "")
+        name = "without a mark" if preset == UNMARKED else preset
+        lines.append(f"| {name} | {symbols} | {accuracies} | {costs} | {longer} |")
     versions: dict[str, set[str]] = {}
     for said in {row.versions for row in rows}:
         for package, version in json.loads(said).items():
@@ -138,11 +147,12 @@ def source_of(found: Found) -> str:
 
 
 def picture(problem: Problem, found: Found, lines: Sequence[Line] = LINES) -> bytes:
-    """A PNG, 1200 pixels wide: attacks × presets, what it came to in colour, the worst log10 p of the seeds and the
-    mean loss in points in digits; hatched on the left where the loss leaves no product."""
+    """A PNG, 1200 pixels wide or more: attacks × presets, what it came to in colour, the worst log10 p of the seeds and
+    the mean loss in points in digits; hatched on the left where the loss leaves no product."""
     shown = [line for line in possible(problem, lines) if line.base == MARKED]
     with rc_context(plots.STYLE | {"axes.grid": False, "font.size": 10, "hatch.linewidth": 0.7}):
-        figure = Figure(figsize=(1200 / plots.DPI, 0.25 * len(shown) + 0.9), layout="constrained")
+        width = max(1200, 300 + 130 * len(problem.presets))
+        figure = Figure(figsize=(width / plots.DPI, 0.25 * len(shown) + 0.9), layout="constrained")
         axes = figure.subplots()
         for y, line in enumerate(shown):
             for x, preset in enumerate(problem.presets):

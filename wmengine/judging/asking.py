@@ -314,8 +314,7 @@ class Trial:
         moments = math.prod(1 + len(range(FIRST_LOOK, each.total, NEXT_LOOK)) for each in before if each.asked)
         for output, first, share in readings_of(predicted, seen, self.num_classes, single):
             share *= current.way.share / moments
-            bar = self._terms.log10_bar - math.log10(share)
-            tests = [preset.statistic.begin(chance, current.total, bar, self._terms.sequential) for _ in self.marks]
+            tests = [preset.statistic.begin(chance, current.total, self._terms.sequential) for _ in self.marks]
             hypothesis = Hypothesis(share, output, first, chance, tests)
             if self._terms.clean is not None and clean is not None:
                 found = best_order(hypothesis.classes(clean), self._terms.clean.labels, self.num_classes)
@@ -353,7 +352,6 @@ class Trial:
             return True
         if current.asked == current.total:
             return True
-        # A test that is "proven" by itself goes on while the order of names is not paid for too.
         return bool(current.hypotheses) and all(
             self.proven(mark) or all(each.tests[mark].decision in GIVEN_UP for each in current.hypotheses)
             for mark in range(len(self.marks))

@@ -59,7 +59,7 @@ def judge_suspect(suspect: Suspect, marks: Sequence[Watermark], terms: Terms) ->
         (asking if asks else reading)[tuple(indices)] = group
     findings.update(zip(chain(*asking), _asked(suspect, [*asking.values()], terms), strict=True))
     for places, group in reading.items():
-        findings.update(zip(places, _read(suspect, group, terms), strict=True))
+        findings.update(zip(places, _read(suspect, group), strict=True))
     return [findings[index] for index in range(len(marks))]
 
 
@@ -96,7 +96,7 @@ def _concluded(trial: Trial, terms: Terms) -> list[Finding]:
     ]
 
 
-def _read(suspect: Suspect, marks: Sequence[Watermark], terms: Terms) -> list[Finding]:
+def _read(suspect: Suspect, marks: Sequence[Watermark]) -> list[Finding]:
     """Bits that are all there at once, in every way to find them; the best one counts, after paying for all."""
     first = marks[0]
     try:
@@ -108,7 +108,7 @@ def _read(suspect: Suspect, marks: Sequence[Watermark], terms: Terms) -> list[Fi
         tried: list[tuple[float, list[Test]]] = []
         for observation in observed.found:
             looks = looks_of_bits(observation.y, [mark.symbols for mark in marks])
-            tests = [_test_of(mark, terms) for mark in marks]
+            tests = [_test_of(mark) for mark in marks]
             for test, look in zip(tests, looks, strict=True):
                 test.add(look)
             tried.append((math.log10(observation.share), tests))
@@ -120,9 +120,9 @@ def _read(suspect: Suspect, marks: Sequence[Watermark], terms: Terms) -> list[Fi
     return [failed(mark, reason) for mark in marks]
 
 
-def _test_of(mark: Watermark, terms: Terms) -> Test:
+def _test_of(mark: Watermark) -> Test:
     preset = mark.preset
-    return preset.statistic.begin(preset.chance(mark.parameters), mark.total, terms.log10_bar, sequential=False)
+    return preset.statistic.begin(preset.chance(mark.parameters), mark.total, sequential=False)
 
 
 def _best(tried: Sequence[tuple[float, list[Test]]], number: int, facts: tuple[Fact, ...]) -> Finding:

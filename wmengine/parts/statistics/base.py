@@ -58,8 +58,8 @@ class Evidence:
 class Test(Protocol):
     """One hypothesis of one mark and one suspect: feed it looks, ask it whether to go on.
 
-    total: symbols that the test is of; those not asked after all are misses. decision: "proven", "futile", "exhausted",
-    or None while asking should go on. log10_p is valid at any time, log10_e (of a sequential test) too.
+    total: symbols that the test is of; those not asked after all are misses. decision: "futile", "exhausted", or None
+    while asking may go on. log10_p is valid at any time, log10_e (of a sequential test) too.
     """
 
     @property
@@ -91,7 +91,6 @@ class Statistic(Protocol):
     @property
     def identifier(self) -> str: ...
 
-    def begin(self, chance: float, total: int, log10_bar: float, sequential: bool) -> Test:
-        """A test of `total` symbols that a stranger matches with `chance` each; log10_bar: -log10 of what p must
-        reach, all other tests paid."""
+    def begin(self, chance: float, total: int, sequential: bool) -> Test:
+        """A test of `total` symbols that a stranger matches with `chance` each."""
         ...

@@ -24,9 +24,8 @@ class Either:
     def identifier(self) -> str:
         return f"{self.first.identifier} or {self.second.identifier}"
 
-    def begin(self, chance: float, total: int, log10_bar: float, sequential: bool) -> Test:
-        bar = log10_bar - _LOG10_HALF
-        return _EitherTest(*(each.begin(chance, total, bar, sequential) for each in (self.first, self.second)))
+    def begin(self, chance: float, total: int, sequential: bool) -> Test:
+        return _EitherTest(*(each.begin(chance, total, sequential) for each in (self.first, self.second)))
 
 
 class _EitherTest:
@@ -49,9 +48,8 @@ class _EitherTest:
     @property
     def decision(self) -> str | None:
         decisions = [test.decision for test in self._tests]
-        for known in ("proven", None):
-            if known in decisions:
-                return known
+        if None in decisions:
+            return None
         return "exhausted" if "exhausted" in decisions else "futile"
 
     @property

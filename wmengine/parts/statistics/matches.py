@@ -15,8 +15,8 @@ class Matches:
 
     identifier = "matches/1"
 
-    def begin(self, chance: float, total: int, log10_bar: float, sequential: bool) -> Test:
-        return _Sequential(chance, total, log10_bar) if sequential else _Fixed(chance, total)
+    def begin(self, chance: float, total: int, sequential: bool) -> Test:
+        return _Sequential(chance, total) if sequential else _Fixed(chance, total)
 
 
 class _Fixed:
@@ -44,9 +44,6 @@ class _Fixed:
 
 class _Sequential(SequentialTest):
     """`SequentialTest`, fed with looks."""
-
-    def __init__(self, chance: float, total: int, log10_bar: float) -> None:
-        super().__init__(chance, total, log10_bar)
 
     def add(self, look: Look) -> None:
         self.count(look.matched, len(look))

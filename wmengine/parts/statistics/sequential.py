@@ -47,13 +47,11 @@ def is_futile(k: int, n: int, p0: float, rate: float = FUTILE_RATE, beta: float 
 class SequentialTest:
     """One suspect, one watermark: feed it answers, ask it whether to go on.
 
-    total: triggers of the watermark. log10_bar: log10 of the e-value at which the suspect is proven, log10(m/α) with m
-    all tests of the scan. The decision is None while asking goes on.
+    total: triggers of the watermark. The decision is None while asking may go on.
     """
 
     p0: float
     total: int
-    log10_bar: float
     rate: float = FUTILE_RATE
     beta: float = FUTILE_BETA
     matched: int = 0
@@ -74,9 +72,7 @@ class SequentialTest:
 
     @property
     def decision(self) -> str | None:
-        """ "proven", "futile", "exhausted" (all triggers asked), or None: ask on."""
-        if self.log10_e_peak >= self.log10_bar:
-            return "proven"
+        """ "futile", "exhausted" (all triggers asked), or None: ask on."""
         if self.asked == self.total:
             return "exhausted"
         return "futile" if is_futile(self.matched, self.asked, self.p0, self.rate, self.beta) else None
@@ -85,33 +81,6 @@ class SequentialTest:
     def log10_p(self) -> float:
         """log10 of min(1, 1 / max E): valid at any time, whatever decided when to stop."""
         return min(0.0, -self.log10_e_peak)
-
-
-def operating_point(
-    rate: float, p0: float, total: int, log10_bar: float, first_look: int = 16, next_look: int = 8
-) -> tuple[float, float]:
-    """(chance of being proven, mean queries) of a suspect that matches each trigger with chance `rate`, exactly.
-
-    All 2^n courses of the test are summed by their number of matches. A stranger's rate is p0: its chance of being
-    proven is at most 10^-log10_bar.
-    """
-    chances = [1.0] + [0.0] * total
-    asked, proven, queries = 0, 0.0, 0.0
-    while asked < total:
-        look = min(total, asked + (next_look if asked else first_look))
-        for _ in range(look - asked):
-            chances = [stay * (1.0 - rate) + (chances[k - 1] * rate if k else 0.0) for k, stay in enumerate(chances)]
-        asked = look
-        for k, chance in enumerate(chances[: asked + 1]):
-            if chance > 0.0:
-                test = SequentialTest(p0, total, log10_bar)
-                test.count(k, asked)
-                # An earlier look that had proven it would have ended the test, so the peak is not needed here.
-                if test.decision is not None:
-                    proven += chance if test.decision == "proven" else 0.0
-                    queries += chance * asked
-                    chances[k] = 0.0
-    return proven, queries
 
 
 def e_bh(log10_e: list[float], tests: int) -> list[float]:

@@ -32,15 +32,15 @@ class Soft:
 
     identifier = "soft/1"
 
-    def begin(self, chance: float, total: int, log10_bar: float, sequential: bool) -> Test:
-        return _SoftTest(chance, total, log10_bar, sequential)
+    def begin(self, chance: float, total: int, sequential: bool) -> Test:
+        return _SoftTest(chance, total, sequential)
 
 
 class _SoftTest:
-    def __init__(self, chance: float, total: int, log10_bar: float, sequential: bool) -> None:
+    def __init__(self, chance: float, total: int, sequential: bool) -> None:
         self.chance, self.total = chance, total
         self.matched = self.asked = 0
-        self._log10_bar, self._sequential = log10_bar, sequential
+        self._sequential = sequential
         self._looks: list[Look] = []
         self._tail: float | None = None  # of the fixed test, once it was asked for
         self._ln_e, self._log10_e = [0.0] * len(RATES), 0.0
@@ -64,8 +64,6 @@ class _SoftTest:
 
     @property
     def decision(self) -> str | None:
-        if self._sequential and self._peak >= self._log10_bar:
-            return "proven"
         if self.asked == self.total:
             return "exhausted"
         # Given up while it has gained nothing: that convicts nobody.

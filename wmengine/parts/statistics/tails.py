@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
 from functools import lru_cache
 
 MAX_TRIALS = 10**12
@@ -55,24 +54,6 @@ def threshold(n: int, p: float, log10_alpha: float) -> int | None:
         else:
             low = middle + 1
     return high
-
-
-def paid_log10_p(log10_p: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, int]:
-    """(log10 p-value, index of the best try) when every try is paid: min over tries of p_a / w_a, at most 1.
-
-    weights: fixed before the first look, positive, summing to at most 1 (Bonferroni's inequality); equal by default.
-    """
-    tries = [float(value) for value in log10_p]
-    if not tries or any(math.isnan(value) or value > 0.0 for value in tries):
-        raise ValueError(f"log10_p must hold at least one value, none above 0 or NaN, and it is {tries}")
-    shares = [1.0 / len(tries)] * len(tries) if weights is None else [float(weight) for weight in weights]
-    if len(shares) != len(tries):
-        raise ValueError(f"each of the {len(tries)} tries needs a weight, and there are {len(shares)} weights")
-    if not all(share > 0.0 for share in shares) or math.fsum(shares) > 1.0 + 1e-12:
-        raise ValueError(f"weights must be positive and sum to at most 1, and they are {shares}")
-    paid = [value - math.log10(share) for value, share in zip(tries, shares, strict=True)]
-    best = min(range(len(paid)), key=paid.__getitem__)
-    return min(0.0, paid[best]), best
 
 
 def binomial_interval(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
