@@ -123,6 +123,7 @@ class Embedder:
         if marks is None and isinstance(key, Key):
             self._measure_baselines(key)
         self._by_group = [mark for mark in self._marks if mark.group]
+        self._watching = [mark.course for mark in self._marks if isinstance(mark.course, Watches)]
         totals = [0, *(mark.watermark.total for mark in self._by_group)]
         # Hits and rows [2, groups] since each mark's triggers began anew, and those of the last full pass; of fixed
         # size, as torch.compile guards it.
@@ -146,11 +147,8 @@ class Embedder:
         if self._by_group:
             groups = [(mark.group, mark.course) for mark in self._by_group]
             inputs, labels = self._batches.mixed(inputs, labels, groups)
-        watching = [mark.course for mark in self._marks if isinstance(mark.course, Watches)]
-        if watching:
-            named, hard = self._batches.seen(inputs, labels)
-            for course in watching:
-                course.watch(named, hard, task_rows)
+        for course in self._watching:
+            course.watch(*self._batches.seen(inputs, labels), task_rows)
         return inputs, labels
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:

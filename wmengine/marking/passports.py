@@ -51,8 +51,9 @@ def passport_accuracy(model: torch.nn.Module, mark: Watermark, inputs: Any, labe
     """The share of inputs that a network answers right when it runs on the passports of `mark`, the true one or a
     forged one, such as `Watermark.create(another_key, mark.preset, mark.parameters)`.
 
-    inputs: [n, ...] or a dict by name, run as one batch, from which the marked normalisations take their statistics, so
-    that a forged passport is not judged by those of the true one. labels: int64 [n]. The model is left as it was.
+    inputs: [n, ...] or a dict by name, run as one batch; labels: int64 [n]. A branch with statistics of its own, which
+    a plain network does not hold, takes them from this batch. The model is left as it was. Raises ValueError for a mark
+    without passports and for a model that it does not fit.
 
     A wrong passport ruins accuracy (Fan et al. 2019, section 4), but a right one proves little: <W_o, p> = γ_o is O
     linear equations for M unknowns, and has a solution wherever M >= O. What proves is the mark's p-value.
@@ -60,15 +61,19 @@ def passport_accuracy(model: torch.nn.Module, mark: Watermark, inputs: Any, labe
     torch = require("torch", extra="train")
     from wmengine.parts.sources.passports import passports_of
     from wmengine.parts.training.passport_course import through_passports
+    from wmengine.parts.training.passports import PassportSigns
     from wmengine.parts.training.weight_term import carriers_in
     from wmengine.suspects.weights import evaluating, unwrap
 
+    training = mark.preset.training
+    if not isinstance(training, PassportSigns):
+        raise ValueError(f"a mark of the scheme {mark.scheme!r} has no passports")
     inner = unwrap(model)
     rows = _named(inputs)
     carriers = carriers_in(inner, {name: values[:1] for name, values in rows.items()}, mark.scheme, mark.parameters)
     passports = [torch.from_numpy(each) for each in passports_of(mark)]
     with evaluating(inner):
-        for carrier in carriers:
+        for carrier in carriers if training.branch == "separate" else ():
             inner.get_submodule(carrier.normalisation or "").train()
         answers = through_passports(inner, carriers, passports, rows)
     return float((answers.argmax(1) == labels).double().mean())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,14 +67,12 @@ def through_passports(
     carriers: Sequence[ModuleTensor],
     passports: Sequence[torch.Tensor],
     inputs: Mapping[str, torch.Tensor],
-    separate: bool = False,
 ) -> Any:
     """What the network answers where passports give the scales and shifts of the marked normalisations.
 
-    The network itself is changed in nothing but the statistics that its normalisations keep of what they saw, as by any
-    run; separate: in nothing at all.
+    All that the network keeps of what it saw, such as running statistics, stays as it was.
     """
-    replaced: dict[str, torch.Tensor] = {}
+    replaced = {name: buffer.clone() for name, buffer in model.named_buffers()}
     inside = deployed(model, carriers)
     for place, (carrier, passport) in enumerate(zip(carriers, passports, strict=True)):
         filters = live_filters(model, carrier)
@@ -82,15 +81,26 @@ def through_passports(
         else:
             scale, shift = affine(filters, passport)
             replaced |= {f"{carrier.normalisation}.weight": scale, f"{carrier.normalisation}.bias": shift}
-        if separate:
-            buffers = model.get_submodule(carrier.normalisation or "").named_buffers()
-            replaced |= {f"{carrier.normalisation}.{name}": buffer.clone() for name, buffer in buffers}
     given, named = arguments(model, inputs)
     return torch.func.functional_call(model, replaced, given, named)
 
 
+@contextmanager
+def by_running_statistics(model: torch.nn.Module) -> Iterator[None]:
+    """While this lasts batch normalisations go by what they keep, and keep nothing more."""
+    kinds = torch.nn.modules.batchnorm._BatchNorm
+    training = [module for module in model.modules() if isinstance(module, kinds) and module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class PassportCourse:
-    """See `PassportSigns`. Nothing is hooked into the model, and of one step the next knows nothing."""
+    """See `PassportSigns`. Nothing is hooked into the model; what is kept is the batch that `mix` saw last."""
 
     def __init__(self, training: PassportSigns, setting: Setting) -> None:
         self._training = training
@@ -147,9 +157,8 @@ class PassportCourse:
         if self._batch is None:
             raise ValueError("passports train a branch on the batches that mix is given: call mix before loss")
         inputs, labels = self._batch
-        logits = through_passports(
-            model, self._carriers, self._passports, inputs, separate=self._training.branch == "separate"
-        )
+        with by_running_statistics(model) if self._training.branch == "shared" else nullcontext():
+            logits = through_passports(model, self._carriers, self._passports, inputs)
         return term + torch.nn.functional.cross_entropy(logits.float(), labels)
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,11 +17,13 @@ class PassportSigns:
     and shifts.
 
     branch: "deployed", the network runs on its passports itself (`wmengine.passport` puts them in); "shared", a private
-    branch beside the plain network, with the same weights and the same statistics of its normalisations; "separate",
-    with statistics of its own (Zhang et al. 2020, whose two trained layers behind γ and β are left out, as their sign
-    loss is of γ before them). A private branch is trained on every batch that `mix` was given; triggers: with the
-    trigger rows of other schemes in it. It costs a second run of the network. γ is the paper's times the sign of the
-    plain network's own scale, as the mark is read. The decay of γ (1e-5) in the authors' code is left out.
+    branch beside the plain network, with its weights and the running statistics of its normalisations; "separate", with
+    statistics of its own (Zhang et al. 2020, whose two trained layers behind γ and β are left out, as their sign loss
+    is of γ before them). In the code of Fan et al. a private branch writes to the shared statistics too, and the plain
+    network, which is what is shipped, pays for that in accuracy; here only the plain network's runs do. A private branch is
+    trained on every batch that `mix` was given, triggers: with the trigger rows of other schemes in it, and costs a
+    second run of the network. γ is the paper's times the sign of the plain network's own scale, as the mark is read.
+    The decay of γ (1e-5) in the authors' code is left out.
     """
 
     strength: float = 0.1
