@@ -20,10 +20,10 @@ class PassportSigns:
     branch beside the plain network, with its weights and the running statistics of its normalisations; "separate", with
     statistics of its own (Zhang et al. 2020, whose two trained layers behind γ and β are left out, as their sign loss
     is of γ before them). In the code of Fan et al. a private branch writes to the shared statistics too, and the plain
-    network, which is what is shipped, pays for that in accuracy; here only the plain network's runs do. A private branch is
-    trained on every batch that `mix` was given, triggers: with the trigger rows of other schemes in it, and costs a
-    second run of the network. γ is the paper's times the sign of the plain network's own scale, as the mark is read.
-    The decay of γ (1e-5) in the authors' code is left out.
+    network, which is what is shipped, pays for that in accuracy; here none writes but the plain network. A private
+    branch is trained on every batch that `mix` was given, triggers: with the trigger rows of other schemes in it, and
+    costs a second run of the network. γ is the paper's times the sign of the plain network's own scale, as the mark is
+    read. The decay of γ (1e-5) in the authors' code is left out.
     """
 
     strength: float = 0.1
