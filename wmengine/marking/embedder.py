@@ -143,13 +143,12 @@ class Embedder:
         TypeError for other shapes and types, and for soft labels (apply mixup or cutmix to the batch before, keeping
         hard labels, or not at all).
         """
-        task_rows = len(labels)
+        mixed = inputs, labels
         if self._by_group:
-            groups = [(mark.group, mark.course) for mark in self._by_group]
-            inputs, labels = self._batches.mixed(inputs, labels, groups)
+            mixed = self._batches.mixed(inputs, labels, [(mark.group, mark.course) for mark in self._by_group])
         for course in self._watching:
-            course.watch(*self._batches.seen(inputs, labels), task_rows)
-        return inputs, labels
+            course.watch(*self._batches.seen(*mixed), len(labels))
+        return mixed
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
         """Mean cross-entropy over task and trigger rows alike, plus `regulariser()`; a scalar to call backward() on.

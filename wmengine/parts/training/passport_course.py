@@ -136,22 +136,23 @@ class PassportCourse:
             model.get_submodule(path).passports.copy_(passports)  # type: ignore[operator]
 
     def watch(self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, task_rows: int) -> None:
-        rows = slice(None if self._training.triggers else task_rows)
-        self._batch = {name: values[rows] for name, values in inputs.items()}, labels[rows]
+        if self._training.branch != "deployed":
+            rows = slice(None if self._training.triggers else task_rows)
+            self._batch = {name: values[rows] for name, values in inputs.items()}, labels[rows]
 
     def rows(self, count: int, like: Mapping[str, torch.Tensor]) -> None:
         return None
 
     def term(self, model: torch.nn.Module) -> torch.Tensor:
+        self._place(live_filters(model, self._carriers[0]).device)
         parts = []
         for carrier, passports in zip(self._carriers, self._passports, strict=True):
             scale, _ = affine(live_filters(model, carrier), passports)
             factors = live_factors(model, carrier)
-            parts.append(scale if factors is None else scale * factors.detach().sign())
-        y = torch.cat([part.float() for part in parts])
-        y = y[self._chosen.to(y.device)]
+            parts.append((scale if factors is None else scale * factors.detach().sign()).float())
+        y = torch.cat(parts)[self._chosen]
         self.projected = y.detach()
-        term = self._training.strength * (self._training.margin - self._signs.to(y.device) * y).clamp(min=0.0).sum()
+        term = self._training.strength * (self._training.margin - self._signs * y).clamp(min=0.0).sum()
         if self._training.branch == "deployed" or not torch.is_grad_enabled():
             return term
         if self._batch is None:
@@ -160,6 +161,12 @@ class PassportCourse:
         with by_running_statistics(model) if self._training.branch == "shared" else nullcontext():
             logits = through_passports(model, self._carriers, self._passports, inputs)
         return term + torch.nn.functional.cross_entropy(logits.float(), labels)
+
+    def _place(self, device: torch.device) -> None:
+        """Once on each device: a copy in every step would stall it."""
+        if self._signs.device != device:
+            self._signs, self._chosen = self._signs.to(device), self._chosen.to(device)
+            self._passports = [each.to(device) for each in self._passports]
 
     def state_dict(self) -> dict[str, Any]:
         return {}
