@@ -23,18 +23,22 @@ SHAPES = [[16, 1, 3, 3], [32, 16, 3, 3], [10, 128]]
 TASK = Task(IMAGES, 10, [[0.0, 1.0]], weights=lambda: (SHAPES, [0, 1, 2]))
 TEXT = {"tokens": InputSpec((16,), "int64"), "mask": InputSpec((16,), "int64")}
 TOKENS = Task(TEXT, 10, [[0, 99]])
+PASSPORTS = ("deepipr_v1", "deepipr_v2", "deepipr_v3", "passport_norm")
+TWO = [[32, 1, 3, 3], [32, 32, 3, 3], [10, 128]]
+NORMALISED = Task(IMAGES, weights=lambda: (TWO, [0, 1, 2]), normalised=lambda: [0, 1])
+OWN = {"adi_tokens": TOKENS, **dict.fromkeys(PASSPORTS, NORMALISED)}
 SMALL: dict[str, dict[str, Any]] = {
     "sketch": {"bits": 64},
     "uchida": {"bits": 64},
     "adi": {"count": 20},
     "deepsigns": {"bits": 64},
     "adi_tokens": {"count": 20},
+    **{name: {} for name in PASSPORTS},
 }
 
 
 def parameters_of(name: str, task: Task | None = None, **options: Any) -> Parameters:
-    own = TOKENS if name == "adi_tokens" else TASK
-    return scheme(name, **{**SMALL[name], **options}).describe(task or own, "detector-v3")
+    return scheme(name, **{**SMALL[name], **options}).describe(task or OWN.get(name, TASK), "detector-v3")
 
 
 def derived(name: str, parameters: Parameters, key: Key = KEY, message: str | None = None) -> dict[str, NDArray[Any]]:
@@ -119,7 +123,20 @@ def test_activations_are_those_before_a_last_linear_layer_wide_enough() -> None:
             parameters_of("deepsigns", **options)
 
 
+def test_passports_lie_behind_trained_weights_that_a_normalisation_follows() -> None:
+    assert parameters_of("deepipr_v2")["bits"] == 64
+    assert parameters_of("deepipr_v2", bits=40)["bits"] == 40
+    wide = replace(NORMALISED, weights=lambda: ([[512, 4], [64, 512]], [0, 1]))
+    assert parameters_of("deepipr_v2", wide)["bits"] == 256
+    assert parameters_of("deepipr_v2", bits=32, marked=(1,))["carriers"] == [[32, 32, 3, 3]]
+    with pytest.raises(ValueError, match="'deepipr_v2': it marks weights with a normalisation right behind them"):
+        parameters_of("deepipr_v2", TASK)
+    with pytest.raises(ValueError, match="it is to mark weight 2, which is not trained or no normalisation is behind"):
+        parameters_of("deepipr_v2", marked=(1, 2))
+
+
 def test_what_only_steers_training_is_under_no_commitment() -> None:
+    assert parameters_of("deepipr_v2", strength=5.0, branch="separate") == parameters_of("deepipr_v2")
     assert parameters_of("sketch", strength=5.0, margin=2.0, link="bce") == parameters_of("sketch")
     assert parameters_of("deepsigns", strength=5.0, pull=2.0) == parameters_of("deepsigns")
 
@@ -283,6 +300,10 @@ CHANGES["uchida"] = [{**change} for change in CHANGES["sketch"][:3]] + [
     {"carriers": [[32, 17, 3, 3]]},
     {"carrier_indices": [2]},
 ]
+CHANGES |= {
+    name: [{"bits": 63}, {"carriers": [[32, 1, 3, 3], [32, 33, 3, 3]]}, {"carrier_indices": [0, 2]}]
+    for name in PASSPORTS
+}
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -374,6 +395,8 @@ def test_symbols_are_fair(name: str, chance: float, over: str) -> None:
         ("deepsigns", {"groups": 7}, "7 groups of 128 activations cannot hold 64 bits"),
         ("deepsigns", {"features": 7}, "8 groups of 7 activations cannot hold 64 bits"),
         ("adi_tokens", {"special": 99}, "vocabulary must be from 101"),
+        ("deepipr_v2", {"bits": 65}, "64 channels cannot hold 65 bits: ask for fewer with bits="),
+        ("deepipr_v2", {"carriers": [[32], [32, 1]]}, r"carriers\[0\] must have at least 2 axes"),
     ],
 )
 def test_parameters_that_are_not_canonical_are_refused(name: str, change: dict[str, Any], message: str) -> None:

@@ -22,6 +22,7 @@ from wmengine.judging.verdict import Verdict
 from wmengine.marks.catalogue import SCHEMES, scheme
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Task
+from wmengine.parts.sources.passports import Passports
 from wmengine.parts.sources.weights import Weights
 from wmengine.parts.triggers.pictures import abstract_images
 from wmengine.scanning.schema import schema_of
@@ -198,6 +199,8 @@ def test_the_documented_defaults_are_those_of_the_presets():
         elif isinstance(preset.source, Weights):
             margin = f"{options['margin']:g}" if options["link"] in ("hinge", "mse") else ""
             expected = [options["link"], str(options["bits"]), f"{options['strength']:g}", margin]
+        elif isinstance(preset.source, Passports):
+            expected = [f"at most {options['bits']}", f"{options['strength']:g}", f"{options['margin']:g}"]
         else:
             assert documented[name][1].startswith(f"{options['groups']} × {options['members']}")
             expected = [str(options["bits"]), f"{options['strength']:g}", f"{options['pull']:g}"]

@@ -23,8 +23,13 @@ COMMITMENTS = {
     "adi-1": "2fa65e9ac102dda290aabd8da2671e7f77a9058924a671452de9aab3504d79ea",
     "deepsigns-1": "e29b3a5e80ca65bbcbc8fde9fe7ca09e804df48bf614b89db45f1ff2956c63be",
     "adi_tokens-1": "e1b4e65f15e12956b0a2422ce61b5bc32a51ef9bbff11794303bbc63fc8616dd",
+    "deepipr_v1-1": "dffc7a5aedea4cd56036f82f275c61e8faf1b680ecb94d04823deed50c0b715f",
+    "deepipr_v2-1": "a15d350216912d818deb9b22796ab35f317fca5780b538350880cb567e9f5715",
+    "deepipr_v3-1": "75ed2bd18fad58f2a1bfec6922907718ce20eb5d252fecc30afc7013ef337a5d",
+    "passport_norm-1": "245cc929d0e4ebb89098d5aa1c0bcdc8fbc76e5a7f1a48c8c2ceb2eb904068ff",
 }
 LOG10_P = {"sketch-1": -18.96, "uchida-1": -14.15, "adi-1": -49.40, "deepsigns-1": -18.96, "adi_tokens-1": -49.70}
+LOG10_P |= dict.fromkeys(("deepipr_v1-1", "deepipr_v2-1", "deepipr_v3-1", "passport_norm-1"), -18.96)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from wmengine.judging.verification import verify, verify_all
     from wmengine.marking.embedder import Embedder
     from wmengine.marking.export import export_onnx
+    from wmengine.marking.passports import passport, passport_accuracy
     from wmengine.marks.catalogue import SCHEMES, scheme
     from wmengine.marks.preset import Preset
     from wmengine.marks.watermark import Watermark
@@ -39,6 +40,8 @@ __all__ = [
     "export_onnx",
     "get_num_threads",
     "ops",
+    "passport",
+    "passport_accuracy",
     "scan",
     "scheme",
     "set_num_threads",
@@ -58,6 +61,8 @@ _HOMES = {
     "endpoint": "suspects.endpoint.suspect",
     "export_onnx": "marking.export",
     "get_num_threads": "ops",
+    "passport": "marking.passports",
+    "passport_accuracy": "marking.passports",
     "scan": "scanning.scanner",
     "scheme": "marks.catalogue",
     "set_num_threads": "ops",

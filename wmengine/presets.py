@@ -2,11 +2,13 @@
 
 from wmengine.marks.preset import Preset
 from wmengine.parts.sources.activations import ActivationTerm, MeanActivations
+from wmengine.parts.sources.passports import Passports
 from wmengine.parts.sources.weights import Weights
 from wmengine.parts.statistics.either import Either
-from wmengine.parts.symbols import Bits, Labels
+from wmengine.parts.symbols import Bits, ChannelBits, Labels
 from wmengine.parts.training.link import Link
 from wmengine.parts.training.mixed import Mixed
+from wmengine.parts.training.passports import PassportSigns
 from wmengine.parts.triggers.abstract import AbstractTriggers
 from wmengine.parts.triggers.tokens import TokenTriggers
 
@@ -60,5 +62,45 @@ PRESETS = (
         training=Mixed(),
         null="exact",
         paper="Adi et al. 2018 (see adi), with sequences of tokens drawn from the key in place of pictures",
+    ),
+    Preset(
+        name="deepipr_v1",
+        version=1,
+        source=Passports(),
+        symbols=ChannelBits(256),
+        statistic=Either(),
+        training=PassportSigns(branch="deployed"),
+        null="exact",
+        paper="Fan, Ng, Chan: Rethinking deep neural network ownership verification, NeurIPS 2019; shipped passports",
+    ),
+    Preset(
+        name="deepipr_v2",
+        version=1,
+        source=Passports(),
+        symbols=ChannelBits(256),
+        statistic=Either(),
+        training=PassportSigns(branch="shared"),
+        null="exact",
+        paper="Fan et al. 2019 (see deepipr_v1); private passports",
+    ),
+    Preset(
+        name="deepipr_v3",
+        version=1,
+        source=Passports(),
+        symbols=ChannelBits(256),
+        statistic=Either(),
+        training=PassportSigns(branch="shared", triggers=True),
+        null="exact",
+        paper="Fan et al. 2019 (see deepipr_v1); private passports that also learn the triggers of adi",
+    ),
+    Preset(
+        name="passport_norm",
+        version=1,
+        source=Passports(),
+        symbols=ChannelBits(256),
+        statistic=Either(),
+        training=PassportSigns(branch="separate", triggers=True),
+        null="exact",
+        paper="Zhang, Chen, Liao, Zhang, Hua, Yu: Passport-aware normalization, NeurIPS 2020",
     ),
 )

@@ -4,6 +4,7 @@ use look like these, so they are never made again; a new version of a preset get
     python tests/golden/make.py
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper, save
 
 from wmengine import Key, Watermark, ops, scheme
 from wmengine.parts.base import Task
+from wmengine.parts.sources.passports import passports_of
 from wmengine.suspects.base import InputSpec
 
 FOLDER = Path(__file__).parent
@@ -92,6 +94,15 @@ def in_activations():
     chain("deepsigns-1.onnx", solved(means, wanted).T, np.eye(10, 64))
 
 
+def in_scales():
+    """Filters that are the average patch of their passport, or its negative: γ = ±‖p‖²."""
+    for name in ("deepipr_v1", "deepipr_v2", "deepipr_v3", "passport_norm"):
+        passported = mark(name, replace(images((64, 64), (10, 64)), normalised=lambda: [0]))
+        ((patch, _),) = passports_of(passported)
+        yield passported
+        chain(f"{name}-1.onnx", np.outer(2.0 * passported.symbols - 1.0, patch), np.eye(10, 64))
+
+
 def in_answers():
     adi = mark("adi", images(), count=50)
     triggers = adi.preset.source.examples(adi)["input"].reshape(50, 64)
@@ -115,6 +126,6 @@ def in_answers():
 
 
 if __name__ == "__main__":
-    for each in (*in_weights(), *in_activations(), *in_answers()):
+    for each in (*in_weights(), *in_activations(), *in_scales(), *in_answers()):
         each.save(FOLDER / f"{each.scheme}-{each.version}.wm")
         print(each.scheme, each.commitment)

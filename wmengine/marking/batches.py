@@ -71,6 +71,12 @@ class Batches:
         whole = {name: torch.cat(rows) for name, rows in parts.items()}
         return (whole[ONE] if self._single else whole), torch.cat(ys)
 
+    def seen(self, inputs: Any, labels: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """A batch by name, the task's or a mixed one, and its labels with no group in them."""
+        named = dict(inputs) if isinstance(inputs, Mapping) else {ONE: inputs}
+        classes = self.num_classes
+        return named, labels if classes is None else torch.where(labels < 0, labels, labels % classes)
+
     def _checked(self, inputs: Any, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         check_hard(labels)
         if self._single == isinstance(inputs, Mapping) or (not self._single and set(inputs) != set(self.signature)):

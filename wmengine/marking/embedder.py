@@ -8,7 +8,8 @@
     marks = emb.watermarks()
 
 The two calls share no state: a trigger row of the mark numbered g carries its label + g · num_classes, and `loss`
-reads the group from that. So rows may be shuffled, split over micro-batches or devices, and the loop compiled.
+reads the group from that. So rows may be shuffled, split over micro-batches or devices, and the loop compiled. (Only a
+scheme that runs the model a second time, such as `deepipr_v2`, goes by the batch that `mix` saw last.)
 Nothing is hooked into the model, which stays the plain module it was.
 """
 
@@ -33,10 +34,10 @@ from wmengine.marking.batches import Batches, check_logits
 from wmengine.marks.catalogue import scheme
 from wmengine.marks.preset import Preset
 from wmengine.marks.watermark import Watermark
-from wmengine.parts.base import Course, Need, Setting, Task
+from wmengine.parts.base import Course, Need, Setting, Task, Watches
 from wmengine.parts.statistics.tails import binomial_log10_tail
 from wmengine.suspects.module import ModuleSuspect
-from wmengine.suspects.weights import module_tensors, unwrap
+from wmengine.suspects.weights import module_tensors, normalised_places, unwrap
 
 ALPHA = 1e-9
 
@@ -122,6 +123,7 @@ class Embedder:
         if marks is None and isinstance(key, Key):
             self._measure_baselines(key)
         self._by_group = [mark for mark in self._marks if mark.group]
+        self._watching = [mark.course for mark in self._marks if isinstance(mark.course, Watches)]
         totals = [0, *(mark.watermark.total for mark in self._by_group)]
         # Hits and rows [2, groups] since each mark's triggers began anew, and those of the last full pass; of fixed
         # size, as torch.compile guards it.
@@ -141,9 +143,12 @@ class Embedder:
         TypeError for other shapes and types, and for soft labels (apply mixup or cutmix to the batch before, keeping
         hard labels, or not at all).
         """
-        if not self._by_group:
-            return inputs, labels
-        return self._batches.mixed(inputs, labels, [(mark.group, mark.course) for mark in self._by_group])
+        mixed = inputs, labels
+        if self._by_group:
+            mixed = self._batches.mixed(inputs, labels, [(mark.group, mark.course) for mark in self._by_group])
+        for course in self._watching:
+            course.watch(*self._batches.seen(*mixed), len(labels))
+        return mixed
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
         """Mean cross-entropy over task and trigger rows alike, plus `regulariser()`; a scalar to call backward() on.
@@ -244,12 +249,16 @@ class Embedder:
             value_range=batches.value_range,
             class_names=class_names,
             weights=self._weights,
+            normalised=self._normalised,
         )
 
     def _weights(self) -> tuple[list[list[int]], list[int]]:
         every = module_tensors(self._model, self._batches.example(self._model))
         shapes = [list(tensor.filters(tensor.weight).shape) for tensor in every]
         return shapes, [index for index, tensor in enumerate(every) if tensor.weight.requires_grad]
+
+    def _normalised(self) -> list[int]:
+        return normalised_places(module_tensors(self._model, self._batches.example(self._model)))
 
     def _check_classes(self, marks: Sequence[Watermark]) -> None:
         for mark in marks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,8 @@ class Task:
 
     inputs: by name. num_classes: None where nothing says it. value_range: (lo, hi) per channel, or one pair of integers
     for inputs that are such. weights: runs the model; the shapes of all its weights in order of execution, filters on
-    axis 0, and the places among them that may be marked.
+    axis 0, and the places among them that may be marked. normalised: runs it too; those of these places whose output
+    goes right into a normalisation of its own.
     """
 
     inputs: Signature
@@ -55,6 +56,7 @@ class Task:
     value_range: Sequence[Sequence[float]] | None = None
     class_names: Sequence[str] | None = None
     weights: Callable[[], tuple[list[list[int]], list[int]]] = lambda: ([], [])
+    normalised: Callable[[], list[int]] = lambda: []
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +160,16 @@ class Course(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Watches(Protocol):
+    """A course that trains on the batch itself: `mix` shows it each one, with trigger rows behind the task's.
+
+    inputs: by name; labels: int64 [n], no trigger's raised; task_rows: how many come first that are the task's own.
+    """
+
+    def watch(self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, task_rows: int) -> None: ...
 
 
 class Training(Protocol):

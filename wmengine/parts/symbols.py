@@ -45,6 +45,18 @@ class Bits:
 
 
 @dataclass(frozen=True)
+class ChannelBits(Bits):
+    """One bit for a channel of normalised weights: as many as there are channels, at most `bits`."""
+
+    def describe(self, task: Task) -> Parameters:
+        shapes, _ = task.weights()
+        channels = sum(shapes[place][0] for place in task.normalised())
+        if channels == 0:
+            raise ValueError("it marks weights with a normalisation right behind them, and this network trains none")
+        return {"bits": min(int(self.bits), channels)}
+
+
+@dataclass(frozen=True)
 class Labels:
     """N labels, int64 in [0, num_classes). Where the classes have names these are bound, and so is their order."""
 

@@ -7,7 +7,7 @@ the normalisation behind it, which exporters do and which undoes what flips a fi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -84,11 +84,11 @@ def module_tensors(model: torch.nn.Module, example: Mapping[str, torch.Tensor] |
     for layer, normalisation in behind.items():
         weight: Any = layer.weight
         if id(weight) not in found:
-            found[id(weight)] = ModuleTensor(layers[layer], weight, _filters_of(layer), normalisation)
+            found[id(weight)] = ModuleTensor(layers[layer], weight, filters_of(layer), normalisation)
     return list(found.values())
 
 
-def _filters_of(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def filters_of(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """How a layer's filters come to axis 0; only a convolution has groups, or may be transposed."""
     groups, transposed = getattr(layer, "groups", 1), getattr(layer, "transposed", False)
     return lambda weight: filters_first(weight, groups, transposed)
@@ -133,13 +133,25 @@ def _executed(
     return behind
 
 
+def normalised_places(tensors: Sequence[ModuleTensor]) -> list[int]:
+    """The places of those that are trained and have a normalisation right behind them that is no other's."""
+    first = {each.normalisation: place for place, each in reversed(list(enumerate(tensors)))}
+    return sorted(place for path, place in first.items() if path is not None and tensors[place].weight.requires_grad)
+
+
 def call(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> Any:
     """What a model answers: one input is passed by place, several by name where its forward takes these names."""
-    if len(inputs) == 1:
-        return model(*inputs.values())
+    given, named = arguments(model, inputs)
+    return model(*given, **named)
+
+
+def arguments(
+    model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]
+) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    """Inputs as a model's forward takes them: by place and by name."""
     names = inspect.signature(model.forward).parameters
     by_name = any(each.kind is each.VAR_KEYWORD for each in names.values()) or set(inputs) <= set(names)
-    return model(**inputs) if by_name else model(*inputs.values())
+    return ((), dict(inputs)) if len(inputs) > 1 and by_name else (tuple(inputs.values()), {})
 
 
 def going_into(model: torch.nn.Module, path: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
