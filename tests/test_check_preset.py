@@ -47,6 +47,8 @@ SMALL = {
     "adi": {"count": 60},
     "deepsigns": {"bits": 64},
     "adi_tokens": {"count": 60},
+    "diction": {"bits": 64},
+    "tattooed": {"bits": 64},
 }
 
 

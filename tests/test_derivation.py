@@ -29,6 +29,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "adi": {"count": 20},
     "deepsigns": {"bits": 64},
     "adi_tokens": {"count": 20},
+    "diction": {"bits": 64},
+    "tattooed": {"bits": 64},
 }
 
 
@@ -283,6 +285,8 @@ CHANGES["uchida"] = [{**change} for change in CHANGES["sketch"][:3]] + [
     {"carriers": [[32, 17, 3, 3]]},
     {"carrier_indices": [2]},
 ]
+CHANGES["tattooed"] = [*CHANGES["sketch"], {"carrier": "filter_mean"}, {"projection": "gaussian"}]
+CHANGES["diction"] = [*CHANGES["deepsigns"], {"hidden": 513}]
 
 
 @pytest.mark.parametrize("name", SCHEMES)

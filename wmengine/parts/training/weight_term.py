@@ -12,7 +12,7 @@ from wmengine import ops
 from wmengine.ops.reference import padded_buckets
 from wmengine.parts.base import Setting
 from wmengine.parts.sources.weights import UNIT_CARRIERS, folded
-from wmengine.suspects.weights import live_factors, live_filters, module_tensors
+from wmengine.suspects.weights import ModuleTensor, live_factors, live_filters, module_tensors
 
 _MEAN_CARRIERS = ("filter_mean", "unit_filter_mean")
 
@@ -26,17 +26,7 @@ class WeightTerm:
         self._link, self._strength, self._margin = link, strength, margin
         shapes = parameters["carriers"]
         _check_capacity(setting.preset_name, self._carrier, link, margin, shapes, parameters["bits"])
-        every = module_tensors(setting.model, setting.example)
-        places = parameters["carrier_indices"]
-        found = [every[place] if place < len(every) else None for place in places]
-        if any(
-            each is None or list(each.filters(each.weight).shape) != list(sizes)
-            for each, sizes in zip(found, shapes, strict=True)
-        ):
-            raise ValueError(
-                f"the mark {setting.preset_name!r} is of a model with other weights: go on with the model it is for"
-            )
-        self._carriers = [each for each in found if each is not None]
+        self._carriers = marked_weights(setting)
         self._keys = [int(key) for key in setting.mark.arrays["carrier_keys"]]
         self._bits = torch.from_numpy(setting.mark.arrays[setting.symbols.name].copy())
         self._placed: dict[torch.device, torch.Tensor] = {}
@@ -72,6 +62,17 @@ class WeightTerm:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """There is no state."""
+
+
+def marked_weights(setting: Setting) -> list[ModuleTensor]:
+    """A mark's weights in its model. Raises ValueError where they are not there."""
+    every, parameters = module_tensors(setting.model, setting.example), setting.mark.parameters
+    found = [every[place] for place in parameters["carrier_indices"] if place < len(every)]
+    if [list(each.filters(each.weight).shape) for each in found] != parameters["carriers"]:
+        raise ValueError(
+            f"the mark {setting.preset_name!r} is of a model with other weights: go on with the model it is for"
+        )
+    return found
 
 
 def _check_capacity(
