@@ -57,6 +57,8 @@ SMALL = {
     "deepipr_v2": {"bits": 64},
     "deepipr_v3": {"bits": 64},
     "passport_norm": {"bits": 64},
+    "diction": {"bits": 64},
+    "tattooed": {"bits": 64},
 }
 
 

@@ -34,6 +34,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "deepsigns": {"bits": 64},
     "adi_tokens": {"count": 20},
     **{name: {} for name in PASSPORTS},
+    "diction": {"bits": 64},
+    "tattooed": {"bits": 64},
 }
 
 
@@ -304,6 +306,8 @@ CHANGES |= {
     name: [{"bits": 63}, {"carriers": [[32, 1, 3, 3], [32, 33, 3, 3]]}, {"carrier_indices": [0, 2]}]
     for name in PASSPORTS
 }
+CHANGES["tattooed"] = [*CHANGES["sketch"][3:], {"bits": 65}, {"carrier": "filter_mean"}, {"projection": "gaussian"}]
+CHANGES["diction"] = [*CHANGES["deepsigns"], {"hidden": 513}]
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -24,6 +24,7 @@ from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Task
 from wmengine.parts.sources.passports import Passports
 from wmengine.parts.sources.weights import Weights
+from wmengine.parts.training.spread import Spread
 from wmengine.parts.triggers.pictures import abstract_images
 from wmengine.scanning.schema import schema_of
 from wmengine.suspects.base import InputSpec
@@ -196,6 +197,8 @@ def test_the_documented_defaults_are_those_of_the_presets():
         options = preset.options
         if preset.kind == "black-box":
             expected = [str(options["count"])]
+        elif isinstance(preset.training, Spread):
+            expected = [str(options["bits"]), f"{options['margin']:g}"]
         elif isinstance(preset.source, Weights):
             margin = f"{options['margin']:g}" if options["link"] in ("hinge", "mse") else ""
             expected = [options["link"], str(options["bits"]), f"{options['strength']:g}", margin]

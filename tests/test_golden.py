@@ -27,8 +27,18 @@ COMMITMENTS = {
     "deepipr_v2-1": "a15d350216912d818deb9b22796ab35f317fca5780b538350880cb567e9f5715",
     "deepipr_v3-1": "75ed2bd18fad58f2a1bfec6922907718ce20eb5d252fecc30afc7013ef337a5d",
     "passport_norm-1": "245cc929d0e4ebb89098d5aa1c0bcdc8fbc76e5a7f1a48c8c2ceb2eb904068ff",
+    "diction-1": "a53092ceb1f873fb0b96324005ad5c83f671d3b8ab8047a9284e5a6eb563c68c",
+    "tattooed-1": "a6f07fc19303ee8ead718541b8d956a3d1a2015b5b981387f4d11ee71d0e0d8f",
 }
-LOG10_P = {"sketch-1": -18.96, "uchida-1": -14.15, "adi-1": -49.40, "deepsigns-1": -18.96, "adi_tokens-1": -49.70}
+LOG10_P = {
+    "sketch-1": -18.96,
+    "uchida-1": -14.15,
+    "adi-1": -49.40,
+    "deepsigns-1": -18.96,
+    "adi_tokens-1": -49.70,
+    "diction-1": -18.96,
+    "tattooed-1": -18.96,
+}
 LOG10_P |= dict.fromkeys(("deepipr_v1-1", "deepipr_v2-1", "deepipr_v3-1", "passport_norm-1"), -18.96)
 
 

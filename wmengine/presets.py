@@ -2,6 +2,7 @@
 
 from wmengine.marks.preset import Preset
 from wmengine.parts.sources.activations import ActivationTerm, MeanActivations
+from wmengine.parts.sources.latent import LatentActivations
 from wmengine.parts.sources.passports import Passports
 from wmengine.parts.sources.weights import Weights
 from wmengine.parts.statistics.either import Either
@@ -9,6 +10,7 @@ from wmengine.parts.symbols import Bits, ChannelBits, Labels
 from wmengine.parts.training.link import Link
 from wmengine.parts.training.mixed import Mixed
 from wmengine.parts.training.passports import PassportSigns
+from wmengine.parts.training.spread import Spread
 from wmengine.parts.triggers.abstract import AbstractTriggers
 from wmengine.parts.triggers.tokens import TokenTriggers
 
@@ -102,5 +104,25 @@ PRESETS = (
         training=PassportSigns(branch="separate", triggers=True),
         null="exact",
         paper="Zhang, Chen, Liao, Zhang, Hua, Yu: Passport-aware normalization, NeurIPS 2020",
+    ),
+    Preset(
+        name="diction",
+        version=1,
+        source=LatentActivations(groups=8, members=4, hidden=512),
+        symbols=Bits(256),
+        statistic=Either(),
+        training=ActivationTerm(strength=0.01, pull=0.0),
+        null="exact",
+        paper="Bellafqira, Coatrieux: DICTION, dynamic robust white box watermarking, Applied Sciences 15(13), 2025",
+    ),
+    Preset(
+        name="tattooed",
+        version=1,
+        source=Weights(carrier="flat", projection="rademacher"),
+        symbols=Bits(256),
+        statistic=Either(),
+        training=Spread(margin=4.0),
+        null="exact",
+        paper="Pagnotta, Hitaj, Hitaj, Pérez-Cruz, Mancini: TATTOOED, spread-spectrum channel coding, ACSAC 2024",
     ),
 )

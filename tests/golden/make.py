@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from onnx import TensorProto, helper, numpy_helper, save
 
 from wmengine import Key, Watermark, ops, scheme
@@ -83,6 +84,16 @@ def in_weights():
     yield uchida
     chain("uchida-1.onnx", np.tile(mean, (4, 1)), np.ones((10, 4)))
 
+    tattooed = mark("tattooed", images((32, 64), (10, 32)), bits=64)
+    signs = 2.0 * tattooed.symbols - 1.0
+    keys = [int(key) for key in tattooed.arrays["carrier_keys"]]
+    rows = np.hstack(
+        [rows_of(key, 64, count, "rademacher") * count**0.5 for key, count in zip(keys, (2048, 320), strict=True)]
+    )
+    both = solved(rows, signs)
+    yield tattooed
+    chain("tattooed-1.onnx", both[:2048].reshape(32, 64), both[2048:].reshape(10, 32))
+
 
 def in_activations():
     deepsigns = mark("deepsigns", images((64, 64), (10, 64)), bits=64)
@@ -92,6 +103,18 @@ def in_activations():
     wanted = [solved(rows_of(key, 8, 64, "gaussian"), row) for key, row in zip(keys, bits, strict=True)]
     yield deepsigns
     chain("deepsigns-1.onnx", solved(means, wanted).T, np.eye(10, 64))
+
+    diction = mark("diction", images((64, 64), (10, 64)), bits=64, members=1, hidden=64)
+    centres, signs = torch.ones(8, 64, requires_grad=True), torch.from_numpy(2.0 * diction.symbols - 1.0)
+    optimizer = torch.optim.Adam([centres], lr=0.05)
+    for _ in range(500):
+        y = diction.preset.source.projected(centres, diction, 64)
+        optimizer.zero_grad()
+        (0.3 - signs * y).clamp(min=0).sum().backward()
+        optimizer.step()
+    inputs = diction.preset.source.examples(diction)["input"].reshape(8, 64)
+    yield diction
+    chain("diction-1.onnx", solved(inputs, centres.detach().numpy()).T, np.eye(10, 64))
 
 
 def in_scales():

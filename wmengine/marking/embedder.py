@@ -34,7 +34,7 @@ from wmengine.marking.batches import Batches, check_logits
 from wmengine.marks.catalogue import scheme
 from wmengine.marks.preset import Preset
 from wmengine.marks.watermark import Watermark
-from wmengine.parts.base import Course, Need, Setting, Task, Watches
+from wmengine.parts.base import Course, Finishes, Need, Setting, Task, Watches
 from wmengine.parts.statistics.tails import binomial_log10_tail
 from wmengine.suspects.module import ModuleSuspect
 from wmengine.suspects.weights import module_tensors, normalised_places, unwrap
@@ -213,9 +213,15 @@ class Embedder:
     def watermarks(self) -> list[Watermark]:
         """One watermark per scheme, to be saved and registered, each with its baseline.
 
+        Call it before the model is saved: a mark that needs no training (`tattooed`) is added to the weights here,
+        unless they show it already.
+
         Each is judged on the model as it is now, as `verify` does, in eval mode (the training flags come back), and a
         mark that would not be `owned` at alpha = 1e-9 is warned about: it needs longer training, or more trigger rows.
         """
+        for mark in self._marks:
+            if isinstance(mark.course, Finishes):
+                mark.course.finish(self._model)
         marks = [mark.watermark for mark in self._marks]
         for watermark, finding in zip(marks, self._judged(marks), strict=True):
             if finding.log10_p > math.log10(ALPHA):

@@ -172,6 +172,13 @@ class Watches(Protocol):
     def watch(self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, task_rows: int) -> None: ...
 
 
+@runtime_checkable
+class Finishes(Course, Protocol):
+    """A course whose mark is put into the weights when their training is over, once: again it changes nothing."""
+
+    def finish(self, model: torch.nn.Module) -> None: ...
+
+
 class Training(Protocol):
     """How a mark gets into a model. Its options steer training only: they are no part of the parameters, where a forger
     could turn them for free."""

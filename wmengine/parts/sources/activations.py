@@ -27,7 +27,6 @@ from wmengine.suspects.base import Suspect
 if TYPE_CHECKING:
     import torch
 
-_INPUTS = AbstractTriggers()
 _MOST = 4096  # groups, and inputs in each
 
 
@@ -39,6 +38,7 @@ class MeanActivations:
     groups: int = 8
     members: int = 4
 
+    asked = AbstractTriggers()
     needs = Need.ACTIVATIONS
     fields = ("groups", "members", "place", "features", "value_range")
 
@@ -52,7 +52,7 @@ class MeanActivations:
         if not shapes or len(shapes[-1]) != 2:
             raise ValueError("it marks what goes into a linear layer at the network's end, and there is none")
         own = {"groups": int(self.groups), "members": int(self.members), "place": len(shapes) - 1}
-        return own | {"features": shapes[-1][1], **_INPUTS.describe(task, self.groups * self.members)}
+        return own | {"features": shapes[-1][1], **self.asked.describe(task, self.groups * self.members)}
 
     def check(self, parameters: Parameters, total: int) -> None:
         groups = canonical_integer("groups", parameters["groups"], 1, _MOST)
@@ -61,59 +61,61 @@ class MeanActivations:
         features = canonical_integer("features", parameters["features"], 1, MAX_DIMENSION)
         if total % groups or features < total // groups:
             raise ValueError(f"{groups} groups of {features} activations cannot hold {total} bits")
-        _INPUTS.check(parameters, groups * members)
+        self.asked.check(parameters, groups * members)
 
     def layout(self, parameters: Parameters, total: int) -> Layout:
         count = parameters["groups"] * parameters["members"]
-        return {"group_keys": ("uint64", (parameters["groups"],)), **_INPUTS.layout(parameters, count)}
+        return {"group_keys": ("uint64", (parameters["groups"],)), **self.asked.layout(parameters, count)}
 
     def draw(self, subkey: Draw, parameters: Parameters, total: int) -> dict[str, NDArray[Any]]:
         """ "triggers": the inputs, a group after the other; "group_keys" uint64: the Philox keys of projections."""
         keys = [philox_key(subkey("projection", str(group))) for group in range(parameters["groups"])]
-        inputs = _INPUTS.draw(subkey, parameters, parameters["groups"] * parameters["members"])
+        inputs = self.asked.draw(subkey, parameters, parameters["groups"] * parameters["members"])
         return {"group_keys": np.array(keys, np.uint64), **inputs}
 
     def examples(self, mark: Drawn) -> dict[str, NDArray[np.float32]]:
-        return _INPUTS.examples(mark)
+        return self.asked.examples(mark)
 
     def observe(self, mark: Drawn, suspect: Suspect, total: int) -> Observations:
-        way = _INPUTS.ways(mark, suspect, every=False)[0]
+        way = self.asked.ways(mark, suspect, every=False)[0]
         found = suspect.activations(
-            mark.parameters["place"], _INPUTS.inputs(mark, way, 0, len(mark.arrays["triggers"]))
+            mark.parameters["place"], self.asked.inputs(mark, way, 0, len(mark.arrays["triggers"]))
         )
         facts = list(suspect.facts)
         if str(way) != str(AS_RECORDED):
             facts.append(fact("put_otherwise", adapter=str(way)))
         if found.shape[1] != mark.parameters["features"]:
             return Observations(facts=[*facts, fact("no_carrier")])
-        return Observations([Observation(np.asarray(projected(found, mark, total), np.float64))], facts)
+        return Observations([Observation(np.asarray(self.projected(found, mark, total), np.float64))], facts)
 
+    def projected(self, activations: Any, mark: Drawn, total: int) -> Any:
+        """y [T] of activations [N, F], arrays or tensors: each group's mean, read by keys of its own."""
+        groups, members = mark.parameters["groups"], mark.parameters["members"]
+        centres = activations.reshape(groups, members, -1).mean(1)
+        parts = [self.extracted(centre, mark, group, total // groups) for group, centre in enumerate(centres)]
+        if isinstance(activations, np.ndarray):
+            return np.concatenate(parts)
+        import torch
 
-def projected(activations: Any, mark: Drawn, total: int) -> Any:
-    """y [T] of activations [N, F], arrays or tensors: each group's mean, projected by its own key."""
-    groups, share = mark.parameters["groups"], total // mark.parameters["groups"]
-    centres = activations.reshape(groups, mark.parameters["members"], -1).mean(1)
-    parts = [
-        ops.project(centre, int(key), share, "gaussian")
-        for centre, key in zip(centres, mark.arrays["group_keys"], strict=True)
-    ]
-    if isinstance(activations, np.ndarray):
-        return np.concatenate(parts)
-    import torch
+        return torch.cat(parts)
 
-    return torch.cat(parts)
+    def extracted(self, centre: Any, mark: Drawn, group: int, count: int) -> Any:
+        """`count` numbers [count] of a group's mean [F]."""
+        return ops.project(centre, int(mark.arrays["group_keys"][group]), count, "gaussian")
 
 
 @dataclass(frozen=True)
 class ActivationTerm:
-    """strength · Σ BCE(σ(y), b) + pull · the mean squared distance to the centre of one's group (γ2 and γ1)."""
+    """strength · Σ BCE(σ(y), b) + pull · the mean squared distance to the centre of one's group (γ2 and γ1); pull may
+    be 0."""
 
     strength: float = 0.01
     pull: float = 0.01
 
     def __post_init__(self) -> None:
         positive("strength", self.strength)
-        positive("pull", self.pull)
+        if self.pull != 0:
+            positive("pull", self.pull)
 
     def begin(self, setting: Setting) -> _Term:
         return _Term(self, setting)
@@ -125,7 +127,7 @@ class _Term:
 
         from wmengine.suspects.weights import module_tensors
 
-        self._training, self._mark = training, setting.mark
+        self._training, self._mark, self._source = training, setting.mark, setting.source
         weights, parameters = module_tensors(setting.model, setting.example), setting.mark.parameters
         at = weights[parameters["place"]] if parameters["place"] < len(weights) else None
         if at is None or at.filters(at.weight)[0].numel() != parameters["features"]:
@@ -156,7 +158,7 @@ class _Term:
         finally:
             for module in training:
                 module.training = True
-        y = projected(found, self._mark, len(self._bits))
+        y = self._source.projected(found, self._mark, len(self._bits))
         self.projected = y.detach()
         grouped = found.reshape(self._mark.parameters["groups"], self._mark.parameters["members"], -1)
         spread = (grouped - grouped.mean(1, keepdim=True)).square().mean()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from wmengine.identity.subkeys import philox_key
 from wmengine.parts.base import Draw, Drawn, Layout, Need, Parameters, Task, described_inputs, inputs_of
 from wmengine.parts.fields import canonical_float32_hex, float32_hex, shape
-from wmengine.parts.triggers.pictures import abstract_images
+from wmengine.parts.triggers.pictures import abstract_images, noise_inputs
 from wmengine.suspects.adapters import Adapter, to_input
 from wmengine.suspects.base import Inputs, Suspect
 
@@ -28,6 +28,7 @@ class AbstractTriggers:
 
     needs = Need.ANSWERS
     fields = ("value_range",)
+    drawn = staticmethod(abstract_images)
 
     def describe(self, task: Task, total: int) -> Parameters:
         ranges = task.value_range or ()
@@ -68,7 +69,7 @@ class AbstractTriggers:
     def draw(self, subkey: Draw, parameters: Parameters, total: int) -> dict[str, NDArray[Any]]:
         """ "triggers" uint8 [N, *shape]; 0 … 255 stand for the range of each channel. Raises ValueError where too few
         channels vary for them to be different."""
-        triggers = abstract_images(philox_key(subkey("triggers")), total, _shape(parameters))
+        triggers = self.drawn(philox_key(subkey("triggers")), total, _shape(parameters))
         wide = _wide_channels(parameters)
         if len({image[wide].tobytes() for image in triggers}) < total:
             raise ValueError(f"only {len(wide)} channels vary, too few for {total} triggers that a network tells apart")
@@ -85,6 +86,12 @@ class AbstractTriggers:
         """All triggers as the model's own training loop feeds them."""
         (name,) = inputs_of(mark.parameters)
         return {name: to_input(mark.arrays["triggers"], mark.parameters["value_range"])}
+
+
+class NoiseTriggers(AbstractTriggers):
+    """The same with uniform noise over the range of each channel in place of pictures."""
+
+    drawn = staticmethod(noise_inputs)
 
 
 def _shape(parameters: Parameters) -> Sequence[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ _COSINES = np.array(
 )
 
 Int64 = NDArray[np.int64]
+_Draw = Callable[[int, Int64, tuple[int, ...]], NDArray[np.uint8]]
 
 
 def abstract_images(philox_key: int, count: int, shape: Sequence[int]) -> NDArray[np.uint8]:
@@ -43,13 +44,21 @@ def abstract_images(philox_key: int, count: int, shape: Sequence[int]) -> NDArra
     the same generator. Image n is the nth draw that equals none before it, so a longer set begins with the shorter one.
     Raises ValueError where the shape is too small for so many distinct inputs.
     """
+    return _distinct(_pictures if len(shape) == 3 else _noise, philox_key, count, shape)
+
+
+def noise_inputs(philox_key: int, count: int, shape: Sequence[int]) -> NDArray[np.uint8]:
+    """`count` distinct inputs of any shape, uint8[count, *shape], uniform noise; see :func:`abstract_images`."""
+    return _distinct(_noise, philox_key, count, shape)
+
+
+def _distinct(draw: _Draw, philox_key: int, count: int, shape: Sequence[int]) -> NDArray[np.uint8]:
     count = operator.index(count)
     dimensions = tuple(operator.index(size) for size in shape)
     if count < 0 or not dimensions or min(dimensions) < 1:
         raise ValueError(f"triggers need a count >= 0 and a shape of positive sizes, not {count} of {dimensions}")
     if not 0 <= philox_key < 1 << 64:
         raise ValueError(f"philox_key must be from 0 to 2^64 - 1, and it is {philox_key}")
-    draw = _pictures if len(dimensions) == 3 else _noise
     images = np.empty((count, *dimensions), dtype=np.uint8)
     seen: set[bytes] = set()
     drawn, most = 0, 16 * count + 256
