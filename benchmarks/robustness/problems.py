@@ -134,7 +134,10 @@ DIGITS = Problem(
     other=_small_pictures_network,
     train=_train_on_digits,
     elsewhere=partial(photographs, 500, 8, 1),
-    presets=("sketch", "uchida", "deepsigns", "adi"),
+    # Of the passports the private ones: a network must be prepared for deepipr_v1, and without triggers beside it
+    # deepipr_v3 trains as deepipr_v2 does.
+    presets=("sketch", "uchida", "deepsigns", "diction", "tattooed", "deepipr_v2", "passport_norm", "adi"),
+    without=("*elsewhere",),  # a student who learned digits from photographs reads none
 )
 TOKENS = Problem(
     name="digits-tokens",
