@@ -47,6 +47,11 @@ SMALL = {
     "adi": {"count": 60},
     "deepsigns": {"bits": 64},
     "adi_tokens": {"count": 60},
+    "deepmarks": {"bits": 64},
+    "stdm": {"bits": 64},
+    "neuralmark": {"bits": 64, "width": 256},
+    "greedy_residuals": {"bits": 64},
+    "riga": {"bits": 64, "width": 256},
 }
 
 

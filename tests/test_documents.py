@@ -20,8 +20,9 @@ from wmengine.judging.verdict import Verdict
 from wmengine.marks.catalogue import SCHEMES, scheme
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Task
-from wmengine.parts.sources.weights import Weights
 from wmengine.parts.statistics.sequential import operating_point
+from wmengine.parts.training.covert import Covert
+from wmengine.parts.training.link import Link
 from wmengine.parts.triggers.pictures import abstract_images
 from wmengine.scanning.schema import schema_of
 from wmengine.suspects.base import InputSpec
@@ -194,9 +195,11 @@ def test_the_documented_defaults_are_those_of_the_presets():
         options = preset.options
         if preset.kind == "black-box":
             expected = [str(options["count"])]
-        elif isinstance(preset.source, Weights):
+        elif isinstance(preset.training, Link):
             margin = f"{options['margin']:g}" if options["link"] in ("hinge", "mse") else ""
             expected = [options["link"], str(options["bits"]), f"{options['strength']:g}", margin]
+        elif isinstance(preset.training, Covert):
+            expected = [str(options["bits"]), f"{options['strength']:g}", f"{options['critic']:g}"]
         else:
             assert documented[name][1].startswith(f"{options['groups']} × {options['members']}")
             expected = [str(options["bits"]), f"{options['strength']:g}", f"{options['pull']:g}"]

@@ -23,8 +23,16 @@ COMMITMENTS = {
     "adi-1": "2fa65e9ac102dda290aabd8da2671e7f77a9058924a671452de9aab3504d79ea",
     "deepsigns-1": "e29b3a5e80ca65bbcbc8fde9fe7ca09e804df48bf614b89db45f1ff2956c63be",
     "adi_tokens-1": "e1b4e65f15e12956b0a2422ce61b5bc32a51ef9bbff11794303bbc63fc8616dd",
+    "deepmarks-1": "340246badafc91411b08472f933b108cebfaa72dc5a4c980cc08d9199587ce4e",
+    "stdm-1": "3e419c60f57c12491193500c3bd28aaa9fccf010256571249aa00d45975a35d8",
+    "neuralmark-1": "fa310edf1791bab5cce20c6c9e5079a7f4c60521e231cc9b1e9ed3004fb5a8ff",
+    "greedy_residuals-1": "3a80b5c14b59c2c4af0543033d66f9bdc0d1bf9df3708603a8caa015d562a702",
+    "riga-1": "03019d4d85e58019b609eacef18c2e4d7788aff179a6afcf579e169a558574e5",
 }
-LOG10_P = {"sketch-1": -18.96, "uchida-1": -14.15, "adi-1": -49.40, "deepsigns-1": -18.96, "adi_tokens-1": -49.70}
+LOG10_P = {
+    **{"sketch-1": -18.96, "uchida-1": -14.15, "adi-1": -49.40, "deepsigns-1": -18.96, "adi_tokens-1": -49.70},
+    **{"deepmarks-1": -14.15, "stdm-1": -14.15, "neuralmark-1": -9.33, "greedy_residuals-1": -18.96, "riga-1": -14.15},
+}
 
 
 @pytest.fixture

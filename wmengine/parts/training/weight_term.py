@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from wmengine import ops
-from wmengine.ops.reference import padded_buckets
+from wmengine.ops.reference import STDM_BETA, padded_buckets
 from wmengine.parts.base import Setting
 from wmengine.parts.sources.weights import UNIT_CARRIERS, folded
-from wmengine.suspects.weights import live_factors, live_filters, module_tensors
+from wmengine.suspects.weights import ModuleTensor, live_factors, live_filters, module_tensors
 
 _MEAN_CARRIERS = ("filter_mean", "unit_filter_mean")
 
@@ -26,21 +26,18 @@ class WeightTerm:
         self._link, self._strength, self._margin = link, strength, margin
         shapes = parameters["carriers"]
         _check_capacity(setting.preset_name, self._carrier, link, margin, shapes, parameters["bits"])
-        every = module_tensors(setting.model, setting.example)
-        places = parameters["carrier_indices"]
-        found = [every[place] if place < len(every) else None for place in places]
-        if any(
-            each is None or list(each.filters(each.weight).shape) != list(sizes)
-            for each, sizes in zip(found, shapes, strict=True)
-        ):
+        if (link == "stdm") != ("beta" in parameters):
             raise ValueError(
-                f"the mark {setting.preset_name!r} is of a model with other weights: go on with the model it is for"
+                f"scheme {setting.preset_name!r} cannot be trained with the link {link!r}: where y has a period, and "
+                "nowhere else, the link is 'stdm'"
             )
-        self._carriers = [each for each in found if each is not None]
+        self._carriers = marked_tensors(setting)
         self._keys = [int(key) for key in setting.mark.arrays["carrier_keys"]]
         self._bits = torch.from_numpy(setting.mark.arrays[setting.symbols.name].copy())
         self._placed: dict[torch.device, torch.Tensor] = {}
         self._scale = _standard_scale(self._carrier, self._projection, shapes, parameters["bits"])
+        if link == "stdm":
+            self._scale = parameters["beta"] / STDM_BETA  # the operator's own β is fixed
         self.projected: torch.Tensor | None = None
 
     def rows(self, count: int, like: Mapping[str, torch.Tensor]) -> None:
@@ -63,7 +60,7 @@ class WeightTerm:
             margin=self._margin,
             scale=self._scale,
         )
-        self.projected = y.detach()
+        self.projected = torch.sin(STDM_BETA * y.detach()) if self._link == "stdm" else y.detach()
         result: torch.Tensor = self._strength * term
         return result
 
@@ -72,6 +69,18 @@ class WeightTerm:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """There is no state."""
+
+
+def marked_tensors(setting: Setting) -> list[ModuleTensor]:
+    """The weights of the model that the mark is in; ValueError where their shapes are not those it was made for."""
+    parameters = setting.mark.parameters
+    every = module_tensors(setting.model, setting.example)
+    found = [every[place] for place in parameters["carrier_indices"] if place < len(every)]
+    if [list(each.filters(each.weight).shape) for each in found] != parameters["carriers"]:
+        raise ValueError(
+            f"the mark {setting.preset_name!r} is of a model with other weights: go on with the model it is for"
+        )
+    return found
 
 
 def _check_capacity(
