@@ -59,6 +59,11 @@ SMALL = {
     "passport_norm": {"bits": 64},
     "diction": {"bits": 64},
     "tattooed": {"bits": 64},
+    "deepmarks": {"bits": 64},
+    "stdm": {"bits": 64},
+    "neuralmark": {"bits": 64, "width": 256},
+    "greedy_residuals": {"bits": 64},
+    "riga": {"bits": 64, "width": 256},
 }
 
 

@@ -36,6 +36,11 @@ SMALL: dict[str, dict[str, Any]] = {
     **{name: {} for name in PASSPORTS},
     "diction": {"bits": 64},
     "tattooed": {"bits": 64},
+    "deepmarks": {"bits": 64},
+    "stdm": {"bits": 64},
+    "neuralmark": {"bits": 64, "width": 128},
+    "greedy_residuals": {"bits": 64},
+    "riga": {"bits": 64, "width": 128},
 }
 
 
@@ -56,6 +61,15 @@ def test_parameters_are_integers_and_strings_in_this_form() -> None:
         "bits": 64,
         "carrier": "filter_mean",
         "projection": "gaussian",
+        "carriers": [[32, 16, 3, 3]],
+        "carrier_indices": [1],
+    }
+    assert parameters_of("stdm") == {**parameters_of("uchida"), "beta": 10}
+    assert parameters_of("neuralmark") == {
+        **images,
+        "bits": 64,
+        "extractor": "filtered",
+        "width": 128,
         "carriers": [[32, 16, 3, 3]],
         "carrier_indices": [1],
     }
@@ -308,6 +322,12 @@ CHANGES |= {
 }
 CHANGES["tattooed"] = [*CHANGES["sketch"][3:], {"bits": 65}, {"carrier": "filter_mean"}, {"projection": "gaussian"}]
 CHANGES["diction"] = [*CHANGES["deepsigns"], {"hidden": 513}]
+CHANGES["deepmarks"] = CHANGES["uchida"]
+CHANGES["stdm"] = [{"bits": 65}, {"carrier": "flat"}, *CHANGES["uchida"][2:], {"beta": 9}]
+for extracted, other in {"neuralmark": "perceptron", "riga": "filtered", "greedy_residuals": "filtered"}.items():
+    CHANGES[extracted] = [
+        *({"bits": 66}, {"extractor": other, "width": 130}, {"carriers": [[32, 17, 3, 3]]}, {"carrier_indices": [2]}),
+    ]
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -322,8 +342,9 @@ def test_a_change_of_any_parameter_or_of_the_key_changes_every_array(name: str) 
     found = [derived(name, each) for each in [parameters, *changed]]
     found += [derived(name, parameters, key) for key in (replace(KEY, owner="Acme"), replace(KEY, secret=bytes(32)))]
     for array in found[0]:
-        length = min(each[array].size for each in found)
-        assert len({each[array].reshape(-1)[:length].tobytes() for each in found}) == len(found), array
+        held = [each[array].reshape(-1) for each in found if array in each]
+        length = min(map(len, held))
+        assert len({each[:length].tobytes() for each in held}) == len(held), array
 
 
 @settings(max_examples=30, deadline=None)
@@ -396,6 +417,11 @@ def test_symbols_are_fair(name: str, chance: float, over: str) -> None:
         ("adi", {"class_names": ["Cafe\u0301", *"bcdefghij"]}, "class_names must be in NFC"),
         ("adi", {"class_names": "abcdefghij"}, "class_names must be none"),
         ("adi", {"value_range": [["0x0p+0", "0x1p+0"]]}, "written with float.hex"),
+        ("stdm", {"carrier": "unit_filters"}, "carrier must be one of flat, filter_mean"),
+        ("stdm", {"beta": 10.0}, "beta must be an integer"),
+        ("riga", {"extractor": "trained"}, "extractor must be one of perceptron, filtered, largest"),
+        ("riga", {"width": 63}, "width must be at least the number of bits, 64"),
+        ("riga", {"carriers": [[8, 8], [128, 64]], "carrier_indices": [0, 1]}, "it marks one weight"),
         ("deepsigns", {"groups": 7}, "7 groups of 128 activations cannot hold 64 bits"),
         ("deepsigns", {"features": 7}, "8 groups of 7 activations cannot hold 64 bits"),
         ("adi_tokens", {"special": 99}, "vocabulary must be from 101"),

@@ -24,6 +24,8 @@ from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Task
 from wmengine.parts.sources.passports import Passports
 from wmengine.parts.sources.weights import Weights
+from wmengine.parts.training.covert import Covert
+from wmengine.parts.training.link import Link
 from wmengine.parts.training.spread import Spread
 from wmengine.parts.triggers.pictures import abstract_images
 from wmengine.scanning.schema import schema_of
@@ -204,6 +206,11 @@ def test_the_documented_defaults_are_those_of_the_presets():
             expected = [options["link"], str(options["bits"]), f"{options['strength']:g}", margin]
         elif isinstance(preset.source, Passports):
             expected = [f"at most {options['bits']}", f"{options['strength']:g}", f"{options['margin']:g}"]
+        elif isinstance(preset.training, Link):
+            margin = f"{options['margin']:g}" if options["link"] in ("hinge", "mse") else ""
+            expected = [options["link"], str(options["bits"]), f"{options['strength']:g}", margin]
+        elif isinstance(preset.training, Covert):
+            expected = [str(options["bits"]), f"{options['strength']:g}", f"{options['critic']:g}"]
         else:
             assert documented[name][1].startswith(f"{options['groups']} × {options['members']}")
             expected = [str(options["bits"]), f"{options['strength']:g}", f"{options['pull']:g}"]

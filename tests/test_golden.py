@@ -29,6 +29,11 @@ COMMITMENTS = {
     "passport_norm-1": "245cc929d0e4ebb89098d5aa1c0bcdc8fbc76e5a7f1a48c8c2ceb2eb904068ff",
     "diction-1": "a53092ceb1f873fb0b96324005ad5c83f671d3b8ab8047a9284e5a6eb563c68c",
     "tattooed-1": "a6f07fc19303ee8ead718541b8d956a3d1a2015b5b981387f4d11ee71d0e0d8f",
+    "deepmarks-1": "340246badafc91411b08472f933b108cebfaa72dc5a4c980cc08d9199587ce4e",
+    "stdm-1": "3e419c60f57c12491193500c3bd28aaa9fccf010256571249aa00d45975a35d8",
+    "neuralmark-1": "fa310edf1791bab5cce20c6c9e5079a7f4c60521e231cc9b1e9ed3004fb5a8ff",
+    "greedy_residuals-1": "3a80b5c14b59c2c4af0543033d66f9bdc0d1bf9df3708603a8caa015d562a702",
+    "riga-1": "03019d4d85e58019b609eacef18c2e4d7788aff179a6afcf579e169a558574e5",
 }
 LOG10_P = {
     "sketch-1": -18.96,
@@ -40,6 +45,13 @@ LOG10_P = {
     "tattooed-1": -18.96,
 }
 LOG10_P |= dict.fromkeys(("deepipr_v1-1", "deepipr_v2-1", "deepipr_v3-1", "passport_norm-1"), -18.96)
+LOG10_P |= {
+    "deepmarks-1": -14.15,
+    "stdm-1": -14.15,
+    "neuralmark-1": -9.33,
+    "greedy_residuals-1": -18.96,
+    "riga-1": -14.15,
+}
 
 
 @pytest.fixture

@@ -12,10 +12,12 @@ import pytest
 import wmengine
 from wmengine.marks.catalogue import SCHEMES, find, registered, scheme
 from wmengine.parts.sources.activations import ActivationTerm
+from wmengine.parts.sources.extracted import Extracted
 from wmengine.parts.sources.latent import LatentActivations
 from wmengine.parts.sources.passports import Passports
-from wmengine.parts.sources.weights import Weights
+from wmengine.parts.sources.weights import PeriodicWeights, Weights
 from wmengine.parts.symbols import Bits, ChannelBits, Labels
+from wmengine.parts.training.covert import Covert
 from wmengine.parts.training.link import Link
 from wmengine.parts.training.mixed import Mixed
 from wmengine.parts.training.passports import PassportSigns
@@ -27,7 +29,8 @@ from wmengine.parts.triggers.tokens import TokenTriggers
 def test_the_presets_keep_their_papers_defaults() -> None:
     ours = ["sketch", "uchida", "adi", "deepsigns", "adi_tokens"]
     passports = ["deepipr_v1", "deepipr_v2", "deepipr_v3", "passport_norm"]
-    assert list(SCHEMES) == [*ours, *passports, "diction", "tattooed"]
+    one_weight = ["deepmarks", "stdm", "neuralmark", "greedy_residuals", "riga"]
+    assert list(SCHEMES) == [*ours, *passports, "diction", "tattooed", *one_weight]
     assert [preset.full_name for preset in SCHEMES.values()] == [f"{name}/1" for name in SCHEMES]
     assert scheme("sketch").source == Weights("unit_filters", "sketch", "all")
     assert scheme("sketch").training == Link("hinge", 0.001, 5.0)
@@ -47,6 +50,16 @@ def test_the_presets_keep_their_papers_defaults() -> None:
     assert scheme("diction").training == ActivationTerm(0.01, 0.0)
     assert scheme("tattooed").source == Weights("flat", "rademacher", "all")
     assert scheme("tattooed").training == Spread(4.0)
+    assert scheme("deepmarks").source == scheme("uchida").source
+    assert scheme("deepmarks").training == Link("mse", 0.1, 1.0)
+    assert scheme("stdm").source == PeriodicWeights("filter_mean", "gaussian", "widest", 10)
+    assert scheme("stdm").training == Link("stdm", 0.01)
+    assert scheme("neuralmark").source == Extracted("filtered", 512)
+    assert scheme("neuralmark").training == Link("bce", 0.004)
+    assert scheme("greedy_residuals").source == Extracted("largest", 32)
+    assert scheme("greedy_residuals").training == Link("hinge", 0.1, 0.1)
+    assert scheme("riga").source == Extracted("perceptron", 1024)
+    assert scheme("riga").training == Covert(0.05, 0.3)
     kinds = {name: preset.kind for name, preset in SCHEMES.items()}
     assert kinds == {name: "black-box" if name.startswith("adi") else "white-box" for name in SCHEMES}
     assert all(preset.null == "exact" and preset.paper for preset in SCHEMES.values())
@@ -68,7 +81,7 @@ def test_an_unknown_scheme_or_option_is_answered_with_the_known_ones() -> None:
 
 @pytest.mark.parametrize(("name", "version"), [("adi", 2), ("adi", "1"), ("blind", 1), (["adi"], 1)])
 def test_an_unknown_version_is_answered_with_the_known_ones(name: Any, version: Any) -> None:
-    with pytest.raises(ValueError, match=r"of version .*; it has sketch/1, .*, adi_tokens/1, .*tattooed/1$"):
+    with pytest.raises(ValueError, match=r"of version .*; it has sketch/1, .*, adi_tokens/1, .*riga/1$"):
         find(name, version)
 
 
@@ -96,6 +109,12 @@ def test_an_unknown_version_is_answered_with_the_known_ones(name: Any, version: 
         ("deepipr_v2", "marked", "widest"),
         ("deepipr_v2", "marked", (0, -1)),
         ("deepipr_v2", "branch", "public"),
+        ("stdm", "beta", 0),
+        ("neuralmark", "extractor", "mlp"),
+        ("neuralmark", "width", 1),
+        ("neuralmark", "marked", "all"),
+        ("riga", "critic", 0.0),
+        ("riga", "strength", -1.0),
     ],
 )
 def test_an_option_out_of_range_is_named(name: str, option: str, value: object) -> None:
@@ -190,7 +209,7 @@ def test_a_mark_of_a_preset_that_is_not_there_names_those_that_are(packages: Pac
     done = packages.run(code)
     assert done.stdout.strip() == "rank"
     assert "no scheme 'wide_sketch' of version 1; it has sketch/1" in done.stderr
-    assert done.stderr.strip().endswith("tattooed/1, wide_sketch/3, wide_sketch/2")
+    assert done.stderr.strip().endswith("riga/1, wide_sketch/3, wide_sketch/2")
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from wmengine.marks.preset import Preset
 from wmengine.parts.sources.activations import ActivationTerm, MeanActivations
+from wmengine.parts.sources.extracted import Extracted
 from wmengine.parts.sources.latent import LatentActivations
 from wmengine.parts.sources.passports import Passports
-from wmengine.parts.sources.weights import Weights
+from wmengine.parts.sources.weights import PeriodicWeights, Weights
 from wmengine.parts.statistics.either import Either
 from wmengine.parts.symbols import Bits, ChannelBits, Labels
+from wmengine.parts.training.covert import Covert
 from wmengine.parts.training.link import Link
 from wmengine.parts.training.mixed import Mixed
 from wmengine.parts.training.passports import PassportSigns
@@ -124,5 +126,55 @@ PRESETS = (
         training=Spread(margin=4.0),
         null="exact",
         paper="Pagnotta, Hitaj, Hitaj, Pérez-Cruz, Mancini: TATTOOED, spread-spectrum channel coding, ACSAC 2024",
+    ),
+    Preset(
+        name="deepmarks",
+        version=1,
+        source=Weights(carrier="filter_mean", projection="gaussian", marked="widest"),
+        symbols=Bits(256),
+        statistic=Either(),
+        training=Link(link="mse", strength=0.1),
+        null="exact",
+        paper="Chen, Rouhani, Fu, Zhao, Koushanfar: DeepMarks, a secure fingerprinting framework, ICMR 2019",
+    ),
+    Preset(
+        name="stdm",
+        version=1,
+        source=PeriodicWeights(carrier="filter_mean", projection="gaussian", marked="widest"),
+        symbols=Bits(256),
+        statistic=Either(),
+        training=Link(link="stdm", strength=0.01),
+        null="exact",
+        paper="Li, Tondi, Barni: Spread-transform dither modulation watermarking of DNNs, JISA 2021",
+    ),
+    Preset(
+        name="neuralmark",
+        version=1,
+        source=Extracted(extractor="filtered", width=512),
+        symbols=Bits(256),
+        statistic=Either(),
+        training=Link(link="bce", strength=0.004),
+        null="exact",
+        paper="Yao, Song, Jin: Hashed watermark as a filter (NeuralMark), 2025",
+    ),
+    Preset(
+        name="greedy_residuals",
+        version=1,
+        source=Extracted(extractor="largest", width=32),
+        symbols=Bits(256),
+        statistic=Either(),
+        training=Link(link="hinge", strength=0.1, margin=0.1),
+        null="exact",
+        paper="Liu, Weng, Zhu: Watermarking deep neural networks with greedy residuals, ICML 2021",
+    ),
+    Preset(
+        name="riga",
+        version=1,
+        source=Extracted(extractor="perceptron", width=1024),
+        symbols=Bits(256),
+        statistic=Either(),
+        training=Covert(strength=0.05, critic=0.3),
+        null="exact",
+        paper="Wang, Kerschbaum: RIGA, covert and robust white-box watermarking, WWW 2021",
     ),
 )

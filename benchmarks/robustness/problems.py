@@ -136,7 +136,10 @@ DIGITS = Problem(
     elsewhere=partial(photographs, 500, 8, 1),
     # Of the passports the private ones: a network must be prepared for deepipr_v1, and without triggers beside it
     # deepipr_v3 trains as deepipr_v2 does.
-    presets=("sketch", "uchida", "deepsigns", "diction", "tattooed", "deepipr_v2", "passport_norm", "adi"),
+    presets=(
+        *("sketch", "uchida", "deepmarks", "stdm", "riga", "greedy_residuals", "neuralmark", "tattooed"),
+        *("deepsigns", "diction", "deepipr_v2", "passport_norm", "adi"),
+    ),
     without=("*elsewhere",),  # a student who learned digits from photographs reads none
 )
 TOKENS = Problem(

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from onnx import TensorProto, helper, numpy_helper, save
+from scipy.optimize import nnls
 
 from wmengine import Key, Watermark, ops, scheme
 from wmengine.parts.base import Task
+from wmengine.parts.sources.extracted import filtered_places
 from wmengine.parts.sources.passports import passports_of
 from wmengine.suspects.base import InputSpec
 
@@ -95,6 +97,32 @@ def in_weights():
     chain("tattooed-1.onnx", both[:2048].reshape(32, 64), both[2048:].reshape(10, 32))
 
 
+def in_one_weight():
+    task = images((32, 64), (10, 32))
+    for name, size in {"deepmarks": 1.0, "stdm": np.pi / 20}.items():
+        own = mark(name, task, bits=48)
+        keyed = rows_of(int(own.arrays["carrier_keys"][0]), 48, 64, "gaussian") * 8.0
+        yield own
+        chain(f"{name}-1.onnx", np.tile(solved(keyed, size * (2.0 * own.symbols - 1.0)), (32, 1)), np.ones((10, 32)))
+
+    filtered = mark("neuralmark", task, bits=32, width=64)
+    pools = solved(rows_of(int(filtered.arrays["layer_keys"][0]), 32, 64, "gaussian"), 2.0 * filtered.symbols - 1.0)
+    values = np.random.default_rng(0).normal(size=2048)
+    values[filtered_places(filtered.arrays["filter"], 2048, 64)] = pools
+    yield filtered
+    chain("neuralmark-1.onnx", values.reshape(32, 64), np.ones((10, 32)))
+
+    largest = mark("greedy_residuals", task, bits=64, width=8)
+    yield largest
+    chain("greedy_residuals-1.onnx", np.repeat(2.0 * largest.symbols - 1.0, 32).reshape(32, 64), np.ones((10, 32)))
+
+    riga = mark("riga", task, bits=48, width=256)
+    first, second = (int(key) for key in riga.arrays["layer_keys"])
+    hidden, _ = nnls(rows_of(second, 48, 256, "gaussian").astype(np.float64), 2.0 * riga.symbols - 1.0)
+    yield riga
+    chain("riga-1.onnx", ops.sketch_adjoint(hidden, first, 2048).reshape(32, 64), np.ones((10, 32)))
+
+
 def in_activations():
     deepsigns = mark("deepsigns", images((64, 64), (10, 64)), bits=64)
     bits = (2.0 * deepsigns.symbols - 1.0).reshape(8, 8)
@@ -149,6 +177,6 @@ def in_answers():
 
 
 if __name__ == "__main__":
-    for each in (*in_weights(), *in_activations(), *in_scales(), *in_answers()):
+    for each in (*in_weights(), *in_one_weight(), *in_activations(), *in_scales(), *in_answers()):
         each.save(FOLDER / f"{each.scheme}-{each.version}.wm")
         print(each.scheme, each.commitment)

@@ -41,6 +41,11 @@ def embedding_loss(
         own = reference.projection_scale(total, values.numel(), projection) or 1.0  # of no values, whose sums are 0
         sums.append(project(values, unsigned(key), total, projection) / own)
     z = scale * torch.stack(sums).sum(dim=0)
+    return link_loss(z, bits, link, margin), z.detach()
+
+
+def link_loss(z: Tensor, bits: Tensor, link: str, margin: float) -> Tensor:
+    """Loss of y [T] against bits [T], summed over them; differentiable."""
     s = 2.0 * bits.to(z) - 1.0
     if link == "bce":
         loss = F.softplus(-s * z, threshold=700)
@@ -50,7 +55,7 @@ def embedding_loss(
         loss = (z - margin * s) ** 2
     else:
         loss = F.softplus(-s * reference.STDM_ALPHA * torch.sin(reference.STDM_BETA * z), threshold=700)
-    return loss.sum(), z.detach()
+    return loss.sum()
 
 
 def marked_cross_entropy(

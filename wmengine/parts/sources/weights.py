@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,10 @@ from wmengine.suspects.base import Suspect, Tensor
 
 MARKED = ("all", "widest")
 UNIT_CARRIERS = ("unit_filters", "unit_filter_mean")
+MAX_BETA = 1 << 16
+_PLAIN_CARRIERS = ("flat", "filter_mean")
+
+Pairing = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Weights:
     marked: str | int = "all"
 
     needs = Need.TENSORS
-    fields = ("carrier", "projection", "carriers", "carrier_indices")
+    fields: ClassVar[tuple[str, ...]] = ("carrier", "projection", "carriers", "carrier_indices")
 
     def __post_init__(self) -> None:
         one_of("carrier", self.carrier, CARRIERS)
@@ -46,36 +51,12 @@ class Weights:
 
     def describe(self, task: Task, total: int) -> Parameters:
         """carriers: the shapes of the marked weights; carrier_indices: their places among all of the task's."""
-        shapes, allowed = task.weights()
-        every = [shape(f"shapes[{index}]", sizes, least=2) for index, sizes in enumerate(shapes)]
-        if not allowed:
-            raise ValueError("it marks the weights of convolutions and linear layers, and this network trains none")
-        if self.marked == "all":
-            indices = allowed
-        elif self.marked == "widest":
-            indices = [max(allowed, key=lambda index: (math.prod(every[index][1:]), -index))]
-        else:
-            indices = [integer("marked", self.marked, 0, len(every) - 1)]
-            if indices[0] not in allowed:
-                raise ValueError(f"it is to mark weight {indices[0]}, which is not trained")
-        return {
-            "carrier": self.carrier,
-            "projection": self.projection,
-            "carriers": [every[index] for index in indices],
-            "carrier_indices": indices,
-        }
+        return {"carrier": self.carrier, "projection": self.projection, **marked_carriers(task, self.marked)}
 
     def check(self, parameters: Parameters, total: int) -> None:
         one_of("carrier", parameters["carrier"], CARRIERS)
         one_of("projection", parameters["projection"], PROJECTIONS)
-        carriers, indices = parameters["carriers"], parameters["carrier_indices"]
-        if type(carriers) is not list or type(indices) is not list or not carriers or len(carriers) != len(indices):
-            raise ValueError("carriers and carrier_indices must be lists of the same length, at least 1")
-        for position, (sizes, index) in enumerate(zip(carriers, indices, strict=True)):
-            canonical_shape(f"carriers[{position}]", sizes, least=2)
-            canonical_integer(f"carrier_indices[{position}]", index, 0, MAX_DIMENSION)
-        if any(second <= first for first, second in pairwise(indices)):
-            raise ValueError(f"carrier_indices must increase, and they are {indices}")
+        check_carriers(parameters)
 
     def layout(self, parameters: Parameters, total: int) -> Layout:
         return {"carrier_keys": ("uint64", (len(parameters["carriers"]),))}
@@ -87,16 +68,92 @@ class Weights:
 
     def observe(self, mark: Drawn, suspect: Suspect, total: int) -> Observations:
         """y [T] for every pairing of carriers and the suspect's tensors that keeps their order."""
-        parameters = mark.parameters
-        tensors = suspect.tensors(inputs_of(parameters))
-        shapes = [tuple(sizes) for sizes in parameters["carriers"]]
-        matching = match_tensors(shapes, tensors, parameters["carrier_indices"])
-        facts = [*suspect.facts, *matching.facts]
-        if matching.found == 0:
-            return Observations(facts=[*facts, fact("no_carrier")])
-        projections = _Projections(mark, tensors, total)
-        share = 1.0 / len(matching.tries)
-        return Observations([Observation(projections.sum(pairing), share) for pairing in matching.tries], facts)
+        return observed(mark, suspect, lambda tensors: _Projections(mark, tensors, total).sum)
+
+
+@dataclass(frozen=True)
+class PeriodicWeights(Weights):
+    """Bits in the place where y stands in its period: sin(β·y) is what is read (Li, Tondi, Barni 2021).
+
+    "Spread-transform dither modulation watermarking of deep neural network", JISA 2021: the bit is Θ(Xw) > 1/2 with
+    Θ(z) = σ(α·sin(β·z)), so the nearest half period is never far, and little has to move. α steers training only. The
+    period is one of the weights' own units: whoever scales them has moved every bit, which a sign would survive.
+
+    The null is exact: sin(β·y) is a function of the suspect, β and the geometry, and of no bit.
+    """
+
+    beta: int = 10
+
+    fields: ClassVar[tuple[str, ...]] = (*Weights.fields, "beta")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("carrier", self.carrier, _PLAIN_CARRIERS)
+        integer("beta", self.beta, 1, MAX_BETA)
+
+    def describe(self, task: Task, total: int) -> Parameters:
+        return super().describe(task, total) | {"beta": int(self.beta)}
+
+    def check(self, parameters: Parameters, total: int) -> None:
+        super().check(parameters, total)
+        one_of("carrier", parameters["carrier"], _PLAIN_CARRIERS)
+        canonical_integer("beta", parameters["beta"], 1, MAX_BETA)
+
+    def observe(self, mark: Drawn, suspect: Suspect, total: int) -> Observations:
+        linear = super().observe(mark, suspect, total)
+        found = [Observation(np.sin(mark.parameters["beta"] * each.y), each.share) for each in linear.found]
+        return Observations(found, linear.facts)
+
+
+def marked_carriers(task: Task, marked: str | int) -> Parameters:
+    """The shapes of the weights to be marked and their places among all of the task's; ValueError where there are none.
+
+    marked: "all", "widest", or a place.
+    """
+    shapes, allowed = task.weights()
+    every = [shape(f"shapes[{index}]", sizes, least=2) for index, sizes in enumerate(shapes)]
+    if not allowed:
+        raise ValueError("it marks the weights of convolutions and linear layers, and this network trains none")
+    if marked == "all":
+        indices = allowed
+    elif marked == "widest":
+        indices = [max(allowed, key=lambda index: (math.prod(every[index][1:]), -index))]
+    else:
+        indices = [integer("marked", marked, 0, len(every) - 1)]
+        if indices[0] not in allowed:
+            raise ValueError(f"it is to mark weight {indices[0]}, which is not trained")
+    return {"carriers": [every[index] for index in indices], "carrier_indices": indices}
+
+
+def check_carriers(parameters: Parameters) -> None:
+    """ValueError unless `carriers` and `carrier_indices` are as `marked_carriers` gives them."""
+    carriers, indices = parameters["carriers"], parameters["carrier_indices"]
+    if type(carriers) is not list or type(indices) is not list or not carriers or len(carriers) != len(indices):
+        raise ValueError("carriers and carrier_indices must be lists of the same length, at least 1")
+    for position, (sizes, index) in enumerate(zip(carriers, indices, strict=True)):
+        canonical_shape(f"carriers[{position}]", sizes, least=2)
+        canonical_integer(f"carrier_indices[{position}]", index, 0, MAX_DIMENSION)
+    if any(second <= first for first, second in pairwise(indices)):
+        raise ValueError(f"carrier_indices must increase, and they are {indices}")
+
+
+def observed(
+    mark: Drawn, suspect: Suspect, reader: Callable[[list[Tensor]], Callable[[Pairing], NDArray[np.float64]]]
+) -> Observations:
+    """One observation, with its share, for every pairing of the mark's carriers and the suspect's tensors.
+
+    reader: from the suspect's tensors what reads y [T] of a pairing.
+    """
+    parameters = mark.parameters
+    tensors = suspect.tensors(inputs_of(parameters))
+    shapes = [tuple(sizes) for sizes in parameters["carriers"]]
+    matching = match_tensors(shapes, tensors, parameters["carrier_indices"])
+    facts = [*suspect.facts, *matching.facts]
+    if matching.found == 0:
+        return Observations(facts=[*facts, fact("no_carrier")])
+    read = reader(tensors)
+    share = 1.0 / len(matching.tries)
+    return Observations([Observation(read(pairing), share) for pairing in matching.tries], facts)
 
 
 class _Projections:
@@ -106,7 +163,7 @@ class _Projections:
         self._mark, self._tensors, self._total = mark, tensors, total
         self._known: dict[tuple[int, int], NDArray[np.float32]] = {}
 
-    def sum(self, pairing: tuple[int | None, ...]) -> NDArray[np.float64]:
+    def sum(self, pairing: Pairing) -> NDArray[np.float64]:
         y = np.zeros(self._total)
         for carrier, tensor in enumerate(pairing):
             if tensor is not None:

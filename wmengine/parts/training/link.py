@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from wmengine.ops.reference import LINKS
 from wmengine.parts.base import Course, Setting
 from wmengine.parts.fields import one_of, positive
+from wmengine.parts.sources.extracted import Extracted
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Link:
 
     def begin(self, setting: Setting) -> Course:
         """Raises ValueError where the model's weights cannot carry the bits."""
+        from wmengine.parts.training.extracted_term import ExtractedTerm
         from wmengine.parts.training.weight_term import WeightTerm
 
-        return WeightTerm(self.link, float(self.strength), float(self.margin), setting)
+        course = ExtractedTerm if isinstance(setting.source, Extracted) else WeightTerm
+        return course(self.link, float(self.strength), float(self.margin), setting)

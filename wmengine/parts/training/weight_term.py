@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from wmengine import ops
-from wmengine.ops.reference import padded_buckets
+from wmengine.ops.reference import STDM_BETA, padded_buckets
 from wmengine.parts.base import Parameters, Setting
 from wmengine.parts.sources.weights import UNIT_CARRIERS, folded
 from wmengine.suspects.weights import ModuleTensor, live_factors, live_filters, module_tensors
@@ -26,11 +26,18 @@ class WeightTerm:
         self._link, self._strength, self._margin = link, strength, margin
         shapes = parameters["carriers"]
         _check_capacity(setting.preset_name, self._carrier, link, margin, shapes, parameters["bits"])
+        if (link == "stdm") != ("beta" in parameters):
+            raise ValueError(
+                f"scheme {setting.preset_name!r} cannot be trained with the link {link!r}: where y has a period, and "
+                "nowhere else, the link is 'stdm'"
+            )
         self._carriers = carriers_in(setting.model, setting.example, setting.preset_name, parameters)
         self._keys = [int(key) for key in setting.mark.arrays["carrier_keys"]]
         self._bits = torch.from_numpy(setting.mark.arrays[setting.symbols.name].copy())
         self._placed: dict[torch.device, torch.Tensor] = {}
         self._scale = _standard_scale(self._carrier, self._projection, shapes, parameters["bits"])
+        if link == "stdm":
+            self._scale = parameters["beta"] / STDM_BETA  # the operator's own β is fixed
         self.projected: torch.Tensor | None = None
 
     def rows(self, count: int, like: Mapping[str, torch.Tensor]) -> None:
@@ -53,7 +60,7 @@ class WeightTerm:
             margin=self._margin,
             scale=self._scale,
         )
-        self.projected = y.detach()
+        self.projected = torch.sin(STDM_BETA * y.detach()) if self._link == "stdm" else y.detach()
         result: torch.Tensor = self._strength * term
         return result
 
