@@ -23,8 +23,9 @@ COMMITMENTS = {
     "adi-1": "2fa65e9ac102dda290aabd8da2671e7f77a9058924a671452de9aab3504d79ea",
     "deepsigns-1": "e29b3a5e80ca65bbcbc8fde9fe7ca09e804df48bf614b89db45f1ff2956c63be",
     "adi_tokens-1": "e1b4e65f15e12956b0a2422ce61b5bc32a51ef9bbff11794303bbc63fc8616dd",
-    "diction-1": "a53092ceb1f873fb0b96324005ad5c83f671d3b8ab8047a9284e5a6eb563c68c",
+    "diction-1": "c0fb922eb63e2d8a565205c1296183c46247b7d37738fdbc3c86f3dfa7cb6f05",
     "tattooed-1": "a6f07fc19303ee8ead718541b8d956a3d1a2015b5b981387f4d11ee71d0e0d8f",
+    "emmark-1": "e9699f81c8882ff056b260dd22f9a651dddc8f112dae5f784e31edd07201a941",
 }
 LOG10_P = {
     "sketch-1": -18.96,
@@ -34,6 +35,7 @@ LOG10_P = {
     "adi_tokens-1": -49.70,
     "diction-1": -18.96,
     "tattooed-1": -18.96,
+    "emmark-1": -18.96,
 }
 
 

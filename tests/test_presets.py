@@ -12,6 +12,7 @@ import pytest
 import wmengine
 from wmengine.marks.catalogue import SCHEMES, find, registered, scheme
 from wmengine.parts.sources.activations import ActivationTerm
+from wmengine.parts.sources.integers import IntegerWeights
 from wmengine.parts.sources.latent import LatentActivations
 from wmengine.parts.sources.weights import Weights
 from wmengine.parts.symbols import Bits, Labels
@@ -23,7 +24,7 @@ from wmengine.parts.triggers.tokens import TokenTriggers
 
 
 def test_the_presets_keep_their_papers_defaults() -> None:
-    assert list(SCHEMES) == ["sketch", "uchida", "adi", "deepsigns", "adi_tokens", "diction", "tattooed"]
+    assert list(SCHEMES) == ["sketch", "uchida", "adi", "deepsigns", "adi_tokens", "diction", "tattooed", "emmark"]
     assert [preset.full_name for preset in SCHEMES.values()] == [f"{name}/1" for name in SCHEMES]
     assert scheme("sketch").source == Weights("unit_filters", "sketch", "all")
     assert scheme("sketch").training == Link("hinge", 0.001, 5.0)
@@ -34,10 +35,11 @@ def test_the_presets_keep_their_papers_defaults() -> None:
     assert scheme("adi").symbols == scheme("adi_tokens").symbols == Labels(100)
     assert scheme("deepsigns").training == ActivationTerm(0.01, 0.01)
     assert scheme("adi_tokens").source == TokenTriggers()
-    assert scheme("diction").source == LatentActivations(groups=8, members=4, hidden=512)
+    assert scheme("diction").source == LatentActivations(groups=16, members=4, hidden=512)
     assert scheme("diction").training == ActivationTerm(0.01, 0.0)
     assert scheme("tattooed").source == Weights("flat", "rademacher", "all")
     assert scheme("tattooed").training == Spread(4.0)
+    assert scheme("emmark").source == IntegerWeights(spare=8)
     kinds = {name: preset.kind for name, preset in SCHEMES.items()}
     assert kinds == {name: "black-box" if name.startswith("adi") else "white-box" for name in SCHEMES}
     assert all(preset.null == "exact" and preset.paper for preset in SCHEMES.values())
@@ -62,7 +64,7 @@ def test_an_unknown_version_is_answered_with_the_known_ones(name: Any, version: 
     with pytest.raises(
         ValueError,
         match=r"of version .*; it has sketch/1, uchida/1, adi/1, deepsigns/1, adi_tokens/1, "
-        "diction/1, tattooed/1$",
+        "diction/1, tattooed/1, emmark/1$",
     ):
         find(name, version)
 
@@ -182,7 +184,7 @@ def test_a_mark_of_a_preset_that_is_not_there_names_those_that_are(packages: Pac
     done = packages.run(code)
     assert done.stdout.strip() == "rank"
     assert "no scheme 'wide_sketch' of version 1; it has sketch/1" in done.stderr
-    assert done.stderr.strip().endswith("tattooed/1, wide_sketch/3, wide_sketch/2")
+    assert done.stderr.strip().endswith("emmark/1, wide_sketch/3, wide_sketch/2")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from wmengine.marks.preset import Preset
 from wmengine.parts.sources.activations import ActivationTerm, MeanActivations
+from wmengine.parts.sources.integers import Elsewhere, IntegerWeights
 from wmengine.parts.sources.latent import LatentActivations
 from wmengine.parts.sources.weights import Weights
 from wmengine.parts.statistics.either import Either
@@ -66,7 +67,7 @@ PRESETS = (
     Preset(
         name="diction",
         version=1,
-        source=LatentActivations(groups=8, members=4, hidden=512),
+        source=LatentActivations(groups=16, members=4, hidden=512),
         symbols=Bits(256),
         statistic=Either(),
         training=ActivationTerm(strength=0.01, pull=0.0),
@@ -82,5 +83,15 @@ PRESETS = (
         training=Spread(margin=4.0),
         null="exact",
         paper="Pagnotta, Hitaj, Hitaj, Pérez-Cruz, Mancini: TATTOOED, spread-spectrum channel coding, ACSAC 2024",
+    ),
+    Preset(
+        name="emmark",
+        version=1,
+        source=IntegerWeights(spare=8),
+        symbols=Bits(256),
+        statistic=Either(),
+        training=Elsewhere(),
+        null="exact",
+        paper="Zhang, Koushanfar: EmMark, watermarks of embedded quantized large language models, DAC 2024",
     ),
 )
