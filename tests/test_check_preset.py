@@ -67,7 +67,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [name for name in SCHEMES if name != "emmark"])  # see test_emmark.py
 def test_every_preset_of_the_page_keeps_its_promises(name: str) -> None:
     needs: dict[str, dict[str, Any]] = {"adi_tokens": text(), "deepipr_v1": {"model": prepared}}
     steps = 250 if isinstance(scheme(name).source, Passports) else 100  # a filter of 9 weights turns slowly

@@ -14,13 +14,18 @@ from wmengine.identity.canonical import canonical_json
 from wmengine.identity.key import Key
 from wmengine.marks.catalogue import SCHEMES, scheme
 from wmengine.marks.watermark import Watermark
-from wmengine.parts.base import Parameters, Task
+from wmengine.parts.base import Integers, Parameters, Task
 from wmengine.suspects.base import InputSpec
 
 KEY = Key("ACME Vision", bytes(range(32)))
 IMAGES = {"input": InputSpec((1, 8, 8), "float32")}
 SHAPES = [[16, 1, 3, 3], [32, 16, 3, 3], [10, 128]]
-TASK = Task(IMAGES, 10, [[0.0, 1.0]], weights=lambda: (SHAPES, [0, 1, 2]))
+LEVELS = [np.random.default_rng(n).integers(-127, 128, sizes).astype(np.float32) for n, sizes in enumerate(SHAPES)]
+INTEGERS = [
+    Integers(place, levels / 128, np.full(levels.shape, 1 / 128, np.float32), np.abs(levels) < 127)
+    for place, levels in enumerate(LEVELS)
+]
+TASK = Task(IMAGES, 10, [[0.0, 1.0]], weights=lambda: (SHAPES, [0, 1, 2]), integers=INTEGERS)
 TEXT = {"tokens": InputSpec((16,), "int64"), "mask": InputSpec((16,), "int64")}
 TOKENS = Task(TEXT, 10, [[0, 99]])
 PASSPORTS = ("deepipr_v1", "deepipr_v2", "deepipr_v3", "passport_norm")
@@ -41,6 +46,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "neuralmark": {"bits": 64, "width": 128},
     "greedy_residuals": {"bits": 64},
     "riga": {"bits": 64, "width": 128},
+    "emmark": {"bits": 64},
 }
 
 
@@ -320,14 +326,17 @@ CHANGES |= {
     name: [{"bits": 63}, {"carriers": [[32, 1, 3, 3], [32, 33, 3, 3]]}, {"carrier_indices": [0, 2]}]
     for name in PASSPORTS
 }
-CHANGES["tattooed"] = [*CHANGES["sketch"][3:], {"bits": 65}, {"carrier": "filter_mean"}, {"projection": "gaussian"}]
-CHANGES["diction"] = [*CHANGES["deepsigns"], {"hidden": 513}]
 CHANGES["deepmarks"] = CHANGES["uchida"]
 CHANGES["stdm"] = [{"bits": 65}, {"carrier": "flat"}, *CHANGES["uchida"][2:], {"beta": 9}]
 for extracted, other in {"neuralmark": "perceptron", "riga": "filtered", "greedy_residuals": "filtered"}.items():
     CHANGES[extracted] = [
         *({"bits": 66}, {"extractor": other, "width": 130}, {"carriers": [[32, 17, 3, 3]]}, {"carrier_indices": [2]}),
     ]
+CHANGES["tattooed"] = [*CHANGES["sketch"][3:], {"bits": 65}, {"carrier": "filter_mean"}, {"projection": "gaussian"}]
+CHANGES["emmark"] = [{"bits": 65}, *CHANGES["sketch"][3:]]
+CHANGES["emmark"] += [{name: "0000803e" + parameters_of("emmark")[name][8:]} for name in ("values", "steps")]
+CHANGES["emmark"] += [{"places": "00000000" + parameters_of("emmark")["places"][8:]}]
+CHANGES["diction"] = [*CHANGES["deepsigns"][2:], {"bits": 80}, {"groups": 8}, {"hidden": 513}]
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -22,6 +22,7 @@ from wmengine.judging.verdict import Verdict
 from wmengine.marks.catalogue import SCHEMES, scheme
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Task
+from wmengine.parts.sources.integers import IntegerWeights
 from wmengine.parts.sources.passports import Passports
 from wmengine.parts.sources.weights import Weights
 from wmengine.parts.training.covert import Covert
@@ -197,7 +198,9 @@ def test_the_documented_defaults_are_those_of_the_presets():
     assert documented.keys() == SCHEMES.keys()
     for name, preset in SCHEMES.items():
         options = preset.options
-        if preset.kind == "black-box":
+        if isinstance(preset.source, IntegerWeights):
+            expected = [str(options["bits"]), str(options["spare"])]
+        elif preset.kind == "black-box":
             expected = [str(options["count"])]
         elif isinstance(preset.training, Spread):
             expected = [str(options["bits"]), f"{options['margin']:g}"]

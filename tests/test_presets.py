@@ -13,6 +13,7 @@ import wmengine
 from wmengine.marks.catalogue import SCHEMES, find, registered, scheme
 from wmengine.parts.sources.activations import ActivationTerm
 from wmengine.parts.sources.extracted import Extracted
+from wmengine.parts.sources.integers import IntegerWeights
 from wmengine.parts.sources.latent import LatentActivations
 from wmengine.parts.sources.passports import Passports
 from wmengine.parts.sources.weights import PeriodicWeights, Weights
@@ -30,7 +31,7 @@ def test_the_presets_keep_their_papers_defaults() -> None:
     ours = ["sketch", "uchida", "adi", "deepsigns", "adi_tokens"]
     passports = ["deepipr_v1", "deepipr_v2", "deepipr_v3", "passport_norm"]
     one_weight = ["deepmarks", "stdm", "neuralmark", "greedy_residuals", "riga"]
-    assert list(SCHEMES) == [*ours, *passports, "diction", "tattooed", *one_weight]
+    assert list(SCHEMES) == [*ours, *passports, "diction", "tattooed", *one_weight, "emmark"]
     assert [preset.full_name for preset in SCHEMES.values()] == [f"{name}/1" for name in SCHEMES]
     assert scheme("sketch").source == Weights("unit_filters", "sketch", "all")
     assert scheme("sketch").training == Link("hinge", 0.001, 5.0)
@@ -46,10 +47,6 @@ def test_the_presets_keep_their_papers_defaults() -> None:
     ):
         assert (scheme(name).source, scheme(name).symbols) == (Passports(), ChannelBits(256))
         assert scheme(name).training == PassportSigns(0.1, 0.1, branch, triggers)
-    assert scheme("diction").source == LatentActivations(groups=8, members=4, hidden=512)
-    assert scheme("diction").training == ActivationTerm(0.01, 0.0)
-    assert scheme("tattooed").source == Weights("flat", "rademacher", "all")
-    assert scheme("tattooed").training == Spread(4.0)
     assert scheme("deepmarks").source == scheme("uchida").source
     assert scheme("deepmarks").training == Link("mse", 0.1, 1.0)
     assert scheme("stdm").source == PeriodicWeights("filter_mean", "gaussian", "widest", 10)
@@ -60,6 +57,11 @@ def test_the_presets_keep_their_papers_defaults() -> None:
     assert scheme("greedy_residuals").training == Link("hinge", 0.1, 0.1)
     assert scheme("riga").source == Extracted("perceptron", 1024)
     assert scheme("riga").training == Covert(0.05, 0.3)
+    assert scheme("diction").source == LatentActivations(groups=16, members=4, hidden=512)
+    assert scheme("diction").training == ActivationTerm(0.01, 0.0)
+    assert scheme("tattooed").source == Weights("flat", "rademacher", "all")
+    assert scheme("tattooed").training == Spread(4.0)
+    assert scheme("emmark").source == IntegerWeights(spare=8)
     kinds = {name: preset.kind for name, preset in SCHEMES.items()}
     assert kinds == {name: "black-box" if name.startswith("adi") else "white-box" for name in SCHEMES}
     assert all(preset.null == "exact" and preset.paper for preset in SCHEMES.values())
@@ -81,7 +83,7 @@ def test_an_unknown_scheme_or_option_is_answered_with_the_known_ones() -> None:
 
 @pytest.mark.parametrize(("name", "version"), [("adi", 2), ("adi", "1"), ("blind", 1), (["adi"], 1)])
 def test_an_unknown_version_is_answered_with_the_known_ones(name: Any, version: Any) -> None:
-    with pytest.raises(ValueError, match=r"of version .*; it has sketch/1, .*, adi_tokens/1, .*riga/1$"):
+    with pytest.raises(ValueError, match=r"of version .*; it has sketch/1, .*, adi_tokens/1, .*emmark/1$"):
         find(name, version)
 
 
@@ -209,7 +211,7 @@ def test_a_mark_of_a_preset_that_is_not_there_names_those_that_are(packages: Pac
     done = packages.run(code)
     assert done.stdout.strip() == "rank"
     assert "no scheme 'wide_sketch' of version 1; it has sketch/1" in done.stderr
-    assert done.stderr.strip().endswith("riga/1, wide_sketch/3, wide_sketch/2")
+    assert done.stderr.strip().endswith("emmark/1, wide_sketch/3, wide_sketch/2")
 
 
 @pytest.mark.parametrize(

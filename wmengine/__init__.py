@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from wmengine.judging.verdict import Verdict
     from wmengine.judging.verification import verify, verify_all
     from wmengine.marking.embedder import Embedder
+    from wmengine.marking.emmark import emmark
     from wmengine.marking.export import export_onnx
     from wmengine.marking.passports import passport, passport_accuracy
     from wmengine.marks.catalogue import SCHEMES, scheme
@@ -35,6 +36,7 @@ __all__ = [
     "Watermark",
     "__version__",
     "attacks",
+    "emmark",
     "endpoint",
     "errors",
     "export_onnx",
@@ -58,6 +60,7 @@ _HOMES = {
     "SCHEMES": "marks.catalogue",
     "Verdict": "judging.verdict",
     "Watermark": "marks.watermark",
+    "emmark": "marking.emmark",
     "endpoint": "suspects.endpoint.suspect",
     "export_onnx": "marking.export",
     "get_num_threads": "ops",

@@ -3,6 +3,7 @@
 from wmengine.marks.preset import Preset
 from wmengine.parts.sources.activations import ActivationTerm, MeanActivations
 from wmengine.parts.sources.extracted import Extracted
+from wmengine.parts.sources.integers import Elsewhere, IntegerWeights
 from wmengine.parts.sources.latent import LatentActivations
 from wmengine.parts.sources.passports import Passports
 from wmengine.parts.sources.weights import PeriodicWeights, Weights
@@ -110,7 +111,7 @@ PRESETS = (
     Preset(
         name="diction",
         version=1,
-        source=LatentActivations(groups=8, members=4, hidden=512),
+        source=LatentActivations(groups=16, members=4, hidden=512),
         symbols=Bits(256),
         statistic=Either(),
         training=ActivationTerm(strength=0.01, pull=0.0),
@@ -176,5 +177,15 @@ PRESETS = (
         training=Covert(strength=0.05, critic=0.3),
         null="exact",
         paper="Wang, Kerschbaum: RIGA, covert and robust white-box watermarking, WWW 2021",
+    ),
+    Preset(
+        name="emmark",
+        version=1,
+        source=IntegerWeights(spare=8),
+        symbols=Bits(256),
+        statistic=Either(),
+        training=Elsewhere(),
+        null="exact",
+        paper="Zhang, Koushanfar: EmMark, watermarks of embedded quantized large language models, DAC 2024",
     ),
 )

@@ -74,7 +74,6 @@ def check_preset(
     """
     torch.manual_seed(1)
     sample = torch.rand(64, 1, 8, 8) if sample is None else sample
-    proves = preset.null in PROVING
     key = Key.generate(owner="check_preset")
     from wmengine.marking.embedder import Embedder
     from wmengine.marking.export import export_onnx
@@ -92,29 +91,36 @@ def check_preset(
         )
         _train(network, embedder, sample, num_classes, steps)
         (mark,) = embedder.watermarks()
-        _check_derivation(mark, key)
-        file = Path(folder) / "mark.wm"
-        mark.save(file)
-        loaded = Watermark.load(file)
-        _require(loaded.commitment == mark.commitment, "a watermark changes when it is saved and loaded")
-        loaded.check_derivation(key)
         path = os.path.join(folder, "model.onnx")
         named = isinstance(sample, Mapping)
         export_onnx(network, {name: rows[:1] for name, rows in sample.items()} if named else sample[:1], path)
-        verdicts = [verify(network, mark, key=key), verify(path, mark, key=key)]
-        for verdict, what in zip(verdicts, ("the network", "its ONNX file"), strict=True):
-            _require(verdict.error is None, f"{what} cannot be judged: {verdict.error}")
-            _require(verdict.owned == proves, f"{what} is {verdict.decision} with log10 p = {verdict.log10_p}")
-        other = Watermark.create(Key.generate(owner="somebody else"), preset, mark.parameters)
-        for suspect, watermark, what in ((stranger, mark, "a stranger"), (network, other, "another key")):
-            verdict = verify(suspect, watermark)
-            why = verdict.error or f"log10 p = {verdict.log10_p}"
-            _require(verdict.decision == "not_proven", f"{what} is {verdict.decision}: {why}")
-        null = null_of(stranger, mark, key, keys)
-        for level, share in null.items():
-            most = level + 4.0 * math.sqrt(level / keys)
-            _require(share <= most, f"P(p <= {level}) is {share} over {keys} draws of the symbols")
-        return Report(mark, verdicts[0].log10_p, verdicts[1].log10_p, verify(stranger, mark).log10_p, null)
+        return check_mark(mark, key, network, path, stranger, keys=keys)
+
+
+def check_mark(mark: Watermark, key: Key, marked: Any, exported: Any, stranger: Any, *, keys: int = 2000) -> Report:
+    """The same of a mark that was made already. marked, exported: two suspects that hold it; stranger: one without."""
+    proves = mark.preset.null in PROVING
+    _check_derivation(mark, key)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "mark.wm"
+        mark.save(file)
+        loaded = Watermark.load(file)
+    _require(loaded.commitment == mark.commitment, "a watermark changes when it is saved and loaded")
+    loaded.check_derivation(key)
+    verdicts = [verify(marked, mark, key=key), verify(exported, mark, key=key)]
+    for verdict, what in zip(verdicts, ("the network", "its ONNX file"), strict=True):
+        _require(verdict.error is None, f"{what} cannot be judged: {verdict.error}")
+        _require(verdict.owned == proves, f"{what} is {verdict.decision} with log10 p = {verdict.log10_p}")
+    other = Watermark.create(Key.generate(owner="somebody else"), mark.preset, mark.parameters)
+    for suspect, watermark, what in ((stranger, mark, "a stranger"), (marked, other, "another key")):
+        verdict = verify(suspect, watermark)
+        why = verdict.error or f"log10 p = {verdict.log10_p}"
+        _require(verdict.decision == "not_proven", f"{what} is {verdict.decision}: {why}")
+    null = null_of(stranger, mark, key, keys)
+    for level, share in null.items():
+        most = level + 4.0 * math.sqrt(level / keys)
+        _require(share <= most, f"P(p <= {level}) is {share} over {keys} draws of the symbols")
+    return Report(mark, verdicts[0].log10_p, verdicts[1].log10_p, verify(stranger, mark).log10_p, null)
 
 
 def null_of(suspect: Any, mark: Watermark, key: Key, keys: int) -> dict[float, float]:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from onnx import TensorProto, helper, numpy_helper, save
+from onnx import TensorProto, helper, load, numpy_helper, save
 from scipy.optimize import nnls
 
 from wmengine import Key, Watermark, ops, scheme
+from wmengine.marking.emmark import integers_of, move
 from wmengine.parts.base import Task
 from wmengine.parts.sources.extracted import filtered_places
 from wmengine.parts.sources.passports import passports_of
@@ -123,6 +124,24 @@ def in_one_weight():
     chain("riga-1.onnx", ops.sketch_adjoint(hidden, first, 2048).reshape(32, 64), np.ones((10, 32)))
 
 
+def in_integers():
+    generator = np.random.default_rng(2)
+    held, nodes = [], [("Flatten", ["input"], ["x0"], {})]
+    for number, sizes in enumerate(((32, 64), (10, 32))):
+        held.append(numpy_helper.from_array(generator.integers(-127, 128, sizes).astype(np.int8), f"w{number}"))
+        held.append(numpy_helper.from_array(np.array(1 / 64, np.float32), f"scale{number}"))
+        nodes.append(("DequantizeLinear", [f"w{number}", f"scale{number}"], [f"float{number}"], {}))
+        after = "logits" if number else "x1"
+        nodes.append(("Gemm", [f"x{number}", f"float{number}"], [after], {"transB": 1}))
+    network("emmark-1.onnx", IMAGES, nodes, {})
+    proto = load(FOLDER / "emmark-1.onnx")
+    proto.graph.initializer.extend(held)
+    emmark = mark("emmark", Task(IMAGES, integers=integers_of(proto)), bits=64)
+    move(proto, emmark)
+    save(proto, FOLDER / "emmark-1.onnx")
+    yield emmark
+
+
 def in_activations():
     deepsigns = mark("deepsigns", images((64, 64), (10, 64)), bits=64)
     bits = (2.0 * deepsigns.symbols - 1.0).reshape(8, 8)
@@ -133,14 +152,14 @@ def in_activations():
     chain("deepsigns-1.onnx", solved(means, wanted).T, np.eye(10, 64))
 
     diction = mark("diction", images((64, 64), (10, 64)), bits=64, members=1, hidden=64)
-    centres, signs = torch.ones(8, 64, requires_grad=True), torch.from_numpy(2.0 * diction.symbols - 1.0)
+    centres, signs = torch.eye(16, 64).requires_grad_(), torch.from_numpy(2.0 * diction.symbols - 1.0)
     optimizer = torch.optim.Adam([centres], lr=0.05)
     for _ in range(500):
         y = diction.preset.source.projected(centres, diction, 64)
         optimizer.zero_grad()
         (0.3 - signs * y).clamp(min=0).sum().backward()
         optimizer.step()
-    inputs = diction.preset.source.examples(diction)["input"].reshape(8, 64)
+    inputs = diction.preset.source.examples(diction)["input"].reshape(16, 64)
     yield diction
     chain("diction-1.onnx", solved(inputs, centres.detach().numpy()).T, np.eye(10, 64))
 
@@ -177,6 +196,7 @@ def in_answers():
 
 
 if __name__ == "__main__":
-    for each in (*in_weights(), *in_one_weight(), *in_activations(), *in_scales(), *in_answers()):
+    made = (*in_weights(), *in_one_weight(), *in_activations(), *in_scales(), *in_answers(), *in_integers())
+    for each in made:
         each.save(FOLDER / f"{each.scheme}-{each.version}.wm")
         print(each.scheme, each.commitment)

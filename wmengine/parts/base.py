@@ -41,6 +41,17 @@ class Drawn(Protocol):
     def arrays(self) -> Arrays: ...
 
 
+@dataclass(frozen=True, eq=False)
+class Integers:
+    """A weight that is stored as integers: its place in the order of execution; of each value [O, ...] what it stands
+    for, what one step is worth there, and whether it can be moved a step either way."""
+
+    place: int
+    values: NDArray[np.float32]
+    steps: NDArray[np.float32]
+    free: NDArray[np.bool_]
+
+
 @dataclass(frozen=True)
 class Task:
     """What marking knows of a model before there is a mark: parts describe their parameters from it.
@@ -48,7 +59,7 @@ class Task:
     inputs: by name. num_classes: None where nothing says it. value_range: (lo, hi) per channel, or one pair of integers
     for inputs that are such. weights: runs the model; the shapes of all its weights in order of execution, filters on
     axis 0, and the places among them that may be marked. normalised: runs it too; those of these places whose output
-    goes right into a normalisation of its own.
+    goes right into a normalisation of its own. integers: a quantised file's weights.
     """
 
     inputs: Signature
@@ -57,6 +68,7 @@ class Task:
     class_names: Sequence[str] | None = None
     weights: Callable[[], tuple[list[list[int]], list[int]]] = lambda: ([], [])
     normalised: Callable[[], list[int]] = lambda: []
+    integers: Sequence[Integers] = ()
 
 
 @dataclass(frozen=True, eq=False)

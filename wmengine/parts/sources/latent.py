@@ -10,8 +10,8 @@ their loss that leaves the marked network's term; the unmarked one's has nothing
 
 Their noise is drawn anew at each step, from a normal law, and one mean carries all bits. Here the noise is fixed by the
 key and uniform over the range of the inputs, as suspects that take bytes can be asked it too, and there are several
-groups of it: a frozen extractor gives one mean of F activations no more than about F bits. Means are read in units of
-their own root mean square, so that the activations' scale says nothing.
+groups of it: a frozen extractor gives one mean of F activations no more than about F bits. Means are standardised over
+their F activations, so that neither their scale nor what they have in common, as all lie above a ReLU, says anything.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ _TINY = 1e-12
 @dataclass(frozen=True)
 class LatentActivations(MeanActivations):
     """As `MeanActivations`, over keyed noise, with an extractor of `hidden` units for each group in place of its
-    projection: y = B · tanh(A · mean / rms(mean)) with A [hidden, F] / √F and B [T / groups, hidden] / √hidden."""
+    projection: y = B · tanh(A · u), u the standardised mean, A [hidden, F] / √F, B [T / groups, hidden] / √hidden."""
 
+    groups: int = 16
     hidden: int = 512
 
     asked = NoiseTriggers()
@@ -64,7 +65,8 @@ class LatentActivations(MeanActivations):
         return {"extractor_keys": np.array(keys, np.uint64), **super().draw(subkey, parameters, total)}
 
     def extracted(self, centre: Any, mark: Drawn, group: int, count: int) -> Any:
-        unit = centre / ((centre * centre).mean() + _TINY) ** 0.5
-        hidden = ops.project(unit, int(mark.arrays["group_keys"][group]), mark.parameters["hidden"], "gaussian")
+        centre = centre - centre.mean()
+        standard = centre / ((centre * centre).mean() + _TINY) ** 0.5
+        hidden = ops.project(standard, int(mark.arrays["group_keys"][group]), mark.parameters["hidden"], "gaussian")
         bent = np.tanh(hidden) if isinstance(hidden, np.ndarray) else hidden.tanh()
         return ops.project(bent, int(mark.arrays["extractor_keys"][group]), count, "gaussian")
