@@ -46,29 +46,28 @@ Found = Mapping[str, Row]
 
 
 def heading(problem: Problem, found: Found) -> str:
-    """What was measured, on what: the networks' accuracy and what the marks cost them, seed by seed, and the longer
-    training that they take, the median of the seeds."""
+    """What was measured, on what: the networks' accuracy and what the marks cost them, seed by seed."""
     rows = _measured(problem, found)
     if not rows:
         return f"Nothing is measured yet: `python -m benchmarks.robustness --problem {problem.name} --publish`."
-    lines = [
-        "| network | symbols | accuracy, % | the mark costs, points [95 %] | training takes |",
-        "|---|---|---|---|---|",
-    ]
-    twins = _seeds(problem, UNMARKED, TWIN_LINE, found)
+    lines = ["| network | symbols | accuracy, % | the mark costs, points [95 %] |", "|---|---|---|---|"]
     for preset in (UNMARKED, *problem.presets):
         line = TWIN_LINE if preset == UNMARKED else LINES[0]
         seeds = _seeds(problem, preset, line, found)
         accuracies = ", ".join(NOT_RUN if row is None else f"{100 * row.accuracy:.1f}" for row in seeds)
-        costs = ", ".join(
-            NOT_RUN if row is None or row.loss is None else f"{row.loss:.1f} [{row.loss_low:.1f}, {row.loss_high:.1f}]"
-            for row in seeds
+        costs = (
+            ""
+            if preset == UNMARKED
+            else ", ".join(
+                NOT_RUN
+                if row is None or row.loss is None
+                else f"{row.loss:.1f} [{row.loss_low:.1f}, {row.loss_high:.1f}]"
+                for row in seeds
+            )
         )
-        times = [row.seconds / twin.seconds for row, twin in zip(seeds, twins, strict=True) if row and twin]
-        longer = f"{statistics.median(times):.2f} ×" if times else NOT_RUN
         symbols = next((str(row.total) for row in seeds if row is not None and row.total), "")
         name = "without a mark" if preset == UNMARKED else preset
-        lines.append(f"| {name} | {symbols} | {accuracies} | {costs} | {longer} |")
+        lines.append(f"| {name} | {symbols} | {accuracies} | {costs} |")
     versions: dict[str, set[str]] = {}
     for said in {row.versions for row in rows}:
         for package, version in json.loads(said).items():
