@@ -106,7 +106,7 @@ def test_so_does_the_search_with_keys_that_are_derived(stranger):
             key = Key("ACME Vision", hashlib.sha256(f"{preset} {number}".encode()).digest())
             other = Watermark.create(key, mark.preset, mark.parameters)
             (observation,) = other.preset.source.observe(other, suspect, BITS).found
-            test = tests.begin(0.5, BITS, 9.0, sequential=False)
+            test = tests.begin(0.5, BITS, sequential=False)
             test.add(looks_of_bits(observation.y, [other.symbols])[0])
             p.append(test.log10_p)
         for level in (0.1, 0.03, 0.01, 0.003):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Flag, auto
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -224,5 +224,5 @@ def inputs_of(parameters: Parameters) -> dict[str, InputSpec]:
 def options_of(parts: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     """Every option of some parts, with the part that has it."""
     for part in parts:
-        for name in getattr(part, "__dataclass_fields__", ()):
-            yield name, part
+        for each in fields(part) if is_dataclass(part) else ():
+            yield each.name, part
