@@ -80,15 +80,18 @@ def test_a_model_in_half_precision_is_trained_too():
 
 def train_slowly(model, rows, emb):
     """Ten epochs at a rate that leaves a trained network's weights about where they are."""
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=10 * -(-len(rows[1]) // 64))
     model.train()
+    generator = torch.Generator().manual_seed(0)
     for _ in range(10):
-        for chosen in torch.randperm(len(rows[1]), generator=torch.Generator().manual_seed(0)).split(64):
+        for chosen in torch.randperm(len(rows[1]), generator=generator).split(64):
             x, y = emb.mix(rows[0][chosen], rows[1][chosen])
             loss = emb.loss(model(x), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
     model.eval()
 
 
