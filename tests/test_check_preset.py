@@ -73,7 +73,8 @@ def test_every_preset_of_the_page_keeps_its_promises(name: str) -> None:
     steps = 250 if isinstance(scheme(name).source, Passports) else 100  # a filter of 9 weights turns slowly
     report = check_preset(scheme(name, **SMALL[name]), steps=steps, **needs.get(name, {}))
     total = report.watermark.total
-    assert report.log10_p < -total * (0.9 if name.startswith("adi") else 0.28)
+    # Of 64 bits one may be missed: that is 10^-17.06, and all of them 10^-18.96.
+    assert report.log10_p < -total * (0.9 if name.startswith("adi") else 0.26)
     assert report.exported_log10_p < 0.95 * report.log10_p
     assert report.stranger_log10_p > -4.0
     assert set(report.null) == {0.1, 0.01, 0.001}
