@@ -67,6 +67,12 @@ def run(
     """
     chosen = attack(name)
     options = chosen.options(options)
+    is_file = isinstance(model, str | os.PathLike)
+    if is_file and chosen.takes == "module":
+        raise ValueError(
+            f"the attack {name!r} trains: give the torch module (on the command line package.module:function, which "
+            f"returns it) and not {os.fspath(model)}"
+        )
     if data is None and chosen.needs and not any(options[name] == value for name, value in chosen.unless.items()):
         also = "inputs" if chosen.needs == "inputs" else "(inputs, labels)"
         raise ValueError(f"the attack {name!r} needs data={also}")
@@ -77,7 +83,7 @@ def run(
         raise ValueError(
             f"{os.fspath(out)} is there already: choose another name, or overwrite it (overwrite=True, --force)"
         )
-    if isinstance(model, str | os.PathLike):
+    if is_file:
         return attack_file(chosen, Path(model), given, None if out is None else Path(out), seed, options)
     torch = sys.modules.get("torch")  # whoever holds a module has imported torch
     if torch is None or not isinstance(model, torch.nn.Module):

@@ -79,11 +79,6 @@ def attack_file(
     attack: Attack, source: Path, data: Data | None, out: Path | None, seed: int, options: Mapping[str, Any]
 ) -> Path:
     """The attacked file, written to `out`, which is as it was if anything fails."""
-    if attack.takes == "module":
-        raise ValueError(
-            f"the attack {attack.name!r} trains: give the torch module (on the command line package.module:function, "
-            f"which returns it) and not {source}"
-        )
     if source.suffix not in SUFFIXES:
         raise ValueError(f"{source} must be a file of {' or '.join(SUFFIXES)}, or a torch module")
     if not source.is_file():
