@@ -47,7 +47,7 @@ def messages(mark, count):
     found, preset = [], mark.preset
     for number in range(count):
         subkeys = preset.subkeys(KEY, mark.parameters, f"copy {number}")
-        arrays = mark.arrays | {preset.symbols.name: preset.symbols.draw(subkeys.symbols, mark.parameters)}
+        arrays = mark.arrays | {preset.symbols.name: preset.symbols.draw(subkeys.symbols, mark.parameters, mark.arrays)}
         found.append(replace(mark, arrays=arrays, salt=subkeys.salt.hex(), message=f"copy {number}"))
     return found
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from wmengine.marking.passports import passport
 from wmengine.marks.catalogue import SCHEMES, scheme
-from wmengine.parts.base import Draw, Parameters
+from wmengine.parts.base import Arrays, Draw, Parameters
 from wmengine.parts.sources.passports import Passports
 from wmengine.parts.sources.weights import PeriodicWeights
 from wmengine.parts.symbols import Bits, Labels
@@ -93,8 +93,8 @@ def test_a_preset_that_only_ranks_is_never_owned() -> None:
 class OneTarget(Labels):
     """A single target for most triggers: a stranger who answers one class matches nearly all of them, or none."""
 
-    def draw(self, subkey: bytes, parameters: Parameters) -> NDArray[Any]:
-        labels = super().draw(subkey, parameters)
+    def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
+        labels = super().draw(subkey, parameters, arrays)
         labels[10:] = labels[0]
         return labels
 
@@ -103,7 +103,7 @@ class OneTarget(Labels):
 class SameBits(Bits):
     """Bits that nothing keyed enters."""
 
-    def draw(self, subkey: bytes, parameters: Parameters) -> NDArray[Any]:
+    def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
         return np.ones(parameters["bits"], np.uint8)
 
 

@@ -387,7 +387,7 @@ def test_symbols_are_fair(name: str, chance: float, over: str) -> None:
     for n in range(2000):
         key = Key("ACME", hashlib.sha256(str(n).encode()).digest()) if over == "keys" else KEY
         subkeys = preset.subkeys(key, parameters, f"copy {n}" if over == "messages" else None)
-        hits.append(int((preset.symbols.draw(subkeys.symbols, parameters) == 0).sum()))
+        hits.append(int((preset.symbols.draw(subkeys.symbols, parameters, {}) == 0).sum()))
     mean, variance = preset.total(parameters) * chance, preset.total(parameters) * chance * (1 - chance)
     assert abs(np.mean(hits) - mean) < 4.5 * np.sqrt(variance / 2000)
     assert 0.85 < np.var(hits) / variance < 1.15

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,15 @@ def check_preset(
     sample: Any = None,
     num_classes: int = 10,
     value_range: Any = (0.0, 1.0),
+    samples: Any = None,
+    controls: Sequence[Any] = (),
     steps: int = 300,
     keys: int = 2000,
 ) -> Report:
     """Embed a preset and check what every preset promises; AssertionError, saying what fails.
 
     model: a network from a seed, for batches like `sample` (a tensor or a dict of tensors; [64, 1, 8, 8] unless given).
+    samples, controls: what the Embedder takes.
     Checked: derivation (symbols follow from key, parameters and message, geometry from key and parameters), the `.wm`
     file, that the mark proves itself on the network and from its ONNX file after BatchNorm folding, that neither a
     stranger nor another key does, and P(p <= a) <= a over `keys` fresh draws of the symbols on the stranger. A preset
@@ -88,6 +91,8 @@ def check_preset(
             sample=sample,
             name="check",
             value_range=value_range,
+            samples=samples,
+            controls=controls,
         )
         _train(network, embedder, sample, num_classes, steps)
         (mark,) = embedder.watermarks()
@@ -111,7 +116,7 @@ def check_mark(mark: Watermark, key: Key, marked: Any, exported: Any, stranger: 
     for verdict, what in zip(verdicts, ("the network", "its ONNX file"), strict=True):
         _require(verdict.error is None, f"{what} cannot be judged: {verdict.error}")
         _require(verdict.owned == proves, f"{what} is {verdict.decision} with log10 p = {verdict.log10_p}")
-    other = Watermark.create(Key.generate(owner="somebody else"), mark.preset, mark.parameters)
+    other = _created(mark, Key.generate(owner="somebody else"))
     for suspect, watermark, what in ((stranger, mark, "a stranger"), (marked, other, "another key")):
         verdict = verify(suspect, watermark)
         why = verdict.error or f"log10 p = {verdict.log10_p}"
@@ -154,22 +159,28 @@ def _require(kept: bool, otherwise: str) -> None:
 
 
 def _check_derivation(mark: Watermark, key: Key) -> None:
-    preset, parameters, name = mark.preset, mark.parameters, mark.preset.symbols.name
-    again = Watermark.create(key, preset, parameters)
+    again = _created(mark, key)
     _require(again.commitment == mark.commitment, "derived twice, it is not the same")
-    messages = [Watermark.create(key, preset, parameters, message=message) for message in ("a", "b")]
+    messages = [_created(mark, key, message=message) for message in ("a", "b")]
     _require(len({each.geometry for each in (mark, *messages)}) == 1, "geometry follows from the message")
     symbols = {each.symbols.tobytes() for each in (mark, *messages)}
     _require(len(symbols) == 3, "symbols do not follow from the message")
-    renamed = Watermark.create(key, preset, {**parameters, "name": "another"})
+    renamed = _created(mark, key, name="another")
     _require(not np.array_equal(renamed.symbols, mark.symbols), "symbols do not follow from the parameters")
     _require(not _share_geometry(renamed, mark), "geometry does not follow from the parameters")
-    other = Watermark.create(Key.generate(owner=key.owner), preset, parameters)
-    _require(not np.array_equal(other.arrays[name], mark.symbols), "symbols do not follow from the key")
+    other = _created(mark, Key.generate(owner=key.owner))
+    _require(not np.array_equal(other.symbols, mark.symbols), "symbols do not follow from the key")
     _require(not _share_geometry(other, mark), "geometry does not follow from the key")
+
+
+def _created(mark: Watermark, key: Key, *, message: str | None = None, **changed: Any) -> Watermark:
+    """The mark that another key, message or parameters make of the same material."""
+    parameters = {**mark.parameters, **changed}
+    material = {name: mark.arrays[name] for name in parameters.get("material", {})}
+    return Watermark.create(key, mark.preset, parameters, message=message, material=material)
 
 
 def _share_geometry(first: Watermark, second: Watermark) -> bool:
     """Whether any of what two marks' geometry is made of is the same."""
-    names = first.arrays.keys() - {first.preset.symbols.name}
+    names = first.arrays.keys() - {first.preset.symbols.name, *first.parameters.get("material", {})}
     return any(np.array_equal(first.arrays[each], second.arrays[each]) for each in names)

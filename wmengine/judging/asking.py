@@ -8,7 +8,7 @@ key drew them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,16 +17,25 @@ from numpy.typing import NDArray
 
 from wmengine.errors import SuspectError, SuspectGone
 from wmengine.facts import Fact, fact
+from wmengine.judging.answering import (
+    answers_of,
+    classes_of,
+    interpreted,
+    members_of,
+    named_by,
+    rows_between,
+    width_of,
+)
 from wmengine.judging.hypotheses import Hypothesis, reading_facts, readings_of
 from wmengine.judging.looks import looks_of_labels, looks_of_scores
 from wmengine.judging.orders import CleanData, best_order, names_given, reorder
 from wmengine.judging.questions import put
 from wmengine.marks.watermark import Watermark
-from wmengine.parts.base import inputs_of
+from wmengine.parts.base import Interprets, inputs_of
 from wmengine.parts.statistics.base import Evidence, Look
 from wmengine.suspects.adapters import AS_RECORDED, Adapter
-from wmengine.suspects.answers import ABSTAINED, highest
-from wmengine.suspects.base import Answers, Inputs, Suspect, one_line, rows_of
+from wmengine.suspects.answers import ABSTAINED
+from wmengine.suspects.base import Answers, Inputs, Suspect
 
 TESTS = ("fixed", "sequential")
 FIRST_LOOK, NEXT_LOOK = 16, 8
@@ -90,7 +99,9 @@ class Trial:
 
     def __init__(self, marks: Sequence[Watermark], suspect: Suspect, terms: Terms) -> None:
         self.marks = list(marks)
-        self.num_classes = marks[0].preset.symbols.alphabet(marks[0].parameters)
+        self.num_classes, self.width = classes_of(marks[0]), width_of(marks[0])
+        # Answers that only the mark's source can read are asked for alone.
+        self.reader = marks[0].geometry if isinstance(marks[0].preset.source, Interprets) else ""
         self.error: str | None = None  # why the suspect cannot be judged
         self._suspect, self._terms = suspect, terms
         self._ways: list[Adapter] = []  # those still to be tried
@@ -99,7 +110,7 @@ class Trial:
         self._names_paid = names_given(suspect, marks[0])
         self._known: dict[int, float] = {}  # p-values since the last answers
         try:
-            self._ways += marks[0].preset.source.ways(marks[0], suspect, terms.every_way)  # type: ignore[attr-defined]
+            self._ways += marks[0].preset.asks.ways(marks[0], suspect, terms.every_way)
         except SuspectError as error:
             self.error = str(error)
         self._possible = len(self._ways)
@@ -144,7 +155,7 @@ class Trial:
         self._known.clear()
         ask = Ask(current.way, current.asked, current.asked + len(answers))
         expected = self.expected(ask)
-        predicted = classes_of(answers)
+        predicted = named_by(answers)
         if ask.start == 0:
             self._begin(current, predicted, single=answers.kind == "labels")
         predicted = _columns(current, predicted)
@@ -204,7 +215,7 @@ class Trial:
         Raises SuspectError where there is no room for a question any more.
         """
         current = self._rounds[-1]
-        current.clean = classes_of(answers)
+        current.clean = named_by(answers)
         current.total = self._room(current.way)  # less than before the clean inputs
         if not current.total:
             why = next(iter(answers.unasked.values()), "give fewer of them")
@@ -213,7 +224,7 @@ class Trial:
     @property
     def queries(self) -> int:
         """Questions really asked, in all ways together."""
-        return sum(current.asked - len(current.unasked) for current in self._rounds)
+        return members_of(self.marks[0]) * sum(current.asked - len(current.unasked) for current in self._rounds)
 
     def total(self, mark: int) -> int:
         """Symbols that the test is of, with the hypothesis that did best: all, or what there was room for."""
@@ -291,10 +302,12 @@ class Trial:
         first = current.first
         if first is None or len(first) < 2:
             return []
-        again = np.repeat(np.arange(len(first))[::-1], 2)
-        inputs = {name: rows[again] for name, rows in put(self.marks[0], current.way, 0, len(first)).items()}
+        again, members = np.repeat(np.arange(len(first))[::-1], 2), members_of(self.marks[0])
+        rows_again = (again[:, None] * members + np.arange(members)).ravel()
+        inputs = {name: rows[rows_again] for name, rows in put(self.marks[0], current.way, 0, len(first)).items()}
         try:
-            predicted = _columns(current, classes_of(_answers(self._suspect, inputs, self.num_classes)))
+            answers = answers_of(self._suspect, inputs, self.width)
+            predicted = _columns(current, named_by(interpreted(self.marks[0], again, answers)))
         except SuspectError as error:
             return [fact("not_again", count=len(again), reason=str(error))]
         # What is not answered this time, as a budget was used up, shows nothing.
@@ -307,14 +320,14 @@ class Trial:
         current.outputs = predicted.shape[1]
         clean = None if current.clean is None else _columns(current, current.clean)
         seen = predicted[:, 0] if clean is None else np.concatenate([predicted[:, 0], clean[:, 0]])
-        preset, chance = self.marks[0].preset, 1.0 / self.num_classes
+        chance = self.marks[0].preset.chance(self.marks[0].parameters)
         # The moments at which the ways before were given up are all that a suspect can know of the symbols: each is
         # paid, so that nothing is gained by answering otherwise after some than after others.
         before = self._rounds[:-1] if self._terms.sequential else []
         moments = math.prod(1 + len(range(FIRST_LOOK, each.total, NEXT_LOOK)) for each in before if each.asked)
         for output, first, share in readings_of(predicted, seen, self.num_classes, single):
             share *= current.way.share / moments
-            tests = [preset.statistic.begin(chance, current.total, self._terms.sequential) for _ in self.marks]
+            tests = [mark.preset.test(mark, current.total, self._terms.sequential) for mark in self.marks]
             hypothesis = Hypothesis(share, output, first, chance, tests)
             if self._terms.clean is not None and clean is not None:
                 found = best_order(hypothesis.classes(clean), self._terms.clean.labels, self.num_classes)
@@ -344,8 +357,9 @@ class Trial:
         return room > 0
 
     def _room(self, way: Adapter) -> int:
-        first, total = self.marks[0], self.marks[0].total
-        return min(total, self._suspect.limit(put(first, way, 0, min(FIRST_LOOK, total)), total))
+        first, total, members = self.marks[0], self.marks[0].total, members_of(self.marks[0])
+        room = self._suspect.limit(put(first, way, 0, min(FIRST_LOOK, total)), total * members)
+        return min(total, room // members)
 
     def _is_over(self, current: _Round) -> bool:
         if current.failure is not None or current.unasked:  # nor will the others be answered
@@ -381,13 +395,6 @@ class Trial:
         return found
 
 
-def classes_of(answers: Answers) -> Labels:
-    """The classes [n, R] that answers name, ABSTAINED where there is none; of scores the highest, the first."""
-    if answers.kind == "scores":
-        return highest(answers.values)[:, None]
-    return answers.values.reshape(len(answers), -1)
-
-
 def _columns(current: _Round, predicted: Labels) -> Labels:
     """Predictions as [n, R] of as many outputs as answered first; no answers at all are none of each."""
     if (predicted == ABSTAINED).all():
@@ -411,7 +418,7 @@ def run_trials(suspect: Suspect, trials: Sequence[Trial]) -> None:
             if ask is not None:
                 inputs = put(trial.marks[0], *ask)
                 like = tuple((name, rows.shape[1:], rows.dtype) for name, rows in inputs.items())
-                groups.setdefault((ask.way, trial.num_classes, like), []).append((trial, ask, inputs))
+                groups.setdefault((ask.way, trial.width, trial.reader, like), []).append((trial, ask, inputs))
         if not groups:
             return
         for asked in groups.values():
@@ -430,7 +437,7 @@ def _next(suspect: Suspect, trial: Trial) -> Ask | None:
             clean = trial.clean_inputs()
             if clean is None:
                 return ask
-            trial.add_clean(_answers(suspect, clean, trial.num_classes))
+            trial.add_clean(answers_of(suspect, clean, trial.width))
             trial.note(suspect.facts)
         except SuspectError as error:
             trial.fail(error)
@@ -441,7 +448,10 @@ def _ask(suspect: Suspect, asks: Sequence[tuple[Trial, Ask]], parts: Sequence[In
     """Put what trials of one way and number of classes ask, and hand them their answers."""
     # A copy, also of a single part: a model may write into what it is given.
     inputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    answers = _answers(suspect, inputs, asks[0][0].num_classes)
+    (trial, ask), *_ = asks
+    answers = answers_of(suspect, inputs, trial.width)
+    if trial.reader:  # the only one
+        answers = interpreted(trial.marks[0], np.arange(ask.start, ask.stop), answers)
     looks: list[list[Look] | None] = [None] * len(asks)
     if answers.kind == "scores":
         looks = [*_scored(answers.values, asks)]
@@ -450,30 +460,10 @@ def _ask(suspect: Suspect, asks: Sequence[tuple[Trial, Ask]], parts: Sequence[In
         end = at + ask.stop - ask.start
         trial.note(suspect.facts)
         try:
-            trial.add(_rows(answers, at, end), seen)
+            trial.add(rows_between(answers, at, end), seen)
         except SuspectError as error:
             trial.fail(error)
         at = end
-
-
-def _answers(suspect: Suspect, inputs: Inputs, num_classes: int) -> Answers:
-    """What the suspect answers. Whatever else it does, and an answer that does not fit, raises SuspectError."""
-    count = rows_of(inputs)
-    try:
-        answers = suspect.answer(inputs, num_classes)
-        shape = answers.values.shape
-    except SuspectError:
-        raise
-    except Exception as error:
-        raise SuspectError(f"{suspect.name} cannot be asked ({one_line(error)})") from None
-    if shape[:1] != (count,):
-        raise SuspectError(f"{suspect.name} answers {count} inputs with answers {list(shape)}")
-    if answers.kind == "scores" and shape[1:] != (num_classes,):
-        raise SuspectError(
-            f"{suspect.name} answers with {' x '.join(map(str, shape[1:]))} classes and the watermark has "
-            f"{num_classes}; verify a suspect of the same task"
-        )
-    return answers
 
 
 def _scored(scores: NDArray[Any], asks: Sequence[tuple[Trial, Ask]]) -> list[list[Look]]:
@@ -487,13 +477,3 @@ def _scored(scores: NDArray[Any], asks: Sequence[tuple[Trial, Ask]]) -> list[lis
                 scores[at:end] = scores[at:end][:, order]
             at = end
     return [found.looks for found in looks_of_scores(scores, [trial.expected(ask) for trial, ask in asks])]
-
-
-def _rows(answers: Answers, start: int, stop: int) -> Answers:
-    if start == 0 and stop == len(answers):
-        return answers
-
-    def part(reasons: Mapping[int, str]) -> dict[int, str]:
-        return {row - start: why for row, why in reasons.items() if start <= row < stop}
-
-    return Answers(answers.kind, answers.values[start:stop], part(answers.unasked), part(answers.refused))

@@ -100,7 +100,7 @@ def _read(suspect: Suspect, marks: Sequence[Watermark]) -> list[Finding]:
     """Bits that are all there at once, in every way to find them; the best one counts, after paying for all."""
     first = marks[0]
     try:
-        observed = first.preset.source.observe(first, suspect, first.total)  # type: ignore[attr-defined]
+        observed = first.preset.reads.observe(first, suspect, first.total)
         shared = [fact("shared", marks=len(marks))] if len(marks) > 1 else []
         facts = tuple(dict.fromkeys([*observed.facts, *shared]))
         if not observed.found:
@@ -108,7 +108,7 @@ def _read(suspect: Suspect, marks: Sequence[Watermark]) -> list[Finding]:
         tried: list[tuple[float, list[Test]]] = []
         for observation in observed.found:
             looks = looks_of_bits(observation.y, [mark.symbols for mark in marks])
-            tests = [_test_of(mark) for mark in marks]
+            tests = [mark.preset.test(mark, mark.total, sequential=False) for mark in marks]
             for test, look in zip(tests, looks, strict=True):
                 test.add(look)
             tried.append((math.log10(observation.share), tests))
@@ -118,11 +118,6 @@ def _read(suspect: Suspect, marks: Sequence[Watermark]) -> list[Finding]:
     except Exception as error:  # what a suspect makes our own code do is its fault too
         reason = f"{suspect.name} cannot be judged ({one_line(error)})"
     return [failed(mark, reason) for mark in marks]
-
-
-def _test_of(mark: Watermark) -> Test:
-    preset = mark.preset
-    return preset.statistic.begin(preset.chance(mark.parameters), mark.total, sequential=False)
 
 
 def _best(tried: Sequence[tuple[float, list[Test]]], number: int, facts: tuple[Fact, ...]) -> Finding:

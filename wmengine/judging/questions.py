@@ -28,7 +28,7 @@ def put(mark: Watermark, way: Adapter, start: int, stop: int) -> Inputs:
         if place in _kept:
             _kept.move_to_end(place)
             return _kept[place][0]
-    inputs: Inputs = mark.preset.source.inputs(mark, way, start, stop)  # type: ignore[attr-defined]
+    inputs: Inputs = mark.preset.asks.inputs(mark, way, start, stop)
     size = sum(rows.nbytes for rows in inputs.values())
     with _lock:
         if place not in _kept:

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Course, inputs_of
 from wmengine.parts.fields import MAX_CLASSES, integer
+from wmengine.suspects.answers import to_array
 from wmengine.suspects.base import InputSpec
 
 IGNORE_INDEX = -100
@@ -47,6 +49,29 @@ class Batches:
         mine = {name: (spec.shape, spec.dtype) for name, spec in self.signature.items()}
         if inputs != mine:
             raise ValueError(f"the mark {mark.scheme!r} is for inputs {inputs}, and the sample holds {mine}")
+
+    def samples(self, given: Any) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64] | None]:
+        """The owner's samples by name, and their labels if there are any; nothing for None. Raises ValueError or
+        TypeError for what is not shaped as the sample."""
+        if given is None:
+            return {}, None
+        inputs, labels = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+        if self._single == isinstance(inputs, Mapping) or (not self._single and set(inputs) != set(self.signature)):
+            raise TypeError("samples must be what the sample is: a tensor, or a dict with the same names")
+        rows: dict[str, NDArray[Any]] = {}
+        for name, values in ({ONE: inputs} if self._single else dict(inputs)).items():
+            array, shape = to_array(values), self.signature[name].shape
+            if array is None or array.shape[1:] != shape or len(array) == 0:
+                raise ValueError(f"samples must be [n, {', '.join(map(str, shape))}], as the sample is")
+            rows[name] = array
+        if labels is None:
+            return rows, None
+        truth, count, most = to_array(labels), len(next(iter(rows.values()))), (self.num_classes or MAX_CLASSES) - 1
+        if truth is None or truth.dtype.kind not in "iu" or truth.shape != (count,):
+            raise ValueError(f"the labels of samples must be {count} class numbers")
+        if not 0 <= truth.min() <= truth.max() <= most:
+            raise ValueError(f"the labels of samples must be from 0 to {most}, and are {truth.min()} to {truth.max()}")
+        return rows, truth.astype(np.int64)
 
     def example(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """A row of the sample on the model's device."""

@@ -63,9 +63,11 @@ class Embedder:
     gives them. num_classes: the width C of the model's logits [N, C], for marks of triggers. sample: a batch [n, ...]
     as the loop feeds it, or a dict of several inputs by name. Its shape is the triggers', and without `value_range=`,
     (lo, hi) or one pair per channel (axis 1), its range is theirs too: both are part of the mark, so another sample may
-    make another one. name: the model's, another part of every derivation: two models of one owner share nothing.
-    class_names: in the order of the logits, so that answers that are names can be read. message: whom this copy is
-    for; symbols follow from it, triggers and projections do not.
+    make another one. samples: for schemes whose triggers are made of the task's own inputs: some hundred of these, as
+    the loop feeds them, or a pair (inputs, labels int64 [n]); controls: for schemes that only rank: networks of the
+    task that were made without this one. Both are bound into the mark. name: the model's, another part of every
+    derivation: two models of one owner share nothing. class_names: in the order of the logits, so that answers that are
+    names can be read. message: whom this copy is for; symbols follow from it, triggers and projections do not.
 
     To go on with marks, after an interruption or in the next training, give `marks=` (Watermarks or their files)
     instead of key and name, and `load_state_dict` what `state_dict` gave; a mark does not know how it was trained, so
@@ -87,6 +89,8 @@ class Embedder:
         value_range: ValueRange | None = None,
         class_names: Sequence[str] | None = None,
         message: str | None = None,
+        samples: Any = None,
+        controls: Sequence[torch.nn.Module] = (),
         marks: Sequence[Watermark | str | os.PathLike[str]] | None = None,
     ) -> None:
         self._model = unwrap(model)
@@ -107,10 +111,11 @@ class Embedder:
                 raise ValueError("a new mark needs key, schemes and name; or give marks= to go on with")
             if not isinstance(key, Key):
                 key = Key.load(key)
-            task = self._task(class_names)
+            task = self._task(class_names, samples, controls)
             for preset in presets:
-                parameters = preset.describe(task, name)
-                registered.append(Watermark.create(key, preset, parameters, message=message))
+                material = preset.gather(task)
+                parameters = preset.describe(task, name, material)
+                registered.append(Watermark.create(key, preset, parameters, message=message, material=material))
         self._check_classes(registered)
         self._marks: list[_Mark] = []
         groups = 0
@@ -247,8 +252,9 @@ class Embedder:
         for mark in self._marks:
             mark.course.load_state_dict(state[mark.watermark.commitment])
 
-    def _task(self, class_names: Sequence[str] | None) -> Task:
+    def _task(self, class_names: Sequence[str] | None, samples: Any, controls: Sequence[torch.nn.Module]) -> Task:
         batches = self._batches
+        rows, labels = batches.samples(samples)
         return Task(
             inputs=batches.signature,
             num_classes=batches.num_classes,
@@ -256,6 +262,10 @@ class Embedder:
             class_names=class_names,
             weights=self._weights,
             normalised=self._normalised,
+            samples=rows,
+            sample_labels=labels,
+            model=self._model,
+            controls=[unwrap(control) for control in controls],
         )
 
     def _weights(self) -> tuple[list[list[int]], list[int]]:

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from numpy.typing import NDArray
 
 from wmengine.identity.canonical import check_name
 from wmengine.identity.key import Key
 from wmengine.identity.subkeys import Subkeys
-from wmengine.parts.base import Layout, Need, Parameters, Source, Symbols, Task, Training, described_inputs, options_of
-from wmengine.parts.fields import check_inputs, one_of
-from wmengine.parts.statistics.base import Statistic
+from wmengine.parts.base import (
+    Arrays,
+    Asks,
+    Drawn,
+    Gathers,
+    Layout,
+    Need,
+    Parameters,
+    Reads,
+    Source,
+    Symbols,
+    Task,
+    Training,
+    described_inputs,
+    options_of,
+)
+from wmengine.parts.fields import check_digests, check_inputs, one_of
+from wmengine.parts.statistics.base import Statistic, Test
+from wmengine.parts.statistics.rank import Rank, null_matches
 
 NULLS = ("exact", "bound", "exchangeable", "rank")
 _OWN_FIELDS = ("name", "inputs", "statistic")
@@ -30,9 +47,9 @@ class Preset:
 
     name: str
     version: int
-    source: Source
+    source: Source | Gathers
     symbols: Symbols
-    statistic: Statistic
+    statistic: Statistic | Rank
     training: Training
     null: str
     paper: str
@@ -48,6 +65,16 @@ class Preset:
     def kind(self) -> str:
         """ "black-box" where the suspect only has to answer, else "white-box"."""
         return "black-box" if self.source.needs == Need.ANSWERS else "white-box"
+
+    @property
+    def asks(self) -> Asks:
+        """The source of a black-box preset."""
+        return cast(Asks, self.source)
+
+    @property
+    def reads(self) -> Reads:
+        """The source of a white-box preset."""
+        return cast(Reads, self.source)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -77,24 +104,41 @@ class Preset:
         source, symbols, training = map(replaced, self._parts)
         return replace(self, source=source, symbols=symbols, training=training)
 
-    def describe(self, task: Task, name: str) -> Parameters:
-        """The canonical parameters of a mark in a model called `name`. ValueError where the task does not fit."""
+    def gather(self, task: Task) -> dict[str, NDArray[Any]]:
+        """The material of a mark, none for most: what the owner gives and the key does not draw."""
+        if not isinstance(self.source, Gathers):
+            return {}
         try:
-            parameters = self.symbols.describe(task)
-            parameters |= self.source.describe(task, self.symbols.total(parameters))
+            return self.source.gather(task, self.symbols.total(self.symbols.describe(task)))
         except ValueError as error:
             raise ValueError(f"scheme {self.name!r}: {error}") from None
-        parameters |= {
+
+    def describe(self, task: Task, name: str, material: Arrays | None = None) -> Parameters:
+        """The canonical parameters of a mark in a model called `name`; material: what `gather` gave. ValueError where
+        the task does not fit."""
+        parameters: Parameters = {
             "inputs": described_inputs(task.inputs),
             "name": check_name("name", name),
             "statistic": self.statistic.identifier,
         }
-        self.check(parameters)
+        try:
+            parameters |= self.symbols.describe(task)
+            total = self.symbols.total(parameters)
+            if isinstance(self.source, Gathers):
+                material = {} if material is None else material
+                parameters |= self.source.describe(task, total, material)
+                parameters["material"] = {name: array_digest(array) for name, array in material.items()}
+            else:
+                parameters |= self.source.describe(task, total)
+            self.check(parameters)
+        except ValueError as error:
+            raise ValueError(f"scheme {self.name!r}: {error}") from None
         return parameters
 
     def check(self, parameters: Parameters) -> None:
         """Raises ValueError unless these are complete, in range and in canonical form."""
-        expected = (*_OWN_FIELDS, *self.symbols.fields, *self.source.fields)
+        material = ("material",) if isinstance(self.source, Gathers) else ()
+        expected = (*_OWN_FIELDS, *self.symbols.fields, *self.source.fields, *material)
         for field in expected:
             if field not in parameters:
                 raise ValueError(f"the parameters of {self.name!r} lack {field!r}")
@@ -108,6 +152,9 @@ class Preset:
         check_inputs(parameters["inputs"])
         self.symbols.check(parameters)
         self.source.check(parameters, self.symbols.total(parameters))
+        if material:
+            layout = self.source.layout(parameters, self.symbols.total(parameters))
+            check_digests("material", parameters["material"], tuple(layout))
 
     def total(self, parameters: Parameters) -> int:
         """The number of symbols that a mark can test."""
@@ -118,16 +165,36 @@ class Preset:
         return 1.0 / self.symbols.alphabet(parameters)
 
     def layout(self, parameters: Parameters) -> Layout:
-        """Name → (dtype, shape) of a mark's arrays, without drawing them."""
+        """Name → (dtype, shape) of a mark's arrays, without drawing them; material among them."""
         own = self.source.layout(parameters, self.total(parameters))
         return own | self.symbols.layout(parameters)
 
-    def derive(self, key: Key, parameters: Parameters, message: str | None = None) -> dict[str, NDArray[Any]]:
-        """Everything that scoring needs, from key, parameters and message alone: marking and its check call this."""
+    def derive(
+        self, key: Key, parameters: Parameters, message: str | None = None, material: Arrays | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Everything that scoring needs, from key, parameters, their material and message alone: marking and its check
+        call this. ValueError for other material."""
         self.check(parameters)
-        subkeys = self.subkeys(key, parameters, message)
-        drawn = self.source.draw(subkeys.geometry, parameters, self.total(parameters))
-        return drawn | {self.symbols.name: self.symbols.draw(subkeys.symbols, parameters)}
+        subkeys, total = self.subkeys(key, parameters, message), self.total(parameters)
+        given = {} if material is None else dict(material)
+        if {name: array_digest(array) for name, array in given.items()} != parameters.get("material", {}):
+            raise ValueError(f"scheme {self.name!r}: this is not the material that the parameters were described with")
+        if isinstance(self.source, Gathers):
+            given |= self.source.draw(subkeys.geometry, parameters, total, given)
+        else:
+            given |= self.source.draw(subkeys.geometry, parameters, total)
+        return given | {self.symbols.name: self.symbols.draw(subkeys.symbols, parameters, given)}
+
+    def test(self, mark: Drawn, total: int, sequential: bool) -> Test:
+        """A test of the first `total` symbols of a mark."""
+        if isinstance(self.statistic, Rank):
+            return self.statistic.begin_among(null_matches(mark.arrays, self.symbols.name, total), total)
+        return self.statistic.begin(self.chance(mark.parameters), total, sequential)
 
     def subkeys(self, key: Key, parameters: Mapping[str, Any], message: str | None) -> Subkeys:
         return Subkeys(key, self.full_name, parameters, message)
+
+
+def array_digest(array: NDArray[Any]) -> str:
+    """SHA-256 of the array's bytes, little endian; its type and shape follow from the parameters."""
+    return hashlib.sha256(array.astype(array.dtype.newbyteorder("<")).tobytes()).hexdigest()

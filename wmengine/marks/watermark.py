@@ -27,7 +27,7 @@ from wmengine.identity.key import Key
 from wmengine.identity.sealing import FORMAT, is_sealed, read_file, seal, unseal, write_file
 from wmengine.identity.subkeys import Subkeys
 from wmengine.marks.catalogue import find
-from wmengine.marks.preset import Preset
+from wmengine.marks.preset import Preset, array_digest
 
 _COMMITMENT_PREFIX = b"wmengine/1/watermark-commitment\0"
 _SAFETENSORS_TYPES = {"uint8": "U8", "uint64": "U64", "int64": "I64", "int32": "I32", "float32": "F32"}
@@ -91,15 +91,16 @@ class Watermark:
         message: str | None = None,
         baseline: dict[str, Any] | None = None,
         created: str | None = None,
+        material: Mapping[str, NDArray[Any]] | None = None,
     ) -> Watermark:
-        """The mark that this key makes with these parameters (of `Preset.describe`) and message.
+        """The mark that this key makes with these parameters (of `Preset.describe`), material and message.
 
-        created: today unless told, as an ISO date.
+        created: today unless told, as an ISO date. material: what `Preset.gather` gave for these parameters.
         """
         message = None if message is None else check_name("message", message)
         subkeys = preset.subkeys(key, parameters, message)
         created = created or _today().isoformat()
-        arrays = preset.derive(key, dict(parameters), message)
+        arrays = preset.derive(key, dict(parameters), message, material)
         if baseline is not None:
             _check_baseline(baseline, preset.total(dict(parameters)))
         return cls(
@@ -170,7 +171,7 @@ class Watermark:
 
     @cached_property
     def _digests(self) -> dict[str, str]:
-        return {name: _array_digest(array) for name, array in self.arrays.items()}
+        return {name: array_digest(array) for name, array in self.arrays.items()}
 
     def __repr__(self) -> str:
         return f"Watermark(name={self.name!r}, scheme={self.scheme!r}, owner={self.owner!r}, total={self.total})"
@@ -189,7 +190,7 @@ class Watermark:
         subkeys, symbols = self.preset.subkeys(key, self.parameters, message), self.preset.symbols
         return replace(
             self,
-            arrays={**self.arrays, symbols.name: symbols.draw(subkeys.symbols, self.parameters)},
+            arrays={**self.arrays, symbols.name: symbols.draw(subkeys.symbols, self.parameters, self.arrays)},
             salt=subkeys.salt.hex(),
             created=created,
             record=subkeys.record(_recorded(created, None)),
@@ -222,6 +223,7 @@ class Watermark:
             message=self.message,
             baseline=self.baseline,
             created=self.created,
+            material={name: self.arrays[name] for name in self.parameters.get("material", {})},
         )
         for name, array in derived.arrays.items():
             if not np.array_equal(array, self.arrays[name]):
@@ -374,7 +376,7 @@ def _read_arrays(data: bytes, document: dict[str, Any]) -> dict[str, NDArray[Any
             raise ValueError(f"its array {name!r} must be {dtype}{list(shape)}")
         little_endian = np.frombuffer(tensor["data"], dtype=np.dtype(dtype).newbyteorder("<"))
         arrays[name] = little_endian.reshape(shape).astype(dtype)
-        if _array_digest(arrays[name]) != document["arrays"][name]:
+        if array_digest(arrays[name]) != document["arrays"][name]:
             raise ValueError(f"its array {name!r} does not match its digest")
     return arrays
 
@@ -394,12 +396,10 @@ def _checked_arrays(
             raise ValueError(f"the array {name!r} must be {dtype}{list(shape)}, not {array.dtype}{list(array.shape)}")
         checked[name] = np.array(array, dtype=dtype, order="C")
         checked[name].flags.writeable = False
-    symbols, alphabet = checked[preset.symbols.name], preset.symbols.alphabet(parameters)
-    if not 0 <= symbols.min() <= symbols.max() < alphabet:
-        raise ValueError(f"the array {preset.symbols.name!r} must hold 0 to {alphabet - 1} only")
+    symbols, classes = checked[preset.symbols.name], preset.symbols.classes(parameters)
+    if not 0 <= symbols.min() <= symbols.max() < classes:
+        raise ValueError(f"the array {preset.symbols.name!r} must hold 0 to {classes - 1} only")
+    for name, digest in parameters.get("material", {}).items():
+        if array_digest(checked[name]) != digest:
+            raise ValueError(f"the array {name!r} is not the material that the mark was made with")
     return checked
-
-
-def _array_digest(array: NDArray[Any]) -> str:
-    """SHA-256 of the array's bytes, little endian; its type and shape follow from the parameters."""
-    return hashlib.sha256(array.astype(array.dtype.newbyteorder("<")).tobytes()).hexdigest()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from wmengine.facts import Fact
 from wmengine.suspects.adapters import Adapter
-from wmengine.suspects.base import Inputs, InputSpec, Signature, Suspect
+from wmengine.suspects.base import Answers, Inputs, InputSpec, Signature, Suspect
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,9 @@ class Task:
     inputs: by name. num_classes: None where nothing says it. value_range: (lo, hi) per channel, or one pair of integers
     for inputs that are such. weights: runs the model; the shapes of all its weights in order of execution, filters on
     axis 0, and the places among them that may be marked. normalised: runs it too; those of these places whose output
-    goes right into a normalisation of its own. integers: a quantised file's weights.
+    goes right into a normalisation of its own. integers: a quantised file's weights. samples: the owner's own inputs by
+    name, as his loop feeds them, and sample_labels int64, what they are, where he said so. model: the network itself, a
+    torch.nn.Module; controls: networks of the same task that were made without it.
     """
 
     inputs: Signature
@@ -69,6 +71,10 @@ class Task:
     weights: Callable[[], tuple[list[list[int]], list[int]]] = lambda: ([], [])
     normalised: Callable[[], list[int]] = lambda: []
     integers: Sequence[Integers] = ()
+    samples: Arrays = field(default_factory=dict)
+    sample_labels: NDArray[np.int64] | None = None
+    model: torch.nn.Module | None = None
+    controls: Sequence[torch.nn.Module] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +140,50 @@ class Asks(Source, Protocol):
     def examples(self, mark: Drawn) -> Inputs: ...
 
 
+@runtime_checkable
+class Gathers(Protocol):
+    """A source some of whose arrays are material: the owner's, not the key's.
+
+    gather: these arrays, before there is a symbol; their digests become parameters, so that choosing them is choosing
+    another mark (and its `describe` finds them in place of a task's samples). draw: gets them, gives the others.
+    """
+
+    @property
+    def needs(self) -> Need: ...
+
+    @property
+    def fields(self) -> tuple[str, ...]: ...
+
+    def gather(self, task: Task, total: int) -> dict[str, NDArray[Any]]: ...
+
+    def describe(self, task: Task, total: int, material: Arrays) -> Parameters: ...
+
+    def check(self, parameters: Parameters, total: int) -> None: ...
+
+    def layout(self, parameters: Parameters, total: int) -> Layout: ...
+
+    def draw(self, subkey: Draw, parameters: Parameters, total: int, material: Arrays) -> dict[str, NDArray[Any]]: ...
+
+
+@runtime_checkable
+class Interprets(Protocol):
+    """A source of questions whose answers are not yet the symbols'.
+
+    members: inputs for each symbol, one after another; `inputs` from start to stop gives so many times more rows.
+    width: of the scores that the suspect is asked for. interpret: answers to these symbols (their numbers, int64 [n]),
+    [n * members] → [n], of kind "scores" [n, classes of the symbols], or labels.
+    """
+
+    def members(self, parameters: Parameters) -> int: ...
+
+    def width(self, parameters: Parameters) -> int: ...
+
+    def interpret(self, mark: Drawn, symbols: NDArray[np.int64], answers: Answers) -> Answers: ...
+
+
 class Symbols(Protocol):
-    """The keyed symbols. name: of their array. alphabet: how many values each can have, all as likely."""
+    """The keyed symbols. name: of their array. classes: their values are below it; alphabet: how many values each can
+    have, all as likely. draw: arrays are all others of the mark."""
 
     @property
     def name(self) -> str: ...
@@ -149,11 +197,13 @@ class Symbols(Protocol):
 
     def total(self, parameters: Parameters) -> int: ...
 
+    def classes(self, parameters: Parameters) -> int: ...
+
     def alphabet(self, parameters: Parameters) -> int: ...
 
     def layout(self, parameters: Parameters) -> Layout: ...
 
-    def draw(self, subkey: bytes, parameters: Parameters) -> NDArray[Any]: ...
+    def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]: ...
 
 
 class Course(Protocol):

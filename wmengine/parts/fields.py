@@ -79,6 +79,15 @@ def check_inputs(inputs: Any) -> None:
         raise ValueError("inputs must all have names of their own")
 
 
+def check_digests(what: str, digests: Any, known: Sequence[str]) -> None:
+    """SHA-256 in hexadecimal by name, at least one, all of known names."""
+    if type(digests) is not dict or not digests or not set(digests) <= set(known):
+        raise ValueError(f"{what} must hold digests of some of {', '.join(known)}")
+    for name, digest in digests.items():
+        if not isinstance(digest, str) or len(digest) != 64 or bytes.fromhex(digest).hex() != digest:
+            raise ValueError(f"{what}[{name!r}] must be 64 hex digits")
+
+
 def float32_hex(what: str, value: Any) -> str:
     """A number as the float.hex of its float32; zero has no sign."""
     try:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from wmengine.identity.canonical import check_name
 from wmengine.identity.subkeys import keyed_bits, keyed_labels
-from wmengine.parts.base import Layout, Parameters, Task
+from wmengine.parts.base import Arrays, Layout, Parameters, Task
 from wmengine.parts.fields import MAX_BITS, MAX_CLASSES, MAX_TRIGGERS, canonical_integer, integer
 
 
@@ -34,13 +34,16 @@ class Bits:
     def total(self, parameters: Parameters) -> int:
         return int(parameters["bits"])
 
+    def classes(self, parameters: Parameters) -> int:
+        return 2
+
     def alphabet(self, parameters: Parameters) -> int:
         return 2
 
     def layout(self, parameters: Parameters) -> Layout:
         return {"bits": ("uint8", (parameters["bits"],))}
 
-    def draw(self, subkey: bytes, parameters: Parameters) -> NDArray[Any]:
+    def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
         return keyed_bits(subkey, parameters["bits"])
 
 
@@ -93,11 +96,14 @@ class Labels:
     def total(self, parameters: Parameters) -> int:
         return int(parameters["count"])
 
-    def alphabet(self, parameters: Parameters) -> int:
+    def classes(self, parameters: Parameters) -> int:
         return int(parameters["num_classes"])
+
+    def alphabet(self, parameters: Parameters) -> int:
+        return self.classes(parameters)
 
     def layout(self, parameters: Parameters) -> Layout:
         return {"labels": ("int64", (parameters["count"],))}
 
-    def draw(self, subkey: bytes, parameters: Parameters) -> NDArray[Any]:
+    def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
         return keyed_labels(subkey, parameters["count"], parameters["num_classes"])

@@ -109,6 +109,13 @@ def to_input(triggers: NDArray[np.uint8], value_range: Sequence[Sequence[str | f
     return np.asarray(table[channel, triggers], dtype=np.float32)
 
 
+def to_levels(values: NDArray[Any], value_range: Range) -> NDArray[np.uint8]:
+    """What :func:`to_input` undoes: values [N, C, ...] as 0 … 255 between lo and hi of their channel, the nearest."""
+    low, high = (ends.reshape(1, -1, *[1] * (values.ndim - 2)) for ends in _ends(value_range))
+    fraction = (values.astype(np.float64) - low) / np.where(high == low, 1.0, high - low)
+    return np.asarray(np.rint(255.0 * fraction).clip(0.0, 255.0), dtype=np.uint8)
+
+
 def adapters(
     name: str,
     input_type: str,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.identity.subkeys import philox_key
-from wmengine.parts.base import Draw, Drawn, Layout, Need, Parameters, Task, described_inputs, inputs_of
+from wmengine.parts.base import Draw, Drawn, Layout, Need, Parameters, Task, inputs_of
 from wmengine.parts.fields import canonical_float32_hex, float32_hex, shape
 from wmengine.parts.triggers.pictures import abstract_images, noise_inputs
 from wmengine.suspects.adapters import Adapter, to_input
@@ -27,17 +27,12 @@ class AbstractTriggers:
     """For one floating input; its values' range, a pair per channel (axis 1), is part of the mark."""
 
     needs = Need.ANSWERS
-    fields = ("value_range",)
+    fields: ClassVar[tuple[str, ...]] = ("value_range",)
     drawn = staticmethod(abstract_images)
 
     def describe(self, task: Task, total: int) -> Parameters:
         ranges = task.value_range or ()
-        parameters = {
-            "value_range": [[float32_hex("value_range", end) for end in ends] for ends in ranges],
-            "inputs": described_inputs(task.inputs),
-        }
-        self.check(parameters, total)
-        return {"value_range": parameters["value_range"]}
+        return {"value_range": [[float32_hex("value_range", end) for end in ends] for ends in ranges]}
 
     def check(self, parameters: Parameters, total: int) -> None:
         inputs, ranges = inputs_of(parameters), parameters["value_range"]

@@ -1,0 +1,136 @@
+"""What the owner gives and scoring reads is bound into a mark before its symbols; what only ranks never proves."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from wmengine import Key, Watermark
+from wmengine.marking.embedder import Embedder
+from wmengine.marks.catalogue import registered
+from wmengine.marks.preset import Preset
+from wmengine.parts.base import Task
+from wmengine.parts.statistics.base import LEVELS, Look
+from wmengine.parts.statistics.either import Either
+from wmengine.parts.statistics.rank import Rank
+from wmengine.parts.symbols import Labels
+from wmengine.parts.training.mixed import Mixed
+from wmengine.parts.triggers.samples import SampleTriggers, keyed_picks
+from wmengine.suspects.base import InputSpec
+from wmengine.testing import check_preset, small_network
+
+KEY = Key("owner", bytes(range(32)))
+OWN = Preset("own_samples", 1, SampleTriggers(), Labels(40), Either(), Mixed(), "exact", "a test's own")
+RANDOM = np.random.default_rng(5)
+SAMPLES = RANDOM.random((120, 1, 8, 8)).astype(np.float32)
+TRUTH = RANDOM.integers(0, 10, 120)
+
+
+def task(samples: np.ndarray = SAMPLES, truth: np.ndarray | None = TRUTH) -> Task:
+    inputs = {"x": InputSpec((1, 8, 8), "float32")}
+    return Task(inputs, 10, [(0.0, 1.0)], samples={"x": samples}, sample_labels=truth)
+
+
+def mark_of(task: Task, key: Key = KEY) -> Watermark:
+    material = OWN.gather(task)
+    return Watermark.create(key, OWN, OWN.describe(task, "detector", material), material=material)
+
+
+def test_a_preset_of_the_owners_samples_keeps_every_promise():
+    report = check_preset(replace(OWN, symbols=Labels(30)), samples=(torch.rand(60, 1, 8, 8), torch.arange(60) % 10))
+    assert report.log10_p < -9
+
+
+@pytest.mark.parametrize("changed", ["a sample", "what it is"])
+def test_other_material_makes_other_triggers_and_other_symbols(changed):
+    samples, truth = SAMPLES.copy(), TRUTH.copy()
+    if changed == "a sample":
+        samples[7] = 1 - samples[7]
+    else:
+        truth[7] = (truth[7] + 1) % 10
+    with registered(OWN):
+        first, second = mark_of(task()), mark_of(task(samples, truth))
+        assert not np.array_equal(first.symbols, second.symbols)
+        assert not np.array_equal(first.arrays["triggers"], second.arrays["triggers"])
+
+
+def test_triggers_are_samples_of_the_pool_each_once_and_the_key_picks_them():
+    with registered(OWN):
+        first, other = mark_of(task()), mark_of(task(), Key("owner", bytes(32)))
+        pool = {sample.tobytes() for sample in first.arrays["samples"]}
+        picked = [trigger.tobytes() for trigger in first.arrays["triggers"]]
+        assert set(picked) <= pool
+        assert len(set(picked)) == 40
+        assert picked != [trigger.tobytes() for trigger in other.arrays["triggers"]]
+
+
+def test_a_mark_with_another_pool_than_it_was_made_with_is_refused():
+    with registered(OWN):
+        mark = mark_of(task())
+        with pytest.raises(ValueError, match="not the material that the mark was made with"):
+            replace(mark, arrays={**mark.arrays, "samples": 255 - mark.arrays["samples"]})
+        with pytest.raises(ValueError, match="not the material that the parameters were described with"):
+            Watermark.create(KEY, OWN, mark.parameters, material={"samples": mark.arrays["samples"]})
+        parameters = {**mark.parameters, "material": {}}
+        with pytest.raises(ValueError, match="material must hold digests"):
+            OWN.check(parameters)
+
+
+def test_a_mark_of_samples_is_derived_again_from_its_file(tmp_path):
+    with registered(OWN):
+        mark = mark_of(task())
+        mark.save(tmp_path / "own.wm")
+        loaded = Watermark.load(tmp_path / "own.wm")
+        loaded.check_derivation(KEY)
+        assert loaded.commitment == mark.commitment
+
+
+@pytest.mark.parametrize(
+    ("samples", "error", "said"),
+    [
+        (None, ValueError, "needs samples="),
+        (torch.rand(20, 1, 8, 8), ValueError, "it needs 40 samples, and the pool has 20"),
+        (torch.rand(60, 1, 9, 9), ValueError, r"samples must be \[n, 1, 8, 8\]"),
+        ({"x": torch.rand(60, 1, 8, 8)}, TypeError, "what the sample is"),
+        ((torch.rand(60, 1, 8, 8), torch.zeros(59, dtype=torch.int64)), ValueError, "60 class numbers"),
+        ((torch.rand(60, 1, 8, 8), torch.full((60,), 10)), ValueError, "from 0 to 9"),
+    ],
+)
+def test_wrong_samples_get_one_clear_error(samples, error, said):
+    with registered(OWN), pytest.raises(error, match=said):
+        Embedder(
+            small_network(), KEY, [OWN], num_classes=10, sample=torch.rand(4, 1, 8, 8), name="n",
+            value_range=(0, 1), samples=samples,
+        )  # fmt: skip
+
+
+def test_keyed_picks_are_uniform_without_repetition():
+    picks = np.stack([keyed_picks(number.to_bytes(32, "little"), 3, 5) for number in range(6000)])
+    assert all(len(set(row)) == 3 for row in picks[:100].tolist())
+    counts = np.stack([np.bincount(picks[:, place], minlength=5) for place in range(3)])
+    assert np.abs(counts - 1200).max() < 5 * math.sqrt(1200)
+
+
+def test_rank_is_a_p_value_under_exchangeable_null_models():
+    random = np.random.default_rng(1)
+    p = []
+    for _ in range(4000):
+        matched = random.binomial(50, 0.3, size=20)
+        test = Rank().begin_among(matched[1:].tolist(), 50)
+        test.add(Look(int(matched[0]), np.zeros(50, int), np.zeros((50, 2 * LEVELS + 1), int)))
+        p.append(10**test.log10_p)
+    for level in (0.05, 0.1, 0.3):
+        assert np.mean(np.array(p) <= level + 1e-12) <= level + 4 * math.sqrt(level / 4000)
+
+
+def test_rank_falls_with_matches_and_never_below_one_among_all():
+    found = []
+    for matched in (0, 10, 20, 50):
+        test = Rank().begin_among([5, 15, 15, 30], 50)
+        test.add(Look(matched, np.zeros(50, int), np.zeros((50, 2 * LEVELS + 1), int)))
+        found.append(10**test.log10_p)
+    assert found == pytest.approx([1.0, 4 / 5, 2 / 5, 1 / 5])
+    assert all(later < earlier for earlier, later in pairwise(found))

@@ -1,0 +1,76 @@
+"""What a suspect answers, checked, and as the source of a mark reads it: a row for each symbol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmengine.errors import SuspectError
+from wmengine.marks.watermark import Watermark
+from wmengine.parts.base import Interprets
+from wmengine.suspects.answers import highest
+from wmengine.suspects.base import Answers, Inputs, Suspect, one_line, rows_of
+
+Labels = NDArray[np.int64]
+
+
+def members_of(mark: Watermark) -> int:
+    """How many inputs are put for one symbol."""
+    source = mark.preset.source
+    return source.members(mark.parameters) if isinstance(source, Interprets) else 1
+
+
+def width_of(mark: Watermark) -> int:
+    """How many scores the suspect is asked for."""
+    source = mark.preset.source
+    return source.width(mark.parameters) if isinstance(source, Interprets) else classes_of(mark)
+
+
+def classes_of(mark: Watermark) -> int:
+    """Below which a mark's symbols are."""
+    return mark.preset.symbols.classes(mark.parameters)
+
+
+def interpreted(mark: Watermark, symbols: Labels, answers: Answers) -> Answers:
+    """Answers to the questions of these symbols, one row for each."""
+    source = mark.preset.source
+    return source.interpret(mark, symbols, answers) if isinstance(source, Interprets) else answers
+
+
+def answers_of(suspect: Suspect, inputs: Inputs, width: int) -> Answers:
+    """What the suspect answers. Whatever else it does, and an answer that does not fit, raises SuspectError."""
+    count = rows_of(inputs)
+    try:
+        answers = suspect.answer(inputs, width)
+        shape = answers.values.shape
+    except SuspectError:
+        raise
+    except Exception as error:
+        raise SuspectError(f"{suspect.name} cannot be asked ({one_line(error)})") from None
+    if shape[:1] != (count,):
+        raise SuspectError(f"{suspect.name} answers {count} inputs with answers {list(shape)}")
+    if answers.kind == "scores" and shape[1:] != (width,):
+        raise SuspectError(
+            f"{suspect.name} answers with {' x '.join(map(str, shape[1:]))} classes and the watermark has "
+            f"{width}; verify a suspect of the same task"
+        )
+    return answers
+
+
+def named_by(answers: Answers) -> Labels:
+    """The classes [n, R] that answers name, ABSTAINED where there is none; of scores the highest, the first."""
+    if answers.kind == "scores":
+        return highest(answers.values)[:, None]
+    return answers.values.reshape(len(answers), -1)
+
+
+def rows_between(answers: Answers, start: int, stop: int) -> Answers:
+    if start == 0 and stop == len(answers):
+        return answers
+
+    def part(reasons: Mapping[int, str]) -> dict[int, str]:
+        return {row - start: why for row, why in reasons.items() if start <= row < stop}
+
+    return Answers(answers.kind, answers.values[start:stop], part(answers.unasked), part(answers.refused))
