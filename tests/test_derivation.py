@@ -16,6 +16,7 @@ from wmengine.marks.catalogue import SCHEMES, scheme
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Integers, Parameters, Task
 from wmengine.suspects.base import InputSpec
+from wmengine.testing import small_network
 
 KEY = Key("ACME Vision", bytes(range(32)))
 IMAGES = {"input": InputSpec((1, 8, 8), "float32")}
@@ -31,7 +32,10 @@ TOKENS = Task(TEXT, 10, [[0, 99]])
 PASSPORTS = ("deepipr_v1", "deepipr_v2", "deepipr_v3", "passport_norm")
 TWO = [[32, 1, 3, 3], [32, 32, 3, 3], [10, 128]]
 NORMALISED = Task(IMAGES, weights=lambda: (TWO, [0, 1, 2]), normalised=lambda: [0, 1])
-OWN = {"adi_tokens": TOKENS, **dict.fromkeys(PASSPORTS, NORMALISED)}
+SAMPLES = np.random.default_rng(8).random((40, 1, 8, 8)).astype(np.float32)
+POOL = replace(TASK, samples={"input": SAMPLES}, sample_labels=np.arange(40) % 10, controls=[small_network(5)])
+POOLED = ("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view")
+OWN = {"adi_tokens": TOKENS, **dict.fromkeys(PASSPORTS, NORMALISED), **dict.fromkeys(POOLED, POOL)}
 SMALL: dict[str, dict[str, Any]] = {
     "sketch": {"bits": 64},
     "uchida": {"bits": 64},
@@ -47,15 +51,21 @@ SMALL: dict[str, dict[str, Any]] = {
     "greedy_residuals": {"bits": 64},
     "riga": {"bits": 64, "width": 128},
     "emmark": {"bits": 64},
+    **{name: {"count": 20} for name in POOLED},
 }
+MATERIAL: dict[str, dict[str, NDArray[Any]]] = {}  # by its digests
 
 
 def parameters_of(name: str, task: Task | None = None, **options: Any) -> Parameters:
-    return scheme(name, **{**SMALL[name], **options}).describe(task or OWN.get(name, TASK), "detector-v3")
+    preset, task = scheme(name, **{**SMALL[name], **options}), task or OWN.get(name, TASK)
+    material = preset.gather(task)
+    parameters = preset.describe(task, "detector-v3", material)
+    MATERIAL[str(parameters.get("material", {}))] = material
+    return parameters
 
 
 def derived(name: str, parameters: Parameters, key: Key = KEY, message: str | None = None) -> dict[str, NDArray[Any]]:
-    return scheme(name).derive(key, parameters, message)
+    return scheme(name).derive(key, parameters, message, MATERIAL[str(parameters.get("material", {}))])
 
 
 def test_parameters_are_integers_and_strings_in_this_form() -> None:
@@ -336,6 +346,11 @@ CHANGES["tattooed"] = [*CHANGES["sketch"][3:], {"bits": 65}, {"carrier": "filter
 CHANGES["emmark"] = [{"bits": 65}, *CHANGES["sketch"][3:]]
 CHANGES["emmark"] += [{name: "0000803e" + parameters_of("emmark")[name][8:]} for name in ("values", "steps")]
 CHANGES["emmark"] += [{"places": "00000000" + parameters_of("emmark")["places"][8:]}]
+for pooled in POOLED:
+    another = parameters_of(pooled, replace(POOL, samples={"input": 1 - SAMPLES}))
+    CHANGES[pooled] = [*CHANGES["adi"], {"pool": 39}, {"material": another["material"]}]
+for pooled in ("exponential_weighting", "multi_view"):
+    CHANGES[pooled] = [*CHANGES[pooled], {"choices": 3}]
 CHANGES["diction"] = [*CHANGES["deepsigns"][2:], {"bits": 80}, {"groups": 8}, {"hidden": 513}]
 
 
@@ -350,7 +365,7 @@ def test_a_change_of_any_parameter_or_of_the_key_changes_every_array(name: str) 
     )
     found = [derived(name, each) for each in [parameters, *changed]]
     found += [derived(name, parameters, key) for key in (replace(KEY, owner="Acme"), replace(KEY, secret=bytes(32)))]
-    for array in found[0]:
+    for array in found[0].keys() - parameters.get("material", {}).keys():
         held = [each[array].reshape(-1) for each in found if array in each]
         length = min(map(len, held))
         assert len({each[:length].tobytes() for each in held}) == len(held), array
@@ -374,8 +389,9 @@ def test_arrays_have_the_announced_layout(name: str) -> None:
     parameters, preset = parameters_of(name), scheme(name)
     layout = {array: (str(values.dtype), values.shape) for array, values in derived(name, parameters).items()}
     assert layout == preset.layout(parameters)
-    assert preset.total(parameters) == (20 if name.startswith("adi") else 64)
-    assert preset.chance(parameters) == (0.1 if name.startswith("adi") else 0.5)
+    assert preset.total(parameters) == (20 if preset.kind == "black-box" else 64)
+    chances = {"exponential_weighting": 1 / 9, "multi_view": 0.25}
+    assert preset.chance(parameters) == chances.get(name, 0.1 if preset.kind == "black-box" else 0.5)
 
 
 @pytest.mark.parametrize("over", ["keys", "messages"])

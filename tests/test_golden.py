@@ -35,6 +35,11 @@ COMMITMENTS = {
     "riga-1": "03019d4d85e58019b609eacef18c2e4d7788aff179a6afcf579e169a558574e5",
     "diction-1": "c0fb922eb63e2d8a565205c1296183c46247b7d37738fdbc3c86f3dfa7cb6f05",
     "emmark-1": "e9699f81c8882ff056b260dd22f9a651dddc8f112dae5f784e31edd07201a941",
+    "zhang_content-1": "c3fe2e774a73f69728b36db720b55a6ccdb9096ec52d9fcb5569ef51b1c96053",
+    "zhang_noise-1": "24ecaf30948d2d8e7fcadb459a6dbf81bd43753d2b02805d7a20783ba8261119",
+    "zhang_unrelated-1": "49a3d7f8dd6cde7571415f9e264a823dec13d801e2e8a992fb5eaf5d307d4047",
+    "exponential_weighting-1": "9aa6364cbcf5c6ea23d99d1edcf2075fcc69bd6839d1bda3aad36e3df475fabc",
+    "multi_view-1": "e1740c8d4c0024a23c6e3f0538acda81e83153b91945eb64edb86aaeef703fe8",
 }
 LOG10_P = {
     "sketch-1": -18.96,
@@ -53,6 +58,11 @@ LOG10_P |= {
     "neuralmark-1": -9.33,
     "greedy_residuals-1": -18.96,
     "riga-1": -14.15,
+    "zhang_content-1": -49.4,
+    "zhang_noise-1": -49.4,
+    "zhang_unrelated-1": -49.4,
+    "exponential_weighting-1": -47.41,
+    "multi_view-1": -29.8,
 }
 
 

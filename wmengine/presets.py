@@ -8,13 +8,18 @@ from wmengine.parts.sources.latent import LatentActivations
 from wmengine.parts.sources.passports import Passports
 from wmengine.parts.sources.weights import PeriodicWeights, Weights
 from wmengine.parts.statistics.either import Either
-from wmengine.parts.symbols import Bits, ChannelBits, Labels
+from wmengine.parts.statistics.matches import Matches
+from wmengine.parts.symbols import Bits, ChannelBits, Labels, OneOf
 from wmengine.parts.training.covert import Covert
+from wmengine.parts.training.exponential import Exponential
 from wmengine.parts.training.link import Link
 from wmengine.parts.training.mixed import Mixed
 from wmengine.parts.training.passports import PassportSigns
 from wmengine.parts.training.spread import Spread
 from wmengine.parts.triggers.abstract import AbstractTriggers
+from wmengine.parts.triggers.candidates import PlausibleClasses, WrongClasses
+from wmengine.parts.triggers.overlaid import NoisyTriggers, PatternTriggers
+from wmengine.parts.triggers.samples import SampleTriggers
 from wmengine.parts.triggers.tokens import TokenTriggers
 
 PRESETS = (
@@ -187,5 +192,55 @@ PRESETS = (
         training=Elsewhere(),
         null="exact",
         paper="Zhang, Koushanfar: EmMark, watermarks of embedded quantized large language models, DAC 2024",
+    ),
+    Preset(
+        name="zhang_content",
+        version=1,
+        source=PatternTriggers(),
+        symbols=Labels(100),
+        statistic=Either(),
+        training=Mixed(),
+        null="exact",
+        paper="Zhang, Gu, Jang, Wu, Stoecklin, Huang, Molloy: Protecting intellectual property of DNNs, AsiaCCS 2018",
+    ),
+    Preset(
+        name="zhang_noise",
+        version=1,
+        source=NoisyTriggers(),
+        symbols=Labels(100),
+        statistic=Either(),
+        training=Mixed(),
+        null="exact",
+        paper="Zhang et al. 2018 (see zhang_content); noise over the task's samples",
+    ),
+    Preset(
+        name="zhang_unrelated",
+        version=1,
+        source=SampleTriggers(),
+        symbols=Labels(100),
+        statistic=Either(),
+        training=Mixed(),
+        null="exact",
+        paper="Zhang et al. 2018 (see zhang_content); samples of another task",
+    ),
+    Preset(
+        name="exponential_weighting",
+        version=1,
+        source=WrongClasses(),
+        symbols=OneOf(100),
+        statistic=Matches(),
+        training=Exponential(temperature=2.0),
+        null="bound",
+        paper="Namba, Sakuma: Robust watermarking of neural network with exponential weighting, AsiaCCS 2019",
+    ),
+    Preset(
+        name="multi_view",
+        version=1,
+        source=PlausibleClasses(choices=4),
+        symbols=OneOf(100),
+        statistic=Matches(),
+        training=Mixed(),
+        null="bound",
+        paper="Li, Maharana, Guo: Not just change the labels, learn the features (MAT), ECCV 2024",
     ),
 )

@@ -31,7 +31,7 @@ class MixedRows:
         }
         return inputs, self._on("labels", self._labels, device, torch.int64)[chosen]
 
-    def term(self, model: torch.nn.Module) -> None:
+    def term(self, model: torch.nn.Module) -> torch.Tensor | None:
         return None
 
     def state_dict(self) -> dict[str, Any]:
