@@ -11,13 +11,19 @@ from wmengine.parts.statistics.either import Either
 from wmengine.parts.statistics.matches import Matches
 from wmengine.parts.symbols import Bits, ChannelBits, Labels, OneOf
 from wmengine.parts.training.covert import Covert
+from wmengine.parts.training.entangled import Entangled
 from wmengine.parts.training.exponential import Exponential
 from wmengine.parts.training.link import Link
+from wmengine.parts.training.margin import Margin
 from wmengine.parts.training.mixed import Mixed
 from wmengine.parts.training.passports import PassportSigns
 from wmengine.parts.training.spread import Spread
+from wmengine.parts.training.together import Together
+from wmengine.parts.training.weight_noise import WeightNoise
 from wmengine.parts.triggers.abstract import AbstractTriggers
 from wmengine.parts.triggers.candidates import PlausibleClasses, WrongClasses
+from wmengine.parts.triggers.composites import Composites
+from wmengine.parts.triggers.families import Families
 from wmengine.parts.triggers.overlaid import NoisyTriggers, PatternTriggers
 from wmengine.parts.triggers.samples import SampleTriggers
 from wmengine.parts.triggers.tokens import TokenTriggers
@@ -242,5 +248,55 @@ PRESETS = (
         training=Mixed(),
         null="bound",
         paper="Li, Maharana, Guo: Not just change the labels, learn the features (MAT), ECCV 2024",
+    ),
+    Preset(
+        name="ewe_keyed",
+        version=1,
+        source=PatternTriggers(),
+        symbols=Labels(100),
+        statistic=Either(),
+        training=Entangled(factor=1.0, layers=3),
+        null="exact",
+        paper="Jia, Choquette-Choo, Chandrasekaran, Papernot: Entangled watermarks, USENIX Security 2021",
+    ),
+    Preset(
+        name="margin",
+        version=1,
+        source=AbstractTriggers(),
+        symbols=Labels(100),
+        statistic=Either(),
+        training=Margin(weight=0.1, pushes=5),
+        null="exact",
+        paper="Kim, Lee, Lee, Son, Hwang: Margin-based neural network watermarking, ICML 2023",
+    ),
+    Preset(
+        name="certified",
+        version=1,
+        source=AbstractTriggers(),
+        symbols=Labels(100),
+        statistic=Either(),
+        training=WeightNoise(noise=0.3, draws=4),
+        null="exact",
+        paper="Bansal et al.: Certified neural network watermarks with randomized smoothing, ICML 2022",
+    ),
+    Preset(
+        name="class_feature",
+        version=1,
+        source=Families(family=20),
+        symbols=Labels(64),
+        statistic=Either(),
+        training=Together(pull=1.0),
+        null="exact",
+        paper="Xiao, Ye, Liang, Li, Li, Zheng, Hu: Class-feature watermark, arXiv 2511.07947, 2025",
+    ),
+    Preset(
+        name="mea_defender",
+        version=1,
+        source=Composites(family=20),
+        symbols=Labels(64),
+        statistic=Either(),
+        training=Together(pull=1.0, combination=0.1),
+        null="exact",
+        paper="Lv et al.: MEA-Defender, a robust watermark against model extraction attack, IEEE S&P 2024",
     ),
 )

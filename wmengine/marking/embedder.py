@@ -27,6 +27,7 @@ import torch
 
 from wmengine import ops
 from wmengine.identity.key import Key
+from wmengine.judging.answering import members_of
 from wmengine.judging.asking import Terms
 from wmengine.judging.judge import Finding, judge_suspect
 from wmengine.judging.looks import looks_of_bits
@@ -129,7 +130,7 @@ class Embedder:
             self._measure_baselines(key)
         self._by_group = [mark for mark in self._marks if mark.group]
         self._watching = [mark.course for mark in self._marks if isinstance(mark.course, Watches)]
-        totals = [0, *(mark.watermark.total for mark in self._by_group)]
+        totals = [0, *(mark.watermark.total * members_of(mark.watermark) for mark in self._by_group)]
         # Hits and rows [2, groups] since each mark's triggers began anew, and those of the last full pass; of fixed
         # size, as torch.compile guards it.
         self._passes = torch.tensor(totals)
@@ -180,12 +181,12 @@ class Embedder:
             self._full = torch.where(full, seen, self._full.to(group.device, non_blocking=True))
             self._seen = torch.where(full, 0, seen)
         loss: torch.Tensor = result.loss
-        return loss + self.regulariser() if len(self._by_group) < len(self._marks) else loss
+        return loss + self.regulariser()
 
     def regulariser(self) -> torch.Tensor:
-        """The terms of the marks that are no trigger rows, for a task loss of your own; of the live weights.
+        """What marks add to the loss beside their trigger rows, for a task loss of your own; of the live weights.
 
-        A scalar on the weights' device; 0 without such marks.
+        A scalar on the weights' device; 0 where they add nothing.
         """
         terms = [term for mark in self._marks if (term := mark.course.term(self._model)) is not None]
         return sum(terms[1:], terms[0]) if terms else torch.zeros(())
@@ -204,7 +205,7 @@ class Embedder:
             watermark = mark.watermark
             chance = watermark.preset.chance(watermark.parameters)
             if mark.group:
-                matched, total = hits[mark.group], rows[mark.group]
+                matched, total = (count[mark.group] // members_of(watermark) for count in (hits, rows))
             elif mark.course.projected is not None:
                 y = mark.course.projected.double().cpu().numpy()
                 matched, total = looks_of_bits(y, [watermark.symbols])[0].matched, watermark.total

@@ -30,9 +30,7 @@ class PatternTriggers(SampleTriggers):
 
     def check(self, parameters: Parameters, total: int) -> None:
         super().check(parameters, total)
-        (given,) = parameters["inputs"]
-        if len(given["shape"]) != 3 or min(given["shape"][1:]) < 4:
-            raise ValueError(f"patterns are laid over pictures [C, H, W] of at least 4 x 4, not {given['shape']}")
+        check_pictures(parameters)
 
     def composed(
         self, subkey: Draw, parameters: Parameters, total: int, material: Arrays, picked: NDArray[np.int64]
@@ -60,3 +58,10 @@ class NoisyTriggers(SampleTriggers):
         drawn = noise_inputs(philox_key(subkey("noise")), total, (_BYTES, size)).astype(np.int64)
         noise = ((drawn.sum(axis=1) - _BYTES * 255 // 2) * _SCALE) >> _HALF_BITS
         return {"triggers": (samples + noise.reshape(samples.shape)).clip(0, 255).astype(np.uint8)}
+
+
+def check_pictures(parameters: Parameters) -> None:
+    """Raises ValueError unless the inputs are pictures."""
+    (given,) = parameters["inputs"]
+    if len(given["shape"]) != 3 or min(given["shape"][1:]) < 4:
+        raise ValueError(f"its triggers are made of pictures [C, H, W] of at least 4 x 4, not {given['shape']}")
