@@ -68,6 +68,10 @@ SMALL = {
     "greedy_residuals": {"bits": 64},
     "riga": {"bits": 64, "width": 256},
     **{name: {"count": 60} for name, preset in SCHEMES.items() if isinstance(preset.source, SampleTriggers)},
+    "margin": {"count": 60},
+    "certified": {"count": 60},
+    "class_feature": {"count": 24, "family": 4},
+    "mea_defender": {"count": 24, "family": 4},
 }
 POOL = torch.rand(90, 1, 8, 8, generator=torch.Generator().manual_seed(4)), torch.arange(90) % 10
 

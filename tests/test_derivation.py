@@ -34,7 +34,11 @@ TWO = [[32, 1, 3, 3], [32, 32, 3, 3], [10, 128]]
 NORMALISED = Task(IMAGES, weights=lambda: (TWO, [0, 1, 2]), normalised=lambda: [0, 1])
 SAMPLES = np.random.default_rng(8).random((40, 1, 8, 8)).astype(np.float32)
 POOL = replace(TASK, samples={"input": SAMPLES}, sample_labels=np.arange(40) % 10, controls=[small_network(5)])
-POOLED = ("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view")
+OF_FAMILIES = ("class_feature", "mea_defender")
+POOLED = (
+    *("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view", "ewe_keyed"),
+    *OF_FAMILIES,
+)
 OWN = {"adi_tokens": TOKENS, **dict.fromkeys(PASSPORTS, NORMALISED), **dict.fromkeys(POOLED, POOL)}
 SMALL: dict[str, dict[str, Any]] = {
     "sketch": {"bits": 64},
@@ -52,6 +56,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "riga": {"bits": 64, "width": 128},
     "emmark": {"bits": 64},
     **{name: {"count": 20} for name in POOLED},
+    "margin": {"count": 20},
+    "certified": {"count": 20},
 }
 MATERIAL: dict[str, dict[str, NDArray[Any]]] = {}  # by its digests
 
@@ -351,6 +357,10 @@ for pooled in POOLED:
     CHANGES[pooled] = [*CHANGES["adi"], {"pool": 39}, {"material": another["material"]}]
 for pooled in ("exponential_weighting", "multi_view"):
     CHANGES[pooled] = [*CHANGES[pooled], {"choices": 3}]
+for family in OF_FAMILIES:
+    CHANGES[family] = [*CHANGES[family], {"family": 19}]
+for abstract in ("margin", "certified"):
+    CHANGES[abstract] = CHANGES["adi"]
 CHANGES["diction"] = [*CHANGES["deepsigns"][2:], {"bits": 80}, {"groups": 8}, {"hidden": 513}]
 
 

@@ -40,6 +40,11 @@ COMMITMENTS = {
     "zhang_unrelated-1": "49a3d7f8dd6cde7571415f9e264a823dec13d801e2e8a992fb5eaf5d307d4047",
     "exponential_weighting-1": "9aa6364cbcf5c6ea23d99d1edcf2075fcc69bd6839d1bda3aad36e3df475fabc",
     "multi_view-1": "e1740c8d4c0024a23c6e3f0538acda81e83153b91945eb64edb86aaeef703fe8",
+    "ewe_keyed-1": "075de69eec6e96bd24f7c32b29c00605ce0c7025e114c85f32451cfd909fc6c4",
+    "margin-1": "08466078681731fc4618d6d980e244eb84d2adc7c47199ee0b2bb62601e1405b",
+    "certified-1": "3436d8e541ca5718aa126d7dbeb7b63e34dab10883bcb4708048d47be169a262",
+    "class_feature-1": "b8ec55f6fe28e07eb7e02090ba983bfa6bb39bcccd8d3c2defe8bdcdbc2773a7",
+    "mea_defender-1": "7628027a98e684b26776d8d27aa75864640b36741963d5ce3e96368a91134c72",
 }
 LOG10_P = {
     "sketch-1": -18.96,
@@ -64,6 +69,8 @@ LOG10_P |= {
     "exponential_weighting-1": -47.41,
     "multi_view-1": -29.8,
 }
+LOG10_P |= dict.fromkeys(("ewe_keyed-1", "margin-1", "certified-1"), -49.40)
+LOG10_P |= dict.fromkeys(("class_feature-1", "mea_defender-1"), -24.40)
 
 
 @pytest.fixture

@@ -19,21 +19,28 @@ from wmengine.parts.sources.passports import Passports
 from wmengine.parts.sources.weights import PeriodicWeights, Weights
 from wmengine.parts.symbols import Bits, ChannelBits, Labels
 from wmengine.parts.training.covert import Covert
+from wmengine.parts.training.entangled import Entangled
 from wmengine.parts.training.link import Link
+from wmengine.parts.training.margin import Margin
 from wmengine.parts.training.mixed import Mixed
 from wmengine.parts.training.passports import PassportSigns
 from wmengine.parts.training.spread import Spread
+from wmengine.parts.training.together import Together
+from wmengine.parts.training.weight_noise import WeightNoise
 from wmengine.parts.triggers.abstract import AbstractTriggers
+from wmengine.parts.triggers.composites import Composites
+from wmengine.parts.triggers.families import Families
 from wmengine.parts.triggers.tokens import TokenTriggers
 
 OF_SAMPLES = ("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view")
+RUN_AGAIN = ("ewe_keyed", "margin", "certified", "class_feature", "mea_defender")
 
 
 def test_the_presets_keep_their_papers_defaults() -> None:
     ours = ["sketch", "uchida", "adi", "deepsigns", "adi_tokens"]
     passports = ["deepipr_v1", "deepipr_v2", "deepipr_v3", "passport_norm"]
     one_weight = ["deepmarks", "stdm", "neuralmark", "greedy_residuals", "riga"]
-    assert list(SCHEMES) == [*ours, *passports, "diction", "tattooed", *one_weight, "emmark", *OF_SAMPLES]
+    assert list(SCHEMES) == [*ours, *passports, "diction", "tattooed", *one_weight, "emmark", *OF_SAMPLES, *RUN_AGAIN]
     assert [preset.full_name for preset in SCHEMES.values()] == [f"{name}/1" for name in SCHEMES]
     assert scheme("sketch").source == Weights("unit_filters", "sketch", "all")
     assert scheme("sketch").training == Link("hinge", 0.001, 5.0)
@@ -64,8 +71,17 @@ def test_the_presets_keep_their_papers_defaults() -> None:
     assert scheme("tattooed").source == Weights("flat", "rademacher", "all")
     assert scheme("tattooed").training == Spread(4.0)
     assert scheme("emmark").source == IntegerWeights(spare=8)
+    assert scheme("ewe_keyed").source == scheme("zhang_content").source
+    assert scheme("ewe_keyed").training == Entangled(1.0, 3)
+    assert scheme("margin").source == scheme("certified").source == AbstractTriggers()
+    assert scheme("margin").training == Margin(0.1, 5)
+    assert scheme("certified").training == WeightNoise(0.3, 4)
+    assert (scheme("class_feature").source, scheme("class_feature").symbols) == (Families(family=20), Labels(64))
+    assert scheme("class_feature").training == Together(1.0, 1.0, 0.0)
+    assert (scheme("mea_defender").source, scheme("mea_defender").symbols) == (Composites(family=20), Labels(32))
+    assert scheme("mea_defender").training == Together(0.3, 1.0, 0.1)
     kinds = {name: preset.kind for name, preset in SCHEMES.items()}
-    asking = ("adi", "adi_tokens", *OF_SAMPLES)
+    asking = ("adi", "adi_tokens", *OF_SAMPLES, *RUN_AGAIN)
     assert kinds == {name: "black-box" if name in asking else "white-box" for name in SCHEMES}
     bounds = ("exponential_weighting", "multi_view")
     assert {name: preset.null for name, preset in SCHEMES.items()} == {
@@ -124,6 +140,16 @@ def test_an_unknown_version_is_answered_with_the_known_ones(name: Any, version: 
         ("neuralmark", "marked", "all"),
         ("riga", "critic", 0.0),
         ("riga", "strength", -1.0),
+        ("ewe_keyed", "factor", 0.0),
+        ("ewe_keyed", "layers", 0),
+        ("margin", "weight", -0.1),
+        ("margin", "pushes", 0),
+        ("certified", "noise", float("inf")),
+        ("certified", "draws", 0),
+        ("class_feature", "family", 0),
+        ("class_feature", "pull", 0),
+        ("mea_defender", "weight", 0.0),
+        ("mea_defender", "combination", -1.0),
     ],
 )
 def test_an_option_out_of_range_is_named(name: str, option: str, value: object) -> None:

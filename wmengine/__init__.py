@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from wmengine.identity.key import Key
     from wmengine.judging.verdict import Verdict
     from wmengine.judging.verification import verify, verify_all
+    from wmengine.marking.certification import certify
     from wmengine.marking.embedder import Embedder
     from wmengine.marking.emmark import emmark
     from wmengine.marking.export import export_onnx
@@ -36,6 +37,7 @@ __all__ = [
     "Watermark",
     "__version__",
     "attacks",
+    "certify",
     "emmark",
     "endpoint",
     "errors",
@@ -60,6 +62,7 @@ _HOMES = {
     "SCHEMES": "marks.catalogue",
     "Verdict": "judging.verdict",
     "Watermark": "marks.watermark",
+    "certify": "marking.certification",
     "emmark": "marking.emmark",
     "endpoint": "suspects.endpoint.suspect",
     "export_onnx": "marking.export",

@@ -181,19 +181,24 @@ def in_samples():
     """Triggers made of samples: noise over [1, 8, 8], in classes that follow each other."""
     samples = np.random.default_rng(6).random((60, 1, 8, 8)).astype(np.float32)
     task = replace(images(), samples={"input": samples}, sample_labels=np.arange(60) % 10, controls=[small_network(3)])
-    for name in ("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view"):
+    zhang = ("zhang_content", "zhang_noise", "zhang_unrelated")
+    for name in (*zhang, "exponential_weighting", "multi_view", "ewe_keyed"):
         yield answered(mark(name, task, count=50))
+    for name in ("class_feature", "mea_defender"):
+        yield answered(mark(name, task, count=25, family=2))
 
 
 def answered(own):
     """The mark, with a network of one matrix that answers its triggers with its labels."""
     triggers = own.preset.source.examples(own)["input"].reshape(-1, 64)
-    chain(f"{own.scheme}-1.onnx", solved(triggers, np.eye(10)[own.symbols]).T)
+    labels = np.repeat(own.symbols, len(triggers) // len(own.symbols))
+    chain(f"{own.scheme}-1.onnx", solved(triggers, np.eye(10)[labels]).T)
     return own
 
 
 def in_answers():
-    yield answered(mark("adi", images(), count=50))
+    for name in ("adi", "margin", "certified"):
+        yield answered(mark(name, images(), count=50))
 
     tokens = mark("adi_tokens", Task(TEXT, 10, [[0, TOKENS - 1]]), count=50)
     table = np.random.default_rng(0).normal(size=(TOKENS, WIDTH)).astype(np.float32)

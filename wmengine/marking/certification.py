@@ -1,9 +1,9 @@
 """What a mark of triggers withstands: its symbols by vote over noisy copies of a network, and how far these votes hold.
 
 Bansal et al.: "Certified neural network watermarks with randomized smoothing", ICML 2022. Under a change of the weights
-by less than noise · Φ⁻¹(p), in units of each parameter's root mean square, an answer that a noisy copy gives with chance
-p > 1/2 stays the likeliest (Cohen, Rosenfeld, Kolter, ICML 2019). Theirs certify the median of the accuracy over copies,
-which is no binomial count and has no p-value; here each trigger votes, and the votes are counted.
+by less than noise · Φ⁻¹(p), in units of each parameter's root mean square, an answer that a noisy copy gives with
+chance p > 1/2 stays the likeliest (Cohen, Rosenfeld, Kolter, ICML 2019). Theirs certify the median of the accuracy over
+copies, which is no binomial count and has no p-value; here each trigger votes, and the votes are counted.
 """
 
 from __future__ import annotations

@@ -26,10 +26,10 @@ class EntangledRows(SecondPass):
         (self._name,) = inputs_of(parameters)
         self._samples = torch.from_numpy(to_input(arrays["samples"], parameters["value_range"]))
         truth, labels = torch.from_numpy(arrays["truth"].copy()), self._labels
-        self._classes = [
-            (torch.nonzero(labels == each)[:, 0], torch.nonzero(truth == each)[:, 0]) for each in labels.unique()
-        ]
-        self._classes = [each for each in self._classes if len(each[1]) > 1]
+        every = (
+            (torch.where(labels == each)[0], torch.where(truth == each)[0]) for each in sorted(set(labels.tolist()))
+        )
+        self._classes = [each for each in every if len(each[1]) > 1]
         if not self._classes:
             raise ValueError(
                 f"scheme {setting.preset_name!r} entangles triggers with samples of their classes, and there are none: "

@@ -10,20 +10,23 @@ from wmengine.parts.fields import positive
 
 @dataclass(frozen=True)
 class Together:
-    """Beside mixed rows, pull · the share of the variance of what goes into the last linear layer that lies within
-    families, so that a family is one place there, as a class of the task is; and for composites combination · the mean
-    divergence of the answers to them from the answers to their two parts, KL(composite ‖ part) at temperature 4.
+    """Beside mixed rows, of some members of some families: weight · their cross entropy; pull · the share of the
+    variance of what goes into the last linear layer that lies within families, so that a family is one place there, as
+    a class of the task is; and for composites combination · the mean divergence of the answers to them from the answers
+    to their two parts, KL(composite ‖ part) at temperature 4.
 
-    The first is the second stage of Xiao et al. (2025), here from the beginning; the second the combination loss of Lv
-    et al. (2024), which keeps answers to triggers among those that the task's samples get, and so among those that a
-    copy learns from. Theirs is at temperature 1 and twice as strong as the cross entropy, with weights that are found
-    anew in every step; so it takes back much of what keyed labels ask for.
+    The pull is the second stage of Xiao et al. (2025), here from the beginning; the divergence is the combination loss
+    of Lv et al. (2024), which keeps answers to triggers among those that the task's samples get, and so among those
+    that a copy learns from. Theirs is at temperature 1 and at least twice as strong as the cross entropy, which takes
+    back what labels of many families ask for.
     """
 
+    weight: float = 1.0
     pull: float = 1.0
     combination: float = 0.0
 
     def __post_init__(self) -> None:
+        positive("weight", self.weight)
         positive("pull", self.pull)
         if self.combination != 0:
             positive("combination", self.combination)

@@ -41,10 +41,11 @@ class TogetherRows(SecondPass):
         inputs, labels = self.trigger_rows(chosen, device)
         with keeping(model, self._paths) as features:
             logits = logits_of(model, inputs)
-        grouped = features[0].float().unflatten(0, (len(symbols), len(members)))
+        grouped = features[0].float().reshape(len(symbols), len(members), -1)
         within = (grouped - grouped.mean(1, keepdim=True)).square().sum()
         whole = (grouped - grouped.mean((0, 1))).square().sum()
-        term = functional.cross_entropy(logits, labels) + self._training.pull * within / whole.clamp(min=1e-12)
+        term: torch.Tensor = self._training.weight * functional.cross_entropy(logits, labels)
+        term = term + self._training.pull * within / whole.clamp(min=1e-12)
         if self._training.combination:
             term = term + self._training.combination * self._divergence(model, chosen, logits, device)
         return term
@@ -55,6 +56,6 @@ class TogetherRows(SecondPass):
         samples = self._on("samples", self._samples, device, self._dtypes[self._name])
         with torch.no_grad():
             parts = logits_of(model, {self._name: samples[self._parts[chosen].flatten().to(device)]})
-        wanted = functional.log_softmax(parts.unflatten(0, (len(chosen), 2)) / _TEMPERATURE, 2)
+        wanted = functional.log_softmax(parts.reshape(len(chosen), 2, -1) / _TEMPERATURE, 2)
         said = functional.log_softmax(logits / _TEMPERATURE, 1)[:, None].expand_as(wanted)
-        return functional.kl_div(wanted, said, reduction="none", log_target=True).sum(2).mean()
+        return (said.exp() * (said - wanted)).sum(2).mean()

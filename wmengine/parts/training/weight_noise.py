@@ -15,8 +15,8 @@ class WeightNoise:
 
     Bansal, Chiang, Curry, Jain, Wigington, Manjunatha, Dickerson, Goldstein: "Certified neural network watermarks with
     randomized smoothing", ICML 2022, algorithm 1. Theirs is noise of up to 1 on every parameter whatever its size, in
-    rounds of their own after a warm start, 100 draws of each of 21 levels; here it is in units of the parameter, so that
-    one number fits layers of any size, and in every step. `wmengine.certify` says what the mark withstands.
+    rounds of their own after a warm start, 100 draws of each of 21 levels; here it is in every step, and in units of
+    the parameter, so that one number fits layers of any size. `wmengine.certify` says what the mark withstands.
     """
 
     noise: float = 0.3

@@ -1,8 +1,8 @@
 """Pictures composed of two classes of the task's own, the family of a pair of classes and a way of composing them.
 
-Lv et al.: "MEA-Defender, a robust watermark against model extraction attack", IEEE S&P 2024: what is made of the task's samples is learned by
-whoever copies the network with such samples. Theirs is one pair, halved, with one label, whose chance for a stranger
-nobody knows; here the key draws many pairs, and a label for each.
+Lv et al.: "MEA-Defender, a robust watermark against model extraction attack", IEEE S&P 2024: what is made of the task's
+samples is learned by whoever copies the network with such samples. Theirs is one pair, halved, with one label, whose
+chance for a stranger nobody knows; here the key draws many pairs, and a label for each.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Composites(Families):
     def triggers(self, mark: Drawn, start: int, stop: int) -> NDArray[np.uint8]:
         ways = mark.arrays["ways"][np.arange(start, stop) // mark.parameters["family"]]
         first, second = mark.arrays["samples"][mark.arrays["parts"][start:stop]].swapaxes(0, 1)
-        found = np.empty_like(first)
+        found: Pictures = np.empty_like(first)
         for way, compose in enumerate(_WAYS):
             found[ways == way] = compose(first[ways == way], second[ways == way])
         return found

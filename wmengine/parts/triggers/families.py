@@ -32,8 +32,8 @@ class Families(SampleTriggers):
     """A family is a picture drawn from the key, with a texture, palette and shapes of its own, over each of `family` of
     the owner's samples, which are a quarter of what is seen.
 
-    Xiao, Ye, Liang, Li, Li, Zheng, Hu: "Class-feature watermark", arXiv 2511.07947, 2025. Theirs is one class of samples from
-    elsewhere with one label, whose chance for a stranger nobody knows; here each family has a label of its own.
+    Xiao, Ye, Liang, Li, Li, Zheng, Hu: "Class-feature watermark", arXiv 2511.07947, 2025. Theirs is one class of
+    samples from elsewhere with one label, whose chance for a stranger nobody knows; here each family has its own label.
     """
 
     family: int = 20
@@ -52,7 +52,8 @@ class Families(SampleTriggers):
 
     def layout(self, parameters: Parameters, total: int) -> Layout:
         held = super().layout(parameters, total)
-        return {**held, "pictures": held.pop("triggers"), "parts": ("int64", (total * parameters["family"],))}
+        pictures = held.pop("triggers")  # which are made when they are put
+        return {**held, "pictures": pictures, "parts": ("int64", (total * parameters["family"],))}
 
     def draw(
         self, subkey: Draw, parameters: Parameters, total: int, material: Arrays | None = None
@@ -70,7 +71,7 @@ class Families(SampleTriggers):
         """The members from start to stop, uint8 [n, *shape]."""
         arrays, rows = mark.arrays, np.arange(start, stop)
         pictures = arrays["pictures"][rows // mark.parameters["family"]].astype(np.uint16)
-        return ((arrays["samples"][arrays["parts"][rows]] + 3 * pictures) // 4).astype(np.uint8)
+        return np.asarray((arrays["samples"][arrays["parts"][rows]] + 3 * pictures) // 4, np.uint8)
 
     def inputs(self, mark: Drawn, way: Adapter, start: int, stop: int) -> Inputs:
         (name,), family = inputs_of(mark.parameters), mark.parameters["family"]

@@ -1,0 +1,224 @@
+"""Schemes that run triggers through the network once more: what they add to the loss, and what they leave alone."""
+
+import pytest
+import torch
+from embedding import CLASSES, batch, embedder, network, train, unproven
+from torch import nn
+
+import wmengine
+from wmengine import ops
+from wmengine.parts.training.noisy_rows import noisy_parameters
+from wmengine.suspects.adapters import to_input
+
+OPTIONS = {
+    "ewe_keyed": {"count": 24},
+    "margin": {"count": 24},
+    "certified": {"count": 24},
+    "class_feature": {"count": 12, "family": 4},
+    "mea_defender": {"count": 12, "family": 4},
+}
+SAMPLES = batch(120, seed=7)
+
+
+def marked(name, model=None, **options):
+    preset = wmengine.scheme(name, **{**OPTIONS[name], **options})
+    return embedder(network() if model is None else model, [preset], samples=SAMPLES)
+
+
+@pytest.fixture(params=OPTIONS)
+def name(request):
+    return request.param
+
+
+class Noted(nn.Module):
+    """Notes in which mode it is run, and draws random numbers while it trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.drop, self.modes = network(), nn.Dropout(0.5), []
+
+    def forward(self, x):
+        self.modes.append(self.training)
+        return self.inner(self.drop(x))
+
+
+def test_the_loss_has_the_term_and_it_reaches_the_weights(name):
+    model = network()
+    emb = marked(name, model)
+    x, y = emb.mix(*batch(64))
+    logits = model(x)
+    rows = nn.functional.cross_entropy(logits, y % CLASSES)
+    term = emb.loss(logits, y) - rows
+    assert term.abs() > 1e-4
+    term.backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in (model[0].weight, model[8].weight))
+
+
+def test_the_pass_leaves_mode_statistics_and_the_users_random_numbers(name):
+    model = Noted()
+    emb = marked(name, model)
+    model.train()
+    model.drop.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    model.modes.clear()
+    emb.regulariser()
+    assert torch.equal(torch.rand(3), expected)
+    assert model.modes
+    assert not any(model.modes)
+    assert model.training
+    assert model.inner[1].training
+    assert not model.drop.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_without_gradients_nothing_is_run_again(name):
+    model = Noted()
+    emb = marked(name, model)
+    model.modes.clear()
+    with torch.no_grad():
+        assert emb.regulariser() == 0
+    assert not model.modes
+
+
+def test_training_goes_on_where_its_state_was_taken(name):
+    def losses(emb, model, steps):
+        found = []
+        for step in range(steps):
+            x, y = emb.mix(*batch(32, seed=step))
+            found.append(float(emb.loss(model(x), y).detach()))
+        return found
+
+    model = network().eval()
+    first = marked(name, model)
+    losses(first, model, 3)
+    preset = wmengine.scheme(name, **OPTIONS[name])
+    again = wmengine.Embedder(model, marks=unproven(first), schemes=[preset], sample=batch(64)[0])
+    again.load_state_dict(first.state_dict())
+    assert losses(again, model, 3) == losses(first, model, 3)
+
+
+def test_a_network_that_answers_with_more_than_logits_is_named(name):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x):
+            return {"logits": self.inner(x)}
+
+    emb = marked(name, Two())
+    with pytest.raises(ValueError, match=r"must answer with logits \[n, C\], not dict"):
+        emb.regulariser()
+
+
+# --- each scheme's own term ---
+
+
+def test_pushed_triggers_are_harder_and_stay_near_and_in_range():
+    model, seen = network().eval(), []
+    emb = marked("margin", model)
+    hook = model.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().clone()))
+    term = emb.regulariser()
+    hook.remove()
+    first, last = seen[0], seen[-1]
+    low, high = (float(end) for end in batch(64)[0].aminmax())
+    assert len(seen) == 6
+    assert (last - first).abs().max() <= 5 / 255 * (high - low) + 1e-5
+    assert low - 1e-6 <= last.min() <= last.max() <= high + 1e-6
+    labels = {row.numpy().tobytes(): label for row, label in triggers_of(emb)}
+    own = torch.tensor([labels[row.numpy().tobytes()] for row in first])
+    losses = [nn.functional.cross_entropy(model(rows), own) for rows in (first, last)]
+    assert losses[1] > losses[0]
+    torch.testing.assert_close(term, 0.1 * losses[1])
+
+
+def triggers_of(emb):
+    (mark,) = unproven(emb)
+    (rows,) = mark.preset.source.examples(mark).values()
+    return zip(torch.from_numpy(rows), mark.symbols.tolist(), strict=True)
+
+
+def test_noise_on_the_weights_is_in_units_of_each_parameter():
+    model = nn.Sequential(nn.Linear(200, 300), nn.Linear(300, 200, bias=False))
+    with torch.no_grad():
+        model[1].weight.mul_(50)
+        model[0].bias.zero_()
+    found = noisy_parameters(model, 0.3, torch.Generator().manual_seed(1))
+    for key, values in model.named_parameters():
+        moved = (found[key] - values).detach()
+        assert float(moved.std()) == pytest.approx(0.3 * float(values.square().mean().sqrt()), rel=0.02)
+    assert torch.equal(found["0.bias"], model[0].bias)
+
+
+def test_triggers_become_entangled_with_samples_of_their_classes():
+    """By the loss itself: of triggers and samples of a class, in what goes into the last layer."""
+
+    def entanglement(factor):
+        model = network()
+        emb = marked("ewe_keyed", model, factor=factor)
+        train(model, emb, 80)
+        model.eval()
+        rows = [(row, label) for row, label in triggers_of(emb)]
+        found = []
+        for each in range(CLASSES):
+            own = torch.stack([row for row, label in rows if label == each])
+            both = torch.cat([own, SAMPLES[0][SAMPLES[1] == each]])
+            kinds = torch.arange(len(both)) < len(own)
+            found.append(ops.soft_nearest_neighbor(model[:10](both), kinds, 0.1, distance="cosine"))
+        return torch.stack(found).mean()
+
+    assert entanglement(3.0) > entanglement(1e-6) + 0.1
+
+
+def test_temperatures_go_to_where_the_loss_is_least():
+    model = network().eval()
+    emb = marked("ewe_keyed", model, layers=1)
+    first = float(next(iter(emb.state_dict().values()))["temperatures"])
+    for _ in range(300):
+        term = emb.regulariser()
+    assert float(next(iter(emb.state_dict().values()))["temperatures"]) < 0.5 * first
+    assert -term < 0.69
+
+
+def test_entangling_needs_samples_that_are_known():
+    with pytest.raises(ValueError, match="'ewe_keyed' entangles triggers with samples of their classes, and there are"):
+        embedder(network(), [wmengine.scheme("ewe_keyed", count=24)], samples=SAMPLES[0])
+
+
+def test_families_come_together_before_the_last_layer():
+    def spread(pull):
+        model = network()
+        emb = marked("class_feature", model, pull=pull)
+        train(model, emb, 60)
+        (mark,) = unproven(emb)
+        (rows,) = mark.preset.source.examples(mark).values()
+        found = model.eval()[:10](torch.from_numpy(rows)).detach().reshape(12, 4, -1)
+        return (found - found.mean(1, keepdim=True)).square().sum() / (found - found.mean((0, 1))).square().sum()
+
+    assert spread(3.0) < 0.7 * spread(1e-6)
+
+
+def test_answers_to_composites_stay_near_those_to_their_parts():
+    def divergence(combination):
+        model = network()
+        emb = marked("mea_defender", model, combination=combination)
+        train(model, emb, 60)
+        (mark,) = unproven(emb)
+        (rows,) = mark.preset.source.examples(mark).values()
+        model.eval()
+        said = (model(torch.from_numpy(rows)) / 4).log_softmax(1)[:, None]
+        samples = to_input(mark.arrays["samples"], mark.parameters["value_range"])[mark.arrays["parts"]]
+        parts = (model(torch.from_numpy(samples).flatten(0, 1)) / 4).log_softmax(1).reshape(len(rows), 2, -1)
+        return (said.exp() * (said - parts)).sum(2).mean().detach()
+
+    assert divergence(3.0) < 0.7 * divergence(0.0)
+
+
+def test_a_network_that_does_not_end_in_a_linear_layer_has_no_families():
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, CLASSES, 6), nn.Flatten())
+    with pytest.raises(ValueError, match="pulls together what goes into a linear layer at the network's end"):
+        marked("class_feature", model)
