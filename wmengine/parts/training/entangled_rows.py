@@ -26,9 +26,8 @@ class EntangledRows(SecondPass):
         (self._name,) = inputs_of(parameters)
         self._samples = torch.from_numpy(to_input(arrays["samples"], parameters["value_range"]))
         truth, labels = torch.from_numpy(arrays["truth"].copy()), self._labels
-        every = (
-            (torch.where(labels == each)[0], torch.where(truth == each)[0]) for each in sorted(set(labels.tolist()))
-        )
+        classes = sorted(set(labels.tolist()))
+        every = ((torch.where(labels == each)[0], torch.where(truth == each)[0]) for each in classes)
         self._classes = [each for each in every if len(each[1]) > 1]
         if not self._classes:
             raise ValueError(
