@@ -183,6 +183,10 @@ def in_samples():
     task = replace(images(), samples={"input": samples}, sample_labels=np.arange(60) % 10, controls=[small_network(3)])
     for name in ("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view"):
         yield answered(mark(name, task, count=50))
+    controls = [small_network(seed) for seed in (3, 4, 5)]
+    task = replace(task, controls=controls, model=small_network(2))
+    for name in ("frontier", "ipguard", "conferrable", "known_mistakes", "posthoc"):
+        yield answered(mark(name, task, count=20, **({"push": 0.3} if name == "frontier" else {})))
 
 
 def answered(own):
