@@ -45,6 +45,11 @@ COMMITMENTS = {
     "certified-1": "3436d8e541ca5718aa126d7dbeb7b63e34dab10883bcb4708048d47be169a262",
     "class_feature-1": "b8ec55f6fe28e07eb7e02090ba983bfa6bb39bcccd8d3c2defe8bdcdbc2773a7",
     "mea_defender-1": "7628027a98e684b26776d8d27aa75864640b36741963d5ce3e96368a91134c72",
+    "frontier-1": "2badd7bc64cfc3ac72c237e51e58023934772fbfcba90d2fe39acc915a40627e",
+    "ipguard-1": "907b1f73106c4658dacb2b2e55babdf5573bdb0d376c72053cdace791ebec3d5",
+    "conferrable-1": "4b5f6fe987e613c9d018bfb58a5b7ad58755005662d9e744e737cb14e12a2447",
+    "known_mistakes-1": "252c43a90c5e08ac143fd6f74bd31d4d801a2f56301da488a9a91c944a9fc8e2",
+    "posthoc-1": "562471372270bda6b8a4c379e75eb79e61d3861445633fbfc9c141a753e76c53",
 }
 LOG10_P = {
     "sketch-1": -18.96,
@@ -68,6 +73,11 @@ LOG10_P |= {
     "zhang_unrelated-1": -49.4,
     "exponential_weighting-1": -47.41,
     "multi_view-1": -29.8,
+    "frontier-1": -0.3,
+    "ipguard-1": -0.3,
+    "conferrable-1": -0.18,
+    "known_mistakes-1": 0.0,
+    "posthoc-1": 0.0,
 }
 LOG10_P |= dict.fromkeys(("ewe_keyed-1", "margin-1", "certified-1"), -49.40)
 LOG10_P |= dict.fromkeys(("class_feature-1", "mea_defender-1"), -24.40)
@@ -111,7 +121,8 @@ def test_a_mark_loads_with_its_commitment_and_is_derived_from_its_key(name: str,
 
 def test_a_network_that_holds_it_is_owned(name: str, file: Path, key: Key) -> None:
     verdict = verify(FOLDER / f"{name}.onnx", file, key=key)
-    assert (verdict.decision, verdict.matched) == ("owned", verdict.total)
+    ranks = verdict.null == "rank"  # among three networks here, at most
+    assert (verdict.decision, verdict.matched) == ("not_proven" if ranks else "owned", verdict.total)
     assert verdict.log10_p == pytest.approx(LOG10_P[name], abs=0.01)
 
 

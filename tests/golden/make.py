@@ -186,6 +186,10 @@ def in_samples():
         yield answered(mark(name, task, count=50))
     for name in ("class_feature", "mea_defender"):
         yield answered(mark(name, task, count=25, family=2))
+    controls = [small_network(seed) for seed in (3, 4, 5)]
+    task = replace(task, controls=controls, model=small_network(2))
+    for name in ("frontier", "ipguard", "conferrable", "known_mistakes", "posthoc"):
+        yield answered(mark(name, task, count=20, **({"push": 0.3} if name == "frontier" else {})))
 
 
 def answered(own):

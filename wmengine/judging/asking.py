@@ -245,7 +245,7 @@ class Trial:
         if not self._terms.sequential or not self._answered:
             return None
         found = [(each.tests[mark].log10_e, math.log10(each.share) - each.log10_names) for _, each in self._tried]
-        return max(log10_e + share for log10_e, share in found if log10_e is not None)
+        return max((log10_e + share for log10_e, share in found if log10_e is not None), default=None)
 
     def evidence(self, mark: int) -> Evidence | None:
         """What log10_p is computed from, the hypothesis that counts; None before any answer."""
