@@ -73,6 +73,7 @@ SMALL = {
         for name, preset in SCHEMES.items()
         if isinstance(preset.source, SampleTriggers)
     },
+    "ewe": {"count": 30, "target": 4},
     "margin": {"count": 60},
     "certified": {"count": 60},
     "class_feature": {"count": 24, "family": 4},

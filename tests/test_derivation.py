@@ -43,7 +43,7 @@ POOL = replace(
     controls=[small_network(5), small_network(6)],
     model=small_network(4),
 )
-POOL_OF = {name: {} for name in ("frontier", "ipguard", "conferrable", "known_mistakes", "posthoc")}
+POOL_OF = {name: {} for name in ("frontier", "ewe", "ipguard", "conferrable", "known_mistakes", "posthoc")}
 POOL_OF |= {"frontier": {"push": 0.2}, "conferrable": {"distilling": 5}}
 OF_FAMILIES = ("class_feature", "mea_defender")
 POOLED = (
@@ -389,6 +389,7 @@ for abstract in ("margin", "certified"):
     CHANGES[abstract] = CHANGES["adi"]
 for pooled in POOL_OF:
     CHANGES[pooled] = [*CHANGES[pooled], {"controls": 3}]
+CHANGES["ewe"] = [*CHANGES["ewe"], {"clean": 3}]
 CHANGES["diction"] = [*CHANGES["deepsigns"][2:], {"bits": 80}, {"groups": 8}, {"hidden": 513}]
 
 

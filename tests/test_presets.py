@@ -30,11 +30,12 @@ from wmengine.parts.training.weight_noise import WeightNoise
 from wmengine.parts.triggers.abstract import AbstractTriggers
 from wmengine.parts.triggers.composites import Composites
 from wmengine.parts.triggers.families import Families
+from wmengine.parts.triggers.one_target import OneTarget
 from wmengine.parts.triggers.tokens import TokenTriggers
 
 OF_SAMPLES = ("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view")
 RUN_AGAIN = ("ewe_keyed", "margin", "certified", "class_feature", "mea_defender")
-RANKED = ("frontier", "ipguard", "conferrable", "known_mistakes", "posthoc")
+RANKED = ("frontier", "ewe", "ipguard", "conferrable", "known_mistakes", "posthoc")
 
 
 def test_the_presets_keep_their_papers_defaults() -> None:
@@ -75,6 +76,7 @@ def test_the_presets_keep_their_papers_defaults() -> None:
     assert scheme("emmark").source == IntegerWeights(spare=8)
     assert scheme("ewe_keyed").source == scheme("zhang_content").source
     assert scheme("ewe_keyed").training == Entangled(1.0, 3)
+    assert (scheme("ewe").source, scheme("ewe").training) == (OneTarget(target=0), scheme("ewe_keyed").training)
     assert scheme("margin").source == scheme("certified").source == AbstractTriggers()
     assert scheme("margin").training == Margin(0.1, 5)
     assert scheme("certified").training == WeightNoise(0.3, 4)
@@ -142,6 +144,7 @@ def test_an_unknown_version_is_answered_with_the_known_ones(name: Any, version: 
         ("riga", "strength", -1.0),
         ("ewe_keyed", "factor", 0.0),
         ("ewe_keyed", "layers", 0),
+        ("ewe", "target", -1),
         ("margin", "weight", -0.1),
         ("margin", "pushes", 0),
         ("certified", "noise", float("inf")),

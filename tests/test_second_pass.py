@@ -185,6 +185,32 @@ def test_temperatures_go_to_where_the_loss_is_least():
     assert -term < 0.69
 
 
+def test_one_target_is_every_triggers_and_p_is_never_below_one_among_the_controls():
+    model, controls = network(), [network(seed) for seed in (3, 4, 5)]
+    x, y = SAMPLES
+    ewe = wmengine.scheme("ewe", count=24, target=2)
+    emb = embedder(model, [ewe], samples=(x, y), controls=controls)
+    (mark,) = unproven(emb)
+    assert (mark.symbols == 2).all()
+    assert len(mark.arrays["clean"]) == (y == 2).sum()
+    assert mark.arrays["triggers"][:, :, -2:, -2:].min() == 255
+    assert emb.regulariser().abs() > 1e-4
+    knowing = lambda inputs: torch.nn.functional.one_hot(torch.full((len(inputs),), 2), CLASSES).float()  # noqa: E731
+    verdict = wmengine.verify(knowing, mark)
+    assert (verdict.decision, verdict.matched) == ("not_proven", 24)
+    assert 10**verdict.log10_p >= 1 / 4
+
+
+@pytest.mark.parametrize(
+    "samples", [SAMPLES[0], (SAMPLES[0], torch.full((120,), 2)), (SAMPLES[0], torch.zeros(120).long())]
+)
+def test_one_target_needs_labelled_samples_of_it_and_of_others(samples):
+    with pytest.raises(
+        ValueError, match="'ewe': it needs (to know what its samples are|samples of class 2, its target)"
+    ):
+        embedder(network(), [wmengine.scheme("ewe", count=24, target=2)], samples=samples, controls=[network(1)])
+
+
 def test_entangling_needs_samples_that_are_known():
     with pytest.raises(ValueError, match="'ewe_keyed' entangles triggers with samples of their classes, and there are"):
         embedder(network(), [wmengine.scheme("ewe_keyed", count=24)], samples=SAMPLES[0])

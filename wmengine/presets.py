@@ -33,6 +33,7 @@ from wmengine.parts.triggers.fingerprints import (
     RobustPoints,
     TransferablePoints,
 )
+from wmengine.parts.triggers.one_target import OneTarget
 from wmengine.parts.triggers.overlaid import NoisyTriggers, PatternTriggers
 from wmengine.parts.triggers.samples import SampleTriggers
 from wmengine.parts.triggers.tokens import TokenTriggers
@@ -317,6 +318,16 @@ PRESETS = (
         training=Mixed(),
         null="rank",
         paper="Le Merrer, Pérez, Trédan: Adversarial frontier stitching for remote neural network watermarking, 2018",
+    ),
+    Preset(
+        name="ewe",
+        version=1,
+        source=OneTarget(target=0),
+        symbols=Given(100),
+        statistic=Rank(),
+        training=Entangled(factor=1.0, layers=3),
+        null="rank",
+        paper="Jia et al. 2021 (see ewe_keyed); one pattern and one class",
     ),
     Preset(
         name="ipguard",

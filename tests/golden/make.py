@@ -188,8 +188,9 @@ def in_samples():
         yield answered(mark(name, task, count=25, family=2))
     controls = [small_network(seed) for seed in (3, 4, 5)]
     task = replace(task, controls=controls, model=small_network(2))
-    for name in ("frontier", "ipguard", "conferrable", "known_mistakes", "posthoc"):
-        yield answered(mark(name, task, count=20, **({"push": 0.3} if name == "frontier" else {})))
+    for name in ("frontier", "ewe", "ipguard", "conferrable", "known_mistakes", "posthoc"):
+        options = {"frontier": {"push": 0.3}, "ewe": {"target": 4}}.get(name, {})
+        yield answered(mark(name, task, count=20, **options))
 
 
 def answered(own):

@@ -24,8 +24,12 @@ class EntangledRows(SecondPass):
         self._factor, self._paths = float(training.factor), last_layers(setting, training.layers)
         arrays, parameters = setting.mark.arrays, setting.mark.parameters
         (self._name,) = inputs_of(parameters)
-        self._samples = torch.from_numpy(to_input(arrays["samples"], parameters["value_range"]))
-        truth, labels = torch.from_numpy(arrays["truth"].copy()), self._labels
+        labels = self._labels
+        if "clean" in arrays:  # of the one class that all triggers are to be taken for
+            samples, truth = arrays["clean"], labels[:1].expand(len(arrays["clean"]))
+        else:
+            samples, truth = arrays["samples"], torch.from_numpy(arrays["truth"].copy())
+        self._samples = torch.from_numpy(to_input(samples, parameters["value_range"]))
         classes = sorted(set(labels.tolist()))
         every = ((torch.where(labels == each)[0], torch.where(truth == each)[0]) for each in classes)
         self._classes = [each for each in every if len(each[1]) > 1]
