@@ -7,10 +7,13 @@ from torch import nn
 
 import wmengine
 from wmengine import ops
+from wmengine.demo import build_network, load_digits
+from wmengine.demo import train as digits_train
 from wmengine.parts.training.noisy_rows import noisy_parameters
 from wmengine.suspects.adapters import to_input
 
 OPTIONS = {
+    "exponential_weighting": {"count": 24},
     "ewe_keyed": {"count": 24},
     "margin": {"count": 24},
     "certified": {"count": 24},
@@ -201,13 +204,10 @@ def test_one_target_is_every_triggers_and_p_is_never_below_one_among_the_control
     assert 10**verdict.log10_p >= 1 / 4
 
 
-@pytest.mark.parametrize(
-    "samples", [SAMPLES[0], (SAMPLES[0], torch.full((120,), 2)), (SAMPLES[0], torch.zeros(120).long())]
-)
-def test_one_target_needs_labelled_samples_of_it_and_of_others(samples):
-    with pytest.raises(
-        ValueError, match="'ewe': it needs (to know what its samples are|samples of class 2, its target)"
-    ):
+@pytest.mark.parametrize("labels", [None, torch.full((120,), 2), torch.zeros(120, dtype=torch.int64)])
+def test_one_target_needs_labelled_samples_of_it_and_of_others(labels):
+    samples = SAMPLES[0] if labels is None else (SAMPLES[0], labels)
+    with pytest.raises(ValueError, match=r"'ewe': it needs (to know what its samples are|samples of class 2, its)"):
         embedder(network(), [wmengine.scheme("ewe", count=24, target=2)], samples=samples, controls=[network(1)])
 
 
@@ -251,3 +251,31 @@ def test_a_network_that_does_not_end_in_a_linear_layer_has_no_families():
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, CLASSES, 6), nn.Flatten())
     with pytest.raises(ValueError, match="pulls together what goes into a linear layer at the network's end"):
         marked("class_feature", model)
+
+
+# --- on a real task ---
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "exponential_weighting"])
+def test_on_the_digits_it_is_learned_in_thirty_epochs_beside_the_task(name):
+    data = load_digits()
+    model = build_network(1)
+    emb = wmengine.Embedder(
+        model,
+        wmengine.Key("ACME Vision", bytes(range(32))),
+        [name],
+        sample=data.owner[0][:64],
+        num_classes=10,
+        name="digits",
+        value_range=(0, 1),
+        samples=data.owner,
+    )
+    digits_train(model, data.owner, 30, seed=1, embedder=emb)
+    verdict = wmengine.verify(model, emb.watermarks()[0])
+    assert verdict.owned
+    assert verdict.matched >= 0.95 * verdict.total
+    with torch.no_grad():
+        right = (model(data.test[0]).argmax(1) == data.test[1]).float().mean()
+    assert right > 0.98  # without a mark it is 0.992
