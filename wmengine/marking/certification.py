@@ -18,9 +18,11 @@ import numpy as np
 
 from wmengine._optional import require
 from wmengine.judging.answering import answers_of, classes_of, interpreted, named_by, width_of
+from wmengine.judging.verdict import PROVING
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.statistics.tails import binomial_log10_tail, threshold
 from wmengine.suspects.module import ModuleSuspect
+from wmengine.suspects.weights import unwrap
 
 if TYPE_CHECKING:
     import torch
@@ -57,12 +59,13 @@ def certify(
     torch = require("torch", extra="train")
     from wmengine.parts.training.noisy_rows import noisy_parameters
 
-    if mark.kind != "black-box" or mark.preset.null not in ("exact", "bound"):
+    if mark.kind != "black-box" or mark.preset.null not in PROVING:
         raise ValueError(f"a certificate is of a mark of triggers that proves, and {mark.scheme!r} is none")
     if draws < 1 or not noise > 0.0 or not 0.5 < confidence < 1.0 or not 0.0 < alpha < 1.0:
         raise ValueError("draws and noise must be above 0, confidence between 1/2 and 1, alpha between 0 and 1")
-    suspect = ModuleSuspect(copy.deepcopy(model))
-    plain, noisy = copy.deepcopy(suspect.module), suspect.module
+    plain = unwrap(model)
+    noisy = copy.deepcopy(plain)
+    suspect = ModuleSuspect(noisy)
     device = next(plain.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     inputs, symbols, total = mark.preset.asks.examples(mark), np.arange(mark.total), mark.total

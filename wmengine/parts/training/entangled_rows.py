@@ -44,7 +44,7 @@ class EntangledRows(SecondPass):
         at = int(torch.randint(len(self._classes), (), generator=self._generator))
         triggers, samples = (self.some(ROWS, each) for each in self._classes[at])
         inputs, _ = self.trigger_rows(triggers, device)
-        own = self._on("samples", self._samples, device, self._dtypes[self._name])[samples.to(device)]
+        own = self._on(self._samples, device, self._dtypes[self._name])[samples.to(device)]
         kinds = torch.arange(len(triggers) + len(samples), device=device) < len(triggers)
         with keeping(model, self._paths) as features:
             logits_of(model, {self._name: torch.cat([inputs[self._name], own])})

@@ -22,16 +22,14 @@ class MixedRows:
         # Its own generator: the user's random numbers stay what they would be without the mark.
         self._generator = torch.Generator().manual_seed(setting.seed)
         self._queue = torch.empty(0, dtype=torch.int64)
-        self._placed: dict[tuple[str, torch.device, torch.dtype], torch.Tensor] = {}
+        self._placed: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = {}
         self.projected: torch.Tensor | None = None
 
     def rows(self, count: int, like: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         device = next(iter(like.values())).device
         chosen = self._draw(min(count, len(self._labels)), device)
-        inputs = {
-            name: self._on(name, values, device, like[name].dtype)[chosen] for name, values in self._inputs.items()
-        }
-        return inputs, self._on("labels", self._labels, device, torch.int64)[chosen]
+        inputs = {name: self._on(values, device, like[name].dtype)[chosen] for name, values in self._inputs.items()}
+        return inputs, self._on(self._labels, device, torch.int64)[chosen]
 
     def term(self, model: torch.nn.Module) -> torch.Tensor | None:
         return None
@@ -43,8 +41,9 @@ class MixedRows:
         self._queue = state["queue"]
         self._generator.set_state(state["generator"].cpu())
 
-    def _on(self, name: str, values: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        place = (name, device, dtype)
+    def _on(self, values: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Values that the course holds, as they lie on a device."""
+        place = (id(values), device, dtype)
         if place not in self._placed:
             self._placed[place] = values.to(device, dtype)
         return self._placed[place]

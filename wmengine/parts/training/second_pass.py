@@ -46,8 +46,8 @@ class SecondPass(MixedRows):
     def trigger_rows(self, chosen: torch.Tensor, device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Triggers by their numbers, inputs and labels; copies, as a network may write into its input."""
         at = chosen.to(device, non_blocking=True)
-        inputs = {name: self._on(name, rows, device, self._dtypes[name])[at] for name, rows in self._inputs.items()}
-        return inputs, self._on("labels", self._labels, device, torch.int64)[at]
+        inputs = {name: self._on(rows, device, self._dtypes[name])[at] for name, rows in self._inputs.items()}
+        return inputs, self._on(self._labels, device, torch.int64)[at]
 
 
 def logits_of(

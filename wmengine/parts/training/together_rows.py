@@ -53,7 +53,7 @@ class TogetherRows(SecondPass):
     def _divergence(
         self, model: torch.nn.Module, chosen: torch.Tensor, logits: torch.Tensor, device: torch.device
     ) -> torch.Tensor:
-        samples = self._on("samples", self._samples, device, self._dtypes[self._name])
+        samples = self._on(self._samples, device, self._dtypes[self._name])
         with torch.no_grad():
             parts = logits_of(model, {self._name: samples[self._parts[chosen].flatten().to(device)]})
         wanted = functional.log_softmax(parts.reshape(len(chosen), 2, -1) / _TEMPERATURE, 2)

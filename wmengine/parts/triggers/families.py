@@ -103,16 +103,15 @@ class Families(SampleTriggers):
         return Answers(answers.kind, read, unasked, refused)
 
 
-def _mean_of_rows(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[n, C] of [n, members, C]. A row without scores, or whose scores are all equal, says nothing."""
-    centred = scores - scores.mean(axis=2, keepdims=True)
-    size = np.sqrt(np.square(centred).mean(axis=2, keepdims=True))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        rows = centred / size
-    said = np.isfinite(rows).all(axis=2, keepdims=True)
-    counted = said.sum(axis=1)
-    total = np.where(said, rows, 0.0).sum(axis=1)
-    return np.where(counted > 0, total / np.maximum(counted, 1), np.nan)
+def _mean_of_rows(scores: NDArray[np.float64]) -> NDArray[np.float32]:
+    """float32 [n, C] of [n, members, C], so that equal ones stay equal however they were summed. A row that is not
+    finite, or whose scores are all equal, says nothing."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        centred = scores - scores.mean(axis=2, keepdims=True)
+        rows = centred / np.sqrt(np.square(centred).mean(axis=2, keepdims=True))
+        said = np.isfinite(rows).all(axis=2, keepdims=True)
+        mean = np.where(said, rows, 0.0).sum(axis=1) / said.sum(axis=1)  # 0 / 0 where none says anything
+    return mean.astype(np.float32)
 
 
 def _majority(labels: NDArray[np.int64]) -> NDArray[np.int64]:
