@@ -27,7 +27,7 @@ from wmengine.parts.triggers.abstract import AbstractTriggers
 from wmengine.parts.triggers.tokens import TokenTriggers
 
 OF_SAMPLES = ("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view")
-RANKED = ("frontier", "ipguard", "conferrable", "known_mistakes", "posthoc")
+RANKED = ("frontier", "ipguard", "conferrable", "known_mistakes", "posthoc", "blackmarks")
 
 
 def test_the_presets_keep_their_papers_defaults() -> None:
