@@ -69,7 +69,7 @@ SMALL = {
     "greedy_residuals": {"bits": 64},
     "riga": {"bits": 64, "width": 256},
     **{
-        name: {"count": 60 if preset.null != "rank" else 30}
+        name: {preset.symbols.fields[0]: 60 if preset.null != "rank" else 30}
         for name, preset in SCHEMES.items()
         if isinstance(preset.source, SampleTriggers)
     },

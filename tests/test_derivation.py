@@ -43,7 +43,9 @@ POOL = replace(
     controls=[small_network(5), small_network(6)],
     model=small_network(4),
 )
-POOL_OF = {name: {} for name in ("frontier", "ewe", "ipguard", "conferrable", "known_mistakes", "posthoc")}
+POOL_OF = {
+    name: {} for name in ("frontier", "ewe", "ipguard", "conferrable", "known_mistakes", "posthoc", "blackmarks")
+}
 POOL_OF |= {"frontier": {"push": 0.2}, "conferrable": {"distilling": 5}}
 OF_FAMILIES = ("class_feature", "mea_defender")
 POOLED = (
@@ -70,6 +72,7 @@ SMALL: dict[str, dict[str, Any]] = {
     **{name: {"count": 20, **POOL_OF.get(name, {})} for name in POOLED},
     "margin": {"count": 20},
     "certified": {"count": 20},
+    "blackmarks": {"bits": 20},
 }
 MATERIAL: dict[str, dict[str, NDArray[Any]]] = {}  # by its digests
 
@@ -390,6 +393,7 @@ for abstract in ("margin", "certified"):
 for pooled in POOL_OF:
     CHANGES[pooled] = [*CHANGES[pooled], {"controls": 3}]
 CHANGES["ewe"] = [*CHANGES["ewe"], {"clean": 3}]
+CHANGES["blackmarks"] = [{"bits": 21}, *CHANGES["blackmarks"][1:3], *CHANGES["blackmarks"][5:]]
 CHANGES["diction"] = [*CHANGES["deepsigns"][2:], {"bits": 80}, {"groups": 8}, {"hidden": 513}]
 
 
@@ -404,7 +408,9 @@ def test_a_change_of_any_parameter_or_of_the_key_changes_every_array(name: str) 
     )
     found = [derived(name, each) for each in [parameters, *changed]]
     found += [derived(name, parameters, key) for key in (replace(KEY, owner="Acme"), replace(KEY, secret=bytes(32)))]
-    own = {"labels", "own_labels", "null_answers"} if name in POOL_OF else set()  # which may answer all alike
+    own = (
+        {"labels", "bits", "targets", "own_labels", "null_answers"} if name in POOL_OF else set()
+    )  # which may answer all alike
     for array in found[0].keys() - parameters.get("material", {}).keys() - own:
         held = [each[array].reshape(-1) for each in found if array in each]
         length = min(map(len, held))
@@ -430,7 +436,7 @@ def test_arrays_have_the_announced_layout(name: str) -> None:
     layout = {array: (str(values.dtype), values.shape) for array, values in derived(name, parameters).items()}
     assert layout == preset.layout(parameters)
     assert preset.total(parameters) == (20 if preset.kind == "black-box" else 64)
-    chances = {"exponential_weighting": 1 / 9, "multi_view": 0.25}
+    chances = {"exponential_weighting": 1 / 9, "multi_view": 0.25, "blackmarks": 0.5}
     assert preset.chance(parameters) == chances.get(name, 0.1 if preset.kind == "black-box" else 0.5)
 
 

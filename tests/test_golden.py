@@ -51,6 +51,7 @@ COMMITMENTS = {
     "conferrable-1": "4b5f6fe987e613c9d018bfb58a5b7ad58755005662d9e744e737cb14e12a2447",
     "known_mistakes-1": "252c43a90c5e08ac143fd6f74bd31d4d801a2f56301da488a9a91c944a9fc8e2",
     "posthoc-1": "562471372270bda6b8a4c379e75eb79e61d3861445633fbfc9c141a753e76c53",
+    "blackmarks-1": "0c22761ab986d4463ba25cc11a86690fb5a76c66d4e64889a37efad1c95df06a",
 }
 LOG10_P = {
     "sketch-1": -18.96,
@@ -80,6 +81,7 @@ LOG10_P |= {
     "conferrable-1": -0.18,
     "known_mistakes-1": 0.0,
     "posthoc-1": 0.0,
+    "blackmarks-1": -0.3,
 }
 LOG10_P |= dict.fromkeys(("ewe_keyed-1", "margin-1", "certified-1"), -49.40)
 LOG10_P |= dict.fromkeys(("class_feature-1", "mea_defender-1"), -24.40)

@@ -35,7 +35,7 @@ from wmengine.parts.triggers.tokens import TokenTriggers
 
 OF_SAMPLES = ("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view")
 RUN_AGAIN = ("ewe_keyed", "margin", "certified", "class_feature", "mea_defender")
-RANKED = ("frontier", "ewe", "ipguard", "conferrable", "known_mistakes", "posthoc")
+RANKED = ("frontier", "ewe", "ipguard", "conferrable", "known_mistakes", "posthoc", "blackmarks")
 
 
 def test_the_presets_keep_their_papers_defaults() -> None:

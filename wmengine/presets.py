@@ -10,7 +10,7 @@ from wmengine.parts.sources.weights import PeriodicWeights, Weights
 from wmengine.parts.statistics.either import Either
 from wmengine.parts.statistics.matches import Matches
 from wmengine.parts.statistics.rank import Rank
-from wmengine.parts.symbols import Bits, ChannelBits, Given, Labels, OneOf
+from wmengine.parts.symbols import Bits, ChannelBits, Given, GivenBits, Labels, OneOf
 from wmengine.parts.training.covert import Covert
 from wmengine.parts.training.entangled import Entangled
 from wmengine.parts.training.exponential import Exponential
@@ -33,6 +33,7 @@ from wmengine.parts.triggers.fingerprints import (
     RobustPoints,
     TransferablePoints,
 )
+from wmengine.parts.triggers.groups import GroupPoints
 from wmengine.parts.triggers.one_target import OneTarget
 from wmengine.parts.triggers.overlaid import NoisyTriggers, PatternTriggers
 from wmengine.parts.triggers.samples import SampleTriggers
@@ -368,5 +369,15 @@ PRESETS = (
         training=Untouched(),
         null="rank",
         paper="Pautov et al.: Probabilistically robust watermarking of neural networks, IJCAI 2024",
+    ),
+    Preset(
+        name="blackmarks",
+        version=1,
+        source=GroupPoints(),
+        symbols=GivenBits(100),
+        statistic=Rank(),
+        training=Mixed(),
+        null="rank",
+        paper="Chen, Rouhani, Koushanfar: BlackMarks, blackbox multibit watermarking for deep neural networks, 2019",
     ),
 )

@@ -133,7 +133,7 @@ class Trial:
 
     def expected(self, ask: Ask) -> list[Labels]:
         """The labels of each mark for what is asked."""
-        return [mark.symbols[ask.start : ask.stop] for mark in self.marks]
+        return [mark.symbols[ask.start : ask.stop].astype(np.int64, copy=False) for mark in self.marks]
 
     def order(self) -> Labels | None:
         """For each class of the mark the suspect's that stands for it, where clean data have said so."""

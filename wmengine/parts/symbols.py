@@ -128,3 +128,11 @@ class Given(Labels):
 
     def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
         return np.array(arrays["own_labels"])
+
+
+@dataclass(frozen=True)
+class GivenBits(Bits):
+    """T bits that no key draws. They can only rank."""
+
+    def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
+        return np.array(arrays["own_labels"])

@@ -16,7 +16,8 @@ class MixedRows:
     def __init__(self, setting: Setting) -> None:
         mark = setting.mark
         self._inputs = {name: torch.from_numpy(values.copy()) for name, values in setting.source.examples(mark).items()}
-        labels = torch.from_numpy(mark.arrays[setting.symbols.name].copy())
+        # What a trigger is trained to be answered with: its symbol, or the class that stands for it.
+        labels = torch.from_numpy(mark.arrays.get("targets", mark.arrays[setting.symbols.name]).copy())
         count = len(next(iter(self._inputs.values())))
         self._labels = labels.repeat_interleave(count // len(labels))  # a symbol may have several inputs
         # Its own generator: the user's random numbers stay what they would be without the mark.
