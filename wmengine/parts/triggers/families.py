@@ -111,7 +111,7 @@ def _mean_of_rows(scores: NDArray[np.float64]) -> NDArray[np.float32]:
         rows = centred / np.sqrt(np.square(centred).mean(axis=2, keepdims=True))
         said = np.isfinite(rows).all(axis=2, keepdims=True)
         mean = np.where(said, rows, 0.0).sum(axis=1) / said.sum(axis=1)  # 0 / 0 where none says anything
-    return mean.astype(np.float32)
+    return np.asarray(mean, np.float32)
 
 
 def _majority(labels: NDArray[np.int64]) -> NDArray[np.int64]:
