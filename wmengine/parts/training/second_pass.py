@@ -22,6 +22,8 @@ class SecondPass(MixedRows):
         super().__init__(setting)
         self._dtypes = {name: rows.dtype for name, rows in setting.example.items()}
 
+    # A step that is compiled breaks here: gradients are taken in it, and hooks come and go.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def term(self, model: torch.nn.Module) -> torch.Tensor | None:
         if not torch.is_grad_enabled():
             return None
