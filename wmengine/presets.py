@@ -19,6 +19,7 @@ from wmengine.parts.training.passports import PassportSigns
 from wmengine.parts.training.spread import Spread
 from wmengine.parts.training.untouched import Untouched
 from wmengine.parts.triggers.abstract import AbstractTriggers
+from wmengine.parts.triggers.blind import HiddenLogo
 from wmengine.parts.triggers.candidates import PlausibleClasses, WrongClasses
 from wmengine.parts.triggers.fingerprints import (
     BoundaryPoints,
@@ -252,6 +253,16 @@ PRESETS = (
         training=Mixed(),
         null="bound",
         paper="Li, Maharana, Guo: Not just change the labels, learn the features (MAT), ECCV 2024",
+    ),
+    Preset(
+        name="blind",
+        version=1,
+        source=HiddenLogo(),
+        symbols=Labels(100),
+        statistic=Either(),
+        training=Mixed(),
+        null="exact",
+        paper="Li, Hu, Zhang, Guo: How to prove your model belongs to you, a blind-watermark framework, ACSAC 2019",
     ),
     Preset(
         name="frontier",

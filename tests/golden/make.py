@@ -181,8 +181,8 @@ def in_samples():
     """Triggers made of samples: noise over [1, 8, 8], in classes that follow each other."""
     samples = np.random.default_rng(6).random((60, 1, 8, 8)).astype(np.float32)
     task = replace(images(), samples={"input": samples}, sample_labels=np.arange(60) % 10, controls=[small_network(3)])
-    for name in ("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view"):
-        yield answered(mark(name, task, count=50))
+    for name in ("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view", "blind"):
+        yield answered(mark(name, task, count=50, **({"encoding": 20} if name == "blind" else {})))
     controls = [small_network(seed) for seed in (3, 4, 5)]
     task = replace(task, controls=controls, model=small_network(2))
     for name in ("frontier", "ipguard", "conferrable", "known_mistakes", "posthoc"):
