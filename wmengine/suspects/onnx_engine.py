@@ -22,7 +22,7 @@ from wmengine.facts import Fact
 from wmengine.suspects.answers import Outputs
 from wmengine.suspects.base import Inputs, Tensor, one_line, rows_of
 from wmengine.suspects.devices import PROVIDERS, can_stay, compiled, run_bound, session_providers
-from wmengine.suspects.graph_limits import check_graph
+from wmengine.suspects.graph_limits import check_graph, check_operators
 
 # A directory that cannot exist, on any machine: whatever ONNX Runtime still looks for on disk, it does not find.
 NO_DIRECTORY = os.path.join(os.devnull, "none")
@@ -60,6 +60,7 @@ class OnnxEngine:
         self._name = ""
         self._data = b""
         self._external: Mapping[str, bytes] = {}
+        self._operators: set[tuple[str, str]] = set()
         self._rescaled: frozenset[str] = frozenset()
         self._session: Any = None
         self._left_out: dict[str, None] = {}  # optional inputs
@@ -82,11 +83,12 @@ class OnnxEngine:
         model = parse(name, data)
         if may_name_files(data) and named_locations(name, model) != sorted(external):
             raise SuspectError(f"{name} names other external files than were read for it")
-        check_graph(name, model)
+        self._operators = check_graph(name, model)
         self._rescaled = rescaled_inputs(model)
 
     def open(self) -> list[Input]:
         """Create the session; the inputs that it needs."""
+        check_operators(self._name, self._operators)
         self._session = self._session_of(self._data)
         needed = [each for each in self._session.get_inputs() if not each.type.startswith("optional(")]
         self._left_out = {each.name: None for each in self._session.get_inputs() if each not in needed}
@@ -183,7 +185,12 @@ class OnnxEngine:
         return np.ascontiguousarray(found.reshape(len(found), -1).astype(np.float32))
 
     def _whole(self) -> Any:
-        return with_external(self._name, self._data, self._external)
+        """The model with its external data, and without types of inputs and outputs that no reader of graphs knows."""
+        model = with_external(self._name, self._data, self._external)
+        for each in (*model.graph.input, *model.graph.output):
+            if each.type.WhichOneof("value") not in (None, "tensor_type"):  # sequences of maps, as ZipMap's
+                each.ClearField("type")
+        return model
 
 
 def preload() -> None:
@@ -289,6 +296,8 @@ def parse(name: str, data: bytes) -> Any:
     """The onnx.ModelProto in these bytes. Raises SuspectError where there is none."""
     import onnx
 
+    if data[4:8] == b"ORTM":
+        raise SuspectError(f"{name} is in ONNX Runtime's own format: give the ONNX file that it was made of")
     try:
         model = onnx.ModelProto.FromString(data)
     except Exception:  # protobuf's DecodeError, or whatever else these bytes make it do
