@@ -21,6 +21,8 @@ SENTENCES: dict[str, str] = {
     "refused": "{count} triggers were refused or not answered in a readable way: {reason}",
     "unasked": "{count} triggers were not asked: {reason}",
     "abstained": "{count} of {asked} answers hold NaN or Inf or name no class, and count as misses",
+    "other_task": "the watermark cannot be looked for, as in a model of another task, or a copy made to look like one: "
+    "{reason}",
     "given_up": "given up after {queries} queries: the suspect answers as a stranger does",
     "stopped": "stopped after {queries} queries, as the answer was clear: what was not asked is no miss",
     "inconstant": "{changed} of {asked} answers change when the batch does, or from one time to the next",

@@ -68,7 +68,7 @@ class _Round:
     unasked: list[str] = field(default_factory=list)  # why, one for each question that was not asked
     refused: list[str] = field(default_factory=list)
     clean: Labels | None = None  # the answers [M, R] to clean inputs
-    failure: str | None = None  # why there are no answers
+    failure: SuspectError | None = None  # why there are no answers
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Trial:
         self.num_classes, self.width = classes_of(marks[0]), width_of(marks[0])
         # Answers that only the mark's source can read are asked for alone.
         self.reader = marks[0].geometry if isinstance(marks[0].preset.source, Interprets) else ""
-        self.error: str | None = None  # why the suspect cannot be judged
+        self.error: SuspectError | None = None  # why the suspect cannot be judged
         self._suspect, self._terms = suspect, terms
         self._ways: list[Adapter] = []  # those still to be tried
         self._rounds: list[_Round] = []
@@ -112,7 +112,7 @@ class Trial:
         try:
             self._ways += marks[0].preset.asks.ways(marks[0], suspect, terms.every_way)
         except SuspectError as error:
-            self.error = str(error)
+            self.error = error
         self._possible = len(self._ways)
 
     def next(self) -> Ask | None:
@@ -181,7 +181,7 @@ class Trial:
         the suspect takes; the share of this one is spent. What is proven stays so.
         """
         current = self._rounds[-1]
-        current.failure = str(error)
+        current.failure = error
         if current.asked or isinstance(error, SuspectGone):
             self.error = current.failure
             return
@@ -271,7 +271,7 @@ class Trial:
         if self._possible > 1:
             found.append(fact("ways_paid", tried=len(self._rounds), possible=self._possible))
         failed = [each for each in self._rounds if each.failure is not None]
-        found += [fact("way_failed", adapter=str(each.way), reason=each.failure) for each in failed]
+        found += [fact("way_failed", adapter=str(each.way), reason=str(each.failure)) for each in failed]
         found += reading_facts(current.hypotheses, best)
         if current.total < self.marks[mark].total:
             found.append(fact("room", asked=current.total, total=self.marks[mark].total))
@@ -345,9 +345,9 @@ class Trial:
     def _open(self, way: Adapter) -> bool:
         """Begin a round, or say that there is no room for it, nor for another."""
         try:
-            room, why = self._room(way), NO_ROOM
+            room, why = self._room(way), SuspectError(NO_ROOM)
         except SuspectError as error:
-            room, why = 0, str(error)
+            room, why = 0, error
         if room:
             self._rounds.append(_Round(way, room))
         else:

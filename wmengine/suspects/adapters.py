@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.errors import SuspectError
+from wmengine.errors import OtherTask
 
 Range = Sequence[Sequence[str | float]]
 Images = NDArray[np.uint8]
@@ -128,12 +128,12 @@ def adapters(
 
     input_shape: of the whole batch, None where a size is free; empty where no shape is declared. trigger_shape: of one
     trigger, channels first. scalings: whether to try others than the recorded one. The recorded way has half of the
-    evidence, the others share the rest. Raises SuspectError where no way fits.
+    evidence, the others share the rest. Raises OtherTask where no way fits.
     """
     layouts = [layout for layout, shape in _layouts(tuple(trigger_shape)) if _fits(input_shape, shape)]
     if not layouts:
         takes = ["N", *("any" if size is None else str(size) for size in input_shape[1:])]
-        raise SuspectError(
+        raise OtherTask(
             f"{name} takes inputs [{', '.join(takes)}] and the watermark's triggers are "
             f"[{', '.join(['N', *map(str, trigger_shape)])}]; verify a suspect of the same input shape"
         )
@@ -145,7 +145,7 @@ def adapters(
         ranges, dtype = _distinct_scalings(recorded) if scalings else ("as recorded",), FLOATS[input_type]
     else:
         known = ", ".join([*FLOATS, *BYTES])
-        raise SuspectError(f"{name} takes {input_type}, and triggers can be {known}")
+        raise OtherTask(f"{name} takes {input_type}, and triggers can be {known}")
     ways = [(layout, scaling) for scaling in ranges for layout in layouts]
     shares = [1.0] if len(ways) == 1 else [0.5, *[0.5 / (len(ways) - 1)] * (len(ways) - 1)]
     return [Adapter(layout, scaling, dtype, share) for (layout, scaling), share in zip(ways, shares, strict=True)]

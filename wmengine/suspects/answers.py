@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.errors import SuspectError
+from wmengine.errors import OtherTask
 from wmengine.facts import Fact, fact
 
 Outputs = list[tuple[str, Any]]
@@ -143,7 +143,7 @@ def choose_readings(outputs: Outputs, rows: int, num_classes: int | None, name: 
 
     Labels that name the same classes as the scores beside them in another order count more than those: scikit-learn
     sorts classes that are text, "10" before "2". Scores of one class more are read where there is nothing better.
-    Raises SuspectError naming both numbers of classes, or the outputs' shapes where none can be read.
+    Raises OtherTask naming both numbers of classes, or the outputs' shapes where none can be read.
     """
     arrays = [None if isinstance(output, Predicted) else to_array(output) for _, output in outputs]
     shapes = [
@@ -173,12 +173,12 @@ def choose_readings(outputs: Outputs, rows: int, num_classes: int | None, name: 
         return [reading]
     classes = sorted({shape[1] for shape in shapes if shape is not None and len(shape) == 2})
     if classes:
-        raise SuspectError(
+        raise OtherTask(
             f"{name} answers with {' or '.join(map(str, classes))} classes and the watermark has {num_classes}; "
             "verify a suspect of the same task"
         )
     said = ", ".join(f"{label[:100]} {_shape_of(output)}" for label, output in outputs) or "none"
-    raise SuspectError(f"{name} answers {rows} inputs with no scores [{rows}, C] and no labels [{rows}], but {said}")
+    raise OtherTask(f"{name} answers {rows} inputs with no scores [{rows}, C] and no labels [{rows}], but {said}")
 
 
 def describe(readings: Sequence[Reading], outputs: Outputs) -> list[Fact]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.errors import SuspectError, SuspectGone, printable
+from wmengine.errors import OtherTask, SuspectError, SuspectGone, printable
 from wmengine.facts import Fact, fact
 from wmengine.ops.reference import MOST_LEVEL
 from wmengine.sandbox import MECHANISMS, wire
@@ -58,7 +58,7 @@ def serve(connection: socket.socket, mechanisms: Sequence[str]) -> None:
         try:
             header, answers = _answer(engine, question, arrays, mechanisms)
         except SuspectError as error:
-            header, answers = {"error": str(error)}, ()
+            header, answers = {"error": str(error), "other_task": isinstance(error, OtherTask)}, ()
         except MemoryError:
             header, answers = {"error": f"{question.get('name', 'the model')} needs more memory than it may have"}, ()
         except Exception as error:  # a hostile model can make any library raise anything
@@ -242,7 +242,7 @@ class RemoteEngine:
                 raise ValueError("an answer to something else")
             if "error" in header:
                 self._spent |= asked not in (LIST, LOAD)
-                raise SuspectError(printable(str(header["error"]), 500))
+                raise (OtherTask if header.get("other_task") else SuspectError)(printable(str(header["error"]), 500))
             return read(header, answers)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             self.worker.close()

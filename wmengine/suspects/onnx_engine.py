@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine._optional import require
-from wmengine.errors import SuspectError
+from wmengine.errors import OtherTask, SuspectError
 from wmengine.facts import Fact
 from wmengine.suspects.answers import Outputs
 from wmengine.suspects.base import Inputs, Tensor, one_line, rows_of
@@ -181,7 +181,7 @@ class OnnxEngine:
         except Exception as error:  # as above
             raise SuspectError(f"{self._name} fails when it runs ({one_line(error)})") from None
         if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu" or found.shape[:1] != (rows_of(inputs),):
-            raise SuspectError(f"{self._name} has no activations of a row for each input before weight {place + 1}")
+            raise OtherTask(f"{self._name} has no activations of a row for each input before weight {place + 1}")
         return np.ascontiguousarray(found.reshape(len(found), -1).astype(np.float32))
 
     def _whole(self) -> Any:

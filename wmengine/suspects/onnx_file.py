@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.errors import SuspectError
+from wmengine.errors import OtherTask, SuspectError
 from wmengine.facts import Fact, fact
 from wmengine.sandbox import Limits, Supervisor, Worker, WorkerFailure
 from wmengine.suspects.adapters import BYTES, FLOATS, Adapter, Range, adapters
@@ -118,7 +118,7 @@ class OnnxSuspect:
         declared = self._declared()
         if len(declared) != 1:
             names = ", ".join(each.name for each in declared) or "none"
-            raise SuspectError(f"{self.name} needs {len(declared)} inputs ({names}), and a trigger is one")
+            raise OtherTask(f"{self.name} needs {len(declared)} inputs ({names}), and a trigger is one")
         (only,) = declared
         return adapters(self.name, only.type, only.shape, shape, value_range, every or only.rescaled)
 
@@ -165,6 +165,8 @@ class OnnxSuspect:
         for name, rows in given.items():
             entry = declared[name]
             wanted = {**FLOATS, **BYTES}.get(entry.type)
+            if wanted is not None and (rows.dtype.kind == "f") != (np.dtype(wanted).kind == "f"):
+                raise OtherTask(f"{self.name} takes {entry.type}, and the watermark's triggers are {rows.dtype}")
             if wanted is not None and rows.dtype != wanted and rows.dtype.kind == np.dtype(wanted).kind:
                 given[name] = rows.astype(wanted)
                 self.facts.append(fact("inputs_cast", dtype=wanted))
