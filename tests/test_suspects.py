@@ -125,6 +125,20 @@ def test_half_and_double_inputs_are_cast(tmp_path, kind, dtype):
     assert said(suspect) == [f"inputs were cast to {np.dtype(dtype).name}"]
 
 
+def test_bfloat16_goes_in_and_comes_out(tmp_path):
+    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.BFLOAT16, ["N", None])] for name in "xy")
+    nodes = [
+        helper.make_node("Cast", ["x"], ["f"], to=FLOAT),
+        helper.make_node("MatMul", ["f", "w"], ["s"]),
+        helper.make_node("Cast", ["s"], ["y"], to=TensorProto.BFLOAT16),
+    ]
+    suspect = OnnxSuspect(save(graph(nodes, [weight()], outputs, inputs), tmp_path / "m.onnx"))
+    rounded = torch.from_numpy(INPUTS).bfloat16()
+    expected = (rounded.float() @ torch.from_numpy(WEIGHT)).bfloat16().float()
+    np.testing.assert_allclose(ask(suspect), expected, rtol=2**-7)
+    assert said(suspect) == ["inputs were cast to bfloat16"]
+
+
 def test_the_output_with_the_marks_classes_is_taken_among_several(tmp_path):
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["y"]),
@@ -180,10 +194,10 @@ def test_other_input_shapes_are_refused_naming_both(tmp_path):
 
 
 def test_what_cannot_be_asked_is_refused(tmp_path):
-    two = [helper.make_tensor_value_info(name, FLOAT, ["N", FEATURES]) for name in ("x", "z")]
-    nodes = [helper.make_node("Add", ["x", "z"], ["s"]), helper.make_node("MatMul", ["s", "w"], ["y"])]
+    two = [helper.make_tensor_value_info(name, FLOAT, ["N", FEATURES]) for name in ("a", "z")]
+    nodes = [helper.make_node("Add", ["a", "z"], ["s"]), helper.make_node("MatMul", ["s", "w"], ["y"])]
     words = complaint(ask, OnnxSuspect(save(graph(nodes, [weight()], inputs=two), tmp_path / "2.onnx")))
-    assert "needs 2 inputs (x, z)" in words
+    assert "needs 2 inputs (a, z), and the watermark has 1, which a, z could take" in words
     small = [helper.make_tensor_value_info("x", TensorProto.UINT8, ["N", FEATURES])]
     nodes = [helper.make_node("Cast", ["x"], ["f"], to=FLOAT), helper.make_node("MatMul", ["f", "w"], ["y"])]
     words = complaint(ask, OnnxSuspect(save(graph(nodes, [weight()], inputs=small), tmp_path / "8.onnx")))

@@ -11,6 +11,7 @@ Value = str | int | float
 SENTENCES: dict[str, str] = {
     # how it was asked
     "inputs_cast": "inputs were cast to {dtype}",
+    "filled": "{count} inputs that the watermark does not have were the same throughout: {inputs}",
     "fixed_batch": "the suspect has a fixed batch of {batch}",
     "one_at_a_time": "the suspect answers only one input at a time",
     "put_otherwise": "triggers were put {adapter}",

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.errors import OtherTask, SuspectError, printable
+from wmengine.errors import SuspectError, printable
 from wmengine.facts import Fact, fact
 from wmengine.suspects.adapters import Adapter, Range
 from wmengine.suspects.answers import ABSTAINED, Outputs, choose_readings, describe, of_two_classes, read_all
@@ -113,19 +113,6 @@ def part_of(inputs: Inputs, start: int, stop: int) -> dict[str, NDArray[Any]]:
     return {name: rows[start:stop] for name, rows in inputs.items()}
 
 
-def by_declared_names(name: str, declared: Sequence[str], inputs: Inputs) -> dict[str, NDArray[Any]]:
-    """A mark's inputs under the names that the suspect `name` has for them: the same names, or else the same order.
-
-    Raises OtherTask where it takes another number of inputs.
-    """
-    if len(declared) != len(inputs):
-        takes = f"{len(declared)} inputs ({', '.join(declared) or 'none'})"
-        raise OtherTask(f"{name} needs {takes}, and the watermark has {len(inputs)} ({', '.join(inputs)})")
-    if set(declared) == set(inputs):
-        return {each: inputs[each] for each in declared}
-    return dict(zip(declared, inputs.values(), strict=True))
-
-
 def is_url(suspect: Any) -> bool:
     """Whether this is the address of an endpoint."""
     return isinstance(suspect, str) and suspect.lower().startswith(tuple(f"{scheme}://" for scheme in URL_SCHEMES))
@@ -205,17 +192,3 @@ def padded(inputs: dict[str, NDArray[Any]], batch: int | None) -> dict[str, NDAr
     if batch is None or rows_of(inputs) == batch:
         return inputs
     return {name: np.resize(rows, (batch, *rows.shape[1:])) for name, rows in inputs.items()}
-
-
-def check_input_shape(name: str, expected: Sequence[int | None], inputs: NDArray[Any]) -> None:
-    """Raises OtherTask naming both shapes unless inputs [N, ...] fit `expected`, where None is any length."""
-    asked = inputs.shape[1:]
-    fits = len(asked) == len(expected) - 1 and all(
-        size is None or size == have for size, have in zip(expected[1:], asked, strict=True)
-    )
-    if not fits:
-        takes = ["N", *("any" if size is None else str(size) for size in expected[1:])]
-        raise OtherTask(
-            f"{name} takes inputs [{', '.join(takes)}] and the watermark's triggers are "
-            f"[{', '.join(['N', *map(str, asked)])}]; verify a suspect of the same input shape"
-        )

@@ -21,7 +21,15 @@ from wmengine.errors import OtherTask, SuspectError
 from wmengine.facts import Fact
 from wmengine.suspects.answers import Outputs
 from wmengine.suspects.base import Inputs, Tensor, one_line, rows_of
-from wmengine.suspects.devices import PROVIDERS, can_stay, compiled, run_bound, session_providers
+from wmengine.suspects.devices import (
+    BFLOAT16,
+    PROVIDERS,
+    can_stay,
+    compiled,
+    run_bound,
+    run_rounded,
+    session_providers,
+)
 from wmengine.suspects.graph_limits import check_graph, check_operators
 
 # A directory that cannot exist, on any machine: whatever ONNX Runtime still looks for on disk, it does not find.
@@ -63,6 +71,7 @@ class OnnxEngine:
         self._operators: set[tuple[str, str]] = set()
         self._rescaled: frozenset[str] = frozenset()
         self._session: Any = None
+        self._rounds = False  # whether an input or an output is bfloat16
         self._left_out: dict[str, None] = {}  # optional inputs
         self._tapped: tuple[int, str, Any] | None = None  # a place, the value there, a session that gives it
 
@@ -90,6 +99,8 @@ class OnnxEngine:
         """Create the session; the inputs that it needs."""
         check_operators(self._name, self._operators)
         self._session = self._session_of(self._data)
+        ends = [*self._session.get_inputs(), *self._session.get_outputs()]
+        self._rounds = any(each.type == BFLOAT16 for each in ends)
         needed = [each for each in self._session.get_inputs() if not each.type.startswith("optional(")]
         self._left_out = {each.name: None for each in self._session.get_inputs() if each not in needed}
         return [
@@ -132,7 +143,10 @@ class OnnxEngine:
         try:
             if bound and can_stay(self._session):
                 return run_bound(self._session, inputs, self.provider, self._module())
-            values = self._session.run(None, {**inputs, **self._left_out})
+            if self._rounds:
+                values = run_rounded(self._session, inputs)
+            else:
+                values = self._session.run(None, {**inputs, **self._left_out})
         except Exception as error:  # as above
             raise SuspectError(f"{self._name} fails when it runs ({one_line(error)})") from None
         found = []

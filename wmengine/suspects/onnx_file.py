@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.errors import OtherTask, SuspectError
-from wmengine.facts import Fact, fact
+from wmengine.errors import SuspectError
+from wmengine.facts import Fact
 from wmengine.sandbox import Limits, Supervisor, Worker, WorkerFailure
-from wmengine.suspects.adapters import BYTES, FLOATS, Adapter, Range, adapters
+from wmengine.suspects.adapters import Adapter, Range, adapters
 from wmengine.suspects.answers import Outputs
 from wmengine.suspects.base import (
     CHUNK,
@@ -24,18 +24,16 @@ from wmengine.suspects.base import (
     Signature,
     Tensor,
     ask_in_chunks,
-    by_declared_names,
-    check_input_shape,
     padded,
     part_of,
     rows_of,
 )
 from wmengine.suspects.devices import check_device
 from wmengine.suspects.engine_wire import RemoteEngine
+from wmengine.suspects.given import Given, given, single_input
 from wmengine.suspects.model_file import MAXIMUM_BYTES, LocalSource, ModelFile, Source, read_model
 from wmengine.suspects.onnx_engine import Input, OnnxEngine
 
-MAXIMUM_BATCH, MAXIMUM_BATCH_BYTES = 4096, 256 << 20
 ISOLATION = ("persistent", "per-model", "none")
 
 PAUSES = (0.0, 0.0, 0.1, 1.0)  # seconds before a worker is started, and again where it did not
@@ -76,12 +74,11 @@ class OnnxSuspect:
 
     isolation: "persistent" (a sandboxed worker that serves one suspect after the other), "per-model" (a fresh worker,
     so that no earlier suspect can have touched it: for evidence), "none" (this process: for your own files). device:
-    "cpu", or "cuda" for the first GPU, whose driver needs most of what a sandbox takes away: the facts say so. Raises
+    "cpu", or "cuda" for the first GPU, whose driver needs most of what a sandbox takes away: the facts say so. inputs:
+    the value, throughout, of inputs that no mark has, by name, where the usual one is not right. Raises
     FileNotFoundError for a path that does not exist, ValueError for a device that is not there, SuspectError for what
     is not an ONNX file or over a limit.
     """
-
-    settings: Mapping[str, Any] = {}
 
     def __init__(
         self,
@@ -92,6 +89,7 @@ class OnnxSuspect:
         maximum_bytes: int = MAXIMUM_BYTES,
         engine: Engine | None = None,
         device: str = "cpu",
+        inputs: Mapping[str, float] | None = None,
     ) -> None:
         if isinstance(source, str | os.PathLike):
             source = LocalSource(source)
@@ -108,6 +106,10 @@ class OnnxSuspect:
         self.name = self.file.name
         self.sha256: str | None = self.file.sha256
         self.facts: list[Fact] = []
+        self._values = dict(inputs or {})
+        self.settings: Mapping[str, Any] = {}
+        if self._values:
+            self.settings = {"inputs": self._values}
         self._inputs: list[Input] | None = None
 
     def adapters(self, shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:
@@ -115,23 +117,19 @@ class OnnxSuspect:
 
         every=False: other scalings than the recorded one only where the graph begins by rescaling its input.
         """
-        declared = self._declared()
-        if len(declared) != 1:
-            names = ", ".join(each.name for each in declared) or "none"
-            raise OtherTask(f"{self.name} needs {len(declared)} inputs ({names}), and a trigger is one")
-        (only,) = declared
+        only = single_input(self.name, self._declared(), shape, self._values)
         return adapters(self.name, only.type, only.shape, shape, value_range, every or only.rescaled)
 
     def answer(self, inputs: Inputs, num_classes: int | None = None) -> Answers:
         self.facts = list(self._engine.conditions)
-        given, batch = self._given(inputs)
+        put = self._given(inputs)
         return ask_in_chunks(
-            self._engine.run,
-            given,
+            lambda rows: self._engine.run(put.feeds(rows)),
+            put.rows,
             num_classes,
             self.name,
             self.facts,
-            batch,
+            put.batch,
             CHUNK if self._engine.provider == "cpu" else DEVICE_CHUNK,
         )
 
@@ -146,44 +144,26 @@ class OnnxSuspect:
 
     def activations(self, place: int, inputs: Inputs) -> NDArray[np.float32]:
         self.facts = list(self._engine.conditions)
-        given, batch = self._given(inputs)
+        put = self._given(inputs)
         parts = []
-        for start in range(0, rows_of(given), batch or CHUNK):
-            rows = part_of(given, start, start + (batch or CHUNK))
+        for start in range(0, rows_of(put.rows), put.batch or CHUNK):
+            rows = part_of(put.rows, start, start + (put.batch or CHUNK))
             count = rows_of(rows)
-            parts.append(self._engine.activations(place, padded(rows, batch))[:count])
+            parts.append(self._engine.activations(place, put.feeds(padded(rows, put.batch)))[:count])
         return np.concatenate(parts)
 
     def close(self) -> None:
         self._engine.close()
 
-    def _given(self, inputs: Inputs) -> tuple[dict[str, NDArray[Any]], int | None]:
-        """Inputs under the file's own names and in its types, and its batch where that is fixed."""
-        declared = {each.name: each for each in self._declared()}
-        given = by_declared_names(self.name, list(declared), inputs)
-        batch = None
-        for name, rows in given.items():
-            entry = declared[name]
-            wanted = {**FLOATS, **BYTES}.get(entry.type)
-            if wanted is not None and (rows.dtype.kind == "f") != (np.dtype(wanted).kind == "f"):
-                raise OtherTask(f"{self.name} takes {entry.type}, and the watermark's triggers are {rows.dtype}")
-            if wanted is not None and rows.dtype != wanted and rows.dtype.kind == np.dtype(wanted).kind:
-                given[name] = rows.astype(wanted)
-                self.facts.append(fact("inputs_cast", dtype=wanted))
-            if entry.shape:  # an input without any declared shape takes everything
-                check_input_shape(self.name, entry.shape, rows)
-                batch = batch or entry.shape[0]
-        size = max(1, sum(rows[:1].nbytes for rows in given.values()))
-        most = min(MAXIMUM_BATCH, MAXIMUM_BATCH_BYTES // size)
-        if batch is not None and batch > most:
-            raise SuspectError(f"{self.name} has a fixed batch of {batch}, and at most {most} can be asked at once")
-        if batch is not None:
-            self.facts.append(fact("fixed_batch", batch=batch))
-        return given, batch
+    def _given(self, inputs: Inputs) -> Given:
+        return given(self.name, self._declared(), inputs, self._values, self.facts)
 
     def _declared(self) -> list[Input]:
         if self._inputs is None:
             self._inputs = self._engine.open()
+            names = [each.name for each in self._inputs]
+            for each in self._values.keys() - set(names):
+                raise SuspectError(f"{self.name} has no input {each!r}, but {', '.join(names[:8])}")
         return self._inputs
 
 
