@@ -71,7 +71,7 @@ def other_tasks():
         "pictures": (black_box((3, 8, 8), name="pictures"), "takes inputs [N, 1, 4, 4] and the watermark's triggers"),
         "classes": (black_box((1, 4, 4), 7, name="classes"), "answers with 10 classes and the watermark has 7"),
         "tokens": (Watermark.create(KEY, preset, preset.describe(tokens, "tokens")), "takes tensor(float), and the"),
-        "pair": (Watermark.create(KEY, preset, preset.describe(pair, "pair")), "needs 1 inputs (x), and the watermark"),
+        "pair": (Watermark.create(KEY, preset, preset.describe(pair, "pair")), "takes tensor(float), and the"),
         "features": (
             Watermark.create(KEY, deep, deep.describe(features, "features")),
             "has 2 weights, and the mark is in number 9",

@@ -63,7 +63,7 @@ SENTENCES: dict[str, str] = {
     "bar_of_dispute": "the bar is 2^-128, as no timestamp of the commitment is looked at",
     "leans_on_date": "p is above 2^-128: in a dispute keys may be said to have been tried until one fitted, which the "
     "date of a commitment alone does not answer; this one was made, by its owner's word, on {created}",
-    "chosen_here": "how the endpoint was asked (its settings, digest {digest}) was chosen by the claimant after "
+    "chosen_here": "how the suspect was asked (its settings, digest {digest}) was chosen by the claimant after "
     "marking: other settings would have been other tries, unless these were fixed beforehand",
     "leans_on_clean": "the order of the classes rests on the clean data, chosen by the claimant after marking: trying "
     "several sets of them would be several tries",

@@ -40,6 +40,7 @@ def verify(
     classes: str = "same",
     clean: tuple[Any, Any] | None = None,
     device: str = "cpu",
+    inputs: Mapping[str, float] | None = None,
 ) -> Verdict:
     """Judge whether a suspect depends on material made with a watermark's key.
 
@@ -55,7 +56,8 @@ def verify(
     order is estimated on clean=(inputs, labels), task data without triggers (inputs uint8 or floats of the mark's
     range), for free; or without them, where all questions are asked, every order is tried and the p-value is multiplied
     by their number, C! at most. device: where a file runs, "cpu" or "cuda"; a GPU leaves little of the sandbox, and
-    the facts say so; modules run where they are.
+    the facts say so; modules run where they are. inputs: of a file that takes more than the watermark has, the value of
+    each such input, throughout, where what is usual for its kind is not right.
 
         verdict = verify("suspect.onnx", "acme-adi.wm", key="acme.key")
 
@@ -75,6 +77,7 @@ def verify(
         classes=classes,
         clean=clean,
         device=device,
+        inputs=inputs,
     )
     return verdict
 
@@ -93,6 +96,7 @@ def verify_all(
     classes: str = "same",
     clean: tuple[Any, Any] | None = None,
     device: str = "cpu",
+    inputs: Mapping[str, float] | None = None,
 ) -> list[Verdict]:
     """`verify` with several watermarks, the suspect opened once: a verdict for each, its p-value for it alone."""
     started = time.perf_counter()
@@ -131,7 +135,7 @@ def verify_all(
     opened: Suspect | None = None
     findings: list[Finding] = []
     try:
-        opened = open_suspect(suspect, isolation, limits, device)
+        opened = open_suspect(suspect, isolation, limits, device, inputs)
         findings = judge_suspect(opened, marks, terms)
     except SuspectError as cause:
         findings = [failed(mark, cause) for mark in marks]

@@ -6,6 +6,8 @@ sees the expected symbols: which batch size or dtype a suspect works with is cho
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -111,6 +113,12 @@ def rows_of(inputs: Inputs) -> int:
 def part_of(inputs: Inputs, start: int, stop: int) -> dict[str, NDArray[Any]]:
     """Rows start … stop of every input."""
     return {name: rows[start:stop] for name, rows in inputs.items()}
+
+
+def digest_of(settings: Mapping[str, Any]) -> str:
+    """SHA-256, in hexadecimal digits, of settings as canonical JSON: sorted, without spaces, ASCII."""
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def is_url(suspect: Any) -> bool:

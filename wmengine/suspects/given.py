@@ -33,16 +33,29 @@ class Given:
     """What a file is run on. rows: by name, [N, ...]; filled: the inputs that are the same whatever the rows are, and
     their value, None for places 0, 1, 2 …; batch: the only one that it takes; bare: the inputs without a batch axis."""
 
+    name: str
     rows: dict[str, NDArray[Any]]
     filled: list[tuple[Input, float | None]]
     batch: int | None
     bare: frozenset[str]
 
     def feeds(self, rows: Inputs) -> dict[str, NDArray[Any]]:
-        """Some of the rows, as many as a batch has, and the other inputs beside them."""
+        """Some of the rows, as many as a batch has, and the other inputs beside them. Raises SuspectError where these
+        are too large, or no numbers."""
         count, like = rows_of(rows), next(iter(rows.values())).shape
         put = {name: values[0] if name in self.bare else values for name, values in rows.items()}
-        return put | {each.name: _filling(each, value, count, like) for each, value in self.filled}
+        left = MAXIMUM_BATCH_BYTES
+        for each, value in self.filled:
+            if each.type not in DTYPES:
+                raise SuspectError(f"{self.name} takes {each.type} for {each.name!r}, and the watermark has none")
+            shape, dtype = _shape(each, count, like), np.dtype(DTYPES[each.type])
+            left -= math.prod(shape) * dtype.itemsize
+            if left < 0:
+                raise SuspectError(f"{self.name} takes {shape} for {each.name!r}, above {MAXIMUM_BATCH_BYTES} bytes")
+            put[each.name] = np.full(shape, 0.0 if value is None else value, dtype)
+            if value is None:
+                put[each.name] += np.arange(shape[-1] if shape else 1, dtype=dtype)
+        return put
 
 
 def single_input(name: str, declared: Sequence[Input], shape: Sequence[int], values: Mapping[str, float]) -> Input:
@@ -93,7 +106,7 @@ def given(
     if filled:
         said = [f"{each.name[:100]} = {'0, 1, 2 …' if value is None else f'{value:g}'}" for each, value in filled]
         facts.append(fact("filled", inputs=", ".join(said[:_SHOWN]), count=len(said)))
-    return Given(rows, filled, batch, frozenset(bare))
+    return Given(name, rows, filled, batch, frozenset(bare))
 
 
 def _taken(name: str, declared: Sequence[Input], inputs: Inputs) -> list[tuple[Input, NDArray[Any]]]:
@@ -162,24 +175,15 @@ def _is_named(each: Input, words: Sequence[str]) -> bool:
     return any(word in each.name.lower() for word in words)
 
 
-def _filling(each: Input, value: float | None, count: int, like: Sequence[int]) -> NDArray[Any]:
-    """An input of one value throughout. The first free axis is the batch's, another one as long as the same of rows
-    that have as many axes, or 1."""
+def _shape(each: Input, count: int, like: Sequence[int]) -> list[int]:
+    """Of an input that is the same throughout. The first free axis is the batch's, another one as long as the same of
+    rows that have as many axes, or 1."""
     shape: list[int] = []
     for axis, size in enumerate(each.shape):
         first = all(known is not None for known in each.shape[:axis])
         same = like[axis] if len(like) == len(each.shape) else 1
         shape.append(size if size is not None else count if first else same)
-    dtype = DTYPES.get(each.type)
-    if dtype is None:
-        raise SuspectError(f"the input {each.name!r} takes {each.type}, which the watermark does not have")
-    if math.prod(shape) * np.dtype(dtype).itemsize > MAXIMUM_BATCH_BYTES:
-        raise SuspectError(
-            f"the input {each.name!r} of {shape} is larger than the {MAXIMUM_BATCH_BYTES} bytes it may be"
-        )
-    if value is None:
-        return np.ascontiguousarray(np.broadcast_to(np.arange(shape[-1] if shape else 1, dtype=dtype), shape))
-    return np.full(shape, value, dtype)
+    return shape
 
 
 def _unclear(name: str, declared: Sequence[Input], likely: Sequence[Input], wanted: int) -> SuspectError:

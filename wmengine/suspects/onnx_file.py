@@ -24,6 +24,7 @@ from wmengine.suspects.base import (
     Signature,
     Tensor,
     ask_in_chunks,
+    digest_of,
     padded,
     part_of,
     rows_of,
@@ -107,9 +108,8 @@ class OnnxSuspect:
         self.sha256: str | None = self.file.sha256
         self.facts: list[Fact] = []
         self._values = dict(inputs or {})
-        self.settings: Mapping[str, Any] = {}
-        if self._values:
-            self.settings = {"inputs": self._values}
+        chosen = {"inputs": self._values} if self._values else {}
+        self.settings: Mapping[str, Any] = {**chosen, "digest": digest_of(chosen)} if chosen else {}
         self._inputs: list[Input] | None = None
 
     def adapters(self, shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:

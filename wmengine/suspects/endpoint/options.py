@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wmengine.suspects.adapters import LAYOUT_NAMES, SCALING_NAMES
-from wmengine.suspects.base import one_line
+from wmengine.suspects.base import digest_of, one_line
 from wmengine.suspects.endpoint.address import shown, without_secrets
 from wmengine.suspects.endpoint.template import Template
 
@@ -107,9 +106,8 @@ class EndpointOptions:
         return found | {"url": shown(self.url), "request": request, "headers": headers, "labels": labels}
 
     def digest(self) -> str:
-        """SHA-256, in hexadecimal digits, of the settings as canonical JSON: sorted, without spaces, ASCII."""
-        text = json.dumps(self.settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """That of the settings."""
+        return digest_of(self.settings)
 
     def _check_number(self, name: str) -> None:
         value, kind = getattr(self, name), int if name in _WHOLE else int | float
