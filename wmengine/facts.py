@@ -24,6 +24,8 @@ SENTENCES: dict[str, str] = {
     "abstained": "{count} of {asked} answers hold NaN or Inf or name no class, and count as misses",
     "other_task": "the watermark cannot be looked for, as in a model of another task, or a copy made to look like one: "
     "{reason}",
+    "outside": "{count} of {asked} answers name no class of the watermark, which has {classes}: the suspect counts its "
+    "classes otherwise, and these are misses",
     "given_up": "given up after {queries} queries: the suspect answers as a stranger does",
     "stopped": "stopped after {queries} queries, as the answer was clear: what was not asked is no miss",
     "inconstant": "{changed} of {asked} answers change when the batch does, or from one time to the next",
@@ -33,6 +35,7 @@ SENTENCES: dict[str, str] = {
     "outputs": "{count} of {of} outputs may be the answer, the first is {name}",
     "output": "answers were read from output {name}, one of {of}",
     "ranks": "output {name} lists the best classes, and the first of them counts",
+    "columns": "{count} of {of} outputs, {name} the first of them, hold the scores of a class each",
     "class_more": "output {name} has one class more than the watermark",
     "one_score": "the suspect gives one score, read as class 1 where it is above {threshold:g}",
     "outputs_paid": "{count} outputs that answer differently were tried and paid for; number {number} counts",
@@ -42,6 +45,7 @@ SENTENCES: dict[str, str] = {
     "paid for",
     "order_of_clean": "{moved} of {classes} classes stand elsewhere, by {count} clean inputs of which the suspect "
     "names {agreed} rightly; this is free, as long as these and their labels were chosen without the triggers' labels",
+    "order_of_names": "{moved} of {classes} classes stand elsewhere, by their names in suspect and watermark",
     "orders_paid": "all 10^{log10_orders:.1f} orders of the classes were paid for",
     "reordered": "classes stand in another order; all 10^{log10_orders:.1f} orders were paid for",
     "orders_too_many": "{total} triggers can prove no other order of {classes} classes, as there are too many: give "

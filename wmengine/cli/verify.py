@@ -65,6 +65,13 @@ def verify(
             help="The value, throughout, of an input that a file takes and the watermark has not.",
         ),
     ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.txt",
+            help="The names of all classes, a line each, in their order: for a file that answers with names.",
+        ),
+    ] = None,
     isolation: IsolationOption = "persistent",
     device: DeviceOption = "cpu",
     seconds: SecondsOption = 120.0,
@@ -97,6 +104,7 @@ def verify(
         clean=None if clean is None else load_clean(clean),
         device=device,
         inputs=_values(input_values or []),
+        labels=None if labels is None else labels.read_text(encoding="utf-8").splitlines(),
     )
     for verdict in verdicts:
         if as_json:

@@ -73,4 +73,5 @@ def rows_between(answers: Answers, start: int, stop: int) -> Answers:
     def part(reasons: Mapping[int, str]) -> dict[int, str]:
         return {row - start: why for row, why in reasons.items() if start <= row < stop}
 
-    return Answers(answers.kind, answers.values[start:stop], part(answers.unasked), part(answers.refused))
+    values = answers.values[start:stop]
+    return Answers(answers.kind, values, part(answers.unasked), part(answers.refused), answers.names)

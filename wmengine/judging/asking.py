@@ -28,7 +28,7 @@ from wmengine.judging.answering import (
 )
 from wmengine.judging.hypotheses import Hypothesis, reading_facts, readings_of
 from wmengine.judging.looks import looks_of_labels, looks_of_scores
-from wmengine.judging.orders import CleanData, best_order, names_given, reorder
+from wmengine.judging.orders import CleanData, best_order, names_given, order_of_names, reorder
 from wmengine.judging.questions import put
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Interprets, inputs_of
@@ -65,6 +65,7 @@ class _Round:
     outputs: int = 0
     first: Labels | None = None  # the answers [n, R] to the first questions, to be asked again
     abstained: int = 0
+    outside: int = 0  # answers that name a class beyond the mark's
     unasked: list[str] = field(default_factory=list)  # why, one for each question that was not asked
     refused: list[str] = field(default_factory=list)
     clean: Labels | None = None  # the answers [M, R] to clean inputs
@@ -107,7 +108,8 @@ class Trial:
         self._ways: list[Adapter] = []  # those still to be tried
         self._rounds: list[_Round] = []
         self._said: dict[Fact, None] = {}  # by the suspect, of how it was asked
-        self._names_paid = names_given(suspect, marks[0])
+        self._names_paid = names_given(suspect.settings.get("labels"), marks[0])
+        self._named: Labels | None = None  # of each class of the suspect the mark's of that name
         self._known: dict[int, float] = {}  # p-values since the last answers
         try:
             self._ways += marks[0].preset.asks.ways(marks[0], suspect, terms.every_way)
@@ -135,15 +137,15 @@ class Trial:
         """The labels of each mark for what is asked."""
         return [mark.symbols[ask.start : ask.stop] for mark in self.marks]
 
-    def order(self) -> Labels | None:
-        """For each class of the mark the suspect's that stands for it, where clean data have said so."""
+    def order(self, names: Sequence[str]) -> Labels | None:
+        """For each class of the mark the suspect's that stands for it, where clean data or their names say so."""
         current = self._rounds[-1]
         if current.hypotheses:
             order = current.hypotheses[0].order
         elif self._terms.clean is not None and current.clean is not None and current.clean.shape[1] == 1:
             order = best_order(current.clean[:, 0], self._terms.clean.labels, self.num_classes)[0]
         else:
-            return None
+            order = order_of_names(names, self.marks[0])
         return None if order is None else np.argsort(order)
 
     def add(self, answers: Answers, looks: list[Look] | None = None) -> None:
@@ -157,6 +159,7 @@ class Trial:
         expected = self.expected(ask)
         predicted = named_by(answers)
         if ask.start == 0:
+            self._named = order_of_names(answers.names, self.marks[0])
             self._begin(current, predicted, single=answers.kind == "labels")
         predicted = _columns(current, predicted)
         if ask.start == 0:
@@ -164,6 +167,7 @@ class Trial:
         current.asked += len(predicted)
         missing = len(answers.unasked) + len(answers.refused)
         current.abstained += int((predicted.max(axis=1) == ABSTAINED).sum()) - missing
+        current.outside += int((predicted > self.num_classes).all(axis=1).sum())
         current.unasked += answers.unasked.values()
         current.refused += answers.refused.values()
         for hypothesis in current.hypotheses:
@@ -281,6 +285,8 @@ class Trial:
             found.append(fact("unasked", count=len(current.unasked), reason=current.unasked[0]))
         if current.abstained:
             found.append(fact("abstained", count=current.abstained, asked=current.asked))
+        if current.outside:
+            found.append(fact("outside", count=current.outside, asked=current.asked, classes=self.num_classes))
         found += self._order_facts(mark, best)
         if self._terms.sequential and not current.unasked:
             futile = best.tests[mark].decision == "futile"
@@ -328,7 +334,7 @@ class Trial:
         for output, first, share in readings_of(predicted, seen, self.num_classes, single):
             share *= current.way.share / moments
             tests = [mark.preset.test(mark, current.total, self._terms.sequential) for mark in self.marks]
-            hypothesis = Hypothesis(share, output, first, chance, tests)
+            hypothesis = Hypothesis(share, output, first, chance, tests, self._named)
             if self._terms.clean is not None and clean is not None:
                 found = best_order(hypothesis.classes(clean), self._terms.clean.labels, self.num_classes)
                 hypothesis.order, hypothesis.agreed = found
@@ -380,8 +386,10 @@ class Trial:
 
     def _order_facts(self, mark: int, best: Hypothesis) -> list[Fact]:
         found = []
+        moved = 0 if best.order is None else int((best.order != np.arange(self.num_classes)).sum())
+        if self._terms.clean is None and moved:
+            found.append(fact("order_of_names", moved=moved, classes=self.num_classes))
         if self._terms.clean is not None and best.order is not None:
-            moved = int((best.order != np.arange(self.num_classes)).sum())
             count, agreed = len(self._terms.clean.labels), best.agreed
             found.append(fact("order_of_clean", moved=moved, classes=self.num_classes, count=count, agreed=agreed))
         if self._names_paid:
@@ -454,7 +462,7 @@ def _ask(suspect: Suspect, asks: Sequence[tuple[Trial, Ask]], parts: Sequence[In
         answers = interpreted(trial.marks[0], np.arange(ask.start, ask.stop), answers)
     looks: list[list[Look] | None] = [None] * len(asks)
     if answers.kind == "scores":
-        looks = [*_scored(answers.values, asks)]
+        looks = [*_scored(answers, asks)]
     at = 0
     for (trial, ask), seen in zip(asks, looks, strict=True):
         end = at + ask.stop - ask.start
@@ -466,9 +474,9 @@ def _ask(suspect: Suspect, asks: Sequence[tuple[Trial, Ask]], parts: Sequence[In
         at = end
 
 
-def _scored(scores: NDArray[Any], asks: Sequence[tuple[Trial, Ask]]) -> list[list[Look]]:
-    """What scores say of each trial's marks, in one pass; where clean data gave an order, in that order."""
-    orders = [trial.order() for trial, _ in asks]
+def _scored(answers: Answers, asks: Sequence[tuple[Trial, Ask]]) -> list[list[Look]]:
+    """What scores say of each trial's marks, in one pass; where clean data or names gave an order, in that order."""
+    scores, orders = answers.values, [trial.order(answers.names) for trial, _ in asks]
     if any(order is not None for order in orders):
         scores, at = scores.copy(), 0
         for (_, ask), order in zip(asks, orders, strict=True):

@@ -62,13 +62,14 @@ class Answers:
 
     kind "scores": values float [N, C]; "labels": int64 [N], as the suspect numbers them; "classes": int64 [N, R], the
     classes that R outputs of scores name. Rows without an answer hold NaN or ABSTAINED: `unasked` were never put to it,
-    `refused` brought no readable answer, and both say why.
+    `refused` brought no readable answer, and both say why. names: what the suspect calls its classes, in its order.
     """
 
     kind: Literal["scores", "labels", "classes"]
     values: NDArray[Any]
     unasked: Mapping[int, str] = field(default_factory=dict)
     refused: Mapping[int, str] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.values)
@@ -183,7 +184,7 @@ def tagged(
     values: NDArray[Any], unasked: Mapping[int, str] | None = None, refused: Mapping[int, str] | None = None
 ) -> Answers:
     """Answers by their type: labels [N], classes [N, R] of integers, or scores [N, C]."""
-    missing: tuple[Mapping[int, str], ...] = (unasked or {}, refused or {})
+    missing = unasked or {}, refused or {}
     if values.ndim == 1:
         return Answers("labels", _or_none(values), *missing)
     if values.dtype.kind == "i":

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from wmengine.errors import OtherTask, SuspectError
 from wmengine.facts import Fact
 from wmengine.suspects.answers import Outputs
 from wmengine.suspects.base import Inputs, Tensor, one_line, rows_of
+from wmengine.suspects.class_names import names_in, numbers
 from wmengine.suspects.devices import (
     BFLOAT16,
     PROVIDERS,
@@ -70,6 +70,8 @@ class OnnxEngine:
         self._external: Mapping[str, bytes] = {}
         self._operators: set[tuple[str, str]] = set()
         self._rescaled: frozenset[str] = frozenset()
+        self.class_names: tuple[str, ...] = ()  # in the model, in its own order
+        self.labels: tuple[str, ...] = ()  # what whoever verifies says instead
         self._session: Any = None
         self._rounds = False  # whether an input or an output is bfloat16
         self._left_out: dict[str, None] = {}  # optional inputs
@@ -94,6 +96,7 @@ class OnnxEngine:
             raise SuspectError(f"{name} names other external files than were read for it")
         self._operators = check_graph(name, model)
         self._rescaled = rescaled_inputs(model)
+        self.class_names = names_in(model)
 
     def open(self) -> list[Input]:
         """Create the session; the inputs that it needs."""
@@ -151,14 +154,14 @@ class OnnxEngine:
             raise SuspectError(f"{self._name} fails when it runs ({one_line(error)})") from None
         found = []
         for output, value in zip(self._session.get_outputs(), values, strict=True):
-            array = numbers(value)
+            array = numbers(value, self.labels or self.class_names)
             if array is not None:
                 found.append((output.name, array))
         if not found:
             said = ", ".join(f"{output.name[:100]} of {output.type}" for output in self._session.get_outputs()[:8])
             raise SuspectError(
-                f"{self._name} answers with no numbers, but {said}; export it with scores, or with labels that end in "
-                "the numbers of their classes"
+                f"{self._name} answers with no numbers, but {said}; export it with scores, or give the names of its "
+                "classes in their order (labels=)"
             )
         return found
 
@@ -259,51 +262,8 @@ def rescaled_inputs(model: Any) -> frozenset[str]:
     return frozenset(each.name for each in model.graph.input if rescaled(each.name, 4))
 
 
-def numbers(value: Any) -> NDArray[Any] | None:
-    """An output as an array of numbers, or None.
-
-    Text that reads as integers, or ends in them behind the same word ("class_7"), becomes integers. A sequence of maps,
-    scikit-learn's ZipMap, becomes [N, C], its columns in the order of such numbers, or else as the model lists them.
-    """
-    if isinstance(value, list):
-        return _zip_map(value)
-    array = np.asarray(value)
-    if array.dtype.kind in "OUS":
-        integers = _integers(array.reshape(-1).tolist())
-        if integers is None:
-            return None
-        array = np.array(integers, dtype=np.int64).reshape(array.shape)
-    return array if array.dtype.kind in "fiub" else None
-
-
-def _zip_map(rows: list[Any]) -> NDArray[np.float32] | None:
-    if not rows or not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
-        return None
-    columns = list(rows[0])
-    keys = _integers(columns)
-    if keys is not None:
-        columns = [column for _, column in sorted(zip(keys, columns, strict=True), key=lambda pair: pair[0])]
-    try:
-        return np.array([[row[column] for column in columns] for row in rows], dtype=np.float32)
-    except (TypeError, ValueError):
-        return None
-
-
-# At most 18 digits, so that it fits 64 bits.
-_NUMBERED = re.compile(r"(|.{0,100}[^\d.+-])([+-]?\d{1,18})", re.DOTALL | re.ASCII)
-
-
 def _size(declared: Any) -> int | None:
     return declared if isinstance(declared, int) and declared > 0 else None
-
-
-def _integers(names: Sequence[Any]) -> list[int] | None:
-    """The numbers in names of classes: 7, "7", or "class_7" among others that begin so; None where one has none."""
-    found = [_NUMBERED.fullmatch(name if isinstance(name, str) else str(name)) for name in names]
-    words = {match and match[1] for match in found}
-    if len(words) > 1 or None in words:
-        return None
-    return [int(match[2]) for match in found if match is not None]
 
 
 def parse(name: str, data: bytes) -> Any:

@@ -6,6 +6,7 @@ import atexit
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +30,7 @@ from wmengine.suspects.base import (
     part_of,
     rows_of,
 )
+from wmengine.suspects.class_names import check_labels
 from wmengine.suspects.devices import check_device
 from wmengine.suspects.engine_wire import RemoteEngine
 from wmengine.suspects.given import Given, given, single_input
@@ -50,6 +52,8 @@ class Engine(Protocol):
     abandoned: bool
     provider: str
     conditions: tuple[Fact, ...]  # what a verdict must say of where the model ran
+    class_names: tuple[str, ...]  # in the model, in its own order, once it is open
+    labels: tuple[str, ...]  # what counts instead
 
     def locations(self, name: str, data: bytes) -> list[str]: ...
 
@@ -76,9 +80,10 @@ class OnnxSuspect:
     isolation: "persistent" (a sandboxed worker that serves one suspect after the other), "per-model" (a fresh worker,
     so that no earlier suspect can have touched it: for evidence), "none" (this process: for your own files). device:
     "cpu", or "cuda" for the first GPU, whose driver needs most of what a sandbox takes away: the facts say so. inputs:
-    the value, throughout, of inputs that no mark has, by name, where the usual one is not right. Raises
-    FileNotFoundError for a path that does not exist, ValueError for a device that is not there, SuspectError for what
-    is not an ONNX file or over a limit.
+    the value, throughout, of inputs that no mark has, by name, where the usual one is not right. labels: the names of
+    all classes in their order, for a file that answers with names in an order that it does not hold. Raises
+    FileNotFoundError for a path that does not exist, ValueError for a device that is not there or labels that are none,
+    SuspectError for what is not an ONNX file or over a limit.
     """
 
     def __init__(
@@ -91,7 +96,9 @@ class OnnxSuspect:
         engine: Engine | None = None,
         device: str = "cpu",
         inputs: Mapping[str, float] | None = None,
+        labels: Sequence[str] | None = None,
     ) -> None:
+        named = check_labels(labels)
         if isinstance(source, str | os.PathLike):
             source = LocalSource(source)
         self._engine = engine or open_engine(isolation, limits or Limits(), device)
@@ -104,11 +111,12 @@ class OnnxSuspect:
             if engine is None:
                 self.close()
             raise
+        self._engine.labels = named or ()
         self.name = self.file.name
         self.sha256: str | None = self.file.sha256
         self.facts: list[Fact] = []
         self._values = dict(inputs or {})
-        chosen = {"inputs": self._values} if self._values else {}
+        chosen = {name: held for name, held in (("inputs", self._values), ("labels", list(named or ()))) if held}
         self.settings: Mapping[str, Any] = {**chosen, "digest": digest_of(chosen)} if chosen else {}
         self._inputs: list[Input] | None = None
 
@@ -123,7 +131,7 @@ class OnnxSuspect:
     def answer(self, inputs: Inputs, num_classes: int | None = None) -> Answers:
         self.facts = list(self._engine.conditions)
         put = self._given(inputs)
-        return ask_in_chunks(
+        answers = ask_in_chunks(
             lambda rows: self._engine.run(put.feeds(rows)),
             put.rows,
             num_classes,
@@ -132,6 +140,10 @@ class OnnxSuspect:
             put.batch,
             CHUNK if self._engine.provider == "cpu" else DEVICE_CHUNK,
         )
+        named = self._engine.labels or self._engine.class_names
+        if named and answers.kind == "labels":  # a class that was named has a place: it is counted from nowhere
+            answers = Answers("classes", answers.values[:, None])
+        return replace(answers, names=() if self._engine.labels else named)
 
     def limit(self, inputs: Inputs, count: int) -> int:
         return count

@@ -13,6 +13,7 @@ from typing import Any
 
 from wmengine.suspects.adapters import LAYOUT_NAMES, SCALING_NAMES
 from wmengine.suspects.base import digest_of, one_line
+from wmengine.suspects.class_names import check_labels
 from wmengine.suspects.endpoint.address import shown, without_secrets
 from wmengine.suspects.endpoint.template import Template
 
@@ -72,13 +73,7 @@ class EndpointOptions:
         for name in ("request", "headers"):
             if not isinstance(getattr(self, name), Mapping | None):
                 raise ValueError(f"{name} must be a JSON object")
-        labels = self.labels
-        if labels is not None and (
-            not isinstance(labels, list | tuple)
-            or not all(isinstance(label, str) for label in labels)
-            or not 2 <= len(labels) == len(set(labels))
-        ):
-            raise ValueError("labels must be the names of all classes, in their order, each once")
+        check_labels(self.labels)
         if self.template is not None:
             self._check_template(self.template)
         try:
