@@ -162,3 +162,15 @@ def test_a_mask_of_ones_is_no_input_that_a_file_must_have(tmp_path):
         answers = suspect.answer(mark.preset.asks.examples(mark), 4)
         assert np.array_equal(answers.values, mark.arrays["triggers"])
         suspect.close()
+
+
+def test_tokens_that_an_input_cannot_hold_do_not_become_others(tmp_path):
+    task = Task({"ids": InputSpec((4,), "int64")}, CLASSES, [(0, 999)])
+    preset = scheme("adi_tokens", count=COUNT)
+    mark = Watermark.create(KEY, preset, preset.describe(task, "reader"))
+    nodes = [cast("ids")]
+    graph = helper.make_graph(
+        nodes, "g", [takes("ids", TensorProto.INT8, "n", 4)], [takes("ids as numbers", FLOAT, "n", 4)]
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "m")
+    assert "takes tensor(int8), and the watermark's inputs are up to 99" in verify(tmp_path / "m", mark).error

@@ -182,7 +182,7 @@ def choose_readings(outputs: Outputs, rows: int, num_classes: int | None, name: 
         *_last_resorts(arrays, shapes, num_classes),
     ):
         return [reading]
-    classes = sorted({shape[1] for shape in shapes if shape is not None and len(shape) == 2 and shape[1] > 1})
+    classes = sorted({shape[1] for shape in shapes if shape is not None and len(shape) == 2 and shape[1] != 1})
     if classes:
         raise OtherTask(
             f"{name} answers with {' or '.join(map(str, classes))} classes and the watermark has {num_classes}; "

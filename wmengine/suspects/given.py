@@ -153,7 +153,11 @@ def _cast(name: str, entry: Input, rows: NDArray[Any], facts: list[Fact]) -> NDA
         raise OtherTask(f"{name} takes {entry.type}, and the watermark's triggers are {rows.dtype}")
     if rows.dtype != wanted or entry.type == "tensor(bfloat16)":
         facts.append(fact("inputs_cast", dtype="bfloat16" if entry.type == "tensor(bfloat16)" else wanted))
-    return (np.rint(rows) if column and np.dtype(wanted).kind in "iu" else rows).astype(wanted, copy=False)
+    rows = np.rint(rows) if column and np.dtype(wanted).kind in "iu" else rows
+    cast = rows.astype(wanted, copy=False)
+    if rows.dtype.kind != "f" and (cast != rows).any():
+        raise OtherTask(f"{name} takes {entry.type}, and the watermark's inputs are up to {rows.max()}")
+    return cast
 
 
 def _usual(each: Input) -> float | None:
