@@ -270,17 +270,17 @@ def parse(name: str, data: bytes) -> Any:
     """The onnx.ModelProto in these bytes. Raises SuspectError where there is none."""
     import onnx
 
-    if data[4:8] == b"ORTM":
-        raise SuspectError(f"{name} is in ONNX Runtime's own format: give the ONNX file that it was made of")
     try:
         model = onnx.ModelProto.FromString(data)
     except Exception:  # protobuf's DecodeError, or whatever else these bytes make it do
         if not _room_for(2 * len(data)):  # protobuf says nothing else where there is none
             raise SuspectError(f"{name} needs more memory than it may have") from None
-        raise SuspectError(f"{name} is not an ONNX model, or truncated; export or copy it again") from None
-    if not model.HasField("graph"):
-        raise SuspectError(f"{name} is not an ONNX model: it has no graph; export or copy it again")
-    return model
+        model = onnx.ModelProto()
+    if model.HasField("graph"):
+        return model
+    if data[4:8] == b"ORTM":
+        raise SuspectError(f"{name} is in ONNX Runtime's own format: give the ONNX file that it was made of")
+    raise SuspectError(f"{name} is not an ONNX model, or truncated; export or copy it again")
 
 
 def _room_for(count: int) -> bool:
