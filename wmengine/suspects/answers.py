@@ -189,7 +189,10 @@ def choose_readings(outputs: Outputs, rows: int, num_classes: int | None, name: 
             "verify a suspect of the same task"
         )
     said = ", ".join(f"{label[:100]} {_shape_of(output)}" for label, output in outputs) or "none"
-    raise OtherTask(f"{name} answers {rows} inputs with no scores [{rows}, C] and no labels [{rows}], but {said}")
+    raise OtherTask(
+        f"{name} answers {rows} inputs with no scores [{rows}, C] and no labels [{rows}], but {said}; verify a suspect "
+        "that names one class for each input"
+    )
 
 
 def describe(readings: Sequence[Reading], outputs: Outputs) -> list[Fact]:

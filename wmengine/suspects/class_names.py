@@ -42,13 +42,15 @@ def names_in(model: Any) -> tuple[str, ...]:
     from onnx import TensorProto
 
     graph = model.graph
-    makers = {name: node for node in graph.node for name in node.output}
-    constants = {each.name: each for each in graph.initializer if each.data_type == TensorProto.STRING}
     ways = [
         each.name
         for each in graph.output
         if each.type.WhichOneof("value") == "sequence_type" or each.type.tensor_type.elem_type == TensorProto.STRING
     ]
+    if not ways:
+        return ()
+    makers = {name: node for node in graph.node for name in node.output}
+    constants = {each.name: each for each in graph.initializer if each.data_type == TensorProto.STRING}
     seen: set[str] = set()
     for name in ways:  # which grows
         if name in seen:
