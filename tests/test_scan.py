@@ -367,7 +367,8 @@ def test_a_mark_of_another_input_shape_costs_the_others_nothing(bucket, tmp_path
     onnx.save(model, tmp_path / "any.onnx")
     black_box((3, 8, 8), CLASSES, COUNT, name="photos").save(tmp_path / "a.wm")
     rows = by_pair(scan(tmp_path / "any.onnx", [tmp_path, bucket / "registry" / "first.wm"]))
-    assert rows["any.onnx", "photos"]["decision"] == "error"
+    assert rows["any.onnx", "photos"]["decision"] == "other_task"
+    assert "this file fails when it runs" in str(rows["any.onnx", "photos"]["notes"])
     assert rows["any.onnx", "detector"]["decision"] == "owned"
 
 

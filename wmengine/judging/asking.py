@@ -187,7 +187,7 @@ class Trial:
         current = self._rounds[-1]
         current.failure = error
         if current.asked or isinstance(error, SuspectGone):
-            self.error = current.failure
+            self.error = SuspectError(str(error))  # of its task, or gone
             return
         self._ways = [each for each in self._ways if each.layout != current.way.layout]
         if not self._ways and not self._answered:

@@ -131,7 +131,7 @@ class OnnxEngine:
         try:
             session = ort.InferenceSession(data, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions share no base of their own
-            if "bad_alloc" in str(error) or "allocate memory" in str(error):
+            if _is_memory(error):
                 raise SuspectError(f"{self._name} needs more memory than it may have ({one_line(error)})") from None
             raise SuspectError(
                 f"{self._name} is not a model that ONNX Runtime can load ({one_line(error)}); export it to ONNX again"
@@ -151,7 +151,7 @@ class OnnxEngine:
             else:
                 values = self._session.run(None, {**inputs, **self._left_out})
         except Exception as error:  # as above
-            raise SuspectError(f"{self._name} fails when it runs ({one_line(error)})") from None
+            raise self._failed(error) from None
         found = []
         for output, value in zip(self._session.get_outputs(), values, strict=True):
             array = numbers(value, self.labels or self.class_names)
@@ -164,6 +164,12 @@ class OnnxEngine:
                 "classes in their order (labels=)"
             )
         return found
+
+    def _failed(self, error: Exception) -> SuspectError:
+        """What it says of a run that failed: where it leaves sizes open, that these are none of its inputs."""
+        sizes = [size for each in self._session.get_inputs() for size in each.shape[1:]]
+        fits = _is_memory(error) or all(isinstance(size, int) for size in sizes)
+        return (SuspectError if fits else OtherTask)(f"{self._name} fails when it runs ({one_line(error)})")
 
     def _module(self) -> Any:
         return compiled() if self.provider == "cuda" else None
@@ -196,7 +202,7 @@ class OnnxEngine:
         try:
             found = inputs[name] if session is None else session.run([name], {**inputs, **self._left_out})[0]
         except Exception as error:  # as above
-            raise SuspectError(f"{self._name} fails when it runs ({one_line(error)})") from None
+            raise self._failed(error) from None
         if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu" or found.shape[:1] != (rows_of(inputs),):
             raise OtherTask(f"{self._name} has no activations of a row for each input before weight {place + 1}")
         return np.ascontiguousarray(found.reshape(len(found), -1).astype(np.float32))
@@ -208,6 +214,10 @@ class OnnxEngine:
             if each.type.WhichOneof("value") not in (None, "tensor_type"):  # sequences of maps, as ZipMap's
                 each.ClearField("type")
         return model
+
+
+def _is_memory(error: Exception) -> bool:
+    return "bad_alloc" in str(error) or "allocate memory" in str(error)
 
 
 def preload() -> None:
