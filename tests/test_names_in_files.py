@@ -109,6 +109,26 @@ def test_names_said_at_verification_are_paid_for_unless_they_are_the_marks(tmp_p
         verify(path, MARK, labels=NAMES, key=KEY, adversarial=True)
 
 
+def test_scores_stand_in_the_order_said_where_the_file_says_which_is_whose(tmp_path):
+    """As scikit-learn's classifiers have them: names beside scores, both in the order of the alphabet."""
+    order = np.argsort(NAMES)
+    score = helper.make_tensor_value_info("s", TensorProto.FLOAT, ["N", CLASSES])
+    label = helper.make_node(
+        *("LabelEncoder", ["k"], ["label"]), domain="ai.onnx.ml",
+        keys_int64s=[*range(CLASSES)], values_strings=sorted(NAMES),
+    )  # fmt: skip
+    each = [f"only {name}" for name in sorted(NAMES)]
+    split = helper.make_node("Split", ["s"], each, axis=1)
+    columns = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 1]) for name in each]
+    for number, (nodes, outputs) in enumerate(
+        [([label], [LABEL]), ([label], [LABEL, score]), ([label, split], [LABEL, *columns])]
+    ):
+        path = save(tmp_path / f"{number}.onnx", MARK, nodes, outputs, columns=order)
+        assert verify(path, MARK, labels=NAMES).matched == COUNT, number
+    path = mapped(tmp_path / "maps.onnx", MARK, sorted(NAMES), columns=order)
+    assert verify(path, MARK, labels=NAMES).matched == COUNT
+
+
 def test_the_command_line_reads_names_from_a_file(tmp_path, capsys):
     path = gathered(tmp_path / "m.onnx", NAMED, parts=2)
     NAMED.save(tmp_path / "m.wm")

@@ -16,7 +16,7 @@ from wmengine.errors import SuspectError
 from wmengine.facts import Fact
 from wmengine.sandbox import Limits, Supervisor, Worker, WorkerFailure
 from wmengine.suspects.adapters import Adapter, Range, adapters
-from wmengine.suspects.answers import Outputs
+from wmengine.suspects.answers import ABSTAINED, Outputs
 from wmengine.suspects.base import (
     CHUNK,
     DEVICE_CHUNK,
@@ -111,7 +111,7 @@ class OnnxSuspect:
             if engine is None:
                 self.close()
             raise
-        self._engine.labels = named or ()
+        self._labels = named or ()
         self.name = self.file.name
         self.sha256: str | None = self.file.sha256
         self.facts: list[Fact] = []
@@ -131,6 +131,10 @@ class OnnxSuspect:
     def answer(self, inputs: Inputs, num_classes: int | None = None) -> Answers:
         self.facts = list(self._engine.conditions)
         put = self._given(inputs)
+        held, said = self._engine.class_names, self._labels
+        # Scores have no names: where the file says which is whose, they are put into the order said, too.
+        known = len(said) == num_classes and sorted(held) == sorted(said)
+        self._engine.labels = () if known else said
         answers = ask_in_chunks(
             lambda rows: self._engine.run(put.feeds(rows)),
             put.rows,
@@ -140,10 +144,15 @@ class OnnxSuspect:
             put.batch,
             CHUNK if self._engine.provider == "cpu" else DEVICE_CHUNK,
         )
-        named = self._engine.labels or self._engine.class_names
-        if named and answers.kind == "labels":  # a class that was named has a place: it is counted from nowhere
+        if (held or said) and answers.kind == "labels":  # a class that was named is not counted
             answers = Answers("classes", answers.values[:, None])
-        return replace(answers, names=() if self._engine.labels else named)
+        if not known:
+            return replace(answers, names=() if said else held)
+        if answers.kind == "scores":
+            return replace(answers, values=answers.values[:, [held.index(name) for name in said]])
+        places = np.array([*map(said.index, held), ABSTAINED])
+        named = (answers.values >= 0) & (answers.values < len(held))
+        return replace(answers, values=places[np.where(named, answers.values, ABSTAINED)])
 
     def limit(self, inputs: Inputs, count: int) -> int:
         return count
