@@ -27,13 +27,14 @@ from wmengine.parts.triggers.abstract import AbstractTriggers
 from wmengine.parts.triggers.tokens import TokenTriggers
 
 OF_SAMPLES = ("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view")
+RANKED = ("frontier", "ipguard", "conferrable", "known_mistakes", "posthoc", "blackmarks")
 
 
 def test_the_presets_keep_their_papers_defaults() -> None:
     ours = ["sketch", "uchida", "adi", "deepsigns", "adi_tokens"]
     passports = ["deepipr_v1", "deepipr_v2", "deepipr_v3", "passport_norm"]
     one_weight = ["deepmarks", "stdm", "neuralmark", "greedy_residuals", "riga"]
-    assert list(SCHEMES) == [*ours, *passports, "diction", "tattooed", *one_weight, "emmark", *OF_SAMPLES]
+    assert list(SCHEMES) == [*ours, *passports, "diction", "tattooed", *one_weight, "emmark", *OF_SAMPLES, *RANKED]
     assert [preset.full_name for preset in SCHEMES.values()] == [f"{name}/1" for name in SCHEMES]
     assert scheme("sketch").source == Weights("unit_filters", "sketch", "all")
     assert scheme("sketch").training == Link("hinge", 0.001, 5.0)
@@ -65,12 +66,10 @@ def test_the_presets_keep_their_papers_defaults() -> None:
     assert scheme("tattooed").training == Spread(4.0)
     assert scheme("emmark").source == IntegerWeights(spare=8)
     kinds = {name: preset.kind for name, preset in SCHEMES.items()}
-    asking = ("adi", "adi_tokens", *OF_SAMPLES)
+    asking = ("adi", "adi_tokens", *OF_SAMPLES, *RANKED)
     assert kinds == {name: "black-box" if name in asking else "white-box" for name in SCHEMES}
-    bounds = ("exponential_weighting", "multi_view")
-    assert {name: preset.null for name, preset in SCHEMES.items()} == {
-        name: "bound" if name in bounds else "exact" for name in SCHEMES
-    }
+    nulls = {"exponential_weighting": "bound", "multi_view": "bound", **dict.fromkeys(RANKED, "rank")}
+    assert {name: preset.null for name, preset in SCHEMES.items() if preset.null != "exact"} == nulls
     assert all(preset.paper for preset in SCHEMES.values())
 
 

@@ -9,15 +9,25 @@ from wmengine.parts.sources.passports import Passports
 from wmengine.parts.sources.weights import PeriodicWeights, Weights
 from wmengine.parts.statistics.either import Either
 from wmengine.parts.statistics.matches import Matches
-from wmengine.parts.symbols import Bits, ChannelBits, Labels, OneOf
+from wmengine.parts.statistics.rank import Rank
+from wmengine.parts.symbols import Bits, ChannelBits, Given, GivenBits, Labels, OneOf
 from wmengine.parts.training.covert import Covert
 from wmengine.parts.training.exponential import Exponential
 from wmengine.parts.training.link import Link
 from wmengine.parts.training.mixed import Mixed
 from wmengine.parts.training.passports import PassportSigns
 from wmengine.parts.training.spread import Spread
+from wmengine.parts.training.untouched import Untouched
 from wmengine.parts.triggers.abstract import AbstractTriggers
 from wmengine.parts.triggers.candidates import PlausibleClasses, WrongClasses
+from wmengine.parts.triggers.fingerprints import (
+    BoundaryPoints,
+    FrontierPoints,
+    KnownMistakes,
+    RobustPoints,
+    TransferablePoints,
+)
+from wmengine.parts.triggers.groups import GroupPoints
 from wmengine.parts.triggers.overlaid import NoisyTriggers, PatternTriggers
 from wmengine.parts.triggers.samples import SampleTriggers
 from wmengine.parts.triggers.tokens import TokenTriggers
@@ -242,5 +252,65 @@ PRESETS = (
         training=Mixed(),
         null="bound",
         paper="Li, Maharana, Guo: Not just change the labels, learn the features (MAT), ECCV 2024",
+    ),
+    Preset(
+        name="frontier",
+        version=1,
+        source=FrontierPoints(push=0.05),
+        symbols=Given(100),
+        statistic=Rank(),
+        training=Mixed(),
+        null="rank",
+        paper="Le Merrer, Pérez, Trédan: Adversarial frontier stitching for remote neural network watermarking, 2018",
+    ),
+    Preset(
+        name="ipguard",
+        version=1,
+        source=BoundaryPoints(boundary=5.0),
+        symbols=Given(100),
+        statistic=Rank(),
+        training=Untouched(),
+        null="rank",
+        paper="Cao, Jia, Gong: IPGuard, protecting intellectual property by fingerprinting the boundary, AsiaCCS 2021",
+    ),
+    Preset(
+        name="conferrable",
+        version=1,
+        source=TransferablePoints(),
+        symbols=Given(100),
+        statistic=Rank(),
+        training=Untouched(),
+        null="rank",
+        paper="Lukas, Zhang, Kerschbaum: Fingerprinting by conferrable adversarial examples, ICLR 2021",
+    ),
+    Preset(
+        name="known_mistakes",
+        version=1,
+        source=KnownMistakes(),
+        symbols=Given(50),
+        statistic=Rank(),
+        training=Untouched(),
+        null="rank",
+        paper="Godinot et al.: Queries, representation and detection of model fingerprints (QuRD), 2025; the baseline",
+    ),
+    Preset(
+        name="posthoc",
+        version=1,
+        source=RobustPoints(spread=0.1),
+        symbols=Given(100),
+        statistic=Rank(),
+        training=Untouched(),
+        null="rank",
+        paper="Pautov et al.: Probabilistically robust watermarking of neural networks, IJCAI 2024",
+    ),
+    Preset(
+        name="blackmarks",
+        version=1,
+        source=GroupPoints(),
+        symbols=GivenBits(100),
+        statistic=Rank(),
+        training=Mixed(),
+        null="rank",
+        paper="Chen, Rouhani, Koushanfar: BlackMarks, blackbox multibit watermarking for deep neural networks, 2019",
     ),
 )

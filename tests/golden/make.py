@@ -183,12 +183,17 @@ def in_samples():
     task = replace(images(), samples={"input": samples}, sample_labels=np.arange(60) % 10, controls=[small_network(3)])
     for name in ("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view"):
         yield answered(mark(name, task, count=50))
+    controls = [small_network(seed) for seed in (3, 4, 5)]
+    task = replace(task, controls=controls, model=small_network(2))
+    for name in ("frontier", "ipguard", "conferrable", "known_mistakes", "posthoc"):
+        yield answered(mark(name, task, count=20, **({"push": 0.3} if name == "frontier" else {})))
+    yield answered(mark("blackmarks", task, bits=20))
 
 
 def answered(own):
     """The mark, with a network of one matrix that answers its triggers with its labels."""
     triggers = own.preset.source.examples(own)["input"].reshape(-1, 64)
-    chain(f"{own.scheme}-1.onnx", solved(triggers, np.eye(10)[own.symbols]).T)
+    chain(f"{own.scheme}-1.onnx", solved(triggers, np.eye(10)[own.arrays.get("targets", own.symbols)]).T)
     return own
 
 

@@ -135,7 +135,7 @@ class Trial:
 
     def expected(self, ask: Ask) -> list[Labels]:
         """The labels of each mark for what is asked."""
-        return [mark.symbols[ask.start : ask.stop] for mark in self.marks]
+        return [mark.symbols[ask.start : ask.stop].astype(np.int64, copy=False) for mark in self.marks]
 
     def order(self, names: Sequence[str]) -> Labels | None:
         """For each class of the mark the suspect's that stands for it, where clean data or their names say so."""
@@ -249,7 +249,7 @@ class Trial:
         if not self._terms.sequential or not self._answered:
             return None
         found = [(each.tests[mark].log10_e, math.log10(each.share) - each.log10_names) for _, each in self._tried]
-        return max(log10_e + share for log10_e, share in found if log10_e is not None)
+        return max((log10_e + share for log10_e, share in found if log10_e is not None), default=None)
 
     def evidence(self, mark: int) -> Evidence | None:
         """What log10_p is computed from, the hypothesis that counts; None before any answer."""

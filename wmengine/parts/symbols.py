@@ -120,3 +120,19 @@ class OneOf(Labels):
     def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
         chosen = keyed_labels(subkey, parameters["count"], parameters["choices"])
         return np.asarray(arrays["candidates"][np.arange(len(chosen)), chosen])
+
+
+@dataclass(frozen=True)
+class Given(Labels):
+    """N labels that no key draws: what the owner's network answers. They can only rank."""
+
+    def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
+        return np.array(arrays["own_labels"])
+
+
+@dataclass(frozen=True)
+class GivenBits(Bits):
+    """T bits that no key draws. They can only rank."""
+
+    def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
+        return np.array(arrays["own_labels"])
