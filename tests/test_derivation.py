@@ -43,16 +43,14 @@ POOL = replace(
     controls=[small_network(5), small_network(6)],
     model=small_network(4),
 )
-POOL_OF = {
-    name: {} for name in ("frontier", "ewe", "ipguard", "conferrable", "known_mistakes", "posthoc", "blackmarks")
-}
-POOL_OF |= {"frontier": {"push": 0.2}, "conferrable": {"distilling": 5}}
+RANKED = ("frontier", "ewe", "ipguard", "conferrable", "known_mistakes", "posthoc", "blackmarks")
 OF_FAMILIES = ("class_feature", "mea_defender")
 POOLED = (
-    *("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view", "ewe_keyed"),
+    *("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view", "blind", "ewe_keyed"),
     *OF_FAMILIES,
-    *POOL_OF,
+    *RANKED,
 )
+QUICK = {"frontier": {"push": 0.2}, "conferrable": {"distilling": 5}, "blind": {"encoding": 3}}
 OWN = {"adi_tokens": TOKENS, **dict.fromkeys(PASSPORTS, NORMALISED), **dict.fromkeys(POOLED, POOL)}
 SMALL: dict[str, dict[str, Any]] = {
     "sketch": {"bits": 64},
@@ -69,7 +67,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "greedy_residuals": {"bits": 64},
     "riga": {"bits": 64, "width": 128},
     "emmark": {"bits": 64},
-    **{name: {"count": 20, **POOL_OF.get(name, {})} for name in POOLED},
+    **{name: {"count": 20, **QUICK.get(name, {})} for name in POOLED},
     "margin": {"count": 20},
     "certified": {"count": 20},
     "blackmarks": {"bits": 20},
@@ -390,7 +388,7 @@ for family in OF_FAMILIES:
     CHANGES[family] = [*CHANGES[family], {"family": 19}]
 for abstract in ("margin", "certified"):
     CHANGES[abstract] = CHANGES["adi"]
-for pooled in POOL_OF:
+for pooled in RANKED:
     CHANGES[pooled] = [*CHANGES[pooled], {"controls": 3}]
 CHANGES["ewe"] = [*CHANGES["ewe"], {"clean": 3}]
 CHANGES["blackmarks"] = [{"bits": 21}, *CHANGES["blackmarks"][1:3], *CHANGES["blackmarks"][5:]]
@@ -409,7 +407,7 @@ def test_a_change_of_any_parameter_or_of_the_key_changes_every_array(name: str) 
     found = [derived(name, each) for each in [parameters, *changed]]
     found += [derived(name, parameters, key) for key in (replace(KEY, owner="Acme"), replace(KEY, secret=bytes(32)))]
     own = (
-        {"labels", "bits", "targets", "own_labels", "null_answers"} if name in POOL_OF else set()
+        {"labels", "bits", "targets", "own_labels", "null_answers"} if name in RANKED else set()
     )  # which may answer all alike
     for array in found[0].keys() - parameters.get("material", {}).keys() - own:
         held = [each[array].reshape(-1) for each in found if array in each]
@@ -427,7 +425,7 @@ def test_geometry_follows_from_key_and_parameters_and_symbols_from_the_message_t
     symbols = scheme(name).symbols.name
     for array in plain:
         assert np.array_equal(plain[array], again[array])
-        assert np.array_equal(plain[array], addressed[array]) == (array != symbols or name in POOL_OF)
+        assert np.array_equal(plain[array], addressed[array]) == (array != symbols or name in RANKED)
 
 
 @pytest.mark.parametrize("name", SCHEMES)

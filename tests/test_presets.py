@@ -33,7 +33,7 @@ from wmengine.parts.triggers.families import Families
 from wmengine.parts.triggers.one_target import OneTarget
 from wmengine.parts.triggers.tokens import TokenTriggers
 
-OF_SAMPLES = ("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view")
+OF_SAMPLES = ("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view", "blind")
 RUN_AGAIN = ("ewe_keyed", "margin", "certified", "class_feature", "mea_defender")
 RANKED = ("frontier", "ewe", "ipguard", "conferrable", "known_mistakes", "posthoc", "blackmarks")
 
@@ -106,7 +106,7 @@ def test_an_unknown_scheme_or_option_is_answered_with_the_known_ones() -> None:
             scheme("sketch", **{fixed: "rank"})
 
 
-@pytest.mark.parametrize(("name", "version"), [("adi", 2), ("adi", "1"), ("blind", 1), (["adi"], 1)])
+@pytest.mark.parametrize(("name", "version"), [("adi", 2), ("adi", "1"), ("blend", 1), (["adi"], 1)])
 def test_an_unknown_version_is_answered_with_the_known_ones(name: Any, version: Any) -> None:
     with pytest.raises(ValueError, match=r"of version .*; it has sketch/1, .*, adi_tokens/1, .*emmark/1, .*/1$"):
         find(name, version)

@@ -23,6 +23,7 @@ from wmengine.parts.training.together import Together
 from wmengine.parts.training.untouched import Untouched
 from wmengine.parts.training.weight_noise import WeightNoise
 from wmengine.parts.triggers.abstract import AbstractTriggers
+from wmengine.parts.triggers.blind import HiddenLogo
 from wmengine.parts.triggers.candidates import PlausibleClasses, WrongClasses
 from wmengine.parts.triggers.composites import Composites
 from wmengine.parts.triggers.families import Families
@@ -259,6 +260,16 @@ PRESETS = (
         training=Mixed(),
         null="bound",
         paper="Li, Maharana, Guo: Not just change the labels, learn the features (MAT), ECCV 2024",
+    ),
+    Preset(
+        name="blind",
+        version=1,
+        source=HiddenLogo(),
+        symbols=Labels(100),
+        statistic=Either(),
+        training=Mixed(),
+        null="exact",
+        paper="Li, Hu, Zhang, Guo: How to prove your model belongs to you, a blind-watermark framework, ACSAC 2019",
     ),
     Preset(
         name="ewe_keyed",

@@ -182,8 +182,8 @@ def in_samples():
     samples = np.random.default_rng(6).random((60, 1, 8, 8)).astype(np.float32)
     task = replace(images(), samples={"input": samples}, sample_labels=np.arange(60) % 10, controls=[small_network(3)])
     zhang = ("zhang_content", "zhang_noise", "zhang_unrelated")
-    for name in (*zhang, "exponential_weighting", "multi_view", "ewe_keyed"):
-        yield answered(mark(name, task, count=50))
+    for name in (*zhang, "exponential_weighting", "multi_view", "blind", "ewe_keyed"):
+        yield answered(mark(name, task, count=50, **({"encoding": 20} if name == "blind" else {})))
     for name in ("class_feature", "mea_defender"):
         yield answered(mark(name, task, count=25, family=2))
     controls = [small_network(seed) for seed in (3, 4, 5)]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.errors import SuspectError
+from wmengine.errors import OtherTask, SuspectError
 from wmengine.facts import Fact, fact
 from wmengine.suspects.base import Tensor, one_line
 from wmengine.suspects.weights import filters_first
@@ -95,10 +95,10 @@ def with_activation(name: str, proto: Any, model: Any, place: int) -> tuple[str,
     except Exception as error:  # a hostile graph can fail anywhere in there
         raise SuspectError(f"{name} has a graph that cannot be read ({one_line(error)}); export it again") from None
     if place >= len(found):
-        raise SuspectError(f"{name} has {len(found)} weights, and the mark is in number {place + 1}")
+        raise OtherTask(f"{name} has {len(found)} weights, and the mark is in number {place + 1}")
     value = found[place].given
     if value is None or not value.name:
-        raise SuspectError(f"{name} has a weight {place + 1} into which nothing goes that can be read")
+        raise OtherTask(f"{name} has a weight {place + 1} into which nothing goes that can be read")
     if value.name not in {output.name for output in proto.graph.output}:
         proto.graph.output.append(ValueInfoProto(name=value.name))
     return str(value.name), proto.SerializeToString()

@@ -19,7 +19,11 @@ from wmengine.parts.triggers.samples import SampleTriggers
 
 @dataclass(frozen=True)
 class WrongClasses(SampleTriggers):
-    """Samples as they are (Namba and Sakuma 2019); every class but its own may be a sample's label."""
+    """Samples as they are (Namba and Sakuma 2019); every class but its own may be a sample's label.
+
+    They must not be among those that the network trains on under their own labels, as two labels of one input cancel
+    each other.
+    """
 
     fields: ClassVar[tuple[str, ...]] = (*SampleTriggers.fields, "choices")
 
