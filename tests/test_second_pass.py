@@ -61,7 +61,7 @@ def test_the_pass_leaves_mode_statistics_and_the_users_random_numbers(name):
     model = Noted()
     emb = marked(name, model)
     model.train()
-    model.drop.eval()
+    model.inner[2].eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -73,7 +73,8 @@ def test_the_pass_leaves_mode_statistics_and_the_users_random_numbers(name):
     assert not any(model.modes)
     assert model.training
     assert model.inner[1].training
-    assert not model.drop.training
+    assert model.drop.training
+    assert not model.inner[2].training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -209,8 +210,7 @@ def test_one_target_is_every_triggers_and_p_is_never_below_one_among_the_control
     assert len(mark.arrays["clean"]) == (y == 2).sum()
     assert mark.arrays["triggers"][:, :, -2:, -2:].min() == 255
     assert emb.regulariser().abs() > 1e-4
-    knowing = lambda inputs: torch.nn.functional.one_hot(torch.full((len(inputs),), 2), CLASSES).float()  # noqa: E731
-    verdict = wmengine.verify(knowing, mark)
+    verdict = wmengine.verify(lambda inputs: torch.eye(CLASSES)[2].expand(len(inputs), -1), mark)
     assert (verdict.decision, verdict.matched) == ("not_proven", 24)
     assert 10**verdict.log10_p >= 1 / 4
 
