@@ -70,7 +70,7 @@ def match_tensors(shapes: Sequence[Shape], tensors: Sequence[Tensor], indices: S
 def _fits(indices: Sequence[int], shapes: Sequence[Shape], tensors: Sequence[Tensor]) -> bool:
     """Whether the tensor at each carrier's recorded place has that carrier's shape."""
     return len(indices) == len(shapes) and all(
-        index < len(tensors) and tensors[index].values.shape == tuple(shape)
+        index < len(tensors) and tensors[index].shape == tuple(shape)
         for index, shape in zip(indices, shapes, strict=True)
     )
 
@@ -84,9 +84,9 @@ def _facts(carriers: int, found: int, possible: int, tried: int) -> Iterator[Fac
 def _groups(shapes: Sequence[Shape], tensors: Sequence[Tensor]) -> list[tuple[list[int], list[int]]]:
     """Carriers and candidate tensors (indices, in order) that may be paired with each other."""
     carriers = _by_shape(shapes)
-    candidates = _by_shape([tensor.values.shape for tensor in tensors])
+    candidates = _by_shape([tensor.shape for tensor in tensors])
     loose_carriers = _by_shape([_without_unit_kernel(shape) for shape in shapes])
-    loose_candidates = _by_shape([_without_unit_kernel(tensor.values.shape) for tensor in tensors])
+    loose_candidates = _by_shape([_without_unit_kernel(tensor.shape) for tensor in tensors])
     groups: list[tuple[list[int], list[int]]] = []
     for loose, members in loose_carriers.items():
         exact = {shape for shape in carriers if _without_unit_kernel(shape) == loose}
