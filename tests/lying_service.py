@@ -146,10 +146,14 @@ LIES = {
     "facts are a number": (FIND, _found(facts=5), "no answer that can be read"),
     "a fact of judging": (FIND, _found(facts=[["not_derived", {}]]), "no answer that can be read"),
     "a fact without its values": (FIND, _found(facts=[["unread", {}]]), "no answer that can be read"),
-    "a fact that steers a terminal": (FIND, _found(facts=[["unread", {"count": "\x1b]0;x\x07" * 999}]]), None),
+    "a fact that steers a terminal": (
+        FIND,
+        _found(sizes=(3, 3), facts=[["unread", {"count": "\x1b]0;x\x07" * 999}]]),
+        None,
+    ),
     "a fact of many values": (
         FIND,
-        _found(facts=[["unread", {"count": 10**4000} | {f"v{number}": 0 for number in range(10_000)}]]),
+        _found(sizes=(3, 3), facts=[["unread", {"count": 10**4000} | {f"v{number}": 0 for number in range(10_000)}]]),
         None,
     ),
     "scores that stayed in no place": (
@@ -196,7 +200,7 @@ LIES = {
 
 
 def serve(connection, mechanisms):
-    lie, lying, loaded = None, False, False
+    lie, lying, loaded, finding = None, False, False, False
 
     def receive(*arguments, before_arrays):
         def before(question):
@@ -204,19 +208,22 @@ def serve(connection, mechanisms):
                 lie[1](connection)
             before_arrays(question)
 
-        nonlocal lie, lying, loaded
+        nonlocal lie, lying, loaded, finding
         question, arrays = wire.receive(*arguments, before_arrays=before)
         if question["ask"] in (LIST, LOAD):
             told = re.search(rb"<lie: (.*?)>", arrays[0].tobytes())
             lie = LIES[told[1].decode()] if told else None
         loaded = question["ask"] not in (LIST, LOAD)
         lying = lie is not None and (question["ask"] == lie[0] or (lie[0] == OPEN and question.get("open", False)))
+        finding = question["ask"] == FIND
         WORDS.append(question.get("word"))
         return question, arrays
 
     def send(*arguments):
         if lying:
             lie[1](connection)
+        elif finding and lie is not None and lie[0] == READ:
+            _found()(connection)
         else:
             wire.send(*arguments)
 

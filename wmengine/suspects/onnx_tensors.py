@@ -118,7 +118,9 @@ def _walk(name: str, model: Any, external: Mapping[str, bytes]) -> tuple[list[_F
             try:
                 for root, each in _weights(name, graph, node, operand, block):
                     found.setdefault(root, each)
-            except Unreadable:
+            except MemoryError:
+                raise
+            except Exception:  # Unreadable, or a chain that ONNX Runtime would not run through either
                 unread += 1
     except MemoryError:
         raise
