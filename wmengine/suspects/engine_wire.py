@@ -40,12 +40,11 @@ MAXIMUM_NAME, MAXIMUM_FACTS = 200, 20  # characters of a tensor's name, or of a 
 
 def serve(connection: socket.socket, mechanisms: Sequence[str]) -> None:
     """Answer questions until the other side closes."""
-    engine, found = OnnxEngine(), list[Tensor]()
+    engine = OnnxEngine()
 
     def make_room(question: dict[str, Any]) -> None:
         if question["ask"] in (LIST, LOAD):
             engine.close()
-            found.clear()
             gc.collect()  # a graph is full of cycles, and they hold its weights
 
     while True:
@@ -58,7 +57,7 @@ def serve(connection: socket.socket, mechanisms: Sequence[str]) -> None:
             wire.send(connection, {"error": said, "word": error.header["word"]})
             continue
         try:
-            header, answers = _answer(engine, found, question, arrays, mechanisms)
+            header, answers = _answer(engine, question, arrays, mechanisms)
         except SuspectError as error:
             header, answers = {"error": str(error)}, ()
         except MemoryError:
@@ -70,9 +69,7 @@ def serve(connection: socket.socket, mechanisms: Sequence[str]) -> None:
         del answers  # so that the next model finds the memory in one piece
 
 
-def _answer(
-    engine: OnnxEngine, found: list[Tensor], question: dict[str, Any], arrays: Arrays, mechanisms: Sequence[str]
-) -> Answer:
+def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechanisms: Sequence[str]) -> Answer:
     asked = question["ask"]
     header: dict[str, Any]
     if asked == LIST:
@@ -94,14 +91,14 @@ def _answer(
         values = [each.labels if each else value for each, (_, value) in zip(stayed, outputs, strict=True)]
         return header, values + [each.levels for each in stayed if each]
     if asked == FIND:
-        found[:], facts = engine.tensors()
+        found, facts = engine.tensors()
         header = {"facts": [[each.code, dict(each.values)] for each in facts]}
         ranks = np.array([len(each.shape) for each in found], np.uint8)
         sizes = np.array([size for each in found for size in each.shape], np.int64)
         names = "\n".join(printable(each.source[:MAXIMUM_NAME]) for each in found).encode()
         return header, [ranks, sizes, _bytes(names)]
     if asked == READ:
-        values, factors = found[question["number"]].read()
+        values, factors = engine.tensors()[0][question["number"]].read()
         return {}, [values] if factors is None else [values, factors]
     if asked == TAP:
         return {}, [engine.activations(question["place"], dict(zip(question["inputs"], arrays, strict=True)))]

@@ -64,6 +64,7 @@ class OnnxEngine:
         self._session: Any = None
         self._left_out: dict[str, None] = {}  # optional inputs
         self._tapped: tuple[int, str, Any] | None = None  # a place, the value there, a session that gives it
+        self._weights: tuple[list[Tensor], list[Fact]] | None = None
 
     def locations(self, name: str, data: bytes) -> list[str]:
         """The external files that a model names, sorted; without the word `location` in it, it is not even parsed."""
@@ -158,13 +159,15 @@ class OnnxEngine:
 
     def close(self) -> None:
         """Forget the model."""
-        self._data, self._external, self._session, self._tapped = b"", {}, None, None
+        self._data, self._external, self._session, self._tapped, self._weights = b"", {}, None, None, None
 
     def tensors(self) -> tuple[list[Tensor], list[Fact]]:
         """The weights in the graph's own order, each read when it is asked for, and what was assumed."""
         from wmengine.suspects.onnx_tensors import read_tensors
 
-        return read_tensors(self._name, self._checked(), self._external)
+        if self._weights is None:
+            self._weights = read_tensors(self._name, self._checked(), self._external)
+        return self._weights
 
     def activations(self, place: int, inputs: Inputs) -> NDArray[np.float32]:
         """[N, F]: what goes into the weight at `place` in the graph's own order, flattened. `open` was called."""

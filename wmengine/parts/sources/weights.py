@@ -17,7 +17,7 @@ from wmengine.identity.subkeys import philox_key
 from wmengine.ops.reference import CARRIERS, PROJECTIONS
 from wmengine.parts.base import Draw, Drawn, Layout, Need, Observation, Observations, Parameters, Task, inputs_of
 from wmengine.parts.fields import MAX_DIMENSION, canonical_integer, canonical_shape, integer, one_of, shape
-from wmengine.parts.matching import match_tensors
+from wmengine.parts.matching import fitted, match_tensors
 from wmengine.suspects.base import Suspect
 
 MARKED = ("all", "widest")
@@ -169,8 +169,8 @@ def observed(
     time, each once.
     """
     parameters = mark.parameters
-    tensors = suspect.tensors(inputs_of(parameters))
     shapes = [tuple(sizes) for sizes in parameters["carriers"]]
+    tensors = fitted(shapes, suspect.tensors(inputs_of(parameters)))
     matching = match_tensors(shapes, tensors, parameters["carrier_indices"])
     facts = [*suspect.facts, *matching.facts]
     if matching.found == 0:
