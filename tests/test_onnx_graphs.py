@@ -74,29 +74,6 @@ EXPRESSIONS = {
         ],
         [weight("c", np.array(True))],
     ),
-    "by a loop": (
-        [
-            node(
-                "Loop",
-                ["trips", "", "w"],
-                ["v"],
-                body=helper.make_graph(
-                    [node("Add", ["state", "step"], ["next"]), node("Identity", ["go"], ["on"])],
-                    "body",
-                    [
-                        helper.make_tensor_value_info("i", TensorProto.INT64, []),
-                        helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-                        helper.make_tensor_value_info("state", FLOAT, None),
-                    ],
-                    [
-                        helper.make_tensor_value_info("on", TensorProto.BOOL, []),
-                        helper.make_tensor_value_info("next", FLOAT, None),
-                    ],
-                ),
-            )
-        ],
-        [weight(values=WEIGHT - 3), weight("step", np.float32(1)), weight("trips", np.array(3))],
-    ),
 }
 
 
@@ -166,6 +143,39 @@ def test_a_weight_may_be_used_by_a_function(tmp_path, opset):
     assert check(made, tmp_path) == ["1 of 1 weights are computed in the graph"]
 
 
+def test_what_goes_into_a_weight_inside_a_function_can_be_read(tmp_path):
+    imports = [helper.make_opsetid("", 17)]
+    body = [node("Relu", ["x"], ["r"]), node("Gemm", ["r", "w"], ["y"], transB=1)]
+    layer = helper.make_function("own", "Layer", ["x", "w"], ["y"], body, imports)
+    calls = [node("Layer", ["x", "w"], ["h"], domain="own"), node("Layer", ["h", "last"], ["y"], domain="own")]
+    made = graph(calls, [weight(values=MATRIX), weight("last", np.eye(CLASSES, dtype=np.float32))])
+    made.functions.append(layer)
+    made.opset_import.append(helper.make_opsetid("own", 1))
+    suspect = open_suspect(save(made, tmp_path / "m.onnx"))
+    hidden = np.maximum(np.maximum(INPUTS, 0) @ WEIGHT, 0)
+    np.testing.assert_allclose(suspect.activations(1, {"x": INPUTS}), hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_may_be_used_in_the_body_of_a_loop(tmp_path):
+    """What the body takes from outside is a weight, what goes around in it is none."""
+    square = np.random.default_rng(0).normal(size=(FEATURES, FEATURES)).astype(np.float32)
+    states = [("i", TensorProto.INT64, []), ("go", TensorProto.BOOL, []), ("state", FLOAT, None)]
+    body = helper.make_graph(
+        [node("MatMul", ["state", "w"], ["next"]), node("Identity", ["go"], ["on"])],
+        "body",
+        [helper.make_tensor_value_info(*each) for each in states],
+        [helper.make_tensor_value_info("on", TensorProto.BOOL, []), helper.make_tensor_value_info("next", FLOAT, None)],
+    )
+    made = graph(
+        [node("Loop", ["trips", "", "x"], ["y"], body=body)], [weight(values=square), weight("trips", np.array(2))]
+    )
+    suspect = open_suspect(save(made, tmp_path / "m.onnx"))
+    answers = suspect.answer({"x": INPUTS}, FEATURES).values
+    np.testing.assert_allclose(answers, INPUTS @ square @ square, rtol=1e-4, atol=1e-4)
+    (tensor,) = suspect.tensors()
+    assert np.array_equal(tensor.values, square.T)
+
+
 def test_the_factor_of_a_product_is_part_of_its_weight(tmp_path):
     """alpha has a sign."""
     made = graph([node("Gemm", ["x", "w"], ["y"], alpha=-0.5, transB=1)], [weight(values=-2 * MATRIX)])
@@ -230,16 +240,35 @@ def test_values_of_one_name_in_two_branches_are_not_confused(tmp_path):
     np.testing.assert_array_equal(first, -second)
 
 
-@pytest.mark.parametrize("why", ["it depends on the input", "it is another one each time"])
-def test_weights_that_cannot_be_read_are_counted(tmp_path, why):
-    if why == "it depends on the input":
-        made = [node("Relu", ["x"], ["v"])]
-        inputs = [helper.make_tensor_value_info("x", FLOAT, [FEATURES, FEATURES])]
-    else:
-        made, inputs = [node("RandomNormal", [], ["v"], shape=[FEATURES, CLASSES])], None
-    made = graph([*made, node("Gemm", ["x", "v"], ["a"]), node("MatMul", ["a", "w"], ["y"])], [], inputs=inputs)
-    made.graph.initializer.append(weight(values=np.ones((FEATURES if inputs else CLASSES, 2), np.float32)))
-    suspect = open_suspect(save(made, tmp_path / "m.onnx"))
+def endless():
+    """A loop that makes a weight, and that ONNX Runtime too enters only when it must."""
+    states = [("i", TensorProto.INT64, []), ("go", TensorProto.BOOL, []), ("state", FLOAT, None)]
+    body = helper.make_graph(
+        [node("Neg", ["state"], ["next"]), node("Identity", ["go"], ["on"])],
+        "body",
+        [helper.make_tensor_value_info(*each) for each in states],
+        [helper.make_tensor_value_info("on", TensorProto.BOOL, []), helper.make_tensor_value_info("next", FLOAT, None)],
+    )
+    return [constant("w0", WEIGHT), constant("yes", True), node("Loop", ["", "yes", "w0"], ["v"], body=body)]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        [node("Expand", ["zero", "s"], ["v"]), node("Shape", ["x"], ["n"]), node("Add", ["n", "one"], ["s"])],
+        [node("RandomNormal", [], ["v"], shape=[FEATURES, CLASSES])],
+        endless(),
+    ],
+    ids=["depends on the input", "random", "endless"],
+)
+def test_weights_that_cannot_be_read_are_counted(tmp_path, made):
+    constants = [
+        weight("zero", np.float32(0)),
+        weight("one", np.array(1)),
+        weight(values=np.eye(CLASSES, dtype=np.float32)),
+    ]
+    products = [node("Gemm", ["x", "v"], ["a"]), node("MatMul", ["a", "w"], ["y"])]
+    suspect = open_suspect(save(graph([*made, *products], constants), tmp_path / "m.onnx"))
     assert [tensor.source for tensor in suspect.tensors()] == ["w"]
     assert "1 convolutions and matrix products have a weight that could not be read" in str(suspect.facts[0])
 

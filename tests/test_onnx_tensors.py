@@ -332,7 +332,9 @@ def test_weights_quantised_by_block_are_what_they_multiply_by(tmp_path, form, bi
 
 
 def test_packed_projections_of_attention_are_one_weight_of_three(tmp_path):
-    """ONNX Runtime's optimiser for transformers packs queries, keys and values side by side."""
+    """ONNX Runtime's optimiser for transformers packs queries, keys and values side by side; they may be quantised."""
+    from onnxruntime import quantization
+
     packed = np.random.default_rng(0).normal(size=(8, 24)).astype(np.float32)
     node = helper.make_node("Attention", ["x", "w", "b"], ["y"], domain="com.microsoft", num_heads=2)
     inputs = [helper.make_tensor_value_info("x", FLOAT, ["N", 5, 8])]
@@ -346,6 +348,9 @@ def test_packed_projections_of_attention_are_one_weight_of_three(tmp_path):
     row = np.random.default_rng(1).normal(size=8).astype(np.float32)
     (answer,) = session.run(None, {"x": np.broadcast_to(row, (1, 5, 8))})
     np.testing.assert_allclose(answer[0, 0], parts[2].values @ row, rtol=1e-4, atol=1e-5)
+    quantization.quantize_dynamic(path, tmp_path / "q.onnx", per_channel=True)
+    (integers,) = open_suspect(tmp_path / "q.onnx").tensors()
+    np.testing.assert_allclose(integers.values, packed.T, atol=0.02)
 
 
 def test_weights_with_channels_last_are_turned(tmp_path):

@@ -26,8 +26,9 @@ MAXIMUM_CHAIN = 16
 # How often branches are decided by what other branches give.
 MAXIMUM_ROUNDS = 8
 DOMAINS = ("", "ai.onnx", "com.microsoft")
-# What gives another value each time.
-_RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+# What gives another value each time, or may never end.
+_NEVER_COMPUTED = ("Bernoulli", "Loop", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform")
+_NEVER_COMPUTED += ("RandomUniformLike", "Scan")
 # How a Constant holds its numbers where it holds no tensor.
 _NUMBERS = ("value_float", "value_floats", "value_int", "value_ints")
 
@@ -120,14 +121,14 @@ class Graph:
                     _take(node, "then_branch" if condition.reshape(-1)[0] else "else_branch")
 
     def _find_constants(self) -> None:
-        """All nodes in order of execution, and the values that depend on no input."""
+        """All nodes in order of execution, and the values that depend on no input and can be computed."""
 
         self._nodes = list(self._ir.graph.all_nodes())
         self._constants = {value for graph in self._ir.graphs() for value in graph.initializers.values()}
         for node in self._nodes:  # one with graphs comes before the nodes inside it
             inner, used = _inside(node)
-            random = any(each.op_type in _RANDOM for each in (node, *inner))
-            if not random and all(value in self._constants for value in used):
+            computable = all(each.op_type not in _NEVER_COMPUTED for each in (node, *inner))
+            if computable and all(value in self._constants for value in used):
                 self._constants.update(node.outputs)
 
     def _compute(self, values: Sequence[Any]) -> Constants:
