@@ -67,7 +67,8 @@ def match_tensors(shapes: Sequence[Shape], tensors: Sequence[Tensor], indices: S
 def fitted(shapes: Sequence[Shape], tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors as the carriers have them, where there are more of these than tensors of their shape.
 
-    A matrix that holds those of queries, keys and values is three. Where no graph tells how it lies, one of swapped
+    A matrix that holds those of queries, keys and values is three, and three are one where all tensors of their shape
+    are taken up so, in the order of the carriers. Where no graph tells how it lies, one of swapped
     axes is turned (of a transposed convolution, or a transformer's Conv1D).
     """
     wanted, have = Counter(map(tuple, shapes)), Counter(tensor.shape for tensor in tensors)
@@ -83,7 +84,24 @@ def fitted(shapes: Sequence[Shape], tensors: Sequence[Tensor]) -> list[Tensor]:
             found.append(_turned(tensor, swapped))
         else:
             found.append(tensor)
+    for fused in wanted.keys() - have:
+        third = (fused[0] // 3, *fused[1:])
+        if fused[0] % 3 == 0 and 3 * wanted[fused] + wanted[third] == have[third]:
+            parts = iter([tensor for tensor in found if tensor.shape == third])
+            ordered = [
+                _whole([next(parts) for _ in range(3)], fused) if shape == fused else next(parts)
+                for shape in map(tuple, shapes)
+                if shape in (fused, third)
+            ]
+            found = [tensor for tensor in found if tensor.shape != third] + ordered
     return found
+
+
+def _whole(parts: Sequence[Tensor], shape: Shape) -> Tensor:
+    def read() -> Weight:
+        return np.concatenate([part.values for part in parts]), None  # no normalisation is behind all three
+
+    return Tensor.unread(shape, parts[0].source, read, parts[0].by_name)
 
 
 def _part(tensor: Tensor, shape: Shape, part: int) -> Tensor:
