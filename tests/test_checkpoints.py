@@ -12,8 +12,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import test_onnx_tensors
 import torch
 from judged import white_box
+from onnx import helper
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -293,6 +295,34 @@ def test_a_pickle_that_torch_would_not_write_is_one_error(tmp_path, name):
         open_suspect(path)
 
 
+def test_an_archive_of_too_many_files_is_not_listed(tmp_path):
+    torch.save({"w": torch.ones(4, 4)}, tmp_path / "m.pt")
+    assert len(open_suspect(tmp_path / "m.pt").tensors()) == 1
+    content = (tmp_path / "m.pt").read_bytes()
+    end = content.rindex(b"PK\x05\x06")
+    long = bytes(40) + struct.pack("<Q", 1 << 40) + bytes(8) + b"PK\x06\x07" + bytes(16)
+    claims = {
+        "short": content[: end + 12] + struct.pack("<L", 1 << 30) + content[end + 16 :],
+        "long": content[:end] + long + content[end:],
+        "behind a comment": content[:-2] + struct.pack("<H", 5) + b"hello",
+    }
+    for claim in claims.values():
+        (tmp_path / "m.pt").write_bytes(claim)
+        with pytest.raises(SuspectError, match="an archive"):
+            open_suspect(tmp_path / "m.pt")
+
+
+def test_a_file_larger_than_any_checkpoint_is_not_even_hashed(tmp_path):
+    """It lies on disk as one page."""
+    size = 1 << 40
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1 << 19, 1 << 19], "data_offsets": [0, size]}}).encode()
+    with open(tmp_path / "m.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)
+    with pytest.raises(SuspectError, match="larger than"):
+        open_suspect(tmp_path / "m.safetensors")
+
+
 def test_negative_places_are_no_places():
     assert list(tensors_of(tensor_pickle(offset=-1))) == []
     assert [path for path, _ in tensors_of(tensor_pickle())] == ["w"]
@@ -322,6 +352,15 @@ def test_a_header_that_lies_is_one_error(tmp_path, header):
         open_suspect(path)
 
 
+def test_a_model_that_begins_as_a_checkpoint_is_a_model(tmp_path):
+    """Its first nine bytes are a field that nobody reads."""
+    made = test_onnx_tensors.graph([helper.make_node("MatMul", ["x", "w"], ["y"])], [test_onnx_tensors.weight()])
+    content = b"\x79\x01\0\0\0\0\0\0{" + made.SerializeToString()
+    (tmp_path / "m.onnx").write_bytes(content)
+    suspect = open_suspect(tmp_path / "m.onnx")
+    assert suspect.answer({"x": test_onnx_tensors.INPUTS}).values.shape == (5, test_onnx_tensors.CLASSES)
+
+
 def test_a_checkpoint_answers_nothing_and_says_what_to_do(tmp_path):
     save_file({"w": torch.ones(4, 4)}, tmp_path / "m.safetensors")
     suspect = open_suspect(tmp_path / "m.safetensors")
@@ -330,6 +369,28 @@ def test_a_checkpoint_answers_nothing_and_says_what_to_do(tmp_path):
             ask({"x": np.zeros((1, 4))})
     with pytest.raises(FileNotFoundError):
         open_suspect(tmp_path / "none.safetensors")
+
+
+def test_an_index_names_files_beside_it_and_no_others(tmp_path):
+    home, outside = tmp_path / "home", tmp_path / "outside"
+    home.mkdir()
+    outside.mkdir()
+    weights = {f"w{number}": torch.full((4, 4), float(number)) for number in range(3)}
+    save_file({"w1": weights["w1"], "w2": weights["w2"]}, home / "a.safetensors")
+    torch.save({"w0": weights["w0"]}, home / "b.bin")
+    torch.save({"w0": weights["w0"]}, outside / "b.bin")
+    (home / "link.bin").symlink_to(outside / "b.bin")
+    index = home / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w1": "a.safetensors", "w0": "b.bin", "w2": "a.safetensors"}}))
+    suspect = open_suspect(index)
+    assert [tensor.source for tensor in suspect.tensors()] == ["w1", "w2", "w0"]
+    assert all(np.array_equal(tensor.values, weights[tensor.source]) for tensor in suspect.tensors())
+    (home / "b.bin").write_bytes((home / "a.safetensors").read_bytes())
+    assert open_suspect(index).sha256 != suspect.sha256
+    for name in ("../outside/b.bin", str(outside / "b.bin"), "link.bin", "none.bin", "..", 7):
+        index.write_text(json.dumps({"weight_map": {"w0": name}}))
+        with pytest.raises(SuspectError, match="is no checkpoint that can be read"):
+            open_suspect(index)
 
 
 def test_a_file_that_changes_while_it_is_judged_is_refused(tmp_path):

@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import stat
-import struct
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -27,42 +24,33 @@ from wmengine.errors import SuspectError, printable
 from wmengine.facts import Fact, fact
 from wmengine.suspects.adapters import Adapter, Range
 from wmengine.suspects.base import Answers, Inputs, Signature, Tensor, Weight, one_line
-from wmengine.suspects.checkpoint_weights import Array, Entry, weights_of
-from wmengine.suspects.torch_pickle import StoredTensor, tensors_of
+from wmengine.suspects.checkpoint_files import MAXIMUM_HEADER, UnreadableError, begins_as_checkpoint, entries_of
+from wmengine.suspects.checkpoint_weights import Entry, weights_of
 
-MAXIMUM_HEADER = 100_000_000  # the safetensors library's own
-MAXIMUM_PICKLE = 64 << 20
+MAXIMUM_BYTES = 64 << 30  # all are hashed
+MAXIMUM_FILES = 1000
 _BLOCK = 1 << 22
-_ZIP = b"PK\x03\x04"
-_BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9"  # torch before 1.6
-_SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_SAFETENSORS |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-_TORCH = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-}
-
-
-class _Unreadable(Exception):
-    """Why a file is no checkpoint."""
+_INDEX = ".index.json"
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether a regular file begins as a safetensors file or as a torch archive does."""
+    """Whether a regular file begins as a safetensors file or as a torch archive does, or is an index of such files.
+
+    One that is named .onnx is none: a model can begin with any bytes, as numbers that ONNX Runtime does not know.
+    """
+    name = os.fsdecode(path).lower()
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if name.endswith(".onnx") or not stat.S_ISREG(os.stat(path).st_mode):
             return False
         with open(path, "rb") as file:
-            begun = file.read(9)
+            return begins_as_checkpoint(file.read(9)) or name.endswith(_INDEX)
     except OSError:
         return False
-    return begun[:4] == _ZIP or begun == _BEFORE_ZIP or (len(begun) == 9 and begun[5:] == b"\0\0\0{")
 
 
 class CheckpointSuspect:
-    """A safetensors file, or what torch.save wrote: a state dict, a dict that has one in it, or a module.
+    """A safetensors file, or what torch.save wrote: a state dict, a dict that has one in it, or a module; or the index
+    (.index.json) of several such files beside it.
 
     It shows its weights and gives no answers. Raises FileNotFoundError for a path that does not exist, SuspectError for
     what is no such file.
@@ -73,15 +61,22 @@ class CheckpointSuspect:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = os.fsdecode(path)
         self.facts: list[Fact] = []
-        self._file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # O_NONBLOCK: should it be a pipe now
-        self._status = _status(self._file)
+        self._files = [_opened(path)]
+        self._entries: dict[str, Entry] = {}
         try:
-            self._entries = dict(_entries(self._file))
+            shards = _shards(self._files[0]) if self.name.lower().endswith(_INDEX) else []
+            folder = os.path.dirname(self.name)
+            self._files += [_opened(os.path.join(folder, shard), os.O_NOFOLLOW) for shard in shards]
+            self._status = [*map(_status, self._files)]
+            if sum(size for size, _ in self._status) > MAXIMUM_BYTES:
+                raise UnreadableError(f"it is larger than {MAXIMUM_BYTES} bytes")
+            for file in self._files[1:] if shards else self._files:
+                self._entries.update(entries_of(file))
             if not self._entries:
-                raise _Unreadable("no tensor of floating point is in it")
-            self.sha256: str | None = _digest(self._file)
+                raise UnreadableError("no tensor of floating point is in it")
+            self.sha256: str | None = _digest(dict(zip(["", *shards], self._files, strict=True)))
         except Exception as error:  # a hostile file can fail anywhere in there
-            self._file.close()
+            self.close()
             raise SuspectError(f"{self.name} is no checkpoint that can be read ({one_line(error)})") from None
 
     def tensors(self, signature: Signature | None = None) -> list[Tensor]:
@@ -106,7 +101,7 @@ class CheckpointSuspect:
             found = read()
         except Exception as error:  # as above
             raise SuspectError(f"{self.name} has a weight that cannot be read ({one_line(error)})") from None
-        if _status(self._file) != self._status:
+        if [*map(_status, self._files)] != self._status:
             raise SuspectError(f"{self.name} changes while it is read; verify a copy of it")
         return found
 
@@ -123,7 +118,8 @@ class CheckpointSuspect:
         self._refuse()
 
     def close(self) -> None:
-        self._file.close()
+        for file in self._files:
+            file.close()
 
     def _refuse(self) -> NoReturn:
         raise SuspectError(f"{self.name} holds weights and no network that could answer; export it to ONNX")
@@ -131,7 +127,8 @@ class CheckpointSuspect:
 
 def _by_size(name: str) -> list[tuple[int, str]]:
     """A name's parts, numbers in it by their size: layer2 before layer10."""
-    return [(int(part[:18]), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name, flags=re.ASCII)]
+    parts = re.split(r"(\d+)", name, flags=re.ASCII)  # every second one is a number
+    return [(int(part[:18]), "") if place % 2 else (-1, part) for place, part in enumerate(parts)]
 
 
 def _status(file: Any) -> tuple[int, int]:
@@ -139,90 +136,29 @@ def _status(file: Any) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _digest(file: Any) -> str:
+def _opened(path: str | os.PathLike[str], flags: int = 0) -> Any:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)  # O_NONBLOCK: a pipe must not hold us up
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise SuspectError(f"{os.fsdecode(path)} is no regular file; copy it to one")
+    return os.fdopen(descriptor, "rb")
+
+
+def _shards(index: Any) -> list[str]:
+    """The names of the files that hold the tensors, in the order in which an index names them."""
+    names = list(dict.fromkeys(json.loads(index.read(MAXIMUM_HEADER))["weight_map"].values()))
+    if len(names) > MAXIMUM_FILES or any(name in ("", ".", "..") or "/" in name for name in names):
+        raise UnreadableError("it names files that are not beside it, or too many")
+    return names
+
+
+def _digest(files: Mapping[str, Any]) -> str:
+    """SHA-256 of a file, and behind an index of NUL, name, NUL, length in digits, NUL, bytes for each file it names."""
     digest = hashlib.sha256()
-    file.seek(0)
-    while block := file.read(_BLOCK):
-        digest.update(block)
+    for name, file in files.items():
+        if name:
+            digest.update(b"\0%s\0%d\0" % (name.encode(), _status(file)[0]))
+        file.seek(0)
+        while block := file.read(_BLOCK):
+            digest.update(block)
     return digest.hexdigest()
-
-
-def _entries(file: Any) -> Iterator[tuple[str, Entry]]:
-    begun = file.read(9)
-    file.seek(0)
-    if begun == _BEFORE_ZIP:
-        raise _Unreadable("torch before 1.6 wrote it; load and save it with a newer one")
-    return _torch_entries(file) if begun[:4] == _ZIP else _safetensors_entries(file)
-
-
-def _safetensors_entries(file: Any) -> Iterator[tuple[str, Entry]]:
-    """Its header is {name: {"dtype", "shape", "data_offsets"}}, behind its length in 8 bytes."""
-    size = os.fstat(file.fileno()).st_size
-    (length,) = struct.unpack("<Q", file.read(8))
-    if length > min(MAXIMUM_HEADER, size - 8):
-        raise _Unreadable(f"its header would be {length} bytes long")
-    header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    for name, said in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        kind, shape, (start, stop) = _SAFETENSORS.get(said["dtype"]), said["shape"], said["data_offsets"]
-        if kind is None:
-            continue
-        if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
-            raise _Unreadable(f"{name[:100]} has a shape or a place that is none")
-        if stop > size - 8 - length or stop - start != math.prod(shape) * _dtype(kind).itemsize:
-            raise _Unreadable(f"{name[:100]} is not as long as its shape says")
-        yield name, Entry(tuple(shape), kind, partial(_numbers, file, 8 + length + start, stop - start, kind, shape))
-
-
-def _numbers(file: Any, start: int, length: int, kind: str, shape: Sequence[int]) -> Array:
-    file.seek(start)
-    data = file.read(length)
-    if len(data) != length:
-        raise _Unreadable("it has become shorter")
-    return np.frombuffer(data, _dtype(kind)).reshape(shape).astype(np.float32, copy=False)
-
-
-def _torch_entries(file: Any) -> Iterator[tuple[str, Entry]]:
-    """An archive of NAME/data.pkl, which names the tensors, and of NAME/data/KEY, each the numbers of a storage."""
-    archive = zipfile.ZipFile(file)
-    files = {each.filename: each for each in archive.infolist()}
-    pickles = [name for name in files if name.endswith("/data.pkl") and name.count("/") == 1]
-    if len(pickles) != 1:
-        raise _Unreadable("an archive that torch has not written")
-    folder = pickles[0].removesuffix("data.pkl")
-    if f"{folder}byteorder" in files and archive.open(f"{folder}byteorder").read(16) != b"little":
-        raise _Unreadable("its numbers are big-endian; save it again on another machine")
-    if files[pickles[0]].file_size > MAXIMUM_PICKLE:
-        raise _Unreadable(f"its list of tensors is longer than {MAXIMUM_PICKLE} bytes")
-    seen: set[StoredTensor] = set()
-    for name, tensor in tensors_of(archive.open(pickles[0]).read(MAXIMUM_PICKLE)):
-        kind, stored = _TORCH.get(tensor.storage.kind), files.get(f"{folder}data/{tensor.storage.key}")
-        if kind is None or tensor in seen:  # tied weights are one
-            continue
-        seen.add(tensor)
-        if stored is None or len(tensor.shape) != len(tensor.strides):
-            raise _Unreadable(f"{name[:100]} has no numbers")
-        last = tensor.offset + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.strides, strict=True))
-        count = last + 1 if math.prod(tensor.shape) else 0
-        if count * _dtype(kind).itemsize > stored.file_size or math.prod(tensor.shape) > count:
-            raise _Unreadable(f"{name[:100]} is longer than its numbers")
-        yield name, Entry(tensor.shape, kind, partial(_view, archive, stored, tensor, kind, count))
-
-
-def _view(archive: Any, stored: Any, tensor: StoredTensor, kind: str, count: int) -> Array:
-    dtype = _dtype(kind)
-    data = archive.open(stored).read(count * dtype.itemsize)
-    if len(data) != count * dtype.itemsize:
-        raise _Unreadable("the archive says more of its sizes than it holds")
-    flat = np.frombuffer(data, dtype)[tensor.offset :]
-    steps = [step * dtype.itemsize for step in tensor.strides]
-    return np.lib.stride_tricks.as_strided(flat, tensor.shape, steps, writeable=False).astype(np.float32, copy=False)
-
-
-def _dtype(kind: str) -> np.dtype[Any]:
-    if kind in ("float16", "float32", "float64"):
-        return np.dtype(kind)
-    import ml_dtypes
-
-    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, kind))
-    return found

@@ -27,18 +27,8 @@ MAXIMUM_CHAIN = 16
 MAXIMUM_ROUNDS = 8
 DOMAINS = ("", "ai.onnx", "com.microsoft")
 # What gives another value each time, or may never end.
-_NEVER_COMPUTED = frozenset(
-    [
-        "Bernoulli",
-        "Loop",
-        "Multinomial",
-        "RandomNormal",
-        "RandomNormalLike",
-        "RandomUniform",
-        "RandomUniformLike",
-        "Scan",
-    ]
-)
+_NEVER_COMPUTED = {"Bernoulli", "Loop", "Multinomial", "Scan"}
+_NEVER_COMPUTED |= {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 # How a Constant holds its numbers where it holds no tensor.
 _NUMBERS = ("value_float", "value_floats", "value_int", "value_ints")
 
