@@ -176,6 +176,38 @@ def test_a_weight_may_be_used_in_the_body_of_a_loop(tmp_path):
     assert np.array_equal(tensor.values, square.T)
 
 
+@pytest.mark.parametrize("how", ["stored", "computed", "by a function"])
+def test_weights_beside_the_model_are_used_in_all_these_ways(tmp_path, how):
+    made = {
+        "stored": graph([node("MatMul", ["x", "w"], ["y"])], [weight()]),
+        "computed": model([node("Neg", ["w"], ["v"])], [weight(values=-WEIGHT)]),
+        "by a function": graph([node("Dense", ["x", "w"], ["y"], domain="own")], [weight()]),
+    }[how]
+    imports = [helper.make_opsetid("", 17)]
+    if how == "by a function":
+        body = [node("MatMul", ["x", "w"], ["y"])]
+        made.functions.append(helper.make_function("own", "Dense", ["x", "w"], ["y"], body, imports))
+        made.opset_import.append(helper.make_opsetid("own", 1))
+    onnx.save(made, tmp_path / "m.onnx", save_as_external_data=True, size_threshold=0, location="w.data")
+    (tensor,) = open_suspect(tmp_path / "m.onnx").tensors()
+    assert np.array_equal(tensor.values, MATRIX)
+
+
+def test_branches_may_be_decided_by_computed_conditions_and_lie_in_branches(tmp_path):
+    """The graph's output is that of a branch in a branch."""
+
+    def product(name):
+        return branch(name, [node("MatMul", ["x", "w"], [f"o{name}"])], f"o{name}")
+
+    inner = node("If", ["yes"], ["i"], then_branch=product("a"), else_branch=product("b"))
+    nodes = [
+        node("Not", ["c"], ["no"]),
+        node("Not", ["no"], ["yes"]),
+        node("If", ["no"], ["y"], then_branch=product("d"), else_branch=branch("e", [inner], "i")),
+    ]
+    assert check(graph(nodes, [weight(), weight("c", np.array(True))]), tmp_path) == []
+
+
 def test_the_factor_of_a_product_is_part_of_its_weight(tmp_path):
     """alpha has a sign."""
     made = graph([node("Gemm", ["x", "w"], ["y"], alpha=-0.5, transB=1)], [weight(values=-2 * MATRIX)])
