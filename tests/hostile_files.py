@@ -207,7 +207,7 @@ def truncated():
     return classifier().SerializeToString()[:-40]
 
 
-@hostile("it has no graph")
+@hostile("not an ONNX model")
 def no_graph():
     return onnx.ModelProto(ir_version=9)
 

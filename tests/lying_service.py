@@ -29,6 +29,10 @@ def _header(**fields):
     return _arrays(**fields)
 
 
+def _opened(inputs):
+    return _header(inputs=inputs, class_names=[])
+
+
 def _arrays(*arrays, **fields):
     return lambda connection: wire.send(connection, {"word": WORDS[-1], **fields}, arrays)
 
@@ -86,30 +90,31 @@ LIES = {
     "location that it does not name": (LIST, _header(locations=["~honest.onnx"]), "names other external files than"),
     "location that is a list": (LIST, _header(locations=[["w.bin"]]), "missing"),
     "no inputs": (OPEN, _header(), "no answer that can be read"),
-    "inputs are a number": (OPEN, _header(inputs=[3]), "no answer that can be read"),
+    "inputs are a number": (OPEN, _opened([3]), "no answer that can be read"),
     "input without a shape": (
         OPEN,
-        _header(inputs=[["x", "tensor(float)", None, False]]),
+        _opened([["x", "tensor(float)", None, False]]),
         "no answer that can be read",
     ),
     "sizes without end": (
         OPEN,
-        _header(inputs=[["x", "tensor(float)", [float("inf")], 0]]),
+        _opened([["x", "tensor(float)", [float("inf")], 0]]),
         "no answer that can be read",
     ),
     "sizes below zero": (
         OPEN,
-        _header(inputs=[["x", "tensor(float)", [-5, -1, -4, -4], 0]]),
+        _opened([["x", "tensor(float)", [-5, -1, -4, -4], 0]]),
         "no answer that can be read",
     ),
     "a batch of nothing": (
         OPEN,
-        _header(inputs=[["x", "tensor(float)", [0, 1, 4, 4], 0]]),
+        _opened([["x", "tensor(float)", [0, 1, 4, 4], 0]]),
         "no answer that can be read",
     ),
-    "sizes of a thousand digits": (OPEN, _header(inputs=[["x", "tensor(float)", [10**1000] * 4, 0]]), "takes inputs"),
-    "ten thousand axes": (OPEN, _header(inputs=[["x", "tensor(float)", [1] * 10**4, 0]]), "takes inputs"),
-    "type that is no type": (OPEN, _header(inputs=[["x", {"a": 1}, [None, 1, 4, 4], 0]]), "takes {'a': 1}"),
+    "sizes of a thousand digits": (OPEN, _opened([["x", "tensor(float)", [10**1000] * 4, 0]]), "takes inputs"),
+    "ten thousand axes": (OPEN, _opened([["x", "tensor(float)", [1] * 10**4, 0]]), "takes inputs"),
+    "type that is no type": (OPEN, _opened([["x", {"a": 1}, [None, 1, 4, 4], 0]]), "takes {'a': 1}"),
+    "class names are a number": (OPEN, _header(**INPUTS, class_names=7), "no answer that can be read"),
     "no outputs": (RUN, _header(), "no answer that can be read"),
     "outputs without arrays": (RUN, _header(**ONE), "no answer that can be read"),
     "arrays without outputs": (RUN, _arrays(SCORES, outputs=[], classes=[]), "no answer that can be read"),
@@ -191,7 +196,7 @@ LIES = {
     "answer twice": (RUN, _answer_then(_header(outputs=[], classes=[]), ONE, SCORES), ""),
     "answer for ever": (RUN, _answer_then(_flood, ONE, SCORES), ""),
     "die after the answer": (RUN, _answer_then(_die, ONE, SCORES), ""),
-    "answer the next too": (LATER, _header(inputs=[]), None),
+    "answer the next too": (LATER, _opened([]), None),
     "an error for the next": (LATER, _header(error="it is no model"), None),
     "never let go": (LATER, _sleep, None),
     "crash when letting go": (LATER, lambda connection: ctypes.string_at(0), None),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from wmengine.marking.embedder import Embedder
     from wmengine.marking.emmark import emmark
     from wmengine.marking.export import export_onnx
+    from wmengine.marking.fingerprint import fingerprint
     from wmengine.marking.passports import passport, passport_accuracy
     from wmengine.marks.catalogue import SCHEMES, scheme
     from wmengine.marks.preset import Preset
@@ -40,6 +41,7 @@ __all__ = [
     "endpoint",
     "errors",
     "export_onnx",
+    "fingerprint",
     "get_num_threads",
     "ops",
     "passport",
@@ -63,6 +65,7 @@ _HOMES = {
     "emmark": "marking.emmark",
     "endpoint": "suspects.endpoint.suspect",
     "export_onnx": "marking.export",
+    "fingerprint": "marking.fingerprint",
     "get_num_threads": "ops",
     "passport": "marking.passports",
     "passport_accuracy": "marking.passports",

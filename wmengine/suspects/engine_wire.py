@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.errors import SuspectError, SuspectGone, printable
+from wmengine.errors import OtherTask, SuspectError, SuspectGone, printable
 from wmengine.facts import Fact, fact
 from wmengine.ops.reference import MOST_LEVEL
 from wmengine.sandbox import MECHANISMS, wire
 from wmengine.sandbox.supervisor import TemplateGone, Worker, WorkerFailure
 from wmengine.suspects.answers import Outputs, Predicted
 from wmengine.suspects.base import Inputs, Tensor, Weight, one_line
+from wmengine.suspects.class_names import MAXIMUM_NAMES
 from wmengine.suspects.graph_limits import MAXIMUM_OUTPUTS
 from wmengine.suspects.onnx_engine import Input, OnnxEngine, may_name_files, preload, prepare
 
@@ -59,7 +60,7 @@ def serve(connection: socket.socket, mechanisms: Sequence[str]) -> None:
         try:
             header, answers = _answer(engine, question, arrays, mechanisms)
         except SuspectError as error:
-            header, answers = {"error": str(error)}, ()
+            header, answers = {"error": str(error), "other_task": isinstance(error, OtherTask)}, ()
         except MemoryError:
             header, answers = {"error": f"{question.get('name', 'the model')} needs more memory than it may have"}, ()
         except Exception as error:  # a hostile model can make any library raise anything
@@ -85,6 +86,7 @@ def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechan
     if asked == OPEN:
         return _open(engine, question), ()
     if asked == RUN:
+        engine.labels = tuple(question["labels"])
         outputs = engine.run(dict(zip(question["inputs"], arrays, strict=True)))
         stayed = [value if isinstance(value, Predicted) else None for _, value in outputs]
         header = {"outputs": [name for name, _ in outputs], "classes": [each and each.classes for each in stayed]}
@@ -107,7 +109,8 @@ def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechan
 
 def _open(engine: OnnxEngine, question: dict[str, Any]) -> dict[str, Any]:
     engine.provider, engine.device_bytes = question["provider"], question["device_bytes"]
-    return {"inputs": [[each.name, each.type, each.shape, each.rescaled] for each in engine.open()]}
+    inputs = [[each.name, each.type, each.shape, each.rescaled] for each in engine.open()]
+    return {"inputs": inputs, "class_names": engine.class_names}
 
 
 class RemoteEngine:
@@ -133,6 +136,8 @@ class RemoteEngine:
         self._served = False  # other suspects, before the one to come
         self._spent = False
         self.abandoned = False
+        self.class_names: tuple[str, ...] = ()  # of the session
+        self.labels: tuple[str, ...] = ()
 
     def locations(self, name: str, data: bytes) -> list[str]:
         self._name = name
@@ -144,21 +149,22 @@ class RemoteEngine:
         self._name, self._loaded, self._inputs, self._unopened = name, (data, external), None, None
         contents = [_bytes(data), *map(_bytes, external.values())]
         question = {"name": name, "locations": list(external), "open": self._eager, **self._place()}
-        self._inputs, self._unopened = self._ask_first(LOAD, _read_loaded, question, contents)
+        self._inputs, self._unopened = self._ask_first(LOAD, self._read_loaded, question, contents)
         self._spent |= self._unopened is not None
 
     def open(self) -> list[Input]:
         if self._unopened is not None:
             raise SuspectError(self._unopened)
         if self._inputs is None:
-            self._inputs = self._ask(OPEN, _read_inputs, self._place())
+            self._inputs = self._ask(OPEN, self._read_opened, self._place())
         return self._inputs
 
     def _place(self) -> dict[str, Any]:
         return {"provider": self.provider, "device_bytes": self.worker.limits.memory_bytes}
 
     def run(self, inputs: Inputs) -> Outputs:
-        return self._ask(RUN, _read_outputs, {"name": self._name, "inputs": list(inputs)}, [*inputs.values()])
+        question = {"name": self._name, "inputs": list(inputs), "labels": self.labels}
+        return self._ask(RUN, _read_outputs, question, [*inputs.values()])
 
     def activations(self, place: int, inputs: Inputs) -> NDArray[np.float32]:
         if not self.worker.prepared:
@@ -180,6 +186,17 @@ class RemoteEngine:
         return [
             Tensor.unread(shape, source, partial(read, number, shape)) for number, (shape, source) in enumerate(found)
         ], facts
+
+    def _read_opened(self, header: dict[str, Any], arrays: Arrays) -> list[Input]:
+        names = [printable(str(each), MAXIMUM_NAME) for each in header["class_names"][:MAXIMUM_NAMES]]
+        self.class_names = tuple(dict.fromkeys(names))
+        return _read_inputs(header)
+
+    def _read_loaded(self, header: dict[str, Any], arrays: Arrays) -> tuple[list[Input] | None, str | None]:
+        """The session's inputs where it was created too, and why it could not be."""
+        if "unopened" in header:
+            return None, printable(str(header["unopened"]), 500)
+        return self._read_opened(header, arrays) if "inputs" in header else None, None
 
     def _prepare(self) -> None:
         """Go on with a worker that can read weights, as far as this one has come."""
@@ -254,7 +271,7 @@ class RemoteEngine:
                 raise ValueError("an answer to something else")
             if "error" in header:
                 self._spent |= asked not in (LIST, LOAD)
-                raise SuspectError(printable(str(header["error"]), 500))
+                raise (OtherTask if header.get("other_task") else SuspectError)(printable(str(header["error"]), 500))
             return read(header, answers)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             self.worker.close()
@@ -277,7 +294,7 @@ def _read_locations(header: dict[str, Any], arrays: Arrays) -> list[str]:
     return found
 
 
-def _read_inputs(header: dict[str, Any], arrays: Arrays) -> list[Input]:
+def _read_inputs(header: dict[str, Any]) -> list[Input]:
     found = [
         Input(str(name), str(type_), tuple(None if size is None else int(size) for size in shape), bool(rescaled))
         for name, type_, shape, rescaled in header["inputs"]
@@ -285,13 +302,6 @@ def _read_inputs(header: dict[str, Any], arrays: Arrays) -> list[Input]:
     if any(size is not None and size < 1 for each in found for size in each.shape):
         raise ValueError("not what an engine says of a size")
     return found
-
-
-def _read_loaded(header: dict[str, Any], arrays: Arrays) -> tuple[list[Input] | None, str | None]:
-    """The session's inputs where it was created too, and why it could not be."""
-    if "unopened" in header:
-        return None, printable(str(header["unopened"]), 500)
-    return _read_inputs(header, arrays) if "inputs" in header else None, None
 
 
 def _read_outputs(header: dict[str, Any], arrays: Arrays) -> Outputs:

@@ -20,6 +20,7 @@ from onnx.inliner import inline_local_functions
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from wmengine._optional import require
+from wmengine.suspects.graph_limits import check_operators
 
 # Longer chains of copies are computed, not followed.
 MAXIMUM_CHAIN = 16
@@ -161,6 +162,8 @@ class Graph:
                 new = [each for each in _inside(node)[1] if each not in seen]
                 seen.update(new, [node])
                 left += new
+        used = [each for node in needed for each in (node, *_inside(node)[0])]
+        check_operators(model.graph.name, {(each.domain, each.op_type) for each in used})
         place = {node: number for number, node in enumerate(self._nodes)}
         model.graph.node.extend(onnx_ir.to_proto(node) for node in sorted(needed, key=place.__getitem__))
         model.graph.output.extend(onnx.ValueInfoProto(name=value.name) for value in values)

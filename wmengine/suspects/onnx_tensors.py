@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ValueInfoProto, helper, numpy_helper
 
-from wmengine.errors import SuspectError
+from wmengine.errors import OtherTask, SuspectError
 from wmengine.facts import Fact, fact
 from wmengine.suspects.base import Tensor, Weight, one_line
 from wmengine.suspects.onnx_graph import DOMAINS, MAXIMUM_CHAIN, Graph, inlined, run_constants
@@ -88,17 +88,17 @@ def read_tensors(name: str, model: Any, external: Mapping[str, bytes] | None = N
     return [each.tensor for each in found], [*facts, *([fact("unread", count=unread)] if unread else [])]
 
 
-def with_activation(name: str, proto: Any, external: Mapping[str, bytes], place: int) -> tuple[str, bytes]:
+def with_activation(name: str, proto: Any, model: Any, external: Mapping[str, bytes], place: int) -> tuple[str, bytes]:
     """The name of the value that goes into the weight at `place`, and the model's bytes with that value as an output.
 
-    proto: the onnx.ModelProto as it is stored; external: as for `read_tensors`.
+    proto: the onnx.ModelProto as it is stored; model, external: as for `read_tensors`.
     """
-    found, _ = _walk(name, proto, external)
+    found, _ = _walk(name, model, external)
     if place >= len(found):
-        raise SuspectError(f"{name} has {len(found)} weights, and the mark is in number {place + 1}")
+        raise OtherTask(f"{name} has {len(found)} weights, and the mark is in number {place + 1}")
     value = found[place].given
     if value is None or not value.name:
-        raise SuspectError(f"{name} has a weight {place + 1} into which nothing goes that can be read")
+        raise OtherTask(f"{name} has a weight {place + 1} into which nothing goes that can be read")
     tapped = inlined(proto)
     if value.name not in {output.name for output in tapped.graph.output}:
         tapped.graph.output.append(ValueInfoProto(name=value.name))
