@@ -9,6 +9,7 @@ import gc
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from wmengine.ops.reference import MOST_LEVEL
 from wmengine.sandbox import MECHANISMS, wire
 from wmengine.sandbox.supervisor import TemplateGone, Worker, WorkerFailure
 from wmengine.suspects.answers import Outputs, Predicted
-from wmengine.suspects.base import Inputs, Tensor, one_line
+from wmengine.suspects.base import Inputs, Tensor, Weight, one_line
 from wmengine.suspects.class_names import MAXIMUM_NAMES
 from wmengine.suspects.graph_limits import MAXIMUM_OUTPUTS
 from wmengine.suspects.onnx_engine import Input, OnnxEngine, may_name_files, preload, prepare
@@ -32,9 +33,9 @@ Result = TypeVar("Result")
 Answer = tuple[dict[str, Any], Sequence[NDArray[Any]]]
 
 MAXIMUM_QUESTION = 1 << 40  # the client is trusted: its own limits hold
-LIST, LOAD, OPEN, RUN, READ = "list external files", "load the model", "create the session", "run", "read the weights"
-TAP = "read activations"
-_OF_WEIGHTS = {"stored_as": ("count", "of", "kind"), "blocked": ("count",)}  # facts that reading them has
+LIST, LOAD, OPEN, RUN = "list external files", "load the model", "create the session", "run"
+FIND, READ, TAP = "find the weights", "read a weight", "read activations"
+_OF_WEIGHTS = {"stored_as": ("count", "of", "kind"), "unread": ("count",)}  # facts that reading them has
 MAXIMUM_NAME, MAXIMUM_FACTS = 200, 20  # characters of a tensor's name, or of a value in a fact
 
 
@@ -91,15 +92,16 @@ def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechan
         header = {"outputs": [name for name, _ in outputs], "classes": [each and each.classes for each in stayed]}
         values = [each.labels if each else value for each, (_, value) in zip(stayed, outputs, strict=True)]
         return header, values + [each.levels for each in stayed if each]
+    if asked == FIND:
+        found, facts = engine.tensors()
+        header = {"facts": [[each.code, dict(each.values)] for each in facts]}
+        ranks = np.array([len(each.shape) for each in found], np.uint8)
+        sizes = np.array([size for each in found for size in each.shape], np.int64)
+        names = "\n".join(printable(each.source[:MAXIMUM_NAME]) for each in found).encode()
+        return header, [ranks, sizes, _bytes(names)]
     if asked == READ:
-        tensors, facts = engine.tensors()
-        header = {
-            "sources": [each.source[:MAXIMUM_NAME] for each in tensors],
-            "factors": [each.factors is not None for each in tensors],
-            "facts": [[each.code, dict(each.values)] for each in facts],
-        }
-        factors = [each.factors for each in tensors if each.factors is not None]
-        return header, [*(each.values for each in tensors), *factors]
+        values, factors = engine.tensors()[0][question["number"]].read()
+        return {}, [values] if factors is None else [values, factors]
     if asked == TAP:
         return {}, [engine.activations(question["place"], dict(zip(question["inputs"], arrays, strict=True)))]
     return {"mechanisms": list(mechanisms)}, ()
@@ -173,7 +175,17 @@ class RemoteEngine:
     def tensors(self) -> tuple[list[Tensor], list[Fact]]:
         if not self.worker.prepared:  # and locked down, so that it cannot be any more
             self._prepare()
-        return self._ask(READ, _read_tensors, {"name": self._name})
+        loaded = self._loaded
+
+        def read(number: int, shape: tuple[int, ...]) -> Weight:
+            if self._loaded is not loaded:
+                raise SuspectError("another suspect has been loaded since these weights were found; read them before")
+            return self._ask(READ, partial(_read_weight, shape), {"name": self._name, "number": number})
+
+        found, facts = self._ask(FIND, _read_found, {"name": self._name})
+        return [
+            Tensor.unread(shape, source, partial(read, number, shape)) for number, (shape, source) in enumerate(found)
+        ], facts
 
     def _read_opened(self, header: dict[str, Any], arrays: Arrays) -> list[Input]:
         names = [printable(str(each), MAXIMUM_NAME) for each in header["class_names"][:MAXIMUM_NAMES]]
@@ -314,20 +326,28 @@ def _read_predicted(labels: NDArray[Any], classes: Any, levels: NDArray[Any]) ->
     return Predicted(labels, classes, levels)
 
 
-def _read_tensors(header: dict[str, Any], arrays: Arrays) -> tuple[list[Tensor], list[Fact]]:
-    sources = header["sources"]
-    weights, scales = arrays[: len(sources)], iter(arrays[len(sources) :])
-    if any(array.dtype != np.float32 or array.ndim < 2 for array in weights):
-        raise ValueError("not what weights are read as")
-    found = []
-    for values, source, scaled in zip(weights, sources, header["factors"], strict=True):
-        factors = next(scales) if scaled else None
-        if factors is not None and (factors.dtype != np.float32 or factors.shape != values.shape[:1]):
-            raise ValueError("not what normalisations are read as")
-        found.append(Tensor(values, printable(str(source)), factors))
-    if next(scales, None) is not None:
-        raise ValueError("more than weights and their normalisations")
+def _read_found(header: dict[str, Any], arrays: Arrays) -> tuple[list[tuple[tuple[int, ...], str]], list[Fact]]:
+    """The shapes and the names of weights."""
+    ranks, sizes, text = arrays
+    names = text.tobytes().decode().split("\n") if len(ranks) else []
+    if [(each.dtype.name, each.ndim) for each in arrays] != [("uint8", 1), ("int64", 1), ("uint8", 1)]:
+        raise ValueError("not what weights are found as")
+    if len(names) != len(ranks):
+        raise ValueError("not as many names as weights")
+    if (ranks < 2).any() or (sizes < 1).any() or sizes.shape != (ranks.sum(dtype=np.int64),):
+        raise ValueError("not the shapes of weights")
+    shapes = np.split(sizes, np.cumsum(ranks, dtype=np.int64)[:-1])
+    found = [(tuple(map(int, shape)), printable(name)) for shape, name in zip(shapes, names, strict=False)]
     return found, [_read_fact(code, values) for code, values in header["facts"][:MAXIMUM_FACTS]]
+
+
+def _read_weight(shape: tuple[int, ...], header: dict[str, Any], arrays: Arrays) -> Weight:
+    values, *rest = arrays
+    if values.dtype != np.float32 or values.shape != shape:
+        raise ValueError("not what a weight is read as")
+    if len(rest) > 1 or any(each.dtype != np.float32 or each.shape != shape[:1] for each in rest):
+        raise ValueError("not what normalisations are read as")
+    return values, rest[0] if rest else None
 
 
 def _read_fact(code: Any, values: Any) -> Fact:
