@@ -80,13 +80,20 @@ class Supervisor:
         prepared: by the service's `prepare`; it may be so without being asked for.
         """
         try:
-            ours, theirs = socket.socketpair()
+            pair = socket.socketpair()
         except OSError as error:
             raise WorkerFailure(f"there is no socket for a worker: {error}") from None
+        ours = wire.Channel(fileno=pair[0].detach())
         try:
-            with theirs:
+            with pair[1] as theirs:
                 order = {"fork": limits.memory_bytes if confined else None, "prepared": prepared}
-                answer, generation = self._order(order, theirs)
+                memory = ours.share()
+                try:
+                    passed = [theirs.fileno()] if memory is None else [theirs.fileno(), memory]
+                    answer, generation = self._order(order, passed)
+                finally:
+                    if memory is not None:
+                        os.close(memory)
         except BaseException:
             ours.close()
             raise
@@ -104,7 +111,7 @@ class Supervisor:
         return self._order({"end": process}, generation=generation)[0]
 
     def _order(
-        self, order: dict[str, Any], passed: socket.socket | None = None, generation: int | None = None
+        self, order: dict[str, Any], passed: Sequence[int] = (), generation: int | None = None
     ) -> tuple[dict[str, Any], int]:
         """The template's answer, and which template gave it; `generation` is the only one that may."""
         with self._lock:
@@ -115,7 +122,7 @@ class Supervisor:
                     control = self._start()
                     self._number += 1
                     text = json.dumps(order | {"number": self._number}).encode()
-                    socket.send_fds(control, [text], [passed.fileno()] if passed else [])
+                    socket.send_fds(control, [text], passed)
                     answer = self._answer(control)
                     while answer["number"] != self._number:  # to an order whose sender was interrupted (Ctrl-C)
                         answer = self._answer(control)
@@ -145,6 +152,8 @@ class Supervisor:
             for name in ("PATH", "LD_LIBRARY_PATH", "LANG", "TZ", "CUDA_VISIBLE_DEVICES")
             if name in os.environ
         }
+        # Workers are forked for every few models, and each would fault its memory in page by page.
+        environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         environment |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "ORT_DISABLE_TELEMETRY"), "1")
         # Never from the working directory: it may be the folder of a stranger's files, with an `onnx.py` among them.
         paths = [os.path.abspath(path) for path in [*sys.path, PACKAGES] if path]
@@ -216,7 +225,7 @@ class Worker:
     def __init__(
         self,
         supervisor: Supervisor,
-        connection: socket.socket,
+        connection: wire.Channel,
         process: int,
         generation: int,
         limits: Limits,
@@ -279,6 +288,7 @@ class Worker:
     def _kill(self) -> dict[str, Any]:
         self.alive = False
         self._connection.close()
+        self._connection.shared = None
         return self._supervisor.end(self.process, self._generation)
 
     def _ended(self, doing: str, error: wire.WireError) -> str:

@@ -1,8 +1,8 @@
 """The template process, `python -m wmengine.sandbox.template FD MODULE`: imports once, then forks workers.
 
 It takes orders on the inherited socket FD, a JSON message each, and answers each with one: {"fork": memory_bytes,
-"prepared": whether MODULE.prepare() must have been called} comes with a socket for the new worker, which is not locked
-down for null, and is answered by its process number and whether it is prepared; {"end": process} kills a worker, if it
+"prepared": whether MODULE.prepare() must have been called} comes with a socket for the new worker, and often with the
+memory that it reads questions from; it is not locked down for null, and is answered by its process number and whether it is prepared; {"end": process} kills a worker, if it
 still lives, and is answered by how it ended; an order that cannot be followed is answered by {"error": reason}. Each
 order has a "number", and its answer the same. It never sees a model's bytes. When its socket closes, it ends, and the
 kernel kills its workers.
@@ -19,6 +19,7 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from wmengine.sandbox import lockdown, wire
@@ -39,7 +40,7 @@ def main() -> None:
     ended: dict[int, dict[str, Any]] = {}
     prepared = False
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, MAXIMUM_ORDER, 1)
+        message, descriptors, _, _ = socket.recv_fds(control, MAXIMUM_ORDER, 2)
         if not message:
             return
         order = json.loads(message)
@@ -53,7 +54,7 @@ def main() -> None:
                     prepared = True
                 process = os.fork()
                 if process == 0:
-                    _become_worker(service, control, descriptors[0], order, template)
+                    _become_worker(service, control, descriptors, order, template)
                 ended.pop(process, None)  # a number used before
                 answer = {"process": process, "prepared": prepared}
             else:
@@ -100,18 +101,20 @@ def _account(status: int, usage: resource.struct_rusage) -> dict[str, Any]:
 
 
 def _become_worker(
-    service: Any, control: socket.socket, descriptor: int, order: dict[str, Any], template: int
+    service: Any, control: socket.socket, descriptors: Sequence[int], order: dict[str, Any], template: int
 ) -> NoReturn:
-    """Keep one socket and nothing else, lock down, and serve until the socket closes. Never returns."""
+    """Keep one socket, memory to read and nothing else, lock down, and serve until the socket closes. Never returns."""
     try:
         lockdown.die_with_parent(template)
         control.close()
         null = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
             os.dup2(null, standard)
-        os.dup2(descriptor, 3)
+        memory = [wire.memory_to_read(each) for each in descriptors[1:]]
+        os.dup2(descriptors[0], 3)
         os.closerange(4, 1 << 16)
-        connection = socket.socket(fileno=3)
+        connection = wire.Channel(fileno=3)
+        connection.shared = memory[0] if memory else None
         lockdown.die_first()
         try:
             in_force = () if order["fork"] is None else lockdown.apply(order["fork"])
