@@ -23,6 +23,7 @@ from wmengine.judging.answering import (
     interpreted,
     members_of,
     named_by,
+    reader_of,
     rows_between,
     width_of,
 )
@@ -31,7 +32,7 @@ from wmengine.judging.looks import looks_of_labels, looks_of_scores
 from wmengine.judging.orders import CleanData, best_order, names_given, reorder
 from wmengine.judging.questions import put
 from wmengine.marks.watermark import Watermark
-from wmengine.parts.base import Interprets, inputs_of
+from wmengine.parts.base import inputs_of
 from wmengine.parts.statistics.base import Evidence, Look
 from wmengine.suspects.adapters import AS_RECORDED, Adapter
 from wmengine.suspects.answers import ABSTAINED
@@ -101,7 +102,7 @@ class Trial:
         self.marks = list(marks)
         self.num_classes, self.width = classes_of(marks[0]), width_of(marks[0])
         # Answers that only the mark's source can read are asked for alone.
-        self.reader = marks[0].geometry if isinstance(marks[0].preset.source, Interprets) else ""
+        self.reader = marks[0].geometry if reader_of(marks[0]) else ""
         self.error: str | None = None  # why the suspect cannot be judged
         self._suspect, self._terms = suspect, terms
         self._ways: list[Adapter] = []  # those still to be tried

@@ -31,6 +31,7 @@ from wmengine.suspects.model_file import MAXIMUM_BYTES, ModelFile, read_model
 from wmengine.suspects.onnx_file import Engine, NoWorker, OnnxSuspect, open_engine
 
 PATIENCE = 5.0  # seconds
+TOGETHER = 0.05  # seconds for which what is done is gathered, as writing it down and saying so costs a fixed price
 TRIES = 3  # of a suspect under whom somebody kills the sandbox's template
 SUSPECTS_A_WORKER = 256  # then a fresh one: what models leave behind in a process does not add up
 
@@ -145,8 +146,8 @@ class Hashes:
 
 def judge_locally(
     plan: Plan, marks: Sequence[Watermark], places: Sequence[int], hashes: Hashes, jobs: int, limits: Limits
-) -> Generator[Judged, None, None]:
-    """Every suspect of `places`, in the order in which they are done.
+) -> Generator[list[Judged], None, None]:
+    """Every suspect of `places`, in the order in which they are done, some at a time.
 
     Closing the iterator kills the workers and waits for its threads, but for no more than PATIENCE: one that a store
     or, without isolation, a model holds up ends with the process, or when it is let go.
@@ -154,8 +155,8 @@ def judge_locally(
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for place in places:
         waiting.put(place)
-    done: queue.Queue[Judged | BaseException] = queue.Queue(maxsize=4 * jobs)
-    stop = threading.Event()
+    done: queue.Queue[Judged | BaseException] = queue.Queue(maxsize=64 * jobs)
+    stop, ends = threading.Event(), threading.Event()
     judges = [Judge(plan, marks, limits, hashes) for _ in range(jobs)]
 
     # A judge and its worker take turns, so a processor for both of them costs nothing and keeps their caches warm.
@@ -175,6 +176,7 @@ def judge_locally(
         except BaseException as error:  # our own mistake, or no sandbox: the scan ends with it
             done.put(error)
         finally:
+            ends.set()
             judge.close()
 
     threads = [
@@ -184,11 +186,18 @@ def judge_locally(
     for thread in threads:
         thread.start()
     try:
-        for _ in places:
-            judged = done.get()
-            if isinstance(judged, BaseException):
-                raise judged
-            yield judged
+        left = len(places)
+        while left:
+            found = [done.get()]
+            ends.wait(TOGETHER)
+            found += [done.get_nowait() for _ in range(done.qsize())]
+            judged = [each for each in found if isinstance(each, Judged)]
+            if judged:
+                yield judged
+            for error in found:
+                if isinstance(error, BaseException):
+                    raise error
+            left -= len(judged)
     finally:
         stop.set()
         until = time.monotonic() + PATIENCE

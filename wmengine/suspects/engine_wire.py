@@ -6,7 +6,6 @@ Inputs and a model's bytes go out, arrays of numbers and text come back. Expecte
 from __future__ import annotations
 
 import contextlib
-import gc
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,7 +45,6 @@ def serve(connection: socket.socket, mechanisms: Sequence[str]) -> None:
     def make_room(question: dict[str, Any]) -> None:
         if question["ask"] in (LIST, LOAD):
             engine.close()
-            gc.collect()  # a graph is full of cycles, and they hold its weights
 
     while True:
         try:
