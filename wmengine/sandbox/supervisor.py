@@ -56,6 +56,7 @@ class Supervisor:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._ready = False  # to take orders
         self._number = 0  # of orders
         self._generation = 0  # of templates: each knows its own workers alone
         _supervisors.add(self)
@@ -65,6 +66,11 @@ class Supervisor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def start(self) -> None:
+        """Begin to start the template, where there is none: whoever asks for a worker waits less."""
+        with self._lock, contextlib.suppress(OSError):
+            self._launch()
 
     def close(self) -> None:
         """End the template, and with it every worker."""
@@ -143,7 +149,7 @@ class Supervisor:
         answer: dict[str, Any] = json.loads(message)
         return answer
 
-    def _start(self) -> socket.socket:
+    def _launch(self) -> socket.socket:
         if self._control is not None:
             return self._control
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a message is an order or an answer
@@ -165,19 +171,26 @@ class Supervisor:
                 stderr=subprocess.PIPE, cwd="/",
             )  # fmt: skip
         ours.settimeout(TEMPLATE_SECONDS)
-        try:
-            self._answer(ours)
-        except BaseException as error:
-            self._process.kill()
-            said = self._process.communicate()[1].decode(errors="replace").strip().splitlines() or ["nothing was said"]
-            ours.close()
-            self._process = None
-            if not isinstance(error, OSError):
-                raise
-            raise WorkerFailure(f"the sandbox does not start: {said[-1]}") from None
         self._control = ours
         self._generation += 1
         return ours
+
+    def _start(self) -> socket.socket:
+        control = self._launch()
+        if self._ready:
+            return control
+        assert self._process is not None
+        try:
+            self._answer(control)
+        except BaseException as error:
+            self._process.kill()
+            said = self._process.communicate()[1].decode(errors="replace").strip().splitlines() or ["nothing was said"]
+            self._close()
+            if not isinstance(error, OSError):
+                raise
+            raise WorkerFailure(f"the sandbox does not start: {said[-1]}") from None
+        self._ready = True
+        return control
 
     def forked(self) -> None:
         """In a fork: let go of what is the first process's, so that its end is still the template's end."""
@@ -188,7 +201,7 @@ class Supervisor:
             if self._process.stderr is not None:
                 self._process.stderr.close()
             self._process.returncode = 0  # no child of this one: not to be waited for
-        self._process = self._control = None
+        self._process, self._control, self._ready = None, None, False
         self._generation += 1
 
     def _close(self) -> None:
@@ -196,12 +209,12 @@ class Supervisor:
             self._control.close()
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(5.0)
+                self._process.wait(5.0 if self._ready else 0.0)
             self._process.kill()
             self._process.wait()
             if self._process.stderr is not None:
                 self._process.stderr.close()
-        self._process = self._control = None
+        self._process, self._control, self._ready = None, None, False
 
 
 _supervisors: weakref.WeakSet[Supervisor] = weakref.WeakSet()
