@@ -80,7 +80,7 @@ class Terms:
     the same scan paid. every_way: put questions in unlikely ways too. any_order: the suspect's classes may stand in
     another order, which is estimated on clean data, or without them, in the fixed test, every order is tried and paid
     for: half of the evidence is for them, half for the order recorded. ask_again: look whether answers depend on the
-    batch even where nothing is proven.
+    batch even where nothing is proven. provisional: not even then, as who is proven is judged once more.
     """
 
     sequential: bool
@@ -89,6 +89,7 @@ class Terms:
     any_order: bool = False
     clean: CleanData | None = None
     ask_again: bool = False
+    provisional: bool = False
 
 
 class Trial:

@@ -161,7 +161,7 @@ def receive(
         raise WireError("an answer without a question")
     text = _receive_rest(connection, begun[_LENGTHS.size : at], header_bytes, allowance)
     try:
-        header = json.loads(bytes(text))
+        header = json.loads(str(text, "utf-8"))
         described = [(str(dtype), [int(size) for size in shape]) for dtype, shape in header["arrays"]]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):  # int(1e999)
         raise WireError("an answer that cannot be read") from None

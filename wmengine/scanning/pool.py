@@ -12,14 +12,14 @@ import queue
 import threading
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from wmengine._processors import available, keep_to
 from wmengine.errors import ScanError, SuspectError
 from wmengine.judging.asking import Terms
 from wmengine.judging.judge import Finding, failed, judge_suspect
-from wmengine.judging.verdict import decide
+from wmengine.judging.verdict import PROVING, decide
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Need
 from wmengine.sandbox import Limits
@@ -57,6 +57,9 @@ class Judge:
             every_way=plan.adapters == "all",
             any_order=plan.classes == "any",
         )
+        # What a persistent worker says of an owned suspect is asked again, where a proof is all that it says.
+        twice = plan.isolation == "persistent" and all(mark.preset.null in PROVING for mark in marks)
+        self._first_terms = replace(self._terms, provisional=twice)
         self._engine: Engine | None = None
         self._served = 0
 
@@ -76,11 +79,11 @@ class Judge:
                 first = self._hashes.claim(file.sha256, place)
                 if first != place:
                     return Judged(place, file.sha256, [], first)
-                findings = self._judged(file)
+                findings = self._judged(file, self._first_terms)
                 if self._plan.isolation == "persistent" and any(map(self._is_owned, findings, self._marks)):
                     self._discard()
                     self._ready_engine()
-                    findings = self._judged(file)
+                    findings = self._judged(file, self._terms)
             except NoWorker as error:
                 raise ScanError(f"{error}; what is finished is kept, and the same command resumes") from None
             except Exception as error:  # whatever a stranger's file brings about: it is that file's own row
@@ -109,8 +112,8 @@ class Judge:
 
         return read_model(open_source(suspect, THIS), locations, most)
 
-    def _judged(self, file: ModelFile) -> list[Finding]:
-        return judge_suspect(OnnxSuspect(file, engine=self._engine), self._marks, self._terms)
+    def _judged(self, file: ModelFile, terms: Terms) -> list[Finding]:
+        return judge_suspect(OnnxSuspect(file, engine=self._engine), self._marks, terms)
 
     def _is_owned(self, finding: Finding, mark: Watermark) -> bool:
         return decide(finding, mark, self._plan.alpha, self._plan.tests) == "owned"
