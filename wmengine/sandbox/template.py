@@ -2,10 +2,10 @@
 
 It takes orders on the inherited socket FD, a JSON message each, and answers each with one: {"fork": memory_bytes,
 "prepared": whether MODULE.prepare() must have been called} comes with a socket for the new worker, and often with the
-memory that it reads questions from; it is not locked down for null, and is answered by its process number and whether it is prepared; {"end": process} kills a worker, if it
-still lives, and is answered by how it ended; an order that cannot be followed is answered by {"error": reason}. Each
-order has a "number", and its answer the same. It never sees a model's bytes. When its socket closes, it ends, and the
-kernel kills its workers.
+memory that it reads questions from; it is not locked down for null, and is answered by its process number and whether
+it is prepared; {"end": process} kills a worker, if it still lives, and is answered by how it ended; an order that
+cannot be followed is answered by {"error": reason}. Each order has a "number", and its answer the same. It never sees a
+model's bytes. When its socket closes, it ends, and the kernel kills its workers.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ DTYPES = frozenset(
 _PART = 1 << 16
 _LENGTHS = struct.Struct("<IQ")
 _SLICE = 1.0  # seconds of one wait
+_to_text = json.JSONEncoder(check_circular=False).encode
 _NAMES = {np.dtype(name): name for name in DTYPES}
 SHARED_BYTES = 64 << 20  # given by the kernel only as they are written, and kept until the worker ends
 _SEALS = 0x1 | 0x2 | 0x4 | 0x10  # F_SEAL_SEAL, SHRINK, GROW, and FUTURE_WRITE, which Python has no name for
@@ -127,7 +128,7 @@ def send(
         np.concatenate(contents, out=shared[:size])
         contents, described["shared"] = [], size
         size = 0
-    text = json.dumps(described).encode()
+    text = _to_text(described).encode()
     parts: list[bytes | memoryview] = [_LENGTHS.pack(len(text), size) + text, *(each.data for each in contents)]
     if len(text) + size < _PART:  # one call for all
         parts = [b"".join(parts)]
