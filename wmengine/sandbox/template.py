@@ -28,7 +28,7 @@ MAXIMUM_ORDER = 4096
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def main() -> None:
+def main() -> NoReturn:
     control, template = socket.socket(fileno=int(sys.argv[1])), os.getpid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it hands that on, and we could not wait for workers
@@ -42,7 +42,7 @@ def main() -> None:
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, MAXIMUM_ORDER, 2)
         if not message:
-            return
+            os._exit(0)  # taking down what was imported would take a while, and somebody waits for it
         order = json.loads(message)
         _collect(ended)
         answer: dict[str, Any]
