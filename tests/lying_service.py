@@ -180,6 +180,8 @@ LIES = {
         _text(json.dumps({"arrays": [["float32", [0, 1 << 62, 1 << 62]]]}).encode()),
         "an answer that cannot be read",
     ),
+    "answers to what it was not asked": (LOAD, _arrays(SCORES[:3], **INPUTS, **ONE), "answers 16 inputs"),
+    "no answers to what it was asked at once": (LOAD, _header(**INPUTS, **ONE), "no answer that can be read"),
     "garbage": (LOAD, lambda connection: connection.sendall(b"\xff" * 4096), "at most"),
     "half an answer": (LOAD, _answer_then(_sleep, {"arrays": []}), "took longer"),
     "one byte after the other": (LOAD, _drip, "took longer|at most|cannot be read"),
@@ -218,6 +220,8 @@ def serve(connection, mechanisms):
         if question["ask"] in (LIST, LOAD):
             told = re.search(rb"<lie: (.*?)>", arrays[0].tobytes())
             lie = LIES[told[1].decode()] if told else None
+        if question["ask"] == LOAD and lie is not None and lie[0] == RUN:
+            del arrays[1 + len(question["locations"]) :]  # asked alone, it lies
         loaded = question["ask"] not in (LIST, LOAD)
         lying = lie is not None and (question["ask"] == lie[0] or (lie[0] == OPEN and question.get("open", False)))
         finding = question["ask"] == FIND

@@ -5,10 +5,11 @@ Inputs and a model's bytes go out, arrays of numbers and text come back. Expecte
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -46,7 +47,6 @@ def serve(connection: socket.socket, mechanisms: Sequence[str]) -> None:
     def make_room(question: dict[str, Any]) -> None:
         if question["ask"] in (LIST, LOAD):
             engine.close()
-            gc.collect()  # a graph is full of cycles, and they hold its weights
 
     while True:
         try:
@@ -76,22 +76,23 @@ def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechan
     if asked == LIST:
         return {"locations": engine.locations(question["name"], arrays[0].tobytes())}, ()
     if asked == LOAD:
-        contents = [array.tobytes() for array in arrays]
+        files = 1 + len(question["locations"])
+        contents, first = [array.tobytes() for array in arrays[:files]], arrays[files:]
         arrays.clear()  # large models have room once less
         engine.load(question["name"], contents[0], dict(zip(question["locations"], contents[1:], strict=True)))
         try:
-            return _open(engine, question) if question["open"] else {}, ()
+            opened = _open(engine, question) if question["open"] else {}
         except SuspectError as error:  # its weights may be read all the same
             return {"unopened": str(error)}, ()
+        if opened and first and opened["inputs"] == question["declared"]:
+            with contextlib.suppress(Exception):  # asked alone, it says why
+                header, answers = _run(engine, question, [np.require(rows, requirements="A") for rows in first])
+                return opened | header, answers
+        return opened, ()
     if asked == OPEN:
         return _open(engine, question), ()
     if asked == RUN:
-        engine.labels = tuple(question["labels"])
-        outputs = engine.run(dict(zip(question["inputs"], arrays, strict=True)))
-        stayed = [value if isinstance(value, Predicted) else None for _, value in outputs]
-        header = {"outputs": [name for name, _ in outputs], "classes": [each and each.classes for each in stayed]}
-        values = [each.labels if each else value for each, (_, value) in zip(stayed, outputs, strict=True)]
-        return header, values + [each.levels for each in stayed if each]
+        return _run(engine, question, arrays)
     if asked == FIND:
         found, facts = engine.tensors()
         header = {"facts": [[each.code, dict(each.values)] for each in facts]}
@@ -109,8 +110,34 @@ def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechan
 
 def _open(engine: OnnxEngine, question: dict[str, Any]) -> dict[str, Any]:
     engine.provider, engine.device_bytes = question["provider"], question["device_bytes"]
-    inputs = [[each.name, each.type, each.shape, each.rescaled] for each in engine.open()]
-    return {"inputs": inputs, "class_names": engine.class_names}
+    return {"inputs": list(map(_described, engine.open())), "class_names": engine.class_names}
+
+
+def _described(each: Input) -> list[Any]:
+    return [each.name, each.type, list(each.shape), each.rescaled]
+
+
+def _run(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays) -> Answer:
+    engine.labels = tuple(question["labels"])
+    outputs = engine.run(dict(zip(question["inputs"], arrays, strict=True)))
+    stayed = [value if isinstance(value, Predicted) else None for _, value in outputs]
+    header = {"outputs": [name for name, _ in outputs], "classes": [each and each.classes for each in stayed]}
+    values = [each.labels if each else value for each, (_, value) in zip(stayed, outputs, strict=True)]
+    return header, values + [each.levels for each in stayed if each]
+
+
+@dataclass(frozen=True)
+class _First:
+    """What a suspect was asked first, by the inputs that it declares."""
+
+    declared: list[Input]
+    inputs: dict[str, NDArray[Any]]
+
+    def is_same(self, inputs: Inputs) -> bool:
+        return list(inputs) == list(self.inputs) and all(
+            rows.dtype == known.dtype and np.array_equal(rows, known)
+            for rows, known in zip(inputs.values(), self.inputs.values(), strict=True)
+        )
 
 
 class RemoteEngine:
@@ -119,7 +146,8 @@ class RemoteEngine:
     An answer that is not what was asked for costs the worker: whatever wrote it is no engine of ours any more. Each
     question comes with a word that nobody can know, and its answer repeats it: what a model has said before is not
     taken for an answer. start(prepared): starts a worker; the first is not asked to be prepared for reading weights, as
-    most never need to. eager: sessions are created as models are loaded, in one exchange: for what will be asked.
+    most never need to. eager: sessions are created as models are loaded, and where their inputs are those of the
+    suspect before, what that one was asked first is asked too, all in one exchange: for what will be asked.
     """
 
     def __init__(self, start: Callable[[bool], Worker], provider: str = "cpu", eager: bool = False) -> None:
@@ -132,6 +160,9 @@ class RemoteEngine:
         self._loaded: tuple[bytes, Mapping[str, bytes]] = b"", {}
         self._inputs: list[Input] | None = None  # of the session, once there is one
         self._unopened: str | None = None  # why there can be none
+        self._first: _First | None = None  # of the suspect before
+        self._answered: Outputs | None = None  # to the same, by this one
+        self._asked = False  # whether this one was asked anything but that
         self._failure: str | None = None
         self._served = False  # other suspects, before the one to come
         self._spent = False
@@ -149,7 +180,14 @@ class RemoteEngine:
         self._name, self._loaded, self._inputs, self._unopened = name, (data, external), None, None
         contents = [_bytes(data), *map(_bytes, external.values())]
         question = {"name": name, "locations": list(external), "open": self._eager, **self._place()}
-        self._inputs, self._unopened = self._ask_first(LOAD, self._read_loaded, question, contents)
+        first, more = self._first, []
+        if first is not None and self._served:
+            question |= {"declared": list(map(_described, first.declared)), "inputs": list(first.inputs)}
+            question["labels"], more = self.labels, [*first.inputs.values()]
+        self._inputs, self._unopened, self._answered = self._ask_first(
+            LOAD, self._read_loaded, question, contents, more
+        )
+        self._asked = False
         self._spent |= self._unopened is not None
 
     def open(self) -> list[Input]:
@@ -163,8 +201,16 @@ class RemoteEngine:
         return {"provider": self.provider, "device_bytes": self.worker.limits.memory_bytes}
 
     def run(self, inputs: Inputs) -> Outputs:
+        answered, self._answered = self._answered, None
+        if answered is not None and self._first is not None and self._first.is_same(inputs):
+            self._asked = True
+            return answered
         question = {"name": self._name, "inputs": list(inputs), "labels": self.labels}
-        return self._ask(RUN, _read_outputs, question, [*inputs.values()])
+        found = self._ask(RUN, _read_outputs, question, [*inputs.values()])
+        if self._eager and self._inputs is not None and not self._asked:
+            self._first = _First(self._inputs, {name: rows.copy() for name, rows in inputs.items()})
+        self._asked = True
+        return found
 
     def activations(self, place: int, inputs: Inputs) -> NDArray[np.float32]:
         if not self.worker.prepared:
@@ -192,11 +238,14 @@ class RemoteEngine:
         self.class_names = tuple(dict.fromkeys(names))
         return _read_inputs(header)
 
-    def _read_loaded(self, header: dict[str, Any], arrays: Arrays) -> tuple[list[Input] | None, str | None]:
-        """The session's inputs where it was created too, and why it could not be."""
+    def _read_loaded(
+        self, header: dict[str, Any], arrays: Arrays
+    ) -> tuple[list[Input] | None, str | None, Outputs | None]:
+        """The session's inputs where it was created too, why it could not be, and its answers where it was asked."""
         if "unopened" in header:
-            return None, printable(str(header["unopened"]), 500)
-        return self._read_opened(header, arrays) if "inputs" in header else None, None
+            return None, printable(str(header["unopened"]), 500), None
+        outputs = _read_outputs(header, arrays) if "outputs" in header else None
+        return self._read_opened(header, arrays) if "inputs" in header else None, None, outputs
 
     def _prepare(self) -> None:
         """Go on with a worker that can read weights, as far as this one has come."""
@@ -237,13 +286,15 @@ class RemoteEngine:
         read: Callable[[dict[str, Any], Arrays], Result],
         question: Mapping[str, Any],
         arrays: Sequence[Any],
+        more: Sequence[Any] = (),
     ) -> Result:
         """The first question about a suspect. The worker lets go of the suspect before first, and what goes wrong as it
-        does so is not put down to this one: a fresh worker is asked then."""
+        does so is not put down to this one: a fresh worker is asked then, and without the arrays that are `more` than
+        the question needs."""
         served, self._served = self._served, False
         if served:
             try:
-                return self._ask(asked, read, question, arrays)
+                return self._ask(asked, read, question, [*arrays, *more])
             except SuspectGone:
                 if self.abandoned:
                     raise

@@ -7,6 +7,7 @@ This is the part that runs in a sandboxed worker, or with isolation "none" in th
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class OnnxEngine:
         self._left_out: dict[str, None] = {}  # optional inputs
         self._tapped: tuple[int, str, Any] | None = None  # a place, the value there, a session that gives it
         self._weights: tuple[list[Tensor], list[Fact]] | None = None
+        self._read = False  # whether its graph was
 
     def locations(self, name: str, data: bytes) -> list[str]:
         """The external files that a model names, sorted; without the word `location` in it, it is not even parsed."""
@@ -93,7 +95,7 @@ class OnnxEngine:
         self.close()
         self._name, self._data, self._external = name, data, external
         model = parse(name, data)
-        if may_name_files(data) and named_locations(name, model) != sorted(external):
+        if external and named_locations(name, model) != sorted(external):
             raise SuspectError(f"{name} names other external files than were read for it")
         self._operators = check_graph(name, model)
         self._rescaled = rescaled_inputs(model)
@@ -185,11 +187,15 @@ class OnnxEngine:
     def close(self) -> None:
         """Forget the model."""
         self._data, self._external, self._session, self._tapped, self._weights = b"", {}, None, None, None
+        if self._read:
+            gc.collect()  # a graph is full of cycles, and they hold its weights
+            self._read = False
 
     def tensors(self) -> tuple[list[Tensor], list[Fact]]:
         """The weights in the graph's own order, each read when it is asked for, and what was assumed."""
         from wmengine.suspects.onnx_tensors import read_tensors
 
+        self._read = True
         if self._weights is None:
             self._weights = read_tensors(self._name, self._checked(), self._external)
         return self._weights
@@ -199,6 +205,7 @@ class OnnxEngine:
         from wmengine.suspects.onnx_tensors import with_activation
 
         if self._tapped is None or self._tapped[0] != place:
+            self._read = True
             model = parse(self._name, self._data)
             name, data = with_activation(self._name, model, self._checked(), self._external, place)
             self._tapped = place, name, None if name in inputs else self._session_of(data)
