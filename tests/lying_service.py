@@ -16,7 +16,7 @@ import numpy as np
 
 from wmengine.sandbox import wire
 from wmengine.suspects import engine_wire
-from wmengine.suspects.engine_wire import LIST, LOAD, OPEN, READ, RUN, preload, prepare
+from wmengine.suspects.engine_wire import FIND, LIST, LOAD, OPEN, READ, RUN, preload, prepare
 
 __all__ = ["LIES", "preload", "prepare", "serve"]
 
@@ -37,9 +37,10 @@ def _arrays(*arrays, **fields):
     return lambda connection: wire.send(connection, {"word": WORDS[-1], **fields}, arrays)
 
 
-def _weights(*arrays, **fields):
-    """What is said of one weight, or of what stands for it."""
-    return _arrays(*(arrays or [WEIGHT]), **{"sources": ["w"], "factors": [False], "facts": [], **fields})
+def _found(ranks=(2,), sizes=WEIGHT.shape, names=b"w", **fields):
+    """What is said of the weights that there are: by default one, that of the mark."""
+    arrays = np.array(ranks, np.uint8), np.array(sizes, np.int64), np.frombuffer(names, np.uint8)
+    return _arrays(*arrays, **{"facts": [], **fields})
 
 
 def _text(text, body=b""):
@@ -130,20 +131,34 @@ LIES = {
     "error that is no text": (RUN, _header(error=[1, {"a": None}]), r"\[1, {'a': None}\]"),
     "error without end": (RUN, _header(error="e" * 10**6), ": e+…$"),
     "no numbers": (RUN, _arrays(SCORES * np.nan, **ONE), None),
-    "no weights": (READ, _header(), "no answer that can be read"),
-    "weights in double": (READ, _weights(WEIGHT.astype(float)), "no answer that can be read"),
-    "weights without axes": (READ, _weights(WEIGHT[0]), "no answer that can be read"),
-    "weights without names": (READ, _weights(sources=[], factors=[]), "no answer that can be read"),
-    "weights of nothing": (READ, _weights(WEIGHT[:0]), None),
-    "weights that are no numbers": (READ, _weights(WEIGHT * np.nan, sources=["\x1b"]), None),
-    "normalisations of other filters": (READ, _weights(WEIGHT, WEIGHT[0, :3], factors=[True]), "no answer that can be"),
-    "facts are a number": (READ, _weights(facts=5), "no answer that can be read"),
-    "a fact of judging": (READ, _weights(facts=[["not_derived", {}]]), "no answer that can be read"),
-    "a fact without its values": (READ, _weights(facts=[["blocked", {}]]), "no answer that can be read"),
-    "a fact that steers a terminal": (READ, _weights(facts=[["blocked", {"count": "\x1b]0;x\x07" * 999}]]), None),
+    "no weights": (FIND, _header(), "no answer that can be read"),
+    "weights without axes": (FIND, _found(ranks=(0,), sizes=()), "no answer that can be read"),
+    "weights without names": (FIND, _found(ranks=(2, 2), sizes=(400, 16) * 2), "no answer that can be read"),
+    "weights with names in no text": (FIND, _found(names=b"\xff"), "no answer that can be read"),
+    "weights of nothing": (FIND, _found(sizes=(0, 16)), "no answer that can be read"),
+    "weights in one axis too many": (FIND, _found(sizes=(400, 16, 3)), "no answer that can be read"),
+    "weights of other shapes": (FIND, _found(sizes=(1 << 62, 1 << 62)), None),
+    "shapes in numbers of another kind": (
+        FIND,
+        _arrays(np.ones(1), np.ones(2), np.ones(1), facts=[]),
+        "no answer that can be read",
+    ),
+    "a weight in double": (READ, _arrays(WEIGHT.astype(float)), "no answer that can be read"),
+    "a weight of another shape": (READ, _arrays(WEIGHT.T), "no answer that can be read"),
+    "no weight": (READ, _header(), "no answer that can be read"),
+    "a weight that is no numbers": (READ, _arrays(WEIGHT * np.nan), None),
+    "normalisations of other filters": (READ, _arrays(WEIGHT, WEIGHT[0, :3]), "no answer that can be read"),
+    "facts are a number": (FIND, _found(facts=5), "no answer that can be read"),
+    "a fact of judging": (FIND, _found(facts=[["not_derived", {}]]), "no answer that can be read"),
+    "a fact without its values": (FIND, _found(facts=[["unread", {}]]), "no answer that can be read"),
+    "a fact that steers a terminal": (
+        FIND,
+        _found(sizes=(3, 3), facts=[["unread", {"count": "\x1b]0;x\x07" * 999}]]),
+        None,
+    ),
     "a fact of many values": (
-        READ,
-        _weights(facts=[["blocked", {"count": 10**4000} | {f"v{number}": 0 for number in range(10_000)}]]),
+        FIND,
+        _found(sizes=(3, 3), facts=[["unread", {"count": 10**4000} | {f"v{number}": 0 for number in range(10_000)}]]),
         None,
     ),
     "scores that stayed in no place": (
@@ -165,6 +180,8 @@ LIES = {
         _text(json.dumps({"arrays": [["float32", [0, 1 << 62, 1 << 62]]]}).encode()),
         "an answer that cannot be read",
     ),
+    "answers to what it was not asked": (LOAD, _arrays(SCORES[:3], **INPUTS, **ONE), "answers 16 inputs"),
+    "no answers to what it was asked at once": (LOAD, _header(**INPUTS, **ONE), "no answer that can be read"),
     "garbage": (LOAD, lambda connection: connection.sendall(b"\xff" * 4096), "at most"),
     "half an answer": (LOAD, _answer_then(_sleep, {"arrays": []}), "took longer"),
     "one byte after the other": (LOAD, _drip, "took longer|at most|cannot be read"),
@@ -190,7 +207,7 @@ LIES = {
 
 
 def serve(connection, mechanisms):
-    lie, lying, loaded = None, False, False
+    lie, lying, loaded, finding = None, False, False, False
 
     def receive(*arguments, before_arrays):
         def before(question):
@@ -198,19 +215,24 @@ def serve(connection, mechanisms):
                 lie[1](connection)
             before_arrays(question)
 
-        nonlocal lie, lying, loaded
+        nonlocal lie, lying, loaded, finding
         question, arrays = wire.receive(*arguments, before_arrays=before)
         if question["ask"] in (LIST, LOAD):
             told = re.search(rb"<lie: (.*?)>", arrays[0].tobytes())
             lie = LIES[told[1].decode()] if told else None
+        if question["ask"] == LOAD and lie is not None and lie[0] == RUN:
+            del arrays[1 + len(question["locations"]) :]  # asked alone, it lies
         loaded = question["ask"] not in (LIST, LOAD)
         lying = lie is not None and (question["ask"] == lie[0] or (lie[0] == OPEN and question.get("open", False)))
+        finding = question["ask"] == FIND
         WORDS.append(question.get("word"))
         return question, arrays
 
     def send(*arguments):
         if lying:
             lie[1](connection)
+        elif finding and lie is not None and lie[0] == READ:
+            _found()(connection)
         else:
             wire.send(*arguments)
 

@@ -188,7 +188,8 @@ def test_a_hostile_file_costs_its_own_rows_and_says_why(corpus, name):
         assert rows["adi"]["decision"] in ("error", "other_task")
         assert re.search(each.error, refusal(rows["adi"])), refusal(rows["adi"])
     if each.weights is not None:
-        assert re.search(each.weights, rows["sketch"]["error"] or "no error"), rows["sketch"]["error"]
+        said = rows["sketch"]["error"] or "; ".join(rows["sketch"]["notes"])
+        assert re.search(each.weights, said), said
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The sandbox from outside: whatever a worker does, its client gets an answer or a cause, and the next one works."""
 
 import json
+import mmap
 import os
 import resource
 import signal
@@ -89,6 +90,47 @@ def test_a_worker_that_hangs_is_killed_when_its_time_is_over(supervisor, act):
     with pytest.raises(WorkerFailure, match="took longer than 1 s"):
         worker.ask(act, {})
     assert gone(worker.process)
+
+
+def test_a_worker_cannot_write_what_it_is_asked(worker):
+    assert worker.ask("rewrite", {}, [np.ones(3)])[0]["through"] == []
+
+
+def test_what_is_asked_cannot_be_written_through_its_descriptor_either():
+    ours, theirs = socket.socketpair()
+    with wire.Channel(fileno=ours.detach()) as channel, theirs:
+        descriptor = channel.share()
+        try:
+            for act in (
+                lambda: os.write(descriptor, b"x"),
+                lambda: os.ftruncate(descriptor, 0),
+                lambda: mmap.mmap(descriptor, 4096),
+            ):
+                with pytest.raises(PermissionError):
+                    act()
+        finally:
+            os.close(descriptor)
+
+
+def test_no_answer_is_read_from_where_questions_are_written():
+    ours, theirs = socket.socketpair()
+    with wire.Channel(fileno=ours.detach()) as channel, theirs:
+        os.close(channel.share())
+        channel.shared[:4] = 7
+        text = b'{"arrays": [["uint8", [4]]], "shared": 4}'
+        theirs.sendall(wire._LENGTHS.pack(len(text), 0) + text)
+        with pytest.raises(wire.WireError, match="longer than itself"):
+            wire.receive(channel, 1 << 10)
+
+
+def test_a_kernel_without_such_memory_is_served_over_the_socket(supervisor, monkeypatch):
+    def missing(*_):
+        raise OSError
+
+    monkeypatch.setattr(os, "memfd_create", missing)
+    worker = supervisor.worker(LIMITS)
+    assert worker.ask("echo", {}, [np.ones(3)])[1][0].sum() == 3
+    worker.close()
 
 
 class Drip:

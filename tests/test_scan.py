@@ -35,8 +35,9 @@ from wmengine.scanning.pool import judge_locally
 from wmengine.scanning.progress import Report
 from wmengine.scanning.scanner import scan
 from wmengine.suspects.base import InputSpec, rows_of
-from wmengine.suspects.engine_wire import RemoteEngine
-from wmengine.suspects.onnx_file import OnnxSuspect, shared_supervisor
+from wmengine.suspects.engine_wire import LOAD, RUN, RemoteEngine
+from wmengine.suspects.model_file import LocalSource, read_model
+from wmengine.suspects.onnx_file import OnnxSuspect, open_engine, shared_supervisor
 
 
 def test_every_pair_has_its_row_and_the_right_decision(bucket, tmp_path):
@@ -150,6 +151,23 @@ def test_a_judge_and_its_worker_share_a_processor_and_the_caller_keeps_all(bucke
     assert all(len(thread) == len(worker) == len(processors) for seen in places.values() for thread, worker in seen)
 
 
+def test_a_suspect_like_the_one_before_takes_one_exchange(tmp_path, monkeypatch):
+    triggers, asked = images(mark())[:16], []
+    engine = open_engine("persistent", Limits(), eager=True)
+    ask = engine.worker.ask
+    monkeypatch.setattr(engine.worker, "ask", lambda doing, *rest: asked.append(doing) or ask(doing, *rest))
+    for number, inputs in enumerate((triggers, triggers, triggers[:8])):
+        asked.clear()
+        assert engine.begin()
+        stranger(tmp_path / "model.onnx", number)
+        file = read_model(LocalSource(tmp_path / "model.onnx"), engine.locations)
+        found = OnnxSuspect(file, engine=engine).answer({"x": inputs})
+        assert asked == [[LOAD, RUN], [LOAD], [LOAD, RUN]][number]
+        alone = OnnxSuspect(tmp_path / "model.onnx", isolation="none").answer({"x": inputs})
+        np.testing.assert_array_equal(found.values, alone.values)
+    engine.close()
+
+
 def test_without_a_sandbox_nothing_is_needed_of_linux(bucket):
     """As on systems that do not say on which processors a thread may run, and know no such sockets."""
     code = (
@@ -249,8 +267,8 @@ def test_fifty_customers_marks_of_one_model_are_asked_once(bucket, tmp_path, mon
     assert all(
         "50 watermarks share these triggers or carriers: they were observed once" in row["notes"] for row in rows
     )
-    again = 2 * 8  # of what proves, eight questions are put twice over, and all of it to a fresh worker once more
-    assert sorted(asked.values()) == [COUNT, 2 * (COUNT + again)]
+    again = 2 * 8  # what proves is put to a fresh worker once more, and eight questions of it twice over
+    assert sorted(asked.values()) == [COUNT, 2 * COUNT + again]
 
 
 def test_white_box_marks_are_read_in_the_same_scan(bucket, tmp_path):

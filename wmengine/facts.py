@@ -57,7 +57,9 @@ SENTENCES: dict[str, str] = {
     "pairings": "{tried} of the {possible} possible orders of tensors of equal shape were tried and paid for",
     "no_carrier": "no tensor of the suspect has the shape of a carrier: nothing to read",
     "stored_as": "{count} of {of} weights are {kind}",
-    "blocked": "{count} convolutions in ONNX Runtime's blocked NCHWc layout were not read",
+    "unread": "{count} convolutions and matrix products have a weight that could not be read: it depends on the input, "
+    "or cannot be computed",
+    "no_graph": "the file holds no graph: its weights were paired in its own order and in that of their names",
     "registration_order": "weights were read in order of registration, as {reason}",
     # where it ran
     "gpu_sandbox": "the model ran on the GPU, where its sandbox is a process of its own with a time limit: {missing} "

@@ -7,6 +7,7 @@ After Ctrl-C the status is 130, and 141 where nobody reads the answer (`| head`)
 """
 
 import contextlib
+import gc
 import io
 import os
 import signal
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except OSError:  # said already; what is still buffered must not raise once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if arguments is None:
+        gc.freeze()  # the last collection would look through all that was imported
     return status
 
 

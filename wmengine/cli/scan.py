@@ -1,5 +1,6 @@
 """`wmengine scan`."""
 
+import gc
 from pathlib import Path
 from typing import Annotated
 
@@ -61,14 +62,19 @@ def scan(
     ] = False,
 ) -> int:
     """Judge many suspects with many watermarks, in sandboxes, on all cores; the same command resumes."""
-    from wmengine.scanning.listing import watermark_files
-    from wmengine.scanning.progress import Report
-    from wmengine.scanning.scanner import scan as scan_all
-
     if classes == "any" and test != "fixed":
         raise ValueError("--classes any needs --test fixed: one order must fit all answers")
     if out.suffix != ".parquet":
         raise ValueError(f"--out must end in .parquet, and it is {out}")
+    if isolation != "none" and ray is None:
+        from wmengine.suspects.onnx_file import shared_supervisor
+
+        shared_supervisor().start()  # while this process imports the rest
+    from wmengine.scanning.listing import watermark_files
+    from wmengine.scanning.progress import Report
+    from wmengine.scanning.scanner import scan as scan_all
+
+    gc.freeze()  # no collection need look at what was imported
     passphrase, owner = passphrase_for(watermark_files(watermarks), passphrase_file), load_key(key, passphrase_file)
     with Report(as_json) as report:  # whose bar comes when nothing is asked any more
         table = scan_all(

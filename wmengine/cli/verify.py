@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 @app.command()
 def verify(
     suspect: Annotated[
-        str, typer.Argument(metavar="SUSPECT", help="The ONNX file to judge, or the URL of an endpoint.")
+        str,
+        typer.Argument(metavar="SUSPECT", help="The ONNX file or the checkpoint to judge, or the URL of an endpoint."),
     ],
     watermark: Annotated[
         list[Path],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,16 +18,27 @@ from wmengine.suspects.base import Answers, Inputs, Suspect, one_line, rows_of
 Labels = NDArray[np.int64]
 
 
+def reader_of(mark: Watermark) -> Interprets | None:
+    """The source of a mark, where it alone can read the answers."""
+    source = mark.preset.source
+    return cast(Interprets, source) if _interprets(type(source)) else None
+
+
+@cache  # what a protocol asks takes longer than most of what is done for a look
+def _interprets(source: type[Any]) -> bool:
+    return issubclass(source, Interprets)
+
+
 def members_of(mark: Watermark) -> int:
     """How many inputs are put for one symbol."""
-    source = mark.preset.source
-    return source.members(mark.parameters) if isinstance(source, Interprets) else 1
+    reader = reader_of(mark)
+    return reader.members(mark.parameters) if reader else 1
 
 
 def width_of(mark: Watermark) -> int:
     """How many scores the suspect is asked for."""
-    source = mark.preset.source
-    return source.width(mark.parameters) if isinstance(source, Interprets) else classes_of(mark)
+    reader = reader_of(mark)
+    return reader.width(mark.parameters) if reader else classes_of(mark)
 
 
 def classes_of(mark: Watermark) -> int:
@@ -35,8 +48,8 @@ def classes_of(mark: Watermark) -> int:
 
 def interpreted(mark: Watermark, symbols: Labels, answers: Answers) -> Answers:
     """Answers to the questions of these symbols, one row for each."""
-    source = mark.preset.source
-    return source.interpret(mark, symbols, answers) if isinstance(source, Interprets) else answers
+    reader = reader_of(mark)
+    return reader.interpret(mark, symbols, answers) if reader else answers
 
 
 def answers_of(suspect: Suspect, inputs: Inputs, width: int) -> Answers:

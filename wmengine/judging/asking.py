@@ -23,6 +23,7 @@ from wmengine.judging.answering import (
     interpreted,
     members_of,
     named_by,
+    reader_of,
     rows_between,
     width_of,
 )
@@ -31,7 +32,7 @@ from wmengine.judging.looks import looks_of_labels, looks_of_scores
 from wmengine.judging.orders import CleanData, best_order, names_given, order_of_names, reorder
 from wmengine.judging.questions import put
 from wmengine.marks.watermark import Watermark
-from wmengine.parts.base import Interprets, inputs_of
+from wmengine.parts.base import inputs_of
 from wmengine.parts.statistics.base import Evidence, Look
 from wmengine.suspects.adapters import AS_RECORDED, Adapter
 from wmengine.suspects.answers import ABSTAINED
@@ -80,7 +81,7 @@ class Terms:
     the same scan paid. every_way: put questions in unlikely ways too. any_order: the suspect's classes may stand in
     another order, which is estimated on clean data, or without them, in the fixed test, every order is tried and paid
     for: half of the evidence is for them, half for the order recorded. ask_again: look whether answers depend on the
-    batch even where nothing is proven.
+    batch even where nothing is proven. provisional: not even then, as who is proven is judged once more.
     """
 
     sequential: bool
@@ -89,6 +90,7 @@ class Terms:
     any_order: bool = False
     clean: CleanData | None = None
     ask_again: bool = False
+    provisional: bool = False
 
 
 class Trial:
@@ -102,7 +104,7 @@ class Trial:
         self.marks = list(marks)
         self.num_classes, self.width = classes_of(marks[0]), width_of(marks[0])
         # Answers that only the mark's source can read are asked for alone.
-        self.reader = marks[0].geometry if isinstance(marks[0].preset.source, Interprets) else ""
+        self.reader = marks[0].geometry if reader_of(marks[0]) else ""
         self.error: SuspectError | None = None  # why the suspect cannot be judged
         self._suspect, self._terms = suspect, terms
         self._ways: list[Adapter] = []  # those still to be tried

@@ -79,7 +79,8 @@ def _asked(suspect: Suspect, groups: Sequence[Sequence[Watermark]], terms: Terms
 def _concluded(trial: Trial, terms: Terms) -> list[Finding]:
     """The findings of a trial that is over. A proven suspect is asked some questions once more, in other batches."""
     proven = [trial.proven(number) for number in range(len(trial.marks))]
-    again = trial.ask_again() if any(proven) or (terms.ask_again and trial.error is None) else []
+    doubted = (any(proven) and not terms.provisional) or (terms.ask_again and trial.error is None)
+    again = trial.ask_again() if doubted else []
     return [
         # What was proven before the suspect failed, while it was asked for another mark, stays proven.
         failed(mark, trial.error)

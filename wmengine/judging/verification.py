@@ -45,22 +45,22 @@ def verify(
 ) -> Verdict:
     """Judge whether a suspect depends on material made with a watermark's key.
 
-    suspect: the path of an ONNX file (its external weights beside it), the URL of an endpoint or what `endpoint` made
-    of it, a torch module, or a function from the inputs [N, ...] to scores [N, C] or labels [N]. watermark: a Watermark
-    or its file. key: the owner's Key or its file; the watermark is then derived from it again and compared. alpha:
-    owned at a p-value of at most this. adversarial: for evidence against others: needs the key, takes a file in its
-    sandbox or an endpoint, and the bar is 2^-128, as no timestamp of a commitment is looked at yet. passphrase opens
-    sealed files. test: "fixed" asks every question;
-    "sequential" stops when the answer is clear. isolation: "persistent" or "per-model" judge a file in a sandboxed
-    process of its own, "none" in this one, for your own files; limits: the seconds and bytes that it may use there.
-    classes: "same" order as the mark's, or "any", for a black-box mark and a suspect that may have renumbered them: the
-    order is estimated on clean=(inputs, labels), task data without triggers (inputs uint8 or floats of the mark's
-    range), for free; or without them, where all questions are asked, every order is tried and the p-value is multiplied
-    by their number, C! at most. device: where a file runs, "cpu" or "cuda"; a GPU leaves little of the sandbox, and
-    the facts say so; modules run where they are. inputs: of a file that takes more than the watermark has, the value of
-    each such input, throughout, where what is usual for its kind is not right. labels: the
-    names of all classes in their order, for a file that answers with names and does not hold their order; unless they
-    are the mark's own (class_names=), all orders are paid for.
+    suspect: the path of an ONNX file (its external weights beside it), or for white-box marks of a safetensors file or
+    a torch checkpoint; the URL of an endpoint or what `endpoint` made of it, a torch module, or a function from the
+    inputs [N, ...] to scores [N, C] or labels [N]. watermark: a Watermark or its file. key: the owner's Key or its
+    file; the watermark is then derived from it again and compared. alpha: owned at a p-value of at most this.
+    adversarial: for evidence against others: needs the key, takes a file in its sandbox or an endpoint, and the bar is
+    2^-128, as no timestamp of a commitment is looked at yet. passphrase opens sealed files. test: "fixed" asks every
+    question; "sequential" stops when the answer is clear. isolation: "persistent" or "per-model" judge a file in a
+    sandboxed process of its own, "none" in this one, for your own files; limits: the seconds and bytes that it may use
+    there. classes: "same" order as the mark's, or "any", for a black-box mark and a suspect that may have renumbered
+    them: the order is estimated on clean=(inputs, labels), task data without triggers (inputs uint8 or floats of the
+    mark's range), for free; or without them, where all questions are asked, every order is tried and the p-value is
+    multiplied by their number, C! at most. device: where a file runs, "cpu" or "cuda"; a GPU leaves little of the
+    sandbox, and the facts say so; modules run where they are. inputs: of a file that takes more than the watermark has,
+    the value of each such input, throughout, where what is usual for its kind is not right. labels: the names of all
+    classes in their order, for a file that answers with names and does not hold their order; unless they are the mark's
+    own (class_names=), all orders are paid for.
 
         verdict = verify("suspect.onnx", "acme-adi.wm", key="acme.key")
 

@@ -56,6 +56,7 @@ class Supervisor:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._ready = False  # to take orders
         self._number = 0  # of orders
         self._generation = 0  # of templates: each knows its own workers alone
         _supervisors.add(self)
@@ -65,6 +66,11 @@ class Supervisor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def start(self) -> None:
+        """Begin to start the template, where there is none: whoever asks for a worker waits less."""
+        with self._lock, contextlib.suppress(OSError):
+            self._launch()
 
     def close(self) -> None:
         """End the template, and with it every worker."""
@@ -80,13 +86,20 @@ class Supervisor:
         prepared: by the service's `prepare`; it may be so without being asked for.
         """
         try:
-            ours, theirs = socket.socketpair()
+            pair = socket.socketpair()
         except OSError as error:
             raise WorkerFailure(f"there is no socket for a worker: {error}") from None
+        ours = wire.Channel(fileno=pair[0].detach())
         try:
-            with theirs:
+            with pair[1] as theirs:
                 order = {"fork": limits.memory_bytes if confined else None, "prepared": prepared}
-                answer, generation = self._order(order, theirs)
+                memory = ours.share()
+                try:
+                    passed = [theirs.fileno()] if memory is None else [theirs.fileno(), memory]
+                    answer, generation = self._order(order, passed)
+                finally:
+                    if memory is not None:
+                        os.close(memory)
         except BaseException:
             ours.close()
             raise
@@ -104,7 +117,7 @@ class Supervisor:
         return self._order({"end": process}, generation=generation)[0]
 
     def _order(
-        self, order: dict[str, Any], passed: socket.socket | None = None, generation: int | None = None
+        self, order: dict[str, Any], passed: Sequence[int] = (), generation: int | None = None
     ) -> tuple[dict[str, Any], int]:
         """The template's answer, and which template gave it; `generation` is the only one that may."""
         with self._lock:
@@ -115,7 +128,7 @@ class Supervisor:
                     control = self._start()
                     self._number += 1
                     text = json.dumps(order | {"number": self._number}).encode()
-                    socket.send_fds(control, [text], [passed.fileno()] if passed else [])
+                    socket.send_fds(control, [text], passed)
                     answer = self._answer(control)
                     while answer["number"] != self._number:  # to an order whose sender was interrupted (Ctrl-C)
                         answer = self._answer(control)
@@ -136,7 +149,7 @@ class Supervisor:
         answer: dict[str, Any] = json.loads(message)
         return answer
 
-    def _start(self) -> socket.socket:
+    def _launch(self) -> socket.socket:
         if self._control is not None:
             return self._control
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a message is an order or an answer
@@ -145,6 +158,8 @@ class Supervisor:
             for name in ("PATH", "LD_LIBRARY_PATH", "LANG", "TZ", "CUDA_VISIBLE_DEVICES")
             if name in os.environ
         }
+        # Workers are forked for every few models, and each would fault its memory in page by page.
+        environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         environment |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "ORT_DISABLE_TELEMETRY"), "1")
         # Never from the working directory: it may be the folder of a stranger's files, with an `onnx.py` among them.
         paths = [os.path.abspath(path) for path in [*sys.path, PACKAGES] if path]
@@ -156,19 +171,26 @@ class Supervisor:
                 stderr=subprocess.PIPE, cwd="/",
             )  # fmt: skip
         ours.settimeout(TEMPLATE_SECONDS)
-        try:
-            self._answer(ours)
-        except BaseException as error:
-            self._process.kill()
-            said = self._process.communicate()[1].decode(errors="replace").strip().splitlines() or ["nothing was said"]
-            ours.close()
-            self._process = None
-            if not isinstance(error, OSError):
-                raise
-            raise WorkerFailure(f"the sandbox does not start: {said[-1]}") from None
         self._control = ours
         self._generation += 1
         return ours
+
+    def _start(self) -> socket.socket:
+        control = self._launch()
+        if self._ready:
+            return control
+        assert self._process is not None
+        try:
+            self._answer(control)
+        except BaseException as error:
+            self._process.kill()
+            said = self._process.communicate()[1].decode(errors="replace").strip().splitlines() or ["nothing was said"]
+            self._close()
+            if not isinstance(error, OSError):
+                raise
+            raise WorkerFailure(f"the sandbox does not start: {said[-1]}") from None
+        self._ready = True
+        return control
 
     def forked(self) -> None:
         """In a fork: let go of what is the first process's, so that its end is still the template's end."""
@@ -179,7 +201,7 @@ class Supervisor:
             if self._process.stderr is not None:
                 self._process.stderr.close()
             self._process.returncode = 0  # no child of this one: not to be waited for
-        self._process = self._control = None
+        self._process, self._control, self._ready = None, None, False
         self._generation += 1
 
     def _close(self) -> None:
@@ -187,12 +209,12 @@ class Supervisor:
             self._control.close()
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(5.0)
+                self._process.wait(5.0 if self._ready else 0.0)
             self._process.kill()
             self._process.wait()
             if self._process.stderr is not None:
                 self._process.stderr.close()
-        self._process = self._control = None
+        self._process, self._control, self._ready = None, None, False
 
 
 _supervisors: weakref.WeakSet[Supervisor] = weakref.WeakSet()
@@ -216,7 +238,7 @@ class Worker:
     def __init__(
         self,
         supervisor: Supervisor,
-        connection: socket.socket,
+        connection: wire.Channel,
         process: int,
         generation: int,
         limits: Limits,
@@ -279,6 +301,7 @@ class Worker:
     def _kill(self) -> dict[str, Any]:
         self.alive = False
         self._connection.close()
+        self._connection.shared = None
         return self._supervisor.end(self.process, self._generation)
 
     def _ended(self, doing: str, error: wire.WireError) -> str:

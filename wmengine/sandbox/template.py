@@ -1,11 +1,11 @@
 """The template process, `python -m wmengine.sandbox.template FD MODULE`: imports once, then forks workers.
 
 It takes orders on the inherited socket FD, a JSON message each, and answers each with one: {"fork": memory_bytes,
-"prepared": whether MODULE.prepare() must have been called} comes with a socket for the new worker, which is not locked
-down for null, and is answered by its process number and whether it is prepared; {"end": process} kills a worker, if it
-still lives, and is answered by how it ended; an order that cannot be followed is answered by {"error": reason}. Each
-order has a "number", and its answer the same. It never sees a model's bytes. When its socket closes, it ends, and the
-kernel kills its workers.
+"prepared": whether MODULE.prepare() must have been called} comes with a socket for the new worker, and often with the
+memory that it reads questions from; it is not locked down for null, and is answered by its process number and whether
+it is prepared; {"end": process} kills a worker, if it still lives, and is answered by how it ended; an order that
+cannot be followed is answered by {"error": reason}. Each order has a "number", and its answer the same. It never sees a
+model's bytes. When its socket closes, it ends, and the kernel kills its workers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from wmengine.sandbox import lockdown, wire
@@ -27,7 +28,7 @@ MAXIMUM_ORDER = 4096
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def main() -> None:
+def main() -> NoReturn:
     control, template = socket.socket(fileno=int(sys.argv[1])), os.getpid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it hands that on, and we could not wait for workers
@@ -39,9 +40,9 @@ def main() -> None:
     ended: dict[int, dict[str, Any]] = {}
     prepared = False
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, MAXIMUM_ORDER, 1)
+        message, descriptors, _, _ = socket.recv_fds(control, MAXIMUM_ORDER, 2)
         if not message:
-            return
+            os._exit(0)  # taking down what was imported would take a while, and somebody waits for it
         order = json.loads(message)
         _collect(ended)
         answer: dict[str, Any]
@@ -53,7 +54,7 @@ def main() -> None:
                     prepared = True
                 process = os.fork()
                 if process == 0:
-                    _become_worker(service, control, descriptors[0], order, template)
+                    _become_worker(service, control, descriptors, order, template)
                 ended.pop(process, None)  # a number used before
                 answer = {"process": process, "prepared": prepared}
             else:
@@ -100,18 +101,20 @@ def _account(status: int, usage: resource.struct_rusage) -> dict[str, Any]:
 
 
 def _become_worker(
-    service: Any, control: socket.socket, descriptor: int, order: dict[str, Any], template: int
+    service: Any, control: socket.socket, descriptors: Sequence[int], order: dict[str, Any], template: int
 ) -> NoReturn:
-    """Keep one socket and nothing else, lock down, and serve until the socket closes. Never returns."""
+    """Keep one socket, memory to read and nothing else, lock down, and serve until the socket closes. Never returns."""
     try:
         lockdown.die_with_parent(template)
         control.close()
         null = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
             os.dup2(null, standard)
-        os.dup2(descriptor, 3)
+        memory = [wire.memory_to_read(each) for each in descriptors[1:]]
+        os.dup2(descriptors[0], 3)
         os.closerange(4, 1 << 16)
-        connection = socket.socket(fileno=3)
+        connection = wire.Channel(fileno=3)
+        connection.shared = memory[0] if memory else None
         lockdown.die_first()
         try:
             in_force = () if order["fork"] is None else lockdown.apply(order["fork"])

@@ -1,14 +1,20 @@
 """Messages between a supervisor and its sandboxed workers: one JSON object and some arrays, over a stream socket.
 
 A frame is the length of the JSON (4 bytes) and of everything after it (8 bytes), the JSON, and the arrays' bytes one
-after the other; the JSON's "arrays" lists [dtype, shape] of each. Nothing is unpickled, sizes are checked before memory
-is taken, and every wait ends: what comes from a worker may have been written by a hostile model.
+after the other; the JSON's "arrays" lists [dtype, shape] of each. The bytes of a question lie in memory that only the
+supervisor can write, where there is such memory with room for them, and the frame says "shared". Nothing is unpickled,
+sizes are checked before memory is taken, and every wait ends: what comes from a worker may have been written by a
+hostile model.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
+import mmap
+import os
 import select
 import socket
 import struct
@@ -28,6 +34,10 @@ DTYPES = frozenset(
 _PART = 1 << 16
 _LENGTHS = struct.Struct("<IQ")
 _SLICE = 1.0  # seconds of one wait
+_to_text = json.JSONEncoder(check_circular=False).encode
+_NAMES = {np.dtype(name): name for name in DTYPES}
+SHARED_BYTES = 64 << 20  # given by the kernel only as they are written, and kept until the worker ends
+_SEALS = 0x1 | 0x2 | 0x4 | 0x10  # F_SEAL_SEAL, SHRINK, GROW, and FUTURE_WRITE, which Python has no name for
 
 
 class WireError(Exception):
@@ -73,6 +83,33 @@ class Allowance:
             self.count()
 
 
+class Channel(socket.socket):
+    """A socket, and the memory that questions are written to: writeable here, or for the worker to read; or None."""
+
+    shared: Array | None = None
+
+    def share(self) -> int | None:
+        """Take memory for questions → its descriptor, for the other end; None where the kernel has none that nobody
+        else can write."""
+        with contextlib.suppress(OSError, AttributeError):
+            descriptor = os.memfd_create("questions", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            try:
+                os.ftruncate(descriptor, SHARED_BYTES)
+                memory = mmap.mmap(descriptor, SHARED_BYTES)
+                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            self.shared = np.frombuffer(memory, np.uint8)
+            return descriptor
+        return None
+
+
+def memory_to_read(descriptor: int) -> Array:
+    """What the other end has taken for questions, uint8 [SHARED_BYTES]; its descriptor may be closed then."""
+    return np.frombuffer(mmap.mmap(descriptor, SHARED_BYTES, prot=mmap.PROT_READ), np.uint8)
+
+
 def send(
     connection: socket.socket,
     header: dict[str, Any],
@@ -83,11 +120,17 @@ def send(
     allowance = allowance or Allowance()
     allowance.begin()
     arrays = [np.asarray(array, order="C") for array in arrays]
-    described = header | {"arrays": [[array.dtype.name, list(array.shape)] for array in arrays]}
-    text = json.dumps(described).encode()
-    parts: list[bytes | memoryview] = [_LENGTHS.pack(len(text), sum(array.nbytes for array in arrays)) + text]
-    parts += [array.reshape(-1).view(np.uint8).data for array in arrays if array.nbytes]
-    if sum(map(len, parts)) <= _PART:  # one call for all
+    described = header | {"arrays": [[_NAMES.get(array.dtype) or array.dtype.name, array.shape] for array in arrays]}
+    contents = [array.reshape(-1).view(np.uint8) for array in arrays if array.nbytes]
+    size = sum(map(len, contents))
+    shared = getattr(connection, "shared", None)
+    if shared is not None and shared.flags.writeable and 0 < size <= len(shared):
+        np.concatenate(contents, out=shared[:size])
+        contents, described["shared"] = [], size
+        size = 0
+    text = _to_text(described).encode()
+    parts: list[bytes | memoryview] = [_LENGTHS.pack(len(text), size) + text, *(each.data for each in contents)]
+    if len(text) + size < _PART:  # one call for all
         parts = [b"".join(parts)]
     for part in parts:
         _send_all(connection, part, allowance)
@@ -119,17 +162,23 @@ def receive(
         raise WireError("an answer without a question")
     text = _receive_rest(connection, begun[_LENGTHS.size : at], header_bytes, allowance)
     try:
-        header = json.loads(bytes(text))
+        header = json.loads(str(text, "utf-8"))
         described = [(str(dtype), [int(size) for size in shape]) for dtype, shape in header["arrays"]]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):  # int(1e999)
         raise WireError("an answer that cannot be read") from None
     if before_arrays is not None:
         before_arrays(header)
-    try:
-        data = _receive_rest(connection, begun[at:], array_bytes, allowance)
-    except WireError as error:
-        error.header = header
-        raise
+    shared = getattr(connection, "shared", None)
+    data: bytes | memoryview
+    if "shared" in header and shared is not None and not shared.flags.writeable:
+        array_bytes = header["shared"]
+        data = shared[:array_bytes].data
+    else:
+        try:
+            data = _receive_rest(connection, begun[at:], array_bytes, allowance)
+        except WireError as error:
+            error.header = header
+            raise
     arrays, at = [], 0
     for dtype, shape in described:
         if dtype not in DTYPES or any(size < 0 for size in shape) or len(shape) > 32:

@@ -13,6 +13,7 @@ import re
 import sqlite3
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -124,11 +125,23 @@ class Journal:
         query = "SELECT sha256, MIN(place) FROM suspects WHERE sha256 IS NOT NULL AND rows IS NOT NULL GROUP BY sha256"
         return dict(self._execute(query).fetchall())
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is added within is on disk when this ends; all of it or, where it is interrupted, none."""
+        with self._database:
+            self._execute("BEGIN")
+            yield
+            self._execute("COMMIT")
+
     def add(self, place: int, sha256: str | None, rows: Sequence[dict[str, Any]] | None) -> None:
         """A suspect's rows, one for each watermark, or None where a suspect with the same hash has them; on disk when
-        this returns."""
+        this returns, or `together` does."""
         text = None if rows is None else json.dumps(rows)
         self._execute("INSERT OR REPLACE INTO suspects VALUES (?, ?, ?)", [place, sha256, text])
+
+    def forget(self, places: Sequence[int]) -> None:
+        """Have these suspects judged again."""
+        self._database.executemany("DELETE FROM suspects WHERE place = ?", [[place] for place in places])
 
     def rows(self, place: int) -> list[dict[str, Any]]:
         """The rows of a suspect that was judged itself."""

@@ -12,14 +12,14 @@ import queue
 import threading
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from wmengine._processors import available, keep_to
 from wmengine.errors import ScanError, SuspectError
 from wmengine.judging.asking import Terms
 from wmengine.judging.judge import Finding, failed, judge_suspect
-from wmengine.judging.verdict import decide
+from wmengine.judging.verdict import PROVING, decide
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Need
 from wmengine.sandbox import Limits
@@ -31,6 +31,7 @@ from wmengine.suspects.model_file import MAXIMUM_BYTES, ModelFile, read_model
 from wmengine.suspects.onnx_file import Engine, NoWorker, OnnxSuspect, open_engine
 
 PATIENCE = 5.0  # seconds
+TOGETHER = 0.05  # seconds for which what is done is gathered, as writing it down and saying so costs a fixed price
 TRIES = 3  # of a suspect under whom somebody kills the sandbox's template
 SUSPECTS_A_WORKER = 256  # then a fresh one: what models leave behind in a process does not add up
 
@@ -56,6 +57,9 @@ class Judge:
             every_way=plan.adapters == "all",
             any_order=plan.classes == "any",
         )
+        # What a persistent worker says of an owned suspect is asked again, where a proof is all that it says.
+        twice = plan.isolation == "persistent" and all(mark.preset.null in PROVING for mark in marks)
+        self._first_terms = replace(self._terms, provisional=twice)
         self._engine: Engine | None = None
         self._served = 0
 
@@ -75,11 +79,11 @@ class Judge:
                 first = self._hashes.claim(file.sha256, place)
                 if first != place:
                     return Judged(place, file.sha256, [], first)
-                findings = self._judged(file)
+                findings = self._judged(file, self._first_terms)
                 if self._plan.isolation == "persistent" and any(map(self._is_owned, findings, self._marks)):
                     self._discard()
                     self._ready_engine()
-                    findings = self._judged(file)
+                    findings = self._judged(file, self._terms)
             except NoWorker as error:
                 raise ScanError(f"{error}; what is finished is kept, and the same command resumes") from None
             except Exception as error:  # whatever a stranger's file brings about: it is that file's own row
@@ -108,8 +112,8 @@ class Judge:
 
         return read_model(open_source(suspect, THIS), locations, most)
 
-    def _judged(self, file: ModelFile) -> list[Finding]:
-        return judge_suspect(OnnxSuspect(file, engine=self._engine), self._marks, self._terms)
+    def _judged(self, file: ModelFile, terms: Terms) -> list[Finding]:
+        return judge_suspect(OnnxSuspect(file, engine=self._engine), self._marks, terms)
 
     def _is_owned(self, finding: Finding, mark: Watermark) -> bool:
         return decide(finding, mark, self._plan.alpha, self._plan.tests) == "owned"
@@ -145,8 +149,8 @@ class Hashes:
 
 def judge_locally(
     plan: Plan, marks: Sequence[Watermark], places: Sequence[int], hashes: Hashes, jobs: int, limits: Limits
-) -> Generator[Judged, None, None]:
-    """Every suspect of `places`, in the order in which they are done.
+) -> Generator[list[Judged], None, None]:
+    """Every suspect of `places`, in the order in which they are done, some at a time.
 
     Closing the iterator kills the workers and waits for its threads, but for no more than PATIENCE: one that a store
     or, without isolation, a model holds up ends with the process, or when it is let go.
@@ -154,8 +158,8 @@ def judge_locally(
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for place in places:
         waiting.put(place)
-    done: queue.Queue[Judged | BaseException] = queue.Queue(maxsize=4 * jobs)
-    stop = threading.Event()
+    done: queue.Queue[Judged | BaseException] = queue.Queue(maxsize=64 * jobs)
+    stop, ends = threading.Event(), threading.Event()
     judges = [Judge(plan, marks, limits, hashes) for _ in range(jobs)]
 
     # A judge and its worker take turns, so a processor for both of them costs nothing and keeps their caches warm.
@@ -175,6 +179,7 @@ def judge_locally(
         except BaseException as error:  # our own mistake, or no sandbox: the scan ends with it
             done.put(error)
         finally:
+            ends.set()
             judge.close()
 
     threads = [
@@ -184,11 +189,18 @@ def judge_locally(
     for thread in threads:
         thread.start()
     try:
-        for _ in places:
-            judged = done.get()
-            if isinstance(judged, BaseException):
-                raise judged
-            yield judged
+        left = len(places)
+        while left:
+            found = [done.get()]
+            ends.wait(TOGETHER)
+            found += [done.get_nowait() for _ in range(done.qsize())]
+            judged = [each for each in found if isinstance(each, Judged)]
+            if judged:
+                yield judged
+            for error in found:
+                if isinstance(error, BaseException):
+                    raise error
+            left -= len(judged)
     finally:
         stop.set()
         until = time.monotonic() + PATIENCE

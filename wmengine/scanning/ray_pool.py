@@ -46,7 +46,8 @@ def judge_shard(version: str, sample: str | None, stored: Sequence[Any], places:
     if sample is not None and not os.path.lexists(sample):
         raise ScanError(f"it does not see {sample}: put suspects on storage that every node mounts, or give URLs")
     plan, marks, limits = require("ray", extra="ray").get(list(stored))
-    yield from judge_locally(plan, marks, places, Hashes({}), 1, limits)
+    for some in judge_locally(plan, marks, places, Hashes({}), 1, limits):
+        yield from some
 
 
 def judge_on_ray(
@@ -57,7 +58,7 @@ def judge_on_ray(
     jobs: int | None,
     limits: Limits,
     address: str,
-) -> Generator[Judged, None, None]:
+) -> Generator[list[Judged], None, None]:
     """What `judge_locally` gives, from every node of the Ray cluster at `address`; "local" starts one here.
 
     jobs: suspects at a time in the whole cluster, by default its CPUs as Ray counts them. Closing the iterator ends the
@@ -97,7 +98,7 @@ def judge_on_ray(
                         if lost[place] < TRIES:
                             shards.appendleft([place])
                         else:
-                            yield _given_up(plan, marks, place, why)
+                            yield [_given_up(plan, marks, place, why)]
                     continue
                 if judged is None:
                     del running[stream]
@@ -105,7 +106,7 @@ def judge_on_ray(
                     continue
                 running[stream].remove(judged.place)
                 first = judged.place if judged.sha256 is None else hashes.claim(judged.sha256, judged.place)
-                yield judged if first == judged.place else Judged(judged.place, judged.sha256, [], first)
+                yield [judged if first == judged.place else Judged(judged.place, judged.sha256, [], first)]
         finally:
             for stream in running:
                 ray.cancel(stream, force=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
@@ -151,25 +152,35 @@ def _run(journal: Journal, plan: Plan, judged: Any, progress: Progress | None) -
     """Write down every suspect as it is done; a copy of one that is still being judged waits for it."""
     finished = journal.finished()
     copies: dict[int, list[Judged]] = {}
+    untold: deque[tuple[int, int, list[dict[str, Any]]]] = deque()  # how many are finished with it, its place, its rows
 
     def record(one: Judged, rows: list[dict[str, Any]]) -> None:
         journal.add(one.place, one.sha256, rows if one.same_as is None else None)
         finished.add(one.place)
-        if progress is not None:
-            progress(len(finished), len(plan.suspects), of_every_name(rows, plan.suspects[one.place]))
+        untold.append((len(finished), one.place, rows))
 
     def copy_rows(one: Judged) -> list[dict[str, Any]]:
         assert one.same_as is not None
         original = plan.suspects[one.same_as].name
         return copied(renamed(journal.rows(one.same_as), plan.suspects[one.place].name, original), original)
 
-    for one in judged:
-        if one.same_as is not None and one.same_as not in finished:
-            copies.setdefault(one.same_as, []).append(one)
-            continue
-        record(one, one.rows if one.same_as is None else copy_rows(one))
-        for copy in copies.pop(one.place, ()):
-            record(copy, copy_rows(copy))
+    for some in judged:
+        with journal.together():
+            for one in some:
+                if one.same_as is not None and one.same_as not in finished:
+                    copies.setdefault(one.same_as, []).append(one)
+                    continue
+                record(one, one.rows if one.same_as is None else copy_rows(one))
+                for copy in copies.pop(one.place, ()):
+                    record(copy, copy_rows(copy))
+        try:
+            while untold:
+                done, place, rows = untold.popleft()
+                if progress is not None:
+                    progress(done, len(plan.suspects), of_every_name(rows, plan.suspects[place]))
+        except BaseException:
+            journal.forget([place for _, place, _ in untold])  # or no run would ever tell of them
+            raise
 
 
 def _several(paths: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Suspects: anything that might be a copy. `open_suspect` takes an ONNX file, a URL, a torch module or a function."""
+"""Suspects: anything that might be a copy. `open_suspect` takes a file, a URL, a torch module or a function."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from wmengine.sandbox import Limits
 from wmengine.suspects.base import Suspect, is_url
+from wmengine.suspects.checkpoint import CheckpointSuspect, is_checkpoint
 from wmengine.suspects.onnx_file import OnnxSuspect
 
 __all__ = ["OnnxSuspect", "Suspect", "open_suspect"]
@@ -24,8 +25,9 @@ def open_suspect(
 ) -> Suspect:
     """A suspect from a path, a URL, a torch module, a function, or a suspect that is open already.
 
-    isolation, limits, device, inputs and labels are for files: see OnnxSuspect. A URL is asked as `endpoint` does
-    without options.
+    A file that begins as a safetensors file or a torch checkpoint does, and is not named .onnx, is one. isolation,
+    limits, device, inputs and labels are for ONNX files: see OnnxSuspect. A URL is asked as `endpoint` does without
+    options.
 
     Raises FileNotFoundError for a path that does not exist, ValueError for a URL that is no endpoint's and for another
     device than the CPU, inputs or labels with what is no file, TypeError for what is none of these, and SuspectError
@@ -46,6 +48,8 @@ def open_suspect(
         from wmengine.suspects.endpoint.address import shown
 
         raise ValueError(f"{shown(suspect)} is no endpoint, and a file must be downloaded, or scanned where it is")
+    if isinstance(suspect, str | os.PathLike) and is_checkpoint(suspect):
+        return CheckpointSuspect(suspect)
     if isinstance(suspect, str | os.PathLike):
         return OnnxSuspect(suspect, isolation=isolation, limits=limits, device=device, inputs=inputs, labels=labels)
     if isinstance(suspect, Suspect):

@@ -44,16 +44,40 @@ class InputSpec:
 Signature = Mapping[str, InputSpec]
 
 
-@dataclass(frozen=True, eq=False)
-class Tensor:
-    """One weight of a suspect: values float32 [O, I/groups, *kernel], O filters, and its name there, only for notes.
+Weight = tuple[NDArray[np.float32], NDArray[np.float32] | None]
 
-    factors: float32 [O], what the normalisation behind it multiplies its filters by; None where there is none.
+
+class Tensor:
+    """One weight of a suspect: its shape [O, I/groups, *kernel], O filters, and its name there, only for notes.
+
+    `read` gives its values, float32 of that shape, and what the normalisation behind it multiplies its filters by,
+    float32 [O], or None where there is none. A large file's weights are not all held: each is read anew every time.
+    by_name: its place when names are sorted, numbers in them by their size; None where the order is that of execution.
     """
 
-    values: NDArray[np.float32]
-    source: str
-    factors: NDArray[np.float32] | None = None
+    by_name: int | None = None
+
+    def __init__(self, values: NDArray[np.float32], source: str, factors: NDArray[np.float32] | None = None) -> None:
+        self.shape: tuple[int, ...] = values.shape
+        self.source = source
+        self.read: Callable[[], Weight] = lambda: (values, factors)
+
+    @classmethod
+    def unread(
+        cls, shape: tuple[int, ...], source: str, read: Callable[[], Weight], by_name: int | None = None
+    ) -> Tensor:
+        """One that `read` reads when it is asked for."""
+        tensor = cls.__new__(cls)
+        tensor.shape, tensor.source, tensor.read, tensor.by_name = shape, source, read, by_name
+        return tensor
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        return self.read()[0]
+
+    @property
+    def factors(self) -> NDArray[np.float32] | None:
+        return self.read()[1]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ This is the part that runs in a sandboxed worker, or with isolation "none" in th
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ class OnnxEngine:
         self._rounds = False  # whether an input or an output is bfloat16
         self._left_out: dict[str, None] = {}  # optional inputs
         self._tapped: tuple[int, str, Any] | None = None  # a place, the value there, a session that gives it
+        self._weights: tuple[list[Tensor], list[Fact]] | None = None
+        self._read = False  # whether its graph was
 
     def locations(self, name: str, data: bytes) -> list[str]:
         """The external files that a model names, sorted; without the word `location` in it, it is not even parsed."""
@@ -92,7 +95,7 @@ class OnnxEngine:
         self.close()
         self._name, self._data, self._external = name, data, external
         model = parse(name, data)
-        if may_name_files(data) and named_locations(name, model) != sorted(external):
+        if external and named_locations(name, model) != sorted(external):
             raise SuspectError(f"{name} names other external files than were read for it")
         self._operators = check_graph(name, model)
         self._rescaled = rescaled_inputs(model)
@@ -183,20 +186,28 @@ class OnnxEngine:
 
     def close(self) -> None:
         """Forget the model."""
-        self._data, self._external, self._session, self._tapped = b"", {}, None, None
+        self._data, self._external, self._session, self._tapped, self._weights = b"", {}, None, None, None
+        if self._read:
+            gc.collect()  # a graph is full of cycles, and they hold its weights
+            self._read = False
 
     def tensors(self) -> tuple[list[Tensor], list[Fact]]:
-        """The weights in the graph's own order, and what was assumed."""
+        """The weights in the graph's own order, each read when it is asked for, and what was assumed."""
         from wmengine.suspects.onnx_tensors import read_tensors
 
-        return read_tensors(self._name, self._whole())
+        self._read = True
+        if self._weights is None:
+            self._weights = read_tensors(self._name, self._checked(), self._external)
+        return self._weights
 
     def activations(self, place: int, inputs: Inputs) -> NDArray[np.float32]:
         """[N, F]: what goes into the weight at `place` in the graph's own order, flattened. `open` was called."""
         from wmengine.suspects.onnx_tensors import with_activation
 
         if self._tapped is None or self._tapped[0] != place:
-            name, data = with_activation(self._name, parse(self._name, self._data), self._whole(), place)
+            self._read = True
+            model = parse(self._name, self._data)
+            name, data = with_activation(self._name, model, self._checked(), self._external, place)
             self._tapped = place, name, None if name in inputs else self._session_of(data)
         _, name, session = self._tapped
         try:
@@ -207,9 +218,12 @@ class OnnxEngine:
             raise OtherTask(f"{self._name} has no activations of a row for each input before weight {place + 1}")
         return np.ascontiguousarray(found.reshape(len(found), -1).astype(np.float32))
 
-    def _whole(self) -> Any:
-        """The model with its external data, and without types of inputs and outputs that no reader of graphs knows."""
-        model = with_external(self._name, self._data, self._external)
+    def _checked(self) -> Any:
+        """The model, whose external tensors are all there, without types of inputs and outputs that no reader of graphs
+        knows."""
+        model = parse(self._name, self._data)
+        for tensor in external_tensors(model):
+            check_external(self._name, tensor, self._external)
         for each in (*model.graph.input, *model.graph.output):
             if each.type.WhichOneof("value") not in (None, "tensor_type"):  # sequences of maps, as ZipMap's
                 each.ClearField("type")
@@ -339,25 +353,19 @@ def external_tensors(message: Any) -> Iterator[Any]:
                 yield from external_tensors(part)
 
 
-def with_external(name: str, data: bytes, external: Mapping[str, bytes]) -> Any:
-    """The onnx.ModelProto with external tensors replaced by their bytes, so that reading it opens no file."""
-    model = parse(name, data)
-    for tensor in external_tensors(model):
-        said = entries(name, tensor)
-        stored = external.get(said.get("location", ""))
-        if stored is None:
-            raise SuspectError(f"{name} has external weights and does not say where; export it again")
-        try:
-            offset = int(said.get("offset") or 0)
-            length = int(said.get("length") or len(stored) - offset)
-        except ValueError:
-            raise SuspectError(f"{name} gives an offset or a length that is no number; export it again") from None
-        if offset < 0 or length < 0 or offset + length > len(stored):
-            raise SuspectError(f"{name} reads beyond the end of {said['location']!r}; copy the weights again")
-        tensor.raw_data = stored[offset : offset + length]
-        tensor.data_location = tensor.DEFAULT
-        del tensor.external_data[:]
-    return model
+def check_external(name: str, tensor: Any, external: Mapping[str, bytes]) -> None:
+    """SuspectError unless the bytes of an external onnx.TensorProto are there."""
+    said = entries(name, tensor)
+    stored = external.get(said.get("location", ""))
+    if stored is None:
+        raise SuspectError(f"{name} has external weights and does not say where; export it again")
+    try:
+        offset = int(said.get("offset") or 0)
+        length = int(said.get("length") or len(stored) - offset)
+    except ValueError:
+        raise SuspectError(f"{name} gives an offset or a length that is no number; export it again") from None
+    if offset < 0 or length < 0 or offset + length > len(stored):
+        raise SuspectError(f"{name} reads beyond the end of {said['location']!r}; copy the weights again")
 
 
 def entries(name: str, tensor: Any) -> dict[str, str]:
