@@ -264,6 +264,36 @@ def test_one_passphrase_file_opens_everything(run, house, tmp_path):
     assert (status, json.loads(out.splitlines()[-1])["owned"]) == (0, 1)
 
 
+def test_a_passphrase_from_a_pipe_opens_everything(run, tmp_path):
+    """As `--passphrase-file <(…)` gives it: it can be read once."""
+    KEY.save(tmp_path / "sealed.key", "open sesame")
+    made().save(tmp_path / "sealed.wm", "open sesame")
+    reading, writing = os.pipe()
+    with open(writing, "w") as pipe:
+        pipe.write("open sesame\nand more\n")
+    given = ["--key", str(tmp_path / "sealed.key"), "--passphrase-file", f"/dev/fd/{reading}"]
+    status, out, err = run("verify", "copy.onnx", "--watermark", str(tmp_path / "sealed.wm"), *given, "--json")
+    os.close(reading)
+    assert (status, err, json.loads(out)["derivation"]) == (0, "", "checked")
+
+
+def test_a_passphrase_without_end_is_none(run, tmp_path):
+    status, _, err = run("keygen", "ACME", "--out", str(tmp_path / "a.key"), "--passphrase-file", "/dev/zero")
+    assert (status, "longer than 4096 bytes" in err) == (2, True)
+
+
+def test_marks_that_a_shell_put_among_the_suspects_are_no_suspects(run, tmp_path):
+    """`--watermarks DIR/*.wm` is one option and many paths; a stranger's file of that name is elsewhere."""
+    out = ["--out", str(tmp_path / "r.parquet")]
+    status, _, err = run("scan", "copy.onnx", "--watermarks", "acme.wm", "customer.wm", *out)
+    assert status == 2
+    assert "customer.wm stands among the suspects: give --watermarks once, with the folder of the marks" in err
+    (tmp_path / "strange.wm").write_text("a stranger's")
+    scan = ["scan", "copy.onnx", str(tmp_path / "strange.wm"), "--watermarks", "acme.wm", *out, "--json"]
+    status, text, _ = run(*scan)
+    assert (status, json.loads(text.splitlines()[-1])["error"]) == (0, 1)
+
+
 def test_on_a_terminal_the_passphrase_is_asked_for_and_not_echoed(house):
     """keygen --seal asks twice, verify once, and scan once for all watermarks of a folder."""
 

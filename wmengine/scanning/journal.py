@@ -18,6 +18,7 @@ from typing import Any
 
 from wmengine.errors import ScanError
 from wmengine.scanning.listing import Listed
+from wmengine.scanning.schema import EMPTY, OTHERS
 
 TABLES = (
     "CREATE TABLE plan (text TEXT NOT NULL)",
@@ -30,7 +31,7 @@ class Plan:
     """What was fixed before the first query. tests = suspects × watermarks; engine: the version that scores.
 
     paths: what was to be scanned, as it holds in any working folder; suspects is the list of it, without the `empty`
-    files that hold nothing.
+    files that hold nothing and the `others`, that are called otherwise than models.
     """
 
     suspects: tuple[Listed, ...]
@@ -45,10 +46,16 @@ class Plan:
     classes: str = "same"
     paths: tuple[str, ...] = ()
     empty: int = 0
+    others: int = 0
 
     @property
     def tests(self) -> int:
         return len(self.suspects) * len(self.watermarks)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """What the metadata of the table say."""
+        return {EMPTY: str(self.empty), OTHERS: str(self.others)}
 
     @property
     def settings(self) -> dict[str, str]:
@@ -102,7 +109,7 @@ class Journal:
             self.plan = plan
             return
         # Other paths may lead to the same suspects.
-        names = [each.name for each in fields(Plan) if each.name not in ("paths", "empty")]
+        names = [each.name for each in fields(Plan) if each.name not in ("paths", "empty", "others")]
         other = [name for name in names if getattr(self.plan, name) != getattr(plan, name)]
         if other:
             raise ValueError(
@@ -196,7 +203,7 @@ class Journal:
             known = {each.name for each in fields(Plan)} & stored.keys()
             plan = Plan(**{name: _as_tuple(stored[name]) for name in known})
             suspects = tuple(_read_listed(each, plan.paths) for each in plan.suspects)
-            if not suspects or not plan.watermarks or type(plan.empty) is not int:
+            if not suspects or not plan.watermarks or {type(plan.empty), type(plan.others)} != {int}:
                 raise ValueError("a plan of nothing")
             return replace(plan, suspects=suspects)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
