@@ -80,6 +80,7 @@ class Journal:
             self._database = sqlite3.connect(self.path, timeout=1.0, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
             raise self._cannot(error) from None
+        self._database.text_factory = lambda text: text.decode(errors="replace")  # checked with all else that is read
         try:
             self._execute("PRAGMA trusted_schema=OFF")
             self._execute("PRAGMA locking_mode=EXCLUSIVE")
@@ -241,8 +242,12 @@ def _is_below(path: str, asked: str) -> bool:
 def _read_listed(stored: Any, paths: Sequence[str]) -> Listed:
     """A suspect of a stored plan. Raises ValueError, TypeError or KeyError for what is none."""
     names, store, path, inode = stored["names"], stored["store"], stored["path"], stored["inode"]
-    if type(inode) is not int or not names or not all(isinstance(text, str) for text in (*names, store, path)):
+    if type(inode) is not int or type(names) is not list or not names:
         raise ValueError("a suspect without a name")
+    if not all(isinstance(text, str) for text in (*names, store, path)):
+        raise ValueError("a suspect whose name is no text")
+    if not store and path != names[0] and not path.endswith(f"/{names[0]}"):
+        raise ValueError("a suspect that is shown by the name of another")
     if store not in paths if store else not any(_is_below(path, asked) for asked in paths):
         raise ValueError("a suspect that nobody asked for")
     return Listed(tuple(names), store, path, inode)

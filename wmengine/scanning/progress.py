@@ -78,7 +78,7 @@ class Report:
             if error is not None:
                 failed.setdefault(name, error)
         for error in list(failed.values())[:NAMED]:
-            print(error)
+            print(printable(error))
         if len(failed) > NAMED:
             print(f"… and {_counted(len(failed) - NAMED, 'suspect')} more with an error")
         before = f", {_counted(resumed, 'suspect')} before it was interrupted" if resumed else ""

@@ -96,11 +96,15 @@ def check_stored(journal: Journal, plan: Plan) -> None:
     import pyarrow
 
     for place in sorted(journal.judged()):
+        name = plan.suspects[place].name
         try:
             for row, commitment in zip(journal.rows(place), plan.watermarks, strict=True):
                 verdict = from_dict(row)
                 if (verdict.commitment, verdict.tests, verdict.alpha) != (commitment, plan.tests, plan.alpha):
                     raise ValueError("a row is of another scan")
+                error = _in_error(name) if verdict.error is None else verdict.error
+                if verdict.suspect != shown(name) or not error.startswith(_in_error(name)):
+                    raise ValueError("a row is of another suspect")
                 if json.loads(verdict.to_json()) != row:
                     raise ValueError("a row is not as a verdict is written")
                 batch_of_rows([row | {"q_value": 1.0}], plan.left_out)
