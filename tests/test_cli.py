@@ -404,6 +404,13 @@ def test_help_and_version_are_answers_and_not_errors():
         assert "Usage: wmengine" in done.stdout
 
 
+def test_a_shell_completes_commands_and_options():
+    for words, found in (("wmengine ver", "verify"), ("wmengine scan --water", "--watermarks")):
+        asked = {"_WMENGINE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        done = command(env={**os.environ, **asked})
+        assert (done.returncode, done.stdout.split(), done.stderr) == (0, [found], "")
+
+
 def test_a_reader_that_has_gone_is_no_error():
     done = subprocess.run(
         f"{sys.executable} -m wmengine schemes --json | true", shell=True, capture_output=True, text=True, check=False

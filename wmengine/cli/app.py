@@ -65,7 +65,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _mistake(f"{error.format_message().rstrip('.')}: see {command} --help", given[:end])
     except (KeyboardInterrupt, typer.Abort):
         return fail("interrupted", INTERRUPTED)
-    except (BrokenPipeError, SystemExit):  # the reader has gone (`| head`), of which typer makes an exit with 1
+    except SystemExit as ended:  # a shell's completion is done, or 1, which typer makes of a reader that has gone
+        return NOBODY_READS if ended.code else 0
+    except BrokenPipeError:  # `| head`
         return NOBODY_READS
     except Exception as error:
         if debug:
