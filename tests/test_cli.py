@@ -179,6 +179,30 @@ def test_a_mistake_is_one_plain_line_that_names_the_thing_and_exits_2(run, argum
     assert named in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("verifi",), "No such command 'verifi' (did you mean verify?): see wmengine --help"),
+        (("version",), "No such command 'version' (did you mean --version?): see wmengine --help"),
+        (("help",), "No such command 'help' (did you mean --help?): see wmengine --help"),
+        (("embed",), "No such command 'embed': see wmengine --help"),
+        (
+            ("scan", "--watermark", "x"),
+            "No such option: --watermark (did you mean --watermarks?): see wmengine scan --",
+        ),
+        (("verify", "--optin", "x"), "No such option: --optin: see wmengine verify --help"),
+        (
+            ("verify", "--watermark", "a.wm", "b.wm", "copy.onnx"),
+            "Got unexpected extra argument(s) (copy.onnx), and an option is named before each of its values: see",
+        ),
+    ],
+)
+def test_a_mistyped_command_is_told_what_is_near_and_nothing_else(run, arguments, said):
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert err.startswith(f"wmengine: {said}")
+
+
 def test_a_line_is_not_wrapped_however_long_it_is(run):
     status, _, err = run("verify", "copy.onnx", "--watermark", "x" * 180)
     assert status == 2

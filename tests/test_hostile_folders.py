@@ -6,6 +6,7 @@ import resource
 import pytest
 from hostile_models import SECRET
 
+from wmengine import emmark
 from wmengine.errors import SuspectError
 from wmengine.suspects import model_file
 from wmengine.suspects.model_file import MAXIMUM_BYTES, LocalSource, read_model
@@ -54,6 +55,13 @@ def test_a_file_of_holes_is_refused_before_it_is_read(tmp_path, name):
     with pytest.raises(SuspectError, match=r"holds no data in \d+ of its 4294967196 bytes; copy it again, whole"):
         read_model(LocalSource(tmp_path / "m.onnx"), lambda name, data: ["w.bin"])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # kilobytes
+
+
+def test_a_link_to_nowhere_is_not_written_through(tmp_path):
+    (tmp_path / "out.onnx").symlink_to("victim")
+    with pytest.raises(ValueError, match="exists already"):
+        emmark("unread.onnx", "unread.key", name="detector", out=tmp_path / "out.onnx")
+    assert not (tmp_path / "victim").exists()
 
 
 def test_a_model_with_room_in_it_is_read(tmp_path, monkeypatch):
