@@ -179,6 +179,30 @@ def test_a_mistake_is_one_plain_line_that_names_the_thing_and_exits_2(run, argum
     assert named in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("verifi",), "No such command 'verifi' (did you mean verify?): see wmengine --help"),
+        (("version",), "No such command 'version' (did you mean --version?): see wmengine --help"),
+        (("help",), "No such command 'help' (did you mean --help?): see wmengine --help"),
+        (("embed",), "No such command 'embed': see wmengine --help"),
+        (
+            ("scan", "--watermark", "x"),
+            "No such option: --watermark (did you mean --watermarks?): see wmengine scan --",
+        ),
+        (("verify", "--optin", "x"), "No such option: --optin: see wmengine verify --help"),
+        (
+            ("verify", "--watermark", "a.wm", "b.wm", "copy.onnx"),
+            "Got unexpected extra argument(s) (copy.onnx), and an option is named before each of its values: see",
+        ),
+    ],
+)
+def test_a_mistyped_command_is_told_what_is_near_and_nothing_else(run, arguments, said):
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert err.startswith(f"wmengine: {said}")
+
+
 def test_a_line_is_not_wrapped_however_long_it_is(run):
     status, _, err = run("verify", "copy.onnx", "--watermark", "x" * 180)
     assert status == 2
@@ -262,6 +286,36 @@ def test_one_passphrase_file_opens_everything(run, house, tmp_path):
         "scan", "copy.onnx", "--watermarks", str(tmp_path), "--out", str(tmp_path / "r.parquet"), *options
     )
     assert (status, json.loads(out.splitlines()[-1])["owned"]) == (0, 1)
+
+
+def test_a_passphrase_from_a_pipe_opens_everything(run, tmp_path):
+    """As `--passphrase-file <(…)` gives it: it can be read once."""
+    KEY.save(tmp_path / "sealed.key", "open sesame")
+    made().save(tmp_path / "sealed.wm", "open sesame")
+    reading, writing = os.pipe()
+    with open(writing, "w") as pipe:
+        pipe.write("open sesame\nand more\n")
+    given = ["--key", str(tmp_path / "sealed.key"), "--passphrase-file", f"/dev/fd/{reading}"]
+    status, out, err = run("verify", "copy.onnx", "--watermark", str(tmp_path / "sealed.wm"), *given, "--json")
+    os.close(reading)
+    assert (status, err, json.loads(out)["derivation"]) == (0, "", "checked")
+
+
+def test_a_passphrase_without_end_is_none(run, tmp_path):
+    status, _, err = run("keygen", "ACME", "--out", str(tmp_path / "a.key"), "--passphrase-file", "/dev/zero")
+    assert (status, "longer than 4096 bytes" in err) == (2, True)
+
+
+def test_marks_that_a_shell_put_among_the_suspects_are_no_suspects(run, tmp_path):
+    """`--watermarks DIR/*.wm` is one option and many paths; a stranger's file of that name is elsewhere."""
+    out = ["--out", str(tmp_path / "r.parquet")]
+    status, _, err = run("scan", "copy.onnx", "--watermarks", "acme.wm", "customer.wm", *out)
+    assert status == 2
+    assert "customer.wm stands among the suspects: give --watermarks once, with the folder of the marks" in err
+    (tmp_path / "strange.wm").write_text("a stranger's")
+    scan = ["scan", "copy.onnx", str(tmp_path / "strange.wm"), "--watermarks", "acme.wm", *out, "--json"]
+    status, text, _ = run(*scan)
+    assert (status, json.loads(text.splitlines()[-1])["error"]) == (0, 1)
 
 
 def test_on_a_terminal_the_passphrase_is_asked_for_and_not_echoed(house):
@@ -372,6 +426,13 @@ def test_help_and_version_are_answers_and_not_errors():
         done = command(*arguments)
         assert (done.returncode, done.stderr) == (0, "")
         assert "Usage: wmengine" in done.stdout
+
+
+def test_a_shell_completes_commands_and_options():
+    for words, found in (("wmengine ver", "verify"), ("wmengine scan --water", "--watermarks")):
+        asked = {"_WMENGINE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        done = command(env={**os.environ, **asked})
+        assert (done.returncode, done.stdout.split(), done.stderr) == (0, [found], "")
 
 
 def test_a_reader_that_has_gone_is_no_error():

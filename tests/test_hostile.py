@@ -275,7 +275,7 @@ def test_a_model_larger_than_its_workers_memory_is_told_so(tmp_path, megabytes):
     weight = constant("w", np.ones((megabytes << 18, 1), np.float32))
     onnx.save(model([node("Flatten", "x", "f"), node("MatMul", "f w", "y")], [weight]), tmp_path / "m.onnx")
     verdict = verify(tmp_path / "m.onnx", MARK, limits=Limits(20.0, 64 << 20))
-    assert "needs more memory than it may have" in verdict.error
+    assert "needs more memory than it may have, and --memory (limits=) gives it more" in verdict.error
 
 
 def test_a_batch_is_as_large_as_memory_has_room_for(tmp_path):

@@ -41,6 +41,12 @@ def test_choices_of_several_shapes_multiply_up_to_the_cap():
     assert f"{MAXIMUM_TRIES} of the {crowd.possible} possible orders" in str(crowd.facts[1])
 
 
+def test_thousands_of_carriers_of_one_shape_have_more_orders_than_are_written_out():
+    many = match_tensors([(1, 1)] * 8000, tensors((1, 1)) * 24000)
+    assert (many.found, len(many.tries)) == (8000, MAXIMUM_TRIES)
+    assert f"{MAXIMUM_TRIES} of the 10^6632 possible orders" in str(many.facts[1])
+
+
 def test_a_network_inside_a_larger_one_is_among_the_first_tries():
     """Its layers are all there in a row, before, between or behind others of their shapes."""
     shapes = [(4, 3)] * 5 + [(5, 3)] * 4

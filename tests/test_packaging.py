@@ -10,9 +10,11 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -101,6 +103,38 @@ def test_a_source_distribution_holds_all_that_a_build_needs(tmp_path):
         held = {name.partition("/")[2] for name in archive.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert sources | {"setup.py", "CMakeLists.txt", "pyproject.toml", "LICENSE"} <= held
+
+
+def test_a_script_beside_the_clone_imports_the_package_that_was_installed_from_it(tmp_path):
+    """And not the clone's folder, of the same name. Nothing is compiled here."""
+    tree = tmp_path / "wmengine"
+    (tree / "wmengine").mkdir(parents=True)
+    build_description(tree)
+    (tree / "setup.py").write_text("from setuptools import setup\nsetup()\n")
+    for name in ("__init__.py", "_optional.py", "_version.py"):
+        shutil.copy(ROOT / "wmengine" / name, tree / "wmengine")
+    code = "from setuptools import build_meta; build_meta.build_editable('..')"
+    subprocess.run([sys.executable, "-c", code], cwd=tree, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path / "site")
+    script = (
+        "import sys, site; sys.path.insert(0, ''); site.addsitedir('site'); import wmengine; print(wmengine.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(tree / "wmengine" / "__init__.py")
+
+
+def test_sources_that_were_not_compiled_say_so_in_a_sentence(tmp_path):
+    """In a clone, they hide the package that was installed from it."""
+    shutil.copytree(ROOT / "wmengine", tmp_path / "wmengine", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    libraries = Path(np.__file__).parent.parent  # without what an editable install of ours put there
+    script = f"import sys; sys.path[:0] = ['', {str(libraries)!r}]\nimport wmengine; wmengine.set_num_threads(1)"
+    command = [sys.executable, "-IS", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    said = done.stderr.splitlines()[-1]
+    assert f"wmengine was imported from its sources in {tmp_path}, which are not compiled: run elsewhere" in said
 
 
 def configure(folder: Path, mode: str, cuda_compiler: str) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 from functools import cache
 
 import numpy as np
@@ -66,6 +67,21 @@ def test_the_best_order_is_the_best_of_all(data, classes):
     orders = [np.array(each) for each in itertools.permutations(range(classes))]
     scores = [(int((reorder(predicted, each) == labels).sum()), (each == range(classes)).sum()) for each in orders]
     assert (matched, (order == range(classes)).sum()) == max(scores)
+
+
+def test_what_an_order_costs_does_not_depend_on_classes_that_nobody_names():
+    """A mark of 30,000 classes and its 100 questions would take gigabytes, and hours."""
+    predicted, labels = np.random.default_rng(0).integers(0, 30_000, size=(2, 100))
+    tracemalloc.start()
+    try:
+        order, matched = best_order(predicted, labels, 30_000)
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+    assert matched == (order[predicted] == labels).sum() > 90
+    assert sorted(order) == list(range(30_000))
+    with pytest.raises(ValueError, match="no order of 2147483648 classes is looked for"):
+        best_order(predicted, labels, 1 << 31)
 
 
 def test_the_number_of_orders():

@@ -24,7 +24,7 @@ from wmengine.cli import main
 from wmengine.errors import SuspectError, WatermarkError
 from wmengine.sandbox import Limits
 from wmengine.scanning import listing
-from wmengine.scanning.listing import list_suspects
+from wmengine.scanning.listing import list_suspects, watermark_files
 from wmengine.scanning.scanner import scan
 
 
@@ -39,7 +39,9 @@ def test_a_bucket_is_scanned_through_fsspec(bucket, store):
     for name in ("copy.onnx", "stranger1.onnx"):
         store.pipe(f"/bucket/{name}", (bucket / "models" / name).read_bytes())
     store.pipe("/bucket/notes.txt", b"no model")
-    rows = by_pair(scan("memory://bucket/", bucket / "registry" / "first.wm"))
+    table = scan("memory://bucket/", bucket / "registry" / "first.wm")
+    assert table.schema.metadata == {b"empty files left out": b"0", b"other files left out": b"1"}
+    rows = by_pair(table)
     assert {pair[0]: row["decision"] for pair, row in rows.items()} == {
         "copy.onnx": "owned",
         "stranger1.onnx": "not_proven",
@@ -120,21 +122,27 @@ def test_what_holds_nothing_is_left_out_and_counted(bucket, tmp_path, capsys):
     (models / "stolen.onnx").write_bytes((bucket / "models" / "copy.onnx").read_bytes())
     for number in range(20):
         (models / f"{number}.onnx").touch()
+    for name in ("notes.txt", "model.safetensors"):
+        (models / name).write_text(name)
+    (models / "a link to a folder").symlink_to(tmp_path)
     os.mkfifo(models / "pipe.onnx")
     (models / "nowhere.onnx").symlink_to("nothing")
     (models / "itself.onnx").symlink_to("itself.onnx")
     out = tmp_path / "rows.parquet"
     command = ["scan", str(models), "--watermarks", str(bucket / "registry" / "first.wm"), "--out", str(out)]
     assert main(command) == 0
-    assert "\n23 empty files were left out\n" in capsys.readouterr().out
+    assert "\n23 empty files were left out\n2 other files were left out\n" in capsys.readouterr().out
     (row,) = parquet.read_table(out).to_pylist()
     assert row["log10_p_corrected"] == row["log10_p"]
     assert main([*command, "--force", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["empty"] == 23
-    with pytest.raises(ValueError, match=r"no \.onnx file to scan, and 1 that are empty"):
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (summary["empty"], summary["others"]) == (23, 2)
+    with pytest.raises(ValueError, match=r"no \.onnx file to scan, but 1 that are empty and 0 called otherwise"):
         scan(models / "nowhere*", bucket / "registry")
     (named,) = scan(models / "1.onnx", bucket / "registry" / "first.wm").to_pylist()  # by the caller
     assert "is empty" in named["error"]
+    found = list_suspects([models, models / "notes.txt"])
+    assert ([os.path.basename(each.name) for each in found.suspects], found.others) == (["notes.txt", "stolen.onnx"], 1)
 
 
 def test_names_of_one_file_count_once_and_each_has_its_rows(bucket, tmp_path):
@@ -199,6 +207,27 @@ def test_links_to_one_graph_are_as_many_models_as_there_are_weights_beside_them(
     rows = scan(tmp_path, bucket / "registry" / "first.wm").to_pylist()
     assert [row["decision"] for row in rows] == ["not_proven", "owned", "owned"]
     assert rows[1]["log10_p_corrected"] == rows[1]["log10_p"] + math.log10(2)
+
+
+def test_marks_are_given_as_files_folders_and_patterns(tmp_path):
+    for name in ("a.wm", "b.WM", "c.key"):
+        (tmp_path / name).touch()
+    own = [tmp_path / "a.wm", tmp_path / "b.WM"]
+    assert watermark_files([tmp_path]) == watermark_files([tmp_path / "*.[wW][mM]"]) == own
+    assert watermark_files([tmp_path / "c.key", tmp_path / "no.wm"]) == [tmp_path / "c.key", tmp_path / "no.wm"]
+
+
+def test_marks_may_lie_below_a_thousand_folders(tmp_path):
+    (tmp_path / "/".join("d" * 500)).mkdir(parents=True)
+    here = os.getcwd()
+    os.chdir(tmp_path / "/".join("d" * 500))
+    try:
+        os.makedirs("/".join("d" * 600))
+        (tmp_path / "a.wm").touch()
+        assert watermark_files([tmp_path]) == [tmp_path / "a.wm"]
+    finally:
+        os.chdir(here)
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
 
 
 @pytest.mark.slow

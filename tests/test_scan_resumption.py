@@ -361,9 +361,26 @@ WRITTEN = {
         [],
         "",
     ),
+    "names that are text": ({"suspects": [{"names": "ab", "store": "", "path": "a", "inode": 0}]}, [], ""),
+    "a plan that is no UTF-8": ({}, [], "UPDATE plan SET text = CAST(X'ff' AS TEXT)"),
+    "rows that are no UTF-8": ({}, [], "INSERT INTO suspects VALUES (0, 'aa', CAST(X'ff' AS TEXT))"),
     "a plan without end": ({}, [], f"DROP TABLE plan; CREATE VIEW plan AS {ENDLESS}"),
     "a trigger that empties": ({}, [], "CREATE TRIGGER t AFTER INSERT ON suspects BEGIN DELETE FROM suspects; END"),
 }
+
+
+def test_a_file_that_is_shown_by_the_name_of_another_is_refused(bucket, tmp_path):
+    models, out = bucket / "models", tmp_path / "rows.parquet"
+    with pytest.raises(Stop):
+        scan(models, bucket / "registry" / "first.wm", out=out, jobs=1, progress=stop_after(1))
+    with closing(sqlite3.connect(f"{out}.journal")) as database:
+        ((text,),) = database.execute("SELECT text FROM plan").fetchall()
+        plan = json.loads(text)
+        plan["suspects"][-1]["path"] = plan["suspects"][0]["path"]
+        database.execute("UPDATE plan SET text = ?", [json.dumps(plan)])
+        database.commit()
+    with pytest.raises(ScanError, match="shown by the name of another"):
+        scan(models, bucket / "registry" / "first.wm", out=out)
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -383,10 +400,13 @@ def test_a_journal_that_somebody_has_written_is_refused_in_one_sentence(bucket, 
         scan(suspect, bucket / "registry" / "first.wm", out=tmp_path / "rows.parquet")
 
 
+FIELDS = ("log10_p", "log10_e", "suspect", "decision", "notes", "evidence", "error", "queries")
+
+
 @pytest.mark.parametrize(
-    "field", ["log10_p", "log10_e", "suspect", "decision", "notes", "evidence", "error", "queries"]
+    "changed", [*({field: [[7]]} for field in FIELDS), {"suspect": "another.onnx"}, {"error": "\x1b[2J"}]
 )
-def test_a_row_of_other_types_is_refused(bucket, tmp_path, field):
+def test_a_row_of_other_types_or_of_another_suspect_is_refused(bucket, tmp_path, changed):
     models = [bucket / "models" / name for name in ("copy.onnx", "twin.onnx")]
     out, beside = tmp_path / "rows.parquet", tmp_path / "rows.parquet.journal"
     with pytest.raises(Stop):
@@ -394,7 +414,7 @@ def test_a_row_of_other_types_is_refused(bucket, tmp_path, field):
     with closing(sqlite3.connect(beside)) as database:
         ((text,),) = database.execute("SELECT rows FROM suspects").fetchall()
         (row,) = json.loads(text)
-        database.execute("UPDATE suspects SET rows = ?", [json.dumps([row | {field: [[7]]}])])
+        database.execute("UPDATE suspects SET rows = ?", [json.dumps([row | changed])])
         database.commit()
     with pytest.raises(ScanError, match="or a damaged one"):
         scan(models, bucket / "registry" / "first.wm", out=out)

@@ -9,6 +9,8 @@ of `wmengine` turn the failure into the same error.
 """
 
 import importlib
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 # The package as it is imported, and the extra of wmengine that brings it.
@@ -35,6 +37,19 @@ def require(module: str, *, extra: str) -> Any:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise ImportError(_advice(module, extra), name=error.name) from error
+
+
+def not_compiled(error: ImportError) -> ImportError:
+    """The error to raise instead of `error` in sources that were never built, which hide an installed wmengine from who
+    runs beside them."""
+    if importlib.util.find_spec("wmengine._cpu") is not None:
+        return error
+    root = Path(__file__).resolve().parent.parent
+    return ImportError(
+        f"wmengine was imported from its sources in {root}, which are not compiled: run elsewhere to use the installed "
+        f"one, or pip install -e {root}",
+        name="wmengine._cpu",
+    )
 
 
 def missing(error: ModuleNotFoundError) -> ImportError:

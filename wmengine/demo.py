@@ -122,7 +122,7 @@ def run_demo(
     )
     digits, digit_labels = (values[:20].numpy() for values in data.owner)
     html.write(result.report, page(result, marks, digits, digit_labels))
-    result.table.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+    html.write(result.table, json.dumps(result.to_json(), indent=1) + "\n")
     return result
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+MORE_MEMORY = "needs more memory than it may have, and --memory (limits=) gives it more"
+
 
 class WmengineError(Exception):
     """Base of the errors below; a plain wrong argument is a ValueError or a TypeError instead."""

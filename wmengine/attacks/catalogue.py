@@ -79,7 +79,7 @@ def run(
     given = None if data is None else Data(data)
     if given is not None and chosen.needs == "labels" and not given.labelled:
         raise ValueError(f"the attack {name!r} needs labels: give data=(inputs, labels)")
-    if out is not None and os.path.exists(out) and not overwrite:
+    if out is not None and os.path.lexists(out) and not overwrite:
         raise ValueError(
             f"{os.fspath(out)} is there already: choose another name, or overwrite it (overwrite=True, --force)"
         )

@@ -7,14 +7,16 @@ After Ctrl-C the status is 130, and 141 where nobody reads the answer (`| head`)
 """
 
 import contextlib
+import difflib
 import gc
 import io
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -65,16 +67,33 @@ def _run(arguments: Sequence[str] | None) -> int:
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "wmengine"
-        return _mistake(f"{error.format_message().rstrip('.')}: see {command} --help", given[:end])
+        return _mistake(f"{_usage(error.format_message(), context)}: see {command} --help", given[:end])
     except (KeyboardInterrupt, typer.Abort):
         return fail("interrupted", INTERRUPTED)
-    except (BrokenPipeError, SystemExit):  # the reader has gone (`| head`), of which typer makes an exit with 1
+    except SystemExit as ended:  # a shell's completion is done, or 1, which typer makes of a reader that has gone
+        return NOBODY_READS if ended.code else 0
+    except BrokenPipeError:  # `| head`
         return NOBODY_READS
     except Exception as error:
         if debug:
             traceback.print_exc()
         return _mistake(_sentence(error), given[:end])
     return status if isinstance(status, int) else 0
+
+
+def _usage(said: str, context: Any) -> str:
+    """What typer says, its suggestions left out but the one that is near enough to be meant."""
+    said = re.split(r" \(Possible options|\. Did you mean", said)[0].rstrip(".")
+    if context is None:
+        return said
+    if "extra argument" in said and any(each.multiple for each in context.command.params):
+        return f"{said}, and an option is named before each of its values"
+    if not said.startswith("No such "):
+        return said
+    options = [name for parameter in context.command.params for name in parameter.opts]
+    known = [*getattr(context.command, "commands", ()), *options, *context.help_option_names]
+    near = difflib.get_close_matches(said.split()[-1].strip("'"), known, 1, 0.75)
+    return f"{said} (did you mean {near[0]}?)" if near else said
 
 
 def _mistake(said: str, options: Sequence[str]) -> int:

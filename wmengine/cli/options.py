@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from wmengine.identity.key import Key
     from wmengine.sandbox import Limits
 
+LONGEST_PASSPHRASE = 4096  # bytes
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text: one object a line.")]
 PassphraseOption = Annotated[
     Path | None,
@@ -69,20 +71,24 @@ def load_clean(path: Path) -> tuple[Any, Any]:
         raise ValueError(f"{path} must be an .npz file with the arrays `inputs` and `labels`") from None
 
 
-def load_key(path: Path | None, passphrase_file: Path | None) -> "Key | None":
+def unlock(
+    watermarks: Sequence[Path], key: Path | None, passphrase_file: Path | None
+) -> "tuple[str | None, Key | None]":
+    """The passphrase of the watermarks, None where none is sealed, and the key of its file; a passphrase file is read
+    once, as it may be a pipe."""
     from wmengine.identity.key import Key
 
-    return None if path is None else Key.load(path, passphrase_for([path], passphrase_file))
+    given = None if passphrase_file is None else read_passphrase(passphrase_file)
+    passphrase = _passphrase_of(watermarks, given)
+    return passphrase, None if key is None else Key.load(key, _passphrase_of([key], given))
 
 
-def passphrase_for(paths: Sequence[Path], passphrase_file: Path | None) -> str | None:
-    """The passphrase of those of these files that are sealed, asked for once; None where none is, or nobody is there
-    to ask."""
+def _passphrase_of(paths: Sequence[Path], given: str | None) -> str | None:
+    """The passphrase of those of these files that are sealed, asked for once unless given; None where none is, or
+    nobody is there to ask."""
     sealed = [path for path in paths if _is_sealed(path)]
-    if not sealed:
-        return None
-    if passphrase_file is not None:
-        return read_passphrase(passphrase_file)
+    if not sealed or given is not None:
+        return given
     more = f" and {len(sealed) - 1} more" if len(sealed) > 1 else ""
     return ask_passphrase(f"Passphrase of {sealed[0]}{more}: ") if sys.stdin.isatty() else None
 
@@ -98,12 +104,17 @@ def _is_sealed(path: Path) -> bool:
 
 
 def read_passphrase(path: Path) -> str:
+    """The first line of a file or a pipe, of which no more is read than a passphrase may have."""
+    with path.open("rb") as file:
+        line = file.readline(LONGEST_PASSPHRASE + 1)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = line.decode().splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{path} is no text: a passphrase stands on the first line of a text file") from None
     if not lines or not lines[0]:
         raise ValueError(f"{path} holds no passphrase: put it on the first line")
+    if len(line) > LONGEST_PASSPHRASE:
+        raise ValueError(f"{path} holds no passphrase: its first line is longer than {LONGEST_PASSPHRASE} bytes")
     return lines[0]
 
 

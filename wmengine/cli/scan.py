@@ -17,8 +17,7 @@ from wmengine.cli.options import (
     SecondsOption,
     TestOption,
     limits,
-    load_key,
-    passphrase_for,
+    unlock,
 )
 
 
@@ -30,7 +29,7 @@ def scan(
     ],
     watermarks: Annotated[
         list[Path],
-        typer.Option("--watermarks", metavar="DIR", help="Watermarks to look for: .wm files or folders of them."),
+        typer.Option("--watermarks", metavar="DIR", help="Watermarks to look for: a folder of .wm files, or a file."),
     ],
     out: Annotated[
         Path,
@@ -64,6 +63,10 @@ def scan(
     """Judge many suspects with many watermarks, in sandboxes, on all cores; the same command resumes."""
     if classes == "any" and test != "fixed":
         raise ValueError("--classes any needs --test fixed: one order must fit all answers")
+    beside = {mark.parent for mark in watermarks if mark.suffix == ".wm"}
+    for path in map(Path, paths):
+        if path.suffix == ".wm" and path.parent in beside:  # as a shell makes of --watermarks DIR/*.wm
+            raise ValueError(f"{path} stands among the suspects: give --watermarks once, with the folder of the marks")
     if out.suffix != ".parquet":
         raise ValueError(f"--out must end in .parquet, and it is {out}")
     if isolation != "none" and ray is None:
@@ -75,7 +78,7 @@ def scan(
     from wmengine.scanning.scanner import scan as scan_all
 
     gc.freeze()  # no collection need look at what was imported
-    passphrase, owner = passphrase_for(watermark_files(watermarks), passphrase_file), load_key(key, passphrase_file)
+    passphrase, owner = unlock(watermark_files(watermarks), key, passphrase_file)
     with Report(as_json) as report:  # whose bar comes when nothing is asked any more
         table = scan_all(
             paths,

@@ -19,8 +19,7 @@ from wmengine.cli.options import (
     TestOption,
     limits,
     load_clean,
-    load_key,
-    passphrase_for,
+    unlock,
 )
 from wmengine.cli.output import fail
 
@@ -91,11 +90,12 @@ def verify(
         from wmengine.suspects.endpoint.suspect import EndpointSuspect
 
         asked = EndpointSuspect(read_options(suspect, endpoint_options))
+    passphrase, owner = unlock(watermark, key, passphrase_file)
     verdicts = verify_all(
         asked,
         watermark,
-        passphrase=passphrase_for(watermark, passphrase_file),
-        key=load_key(key, passphrase_file),
+        passphrase=passphrase,
+        key=owner,
         alpha=alpha,
         adversarial=adversarial,
         test=test,

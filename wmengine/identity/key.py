@@ -17,6 +17,7 @@ from wmengine.identity.canonical import canonical_json, check_name, read_json
 from wmengine.identity.sealing import FORMAT, is_sealed, read_file, seal, unseal, write_file
 
 SECRET_BYTES = SUBKEY_BYTES = 32
+FILE_BYTES = 1 << 16  # of a key's, sealed or not
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Key:
     def load(cls, path: str | os.PathLike[str], passphrase: str | None = None) -> Key:
         """Reads a key file. Raises KeyFileError: missing, readable by others, damaged, wrong passphrase or version."""
         name = os.fspath(path)
-        data = read_file(path, "key file", KeyFileError, private=True)
+        data = read_file(path, "key file", KeyFileError, private=True, maximum_bytes=FILE_BYTES)
         if is_sealed(data):
             if passphrase is None:
                 raise KeyFileError(f"{name} is sealed; give its passphrase")

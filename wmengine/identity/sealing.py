@@ -97,7 +97,13 @@ def _stretch(passphrase: str, salt: bytes) -> bytes:
     return hashlib.scrypt(secret, salt=salt, n=_SCRYPT_N, r=_SCRYPT_R, p=_SCRYPT_P, maxmem=64 << 20, dklen=32)
 
 
-def read_file(path: str | os.PathLike[str], what: str, error: type[WmengineError], private: bool = False) -> bytes:
+def read_file(
+    path: str | os.PathLike[str],
+    what: str,
+    error: type[WmengineError],
+    private: bool = False,
+    maximum_bytes: int = MAX_FILE_BYTES,
+) -> bytes:
     """The bytes of one regular file. Raises `error`: missing, not a file, too large, or (private) open to other users.
 
     The checks look at the open file, not at the path, so what is checked is what is read.
@@ -112,7 +118,7 @@ def read_file(path: str | os.PathLike[str], what: str, error: type[WmengineError
                 raise error(f"{name} is not a file; give the path of a {what}")
             if private and os.name == "posix" and status.st_mode & 0o077:
                 raise error(f"{name} can be read by other users; make it yours alone with: chmod 600 {name}")
-            data = file.read(min(status.st_size, MAX_FILE_BYTES) + 1)  # which takes as much memory at once
+            data = file.read(min(status.st_size, maximum_bytes) + 1)  # which takes as much memory at once
     except FileNotFoundError:
         raise error(f"{name} does not exist; give the path of a {what}") from None
     except IsADirectoryError:
@@ -122,8 +128,8 @@ def read_file(path: str | os.PathLike[str], what: str, error: type[WmengineError
             raise
         reason = getattr(cause, "strerror", None) or cause
         raise error(f"{name} cannot be read ({reason}); give the path of a {what}") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise error(f"{name} is larger than {MAX_FILE_BYTES >> 20} MiB; give the path of a {what}")
+    if len(data) > maximum_bytes:
+        raise error(f"{name} is larger than {maximum_bytes >> 10} KiB; give the path of a {what}")
     return data
 
 

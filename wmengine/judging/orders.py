@@ -22,6 +22,7 @@ from wmengine.parts.base import Interprets, inputs_of
 from wmengine.suspects.adapters import Adapter
 
 CLASSES = ("same", "any")
+MAXIMUM_CLASSES = 1 << 24  # in an order, which takes eight bytes for each
 
 _AS_BYTES = Adapter(scaling="bytes", dtype="uint8")
 
@@ -80,17 +81,23 @@ def best_order(predicted: Labels, labels: Labels, num_classes: int) -> tuple[Lab
     """(order, matches): order[c] is the class that the suspect's class c becomes, a permutation with most matches.
 
     Answers outside 0 … C−1, abstentions too, match nothing. Of equally good orders the one that keeps most classes
-    where they are; the assignment is solved by `scipy.optimize.linear_sum_assignment` in O(C³).
+    where they are; the assignment is solved by `scipy.optimize.linear_sum_assignment` in O(n³), n the classes that are
+    answered or meant: the others stay. Raises ValueError for more classes than MAXIMUM_CLASSES.
     """
     from scipy.optimize import linear_sum_assignment  # a third of a second, and most verdicts do without it
 
+    if num_classes > MAXIMUM_CLASSES:
+        raise ValueError(f"no order of {num_classes} classes is looked for, only of {MAXIMUM_CLASSES} at most")
     inside = (predicted >= 0) & (predicted < num_classes)
-    counts = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(counts, (predicted[inside], labels[inside]), 1)
+    named = np.union1d(predicted[inside], labels[inside])
+    counts = np.zeros((len(named), len(named)), np.int64)
+    np.add.at(counts, (np.searchsorted(named, predicted[inside]), np.searchsorted(named, labels[inside])), 1)
     # One match outweighs every class that stays.
-    worth = counts * (num_classes + 1) + np.eye(num_classes, dtype=np.int64)
-    rows, order = linear_sum_assignment(worth, maximize=True)
-    return order.astype(np.int64), int(counts[rows, order].sum())
+    worth = counts * (len(named) + 1) + np.eye(len(named), dtype=np.int64)
+    rows, places = linear_sum_assignment(worth, maximize=True)
+    order = np.arange(num_classes)
+    order[named] = named[places]
+    return order, int(counts[rows, places].sum())
 
 
 def reorder(predicted: Labels, order: Labels) -> Labels:

@@ -41,7 +41,7 @@ def emmark(
     whoever compares the two sees the places. key: the owner's Key, or its file. name: the model's; message: whom this
     copy is for. Raises ValueError for a file without such weights, or with too few, and where `out` exists.
     """
-    if os.path.exists(out):
+    if os.path.lexists(out):
         raise ValueError(f"{os.fspath(out)} exists already: give another path for the marked file")
     key = key if isinstance(key, Key) else Key.load(key)
     proto = onnx.load(os.fspath(model))

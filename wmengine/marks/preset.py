@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.identity.canonical import check_name
@@ -197,4 +198,4 @@ class Preset:
 
 def array_digest(array: NDArray[Any]) -> str:
     """SHA-256 of the array's bytes, little endian; its type and shape follow from the parameters."""
-    return hashlib.sha256(array.astype(array.dtype.newbyteorder("<")).tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data).hexdigest()

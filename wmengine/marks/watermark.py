@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,8 @@ _REQUIRED = {
 }
 _OPTIONAL = {"baseline", "message"}
 _BASELINE = {"matched": int, "total": int, "log10_p": str}
+# The arrays of marks that were read: what those of all customers of a model share is in memory once.
+_held: WeakValueDictionary[tuple[str, str, tuple[int, ...]], NDArray[Any]] = WeakValueDictionary()
 _LOG10_P = re.compile(r"-?[0-9]{1,9}\.[0-9]{4}")
 
 
@@ -375,9 +378,12 @@ def _read_arrays(data: bytes, document: dict[str, Any]) -> dict[str, NDArray[Any
         if tensor["dtype"] != _SAFETENSORS_TYPES[dtype] or tuple(tensor["shape"]) != shape:
             raise ValueError(f"its array {name!r} must be {dtype}{list(shape)}")
         little_endian = np.frombuffer(tensor["data"], dtype=np.dtype(dtype).newbyteorder("<"))
-        arrays[name] = little_endian.reshape(shape).astype(dtype)
-        if array_digest(arrays[name]) != document["arrays"][name]:
+        array = little_endian.reshape(shape).astype(dtype, copy=False)
+        digest = array_digest(array)
+        if digest != document["arrays"][name]:
             raise ValueError(f"its array {name!r} does not match its digest")
+        array.flags.writeable = False
+        arrays[name] = _held.setdefault((digest, dtype, shape), array)
     return arrays
 
 
@@ -394,7 +400,8 @@ def _checked_arrays(
         array = arrays[name]
         if array.dtype != np.dtype(dtype) or array.shape != shape:
             raise ValueError(f"the array {name!r} must be {dtype}{list(shape)}, not {array.dtype}{list(array.shape)}")
-        checked[name] = np.array(array, dtype=dtype, order="C")
+        held = not array.flags.writeable and array.flags.c_contiguous  # by another mark, or as it was read
+        checked[name] = array if held else np.array(array, dtype=dtype, order="C")
         checked[name].flags.writeable = False
     symbols, classes = checked[preset.symbols.name], preset.symbols.classes(parameters)
     if not 0 <= symbols.min() <= symbols.max() < classes:

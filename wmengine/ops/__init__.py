@@ -9,8 +9,12 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from wmengine import _cpu
-from wmengine._optional import missing
+from wmengine._optional import missing, not_compiled
+
+try:
+    from wmengine import _cpu
+except ImportError as error:
+    raise not_compiled(error) from error
 from wmengine.ops import cpu
 from wmengine.ops.cpu import carrier_projection, check_choice, check_count
 from wmengine.ops.matches import PackedBits

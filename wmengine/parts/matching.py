@@ -150,7 +150,8 @@ def _fits(indices: Sequence[int], shapes: Sequence[Shape], tensors: Sequence[Ten
 def _facts(carriers: int, found: int, possible: int, tried: int) -> Iterator[Fact]:
     yield fact("carriers", found=found, carriers=carriers)
     if tried > 1:
-        yield fact("pairings", tried=tried, possible=max(possible, tried))
+        many = f"10^{math.log10(possible):.0f}"  # thousands of layers have more orders than Python writes digits
+        yield fact("pairings", tried=tried, possible=max(possible, tried) if possible < 10**18 else many)
 
 
 def _groups(shapes: Sequence[Shape], tensors: Sequence[Tensor]) -> list[tuple[list[int], list[int]]]:

@@ -319,4 +319,6 @@ class Worker:
             why = f"was killed by {name}"
         else:
             why = f"ended with status {os.waitstatus_to_exitcode(status)}"
-        return f"it {why} while asked to {doing}, after {seconds:.1f} s, with a peak of {ended['peak_kb'] // 1024} MB"
+        mend = "; --seconds (limits=) gives it longer" if error.late else ""
+        peak = ended["peak_kb"] // 1024
+        return f"it {why} while asked to {doing}, after {seconds:.1f} s, with a peak of {peak} MB{mend}"

@@ -19,6 +19,7 @@ from typing import Any
 
 from wmengine.errors import ScanError
 from wmengine.scanning.listing import Listed
+from wmengine.scanning.schema import EMPTY, OTHERS
 
 TABLES = (
     "CREATE TABLE plan (text TEXT NOT NULL)",
@@ -31,7 +32,7 @@ class Plan:
     """What was fixed before the first query. tests = suspects × watermarks; engine: the version that scores.
 
     paths: what was to be scanned, as it holds in any working folder; suspects is the list of it, without the `empty`
-    files that hold nothing.
+    files that hold nothing and the `others`, that are called otherwise than models.
     """
 
     suspects: tuple[Listed, ...]
@@ -46,10 +47,16 @@ class Plan:
     classes: str = "same"
     paths: tuple[str, ...] = ()
     empty: int = 0
+    others: int = 0
 
     @property
     def tests(self) -> int:
         return len(self.suspects) * len(self.watermarks)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """What the metadata of the table say."""
+        return {EMPTY: str(self.empty), OTHERS: str(self.others)}
 
     @property
     def settings(self) -> dict[str, str]:
@@ -74,6 +81,7 @@ class Journal:
             self._database = sqlite3.connect(self.path, timeout=1.0, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
             raise self._cannot(error) from None
+        self._database.text_factory = lambda text: text.decode(errors="replace")  # checked with all else that is read
         try:
             self._execute("PRAGMA trusted_schema=OFF")
             self._execute("PRAGMA locking_mode=EXCLUSIVE")
@@ -103,7 +111,7 @@ class Journal:
             self.plan = plan
             return
         # Other paths may lead to the same suspects.
-        names = [each.name for each in fields(Plan) if each.name not in ("paths", "empty")]
+        names = [each.name for each in fields(Plan) if each.name not in ("paths", "empty", "others")]
         other = [name for name in names if getattr(self.plan, name) != getattr(plan, name)]
         if other:
             raise ValueError(
@@ -209,7 +217,7 @@ class Journal:
             known = {each.name for each in fields(Plan)} & stored.keys()
             plan = Plan(**{name: _as_tuple(stored[name]) for name in known})
             suspects = tuple(_read_listed(each, plan.paths) for each in plan.suspects)
-            if not suspects or not plan.watermarks or type(plan.empty) is not int:
+            if not suspects or not plan.watermarks or {type(plan.empty), type(plan.others)} != {int}:
                 raise ValueError("a plan of nothing")
             return replace(plan, suspects=suspects)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -247,8 +255,12 @@ def _is_below(path: str, asked: str) -> bool:
 def _read_listed(stored: Any, paths: Sequence[str]) -> Listed:
     """A suspect of a stored plan. Raises ValueError, TypeError or KeyError for what is none."""
     names, store, path, inode = stored["names"], stored["store"], stored["path"], stored["inode"]
-    if type(inode) is not int or not names or not all(isinstance(text, str) for text in (*names, store, path)):
+    if type(inode) is not int or type(names) is not list or not names:
         raise ValueError("a suspect without a name")
+    if not all(isinstance(text, str) for text in (*names, store, path)):
+        raise ValueError("a suspect whose name is no text")
+    if not store and path != names[0] and not path.endswith(f"/{names[0]}"):
+        raise ValueError("a suspect that is shown by the name of another")
     if store not in paths if store else not any(_is_below(path, asked) for asked in paths):
         raise ValueError("a suspect that nobody asked for")
     return Listed(tuple(names), store, path, inode)

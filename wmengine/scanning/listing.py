@@ -49,10 +49,11 @@ class Listed:
 
 
 class Listing(NamedTuple):
-    """All suspects, and how many files were left out because they hold nothing."""
+    """All suspects, and how many files were left out because they hold nothing, or are called otherwise than models."""
 
     suspects: tuple[Listed, ...]
     empty: int
+    others: int
 
 
 class _Found(NamedTuple):
@@ -65,6 +66,7 @@ class _Found(NamedTuple):
     empty: bool = False
     link: bool = False
     inode: int = 0
+    other: bool = False
 
 
 def list_suspects(paths: Iterable[str | os.PathLike[str]]) -> Listing:
@@ -80,23 +82,24 @@ def list_suspects(paths: Iterable[str | os.PathLike[str]]) -> Listing:
     found: dict[str, _Found] = {}
     for path in map(_without_protocol, map(os.fsdecode, paths)):
         for each in _remote(path) if "://" in path else _local(path):
-            if each.name not in found or found[each.name].empty:
+            if each.name not in found or found[each.name].empty or found[each.name].other:
                 found[each.name] = each
     files: dict[tuple[Any, ...], list[_Found]] = {}
     for each in sorted(found.values(), key=lambda each: (each.link, each.name)):  # links are led elsewhere too easily
-        if not each.empty:
+        if not (each.empty or each.other):
             files.setdefault(each.file, []).append(each)
+    empty, others = sum(each.empty for each in found.values()), sum(each.other for each in found.values())
     if not files:
-        left_out = f", and {len(found)} that are empty" if found else ""
         raise ValueError(
-            f"there is no {SUFFIX} file to scan{left_out}: give files, folders, patterns or URLs that hold some"
+            f"there is no {SUFFIX} file to scan, but {empty} that are empty and {others} called otherwise: give files, "
+            "folders, patterns or URLs that hold some"
         )
     suspects = [
         Listed(tuple(each.name for each in names), names[0].store, names[0].path, names[0].inode * (len(names) > 1))
         for same in files.values()
         for names in _with_the_same_weights(same)
     ]
-    return Listing(tuple(sorted(suspects, key=lambda each: each.name)), sum(each.empty for each in found.values()))
+    return Listing(tuple(sorted(suspects, key=lambda each: each.name)), empty, others)
 
 
 def held_anywhere(path: str | os.PathLike[str]) -> str:
@@ -131,10 +134,11 @@ def load_watermarks(
 
 
 def watermark_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """These files, and the .wm files of these folders, sorted."""
+    """These files, and the .wm files of these folders and patterns, sorted."""
     files: list[Path] = []
-    for path in map(Path, paths):
-        files += sorted(path.rglob("*.wm")) if path.is_dir() else [path]
+    for path in map(os.fsdecode, paths):
+        several = os.path.isdir(path) or (glob.has_magic(path) and not os.path.lexists(path))
+        files += sorted(Path(each.name) for each in _local(path, ".wm") if not each.other) if several else [Path(path)]
     return files
 
 
@@ -145,15 +149,15 @@ def _without_protocol(path: str) -> str:
     return path
 
 
-def _local(path: str) -> Iterator[_Found]:
+def _local(path: str, suffix: str = SUFFIX) -> Iterator[_Found]:
     if os.path.isdir(path):
-        yield from _below(path, ())
+        yield from _below(path, (), suffix)
     elif os.path.lexists(path):
         yield _look_at(path)._replace(empty=False)
     elif glob.has_magic(path):
         parts = Path(path).parts
         plain = next(place for place, part in enumerate(parts) if glob.has_magic(part))
-        matches = list(_below(os.path.join("", *parts[:plain]), parts[plain:]))
+        matches = list(_below(os.path.join("", *parts[:plain]), parts[plain:], suffix))
         if not matches:
             raise FileNotFoundError(f"{path} matches no file")
         yield from matches
@@ -161,8 +165,9 @@ def _local(path: str) -> Iterator[_Found]:
         raise FileNotFoundError(f"{path} does not exist; give ONNX files, folders, patterns or URLs")
 
 
-def _below(root: str, parts: Sequence[str]) -> Iterator[_Found]:
-    """What the parts of a pattern match below a folder, and the models below folders that they match.
+def _below(root: str, parts: Sequence[str], suffix: str) -> Iterator[_Found]:
+    """What the parts of a pattern match below a folder, and what ends in `suffix` below folders that they match; all
+    else that lies there is `other`.
 
     Strangers nest folders as deep as they like, and link them into circles: nothing here is recursive, and no link is
     followed. Each folder comes with the places in the pattern that its own name may have led to.
@@ -198,15 +203,17 @@ def _below(root: str, parts: Sequence[str]) -> Iterator[_Found]:
             }
             if _is_folder(entry):
                 waiting.append((name, reached(matched)))
-            elif len(parts) in reached(matched) and (not whole or _is_model(name)):
+            elif len(parts) in reached(matched) and (not whole or name.lower().endswith(suffix)):
                 found = _look_at(name)
                 if found.file:
                     yield found
+            elif whole and not _is_folder(entry, linked=True):
+                yield _Found(name, "", name, (name,), other=True)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _is_folder(entry: os.DirEntry[str], linked: bool = False) -> bool:
     try:
-        return entry.is_dir(follow_symlinks=False)
+        return entry.is_dir(follow_symlinks=linked)
     except OSError:  # its row will say why
         return False
 
@@ -241,38 +248,40 @@ def _with_the_same_weights(names: list[_Found]) -> list[list[_Found]]:
     return [names]
 
 
-def _is_model(name: str) -> bool:
-    return name.lower().endswith(SUFFIX)
-
-
 def _remote(url: str) -> Iterator[_Found]:
     if "::" in url:
         raise SuspectError(f"{url} is a chain of stores, and a scan reads from one: copy the files out of it first")
     filesystem, path = _filesystem(url)
     found: dict[str, Any] = {}
+    below: dict[str, Any] = {}
     try:
         if not url.endswith("/") and filesystem.isfile(path):  # first, as a signed URL holds what looks like a pattern
             found[path] = {}
         elif glob.has_magic(path):
             for match, about in filesystem.glob(path, detail=True).items():
-                found |= _models(filesystem, match) if about["type"] == "directory" else {match: about}
+                if about["type"] == "directory":
+                    below |= _below_remote(filesystem, match)
+                else:
+                    found[match] = about
         else:
-            found = _models(filesystem, path)
+            below = _below_remote(filesystem, path)
     except Exception as error:  # every store has its own exceptions
         raise SuspectError(
             f"{url} cannot be listed ({_reason(error)}); check the address and the rights to it"
         ) from None
+    found |= {name: about for name, about in below.items() if name.lower().endswith(SUFFIX)}
     if not found:
         raise FileNotFoundError(f"{url} holds no {SUFFIX} file")
-    for name, about in found.items():
+    for name, about in (below | found).items():
         shown = str(filesystem.unstrip_protocol(name))
-        yield _Found(shown, url, name, (shown,), empty=about.get("size") == 0)
+        other = name not in found
+        yield _Found(shown, url, name, (shown,), empty=not other and about.get("size") == 0, other=other)
 
 
-def _models(filesystem: Any, path: str) -> dict[str, Any]:
-    """Every model below a path of a store, with what the store says of it."""
+def _below_remote(filesystem: Any, path: str) -> dict[str, Any]:
+    """Every object below a path of a store, with what the store says of it."""
     try:
-        found = filesystem.find(path, detail=True)
+        found: dict[str, Any] = filesystem.find(path, detail=True)
     except RecursionError:  # of fsspec's, in the folders that somebody has nested
         found, waiting = {}, [path]
         while waiting:
@@ -281,7 +290,7 @@ def _models(filesystem: Any, path: str) -> dict[str, Any]:
                     waiting.append(about["name"])
                 else:
                     found[about["name"]] = about
-    return {name: about for name, about in found.items() if _is_model(name)}
+    return found
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from wmengine.errors import ScanError, printable
 from wmengine.scanning.results import DECISIONS
-from wmengine.scanning.schema import EMPTY
+from wmengine.scanning.schema import EMPTY, OTHERS
 
 NAMED = 10  # suspects with an error
 
@@ -58,11 +58,11 @@ class Report:
         names = table.column("suspect").to_pylist()
         suspects = len(set(names))
         resumed = suspects - self._judged
-        empty = int((table.schema.metadata or {}).get(EMPTY.encode(), 0))
+        empty, others = (int((table.schema.metadata or {}).get(name.encode(), 0)) for name in (EMPTY, OTHERS))
         if self._as_json:
             print(
                 json.dumps(
-                    {"suspects": suspects, "resumed": resumed, "empty": empty, "seconds": seconds}
+                    {"suspects": suspects, "resumed": resumed, "empty": empty, "others": others, "seconds": seconds}
                     | counts
                     | {"out": os.fspath(out)}
                 )
@@ -78,7 +78,7 @@ class Report:
             if error is not None:
                 failed.setdefault(name, error)
         for error in list(failed.values())[:NAMED]:
-            print(error)
+            print(printable(error))
         if len(failed) > NAMED:
             print(f"… and {_counted(len(failed) - NAMED, 'suspect')} more with an error")
         before = f", {_counted(resumed, 'suspect')} before it was interrupted" if resumed else ""
@@ -86,8 +86,9 @@ class Report:
             f"{_counted(suspects, 'suspect')}, {_counted(len(names), 'pair')} in {seconds:.1f} s{before}: {said}; "
             f"{_counted(len(failed), 'suspect')} could not be judged"
         )
-        if empty:
-            print(f"{_counted(empty, 'empty file')} {'was' if empty == 1 else 'were'} left out")
+        for left_out, what in ((empty, "empty file"), (others, "other file")):
+            if left_out:
+                print(f"{_counted(left_out, what)} {'was' if left_out == 1 else 'were'} left out")
         or_error = ", or its error" if failed else ""
         print(f"{out}: every pair with its p-value, paid for all pairs of the scan{or_error}")
 

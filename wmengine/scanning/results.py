@@ -105,14 +105,18 @@ def check_stored(journal: Journal, plan: Plan) -> None:
     import pyarrow
 
     for place in sorted(journal.judged()):
+        name = plan.suspects[place].name
         try:
             for row, commitment in zip(journal.rows(place), plan.watermarks, strict=True):
                 verdict = from_dict(row)
                 if (verdict.commitment, verdict.tests, verdict.alpha) != (commitment, plan.tests, plan.alpha):
                     raise ValueError("a row is of another scan")
+                error = _in_error(name) if verdict.error is None else verdict.error
+                if verdict.suspect != shown(name) or not error.startswith(_in_error(name)):
+                    raise ValueError("a row is of another suspect")
                 if json.loads(verdict.to_json()) != row:
                     raise ValueError("a row is not as a verdict is written")
-                batch_of_rows([row | {"q_value": 1.0}], plan.empty)
+                batch_of_rows([row | {"q_value": 1.0}], plan.left_out)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, pyarrow.ArrowException) as error:
             raise journal.damaged(error) from None
 
@@ -121,7 +125,7 @@ def table_of(journal: Journal, plan: Plan) -> Any:
     """All rows as a pyarrow.Table."""
     import pyarrow
 
-    return pyarrow.Table.from_batches(_batches(journal, plan), schema=schema_of(plan.empty))
+    return pyarrow.Table.from_batches(_batches(journal, plan), schema=schema_of(plan.left_out))
 
 
 def write_parquet(journal: Journal, plan: Plan, path: str | os.PathLike[str]) -> None:
@@ -132,7 +136,7 @@ def write_parquet(journal: Journal, plan: Plan, path: str | os.PathLike[str]) ->
     try:
         # Others may write to the folder, too: never through a link, or to a file, that is there already.
         with open(partial, "xb") as file:
-            with parquet.ParquetWriter(file, schema_of(plan.empty), compression="zstd") as writer:
+            with parquet.ParquetWriter(file, schema_of(plan.left_out), compression="zstd") as writer:
                 for batch in _batches(journal, plan):
                     writer.write_batch(batch)
             file.flush()
@@ -162,7 +166,7 @@ def _batches(journal: Journal, plan: Plan) -> Iterator[Any]:
             rows = copied(rows, suspects[first].name)
         group += of_every_name([row | {"q_value": next(q_values)} for row in rows], suspects[place])
         if len(group) >= _ROWS_A_GROUP:
-            yield batch_of_rows(group, plan.empty)
+            yield batch_of_rows(group, plan.left_out)
             group = []
     if group:
-        yield batch_of_rows(group, plan.empty)
+        yield batch_of_rows(group, plan.left_out)

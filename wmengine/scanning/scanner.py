@@ -101,7 +101,7 @@ def scan(
     try:
         stored = journal.plan
         resumes = stored is not None and stored.paths == asked
-        found = Listing(stored.suspects, stored.empty) if resumes and stored else list_suspects(_several(paths))
+        found: Plan | Listing = stored if resumes and stored else list_suspects(_several(paths))
         plan = Plan(
             suspects=found.suspects,
             watermarks=tuple(mark.commitment for mark in marks),
@@ -115,6 +115,7 @@ def scan(
             derivation="not_checked" if key is None else "checked",
             paths=asked,
             empty=found.empty,
+            others=found.others,
         )
         journal.begin(plan)
         if stored is not None:

@@ -11,19 +11,19 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from wmengine.facts import Fact
 from wmengine.judging.verdict import Verdict
 
-EMPTY = "empty files left out"  # in the table's metadata
+EMPTY, OTHERS = "empty files left out", "other files left out"  # in the table's metadata
 _AS_JSON = "settings"  # a column of JSON text, as what it holds differs from suspect to suspect
 
 
-def schema_of(empty: int) -> Any:
-    """The Arrow schema; `empty` files were left out of the scan. `notes` are the sentences of `facts`."""
+def schema_of(left_out: Mapping[str, str]) -> Any:
+    """The Arrow schema; its metadata say how many files were left out. `notes` are the sentences of `facts`."""
     import pyarrow
 
     columns = [(name, _arrow(kind)) for name, kind in get_type_hints(Verdict).items()]
-    return pyarrow.schema([*columns, ("notes", pyarrow.list_(pyarrow.string()))], {EMPTY: str(empty)})
+    return pyarrow.schema([*columns, ("notes", pyarrow.list_(pyarrow.string()))], left_out)
 
 
-def batch_of_rows(rows: Sequence[Mapping[str, Any]], empty: int) -> Any:
+def batch_of_rows(rows: Sequence[Mapping[str, Any]], left_out: Mapping[str, str]) -> Any:
     """Rows as `Verdict.to_dict` gives them → pyarrow.RecordBatch. Raises an ArrowException for what are none."""
     import pyarrow
 
@@ -31,7 +31,7 @@ def batch_of_rows(rows: Sequence[Mapping[str, Any]], empty: int) -> Any:
     for row in rows:
         facts = [{"code": each["code"], "values": json.dumps(each["values"])} for each in row["facts"]]
         found.append({**row, _AS_JSON: json.dumps(row[_AS_JSON]), "facts": facts})
-    return pyarrow.RecordBatch.from_pylist(found, schema=schema_of(empty))
+    return pyarrow.RecordBatch.from_pylist(found, schema=schema_of(left_out))
 
 
 def _arrow(kind: Any) -> Any:

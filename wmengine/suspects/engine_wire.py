@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.errors import OtherTask, SuspectError, SuspectGone, printable
+from wmengine.errors import MORE_MEMORY, OtherTask, SuspectError, SuspectGone, printable
 from wmengine.facts import Fact, fact
 from wmengine.ops.reference import MOST_LEVEL
 from wmengine.sandbox import MECHANISMS, wire
@@ -54,7 +54,7 @@ def serve(connection: socket.socket, mechanisms: Sequence[str]) -> None:
         except wire.WireError as error:
             if error.closed:
                 return
-            said = f"the model needs more memory than it may have ({error})"
+            said = f"the model {MORE_MEMORY} ({error})"
             wire.send(connection, {"error": said, "word": error.header["word"]})
             continue
         try:
@@ -62,7 +62,7 @@ def serve(connection: socket.socket, mechanisms: Sequence[str]) -> None:
         except SuspectError as error:
             header, answers = {"error": str(error), "other_task": isinstance(error, OtherTask)}, ()
         except MemoryError:
-            header, answers = {"error": f"{question.get('name', 'the model')} needs more memory than it may have"}, ()
+            header, answers = {"error": f"{question.get('name', 'the model')} {MORE_MEMORY}"}, ()
         except Exception as error:  # a hostile model can make any library raise anything
             header, answers = {"error": f"{question.get('name', 'the model')} cannot be judged ({one_line(error)})"}, ()
         del arrays

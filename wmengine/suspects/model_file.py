@@ -1,18 +1,22 @@
 """An ONNX file's bytes, and those of its external weights: each read once, capped and hashed, and looked at by nobody.
 
 External weights are read only from regular files with a single link inside the model's own directory, or its own blobs
-in a cache of Hugging Face's: a model must not be able to name a file that its sender could not read. Which files it
-names is for an engine to say, that may live in a sandbox: here no byte of a stranger's file is interpreted.
+in a cache of Hugging Face's: a model must not be able to name a file that its sender could not read, whatever he does
+to the directory meanwhile. Which files it names is for an engine to say, that may live in a sandbox: here no byte of a
+stranger's file is interpreted.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import stat
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Protocol
 
@@ -21,6 +25,7 @@ from wmengine.errors import SuspectError
 MAXIMUM_BYTES = 4 << 30
 MAXIMUM_FILES, MAXIMUM_LOCATION = 10_000, 4096  # a path's length on Linux
 _BLOB = re.compile(r"blobs/([0-9a-f]{40}|[0-9a-f]{64})")
+HOLES = 64 << 20  # bytes that nobody has written, more than which are refused where they are most of a file
 
 
 class Source(Protocol):
@@ -94,7 +99,9 @@ class LocalSource:
 
     def read(self, maximum_bytes: int) -> bytes:
         try:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)  # O_NONBLOCK: a pipe must not hold us up
+            # O_NONBLOCK: a pipe must not hold us up. A path that ends in a slash names the folder itself.
+            file = os.path.basename(self._path) or "."
+            descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK, dir_fd=self._folder)
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.name} does not exist; give the path of an ONNX file") from None
         except OSError as error:
@@ -108,13 +115,9 @@ class LocalSource:
 
     def read_beside(self, location: str, maximum_bytes: int) -> bytes:
         """Opened part by part below the model's directory, no part of it through a symbolic link."""
-        directory = os.path.dirname(self._path) or "."
         name = f"the file {location!r} beside {self.name}"
-        directory, parts = _in_cache(os.path.abspath(directory), location) or (directory, PurePosixPath(location).parts)
-        try:
-            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            raise SuspectError(f"{name} cannot be reached ({error.strerror}); check the folder's permissions") from None
+        parts = self._in_cache(location) or PurePosixPath(location).parts
+        descriptor = os.dup(self._folder)
         try:
             for depth, part in enumerate(parts, start=1):
                 flags = os.O_RDONLY | os.O_NOFOLLOW | (os.O_NONBLOCK if depth == len(parts) else os.O_DIRECTORY)
@@ -128,19 +131,26 @@ class LocalSource:
             raise SuspectError(f"{name} must be a regular file and no link; copy the weights there") from None
         return _read(descriptor, name, maximum_bytes, links_allowed=False)
 
+    @cached_property
+    def _folder(self) -> int:
+        """Opened once: whatever is led elsewhere after that, model and weights are of one folder."""
+        descriptor = os.open(os.path.dirname(self._path) or ".", os.O_PATH | os.O_DIRECTORY)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
 
-def _in_cache(directory: str, location: str) -> tuple[str, tuple[str, ...]] | None:
-    """Where a link in a cache of Hugging Face's leads: the model's folder, and the parts of the path below it; or None.
+    def _in_cache(self, location: str) -> tuple[str, ...] | None:
+        """Where a link in a cache of Hugging Face's leads, part by part from the model's directory; or None.
 
-    There snapshots/REVISION/… are links to ../…/blobs/HASH of the same model. No other link is followed.
-    """
-    folder, found, below = f"{directory}/{location}".rpartition("/snapshots/")
-    try:
-        target = os.readlink(f"{directory}/{location}") if found else ""
-    except (OSError, ValueError):  # no link
-        return None
-    blob = _BLOB.fullmatch(target.removeprefix("../" * (1 + below.count("/"))))
-    return None if blob is None else (folder, ("blobs", blob[1]))
+        There snapshots/REVISION/… are links to ../…/blobs/HASH of the same model. No other link is followed.
+        """
+        _, found, below = os.path.dirname(os.path.abspath(self._path)).rpartition("/snapshots/")
+        try:
+            target = os.readlink(location, dir_fd=self._folder) if found else ""
+        except (OSError, ValueError):  # no link
+            return None
+        up = 2 + below.count("/")  # from the model's directory
+        blob = _BLOB.fullmatch(target.removeprefix("../" * (up + location.count("/"))))
+        return None if blob is None else (*[".."] * up, "blobs", blob[1])
 
 
 def _read(descriptor: int, name: str, maximum_bytes: int, links_allowed: bool) -> bytes:
@@ -155,6 +165,9 @@ def _read(descriptor: int, name: str, maximum_bytes: int, links_allowed: bool) -
     with os.fdopen(descriptor, "rb") as file:
         if status.st_size > maximum_bytes:  # a hole of a terabyte costs its sender nothing
             raise SuspectError(f"{name} is larger than the {maximum_bytes} bytes that a model and its weights may have")
+        holes = _holes(descriptor, status.st_size)
+        if holes > max(HOLES, status.st_size // 2):  # gigabytes that cost their sender nothing, and us many seconds
+            raise SuspectError(f"{name} holds no data in {holes} of its {status.st_size} bytes; copy it again, whole")
         try:
             data = file.read(status.st_size + 1)
         except OSError as error:
@@ -162,3 +175,17 @@ def _read(descriptor: int, name: str, maximum_bytes: int, links_allowed: bool) -
     if data is None or len(data) != status.st_size:  # None: nothing yet, from a file that waits for its writer
         raise SuspectError(f"{name} changes while it is read; copy it first")
     return data
+
+
+def _holes(descriptor: int, size: int) -> int:
+    """How many bytes of an open file nobody has written; 0 where the file system cannot say."""
+    holes = place = 0
+    try:
+        while size > HOLES and place < size:
+            data = os.lseek(descriptor, place, os.SEEK_DATA)
+            holes += data - place
+            place = os.lseek(descriptor, data, os.SEEK_HOLE)
+    except OSError as error:
+        holes += size - place if error.errno == errno.ENXIO else 0  # there is no data behind this place
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return holes

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine._optional import require
-from wmengine.errors import OtherTask, SuspectError
+from wmengine.errors import MORE_MEMORY, OtherTask, SuspectError
 from wmengine.facts import Fact
 from wmengine.suspects.answers import Outputs
 from wmengine.suspects.base import Inputs, Tensor, one_line, rows_of
@@ -135,7 +135,7 @@ class OnnxEngine:
             session = ort.InferenceSession(data, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions share no base of their own
             if _is_memory(error):
-                raise SuspectError(f"{self._name} needs more memory than it may have ({one_line(error)})") from None
+                raise SuspectError(f"{self._name} {MORE_MEMORY} ({one_line(error)})") from None
             raise SuspectError(
                 f"{self._name} is not a model that ONNX Runtime can load ({one_line(error)}); export it to ONNX again"
             ) from None
@@ -298,7 +298,7 @@ def parse(name: str, data: bytes) -> Any:
         model = onnx.ModelProto.FromString(data)
     except Exception:  # protobuf's DecodeError, or whatever else these bytes make it do
         if not _room_for(2 * len(data)):  # protobuf says nothing else where there is none
-            raise SuspectError(f"{name} needs more memory than it may have") from None
+            raise SuspectError(f"{name} {MORE_MEMORY}") from None
         model = onnx.ModelProto()
     if model.HasField("graph"):
         return model
