@@ -1,4 +1,4 @@
-"""The keyed symbols: bits, or labels of the task's classes, iid uniform and drawn by SHAKE-256."""
+"""The keyed symbols: bits, labels of the task's classes, or of choices, iid uniform and drawn by SHAKE-256."""
 
 from __future__ import annotations
 
@@ -107,3 +107,37 @@ class Labels:
 
     def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
         return keyed_labels(subkey, parameters["count"], parameters["num_classes"])
+
+
+@dataclass(frozen=True)
+class Choices:
+    """N labels, int64 in [0, choices): as many as the source offers, whose parameter `choices` is."""
+
+    count: int = 100
+
+    name = "labels"
+    fields = ("count",)
+
+    def __post_init__(self) -> None:
+        integer("count", self.count, 1, MAX_TRIGGERS)
+
+    def describe(self, task: Task) -> Parameters:
+        return {"count": int(self.count)}
+
+    def check(self, parameters: Parameters) -> None:
+        canonical_integer("count", parameters["count"], 1, MAX_TRIGGERS)
+
+    def total(self, parameters: Parameters) -> int:
+        return int(parameters["count"])
+
+    def classes(self, parameters: Parameters) -> int:
+        return int(parameters["choices"])
+
+    def alphabet(self, parameters: Parameters) -> int:
+        return self.classes(parameters)
+
+    def layout(self, parameters: Parameters) -> Layout:
+        return {"labels": ("int64", (parameters["count"],))}
+
+    def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
+        return keyed_labels(subkey, parameters["count"], parameters["choices"])
