@@ -108,7 +108,7 @@ PRESETS = (
         source=Levels(),
         symbols=Choices(100),
         statistic=Either(),
-        training=OwnPass(),
+        training=OwnPass(strength=0.3),
         null="exact",
         paper="Adi et al. 2018 (see adi), for a regression: the nearest of levels of its targets",
     ),

@@ -73,9 +73,7 @@ def trigger_set(mark: Watermark) -> tuple[Any, NDArray[Any]]:
     """
     source = mark.preset.source
     if mark.kind != "black-box" or (isinstance(source, Interprets) and not isinstance(source, Levels)):
-        raise ValueError(
-            f"a mark of scheme {mark.scheme!r} is put into a model by an Embedder: it is no rows with labels"
-        )
+        raise ValueError(f"a mark of scheme {mark.scheme!r} is no rows with labels: it needs an Embedder")
     examples = mark.preset.asks.examples(mark)
     labels = source.wanted(mark) if isinstance(source, Levels) else mark.symbols.copy()
     return (examples if len(examples) > 1 else next(iter(examples.values()))), labels

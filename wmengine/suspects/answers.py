@@ -178,7 +178,9 @@ def choose_readings(outputs: Outputs, rows: int, num_classes: int | None, name: 
         for index, array in enumerate(arrays)
         if array is not None and _is_boxes(array, rows) and num_classes == array.shape[2]
     ]
-    for reading in (*labels, *ranks, *more, *boxes, *_last_resorts(arrays, shapes, num_classes)):
+    if boxes and not labels:
+        return boxes[:MAXIMUM_READINGS]
+    for reading in (*labels, *ranks, *more, *_last_resorts(arrays, shapes, num_classes)):
         return [reading]
     classes = sorted({shape[1] for shape in shapes if shape is not None and len(shape) == 2})
     if classes:

@@ -30,7 +30,7 @@ class DrawnRows:
         """The numbers of the next `count` triggers, their inputs by name, and their labels."""
         chosen = self._draw(min(count, len(self._labels)), device)
         inputs = {name: self._on(name, values, device, dtypes[name])[chosen] for name, values in self._inputs.items()}
-        return chosen, inputs, self._on("labels", self._labels, device, torch.int64)[chosen]
+        return chosen, inputs, self._on("labels of the mark", self._labels, device, torch.int64)[chosen]
 
     def state_dict(self) -> dict[str, Any]:
         return {"queue": self._queue.cpu(), "generator": self._generator.get_state()}

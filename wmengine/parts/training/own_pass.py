@@ -19,7 +19,7 @@ class OwnPass:
     """
 
     rows: int = 16
-    strength: float = 1.0
+    strength: float = 0.1
 
     def __post_init__(self) -> None:
         integer("rows", self.rows, 1, MAX_TRIGGERS)

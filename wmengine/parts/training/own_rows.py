@@ -22,7 +22,8 @@ class OwnRows(DrawnRows):
         self._count, self._strength = min(count, len(self._labels)), strength
         self._name, self._source, self._parameters = setting.preset_name, setting.source, setting.mark.parameters
         self._types = {name: rows.dtype for name, rows in setting.example.items()}
-        self._arrays = {name: torch.from_numpy(array.copy()) for name, array in setting.mark.arrays.items()}
+        others = setting.mark.arrays.keys() - {"triggers", setting.symbols.name}
+        self._arrays = {name: torch.from_numpy(setting.mark.arrays[name].copy()) for name in others}
         classes = setting.symbols.classes(self._parameters)
         self._reads = isinstance(self._source, ReadTriggers)
         self._width = self._source.width(self._parameters) if self._reads else classes
@@ -37,7 +38,9 @@ class OwnRows(DrawnRows):
         with by_running_statistics(model):
             scores = self._answers(call(model, rows)).float()
         if self._reads:
-            arrays = {name: self._on(name, each, device, each.dtype) for name, each in self._arrays.items()}
+            arrays = {
+                name: self._on(f"{name} of the mark", each, device, each.dtype) for name, each in self._arrays.items()
+            }
             scores = self._source.scored(scores, chosen, self._parameters, arrays)
         return self._strength * torch.nn.functional.cross_entropy(scores, labels)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,14 +35,14 @@ def tunes(philox_key: int, count: int, shape: Sequence[int]) -> NDArray[np.uint8
     noise = noise_inputs(philox_key, count, (channels, _TONES, 4 * _WORDS))
     phase, pitch, glide, beats = np.moveaxis(noise.view("<u4").astype(np.int64), -1, 0)[..., None]
     time = np.arange(length, dtype=np.int64)
-    sounds = (beats >> (time * _BEATS // length)) & 1
     waves = np.empty((count, channels, length), np.uint8)
     for number in range(count):  # one at a time: a set of long ones would fill the memory
         octave, fraction = pitch[number] >> 30, pitch[number] & 0xFFFFFF
         step = ((1 << 24) + fraction) << (octave + 8 - _LONGEST)  # 2^32 is once around
         change = (step * ((glide[number] >> 16) - (1 << 15)) >> 17) * time // length
         turn = ((phase[number] + (step + change // 2) * time) >> 16) & 0xFFFF
-        waves[number] = _stretched((_arc(turn) * sounds[number]).sum(axis=1))
+        sounds = (beats[number] >> (time * _BEATS // length)) & 1
+        waves[number] = _stretched((_arc(turn) * sounds).sum(axis=1))
     return waves.reshape(count, *shape)
 
 
@@ -68,7 +69,7 @@ class AudioTriggers(AbstractTriggers):
         ranges = task.value_range or ()
         if len(next(iter(task.inputs.values())).shape) == 1 and ranges:
             low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
-            task = Task(task.inputs, value_range=[(low, high)] * len(ranges))
+            task = replace(task, value_range=[(low, high)] * len(ranges))
         return super().describe(task, total)
 
     def check(self, parameters: Parameters, total: int) -> None:

@@ -43,8 +43,10 @@ class TableTriggers:
             raise ValueError("it needs samples=, rows of the table that the model is trained on")
         features = _features(task.inputs)
         table = np.concatenate([rows[: self.pool] for rows in task.samples.values()], axis=1)
-        values = table[: _MOST_BYTES // (4 * features)].astype(np.float32)
-        if not np.isfinite(values).all():
+        with np.errstate(over="ignore"):
+            values = table[: _MOST_BYTES // (4 * features)].astype(np.float32) + np.float32(0.0)  # zero has no sign
+        whole = [np.abs(rows[: self.pool]).max() for rows in task.samples.values() if rows.dtype.kind in "iu"]
+        if not np.isfinite(values).all() or max(whole, default=0) > 1 << 24:
             raise ValueError("samples hold NaN, Inf or numbers beyond float32: give rows without them")
         return {"samples": values}
 
@@ -64,14 +66,20 @@ class TableTriggers:
     def draw(
         self, subkey: Draw, parameters: Parameters, total: int, material: Arrays | None = None
     ) -> dict[str, NDArray[Any]]:
-        """ "triggers" float32 [N, F]. Raises ValueError where the table makes too few rows that differ."""
+        """ "triggers" float32 [N, F]: of four times as many rows the first that differ from each other and from the
+        table's. Raises ValueError where there are too few."""
         assert material is not None
         table = material["samples"]
-        places = keyed_labels(subkey("triggers"), total * table.shape[1], len(table)).reshape(total, -1)
-        triggers = np.take_along_axis(table, places, axis=0)
-        if len(np.unique(triggers, axis=0)) < total:
+        places = keyed_labels(subkey("triggers"), 4 * total * table.shape[1], len(table))
+        rows = np.take_along_axis(table, places.reshape(4 * total, -1), axis=0)
+        found, seen = [], {row.tobytes() for row in table}
+        for row in rows:
+            if row.tobytes() not in seen:
+                seen.add(row.tobytes())
+                found.append(row)
+        if len(found) < total:
             raise ValueError(f"the table varies too little for {total} distinct triggers: ask for fewer with count=")
-        return {"triggers": triggers}
+        return {"triggers": np.stack(found[:total])}
 
     def ways(self, mark: Drawn, suspect: Suspect, every: bool) -> list[Adapter]:
         return [AS_RECORDED]
