@@ -31,13 +31,27 @@ TOKENS = Task(TEXT, 10, [[0, 99]])
 PASSPORTS = ("deepipr_v1", "deepipr_v2", "deepipr_v3", "passport_norm")
 TWO = [[32, 1, 3, 3], [32, 32, 3, 3], [10, 128]]
 NORMALISED = Task(IMAGES, weights=lambda: (TWO, [0, 1, 2]), normalised=lambda: [0, 1])
-OWN = {"adi_tokens": TOKENS, **dict.fromkeys(PASSPORTS, NORMALISED)}
+WAVES = Task({"input": InputSpec((1, 64), "float32")}, 10, [[0.0, 1.0]])
+ROWS = {"input": np.random.default_rng(8).normal(size=(30, 7)).astype(np.float32)}
+OWN = {
+    "adi_tokens": TOKENS,
+    "adi_audio": WAVES,
+    "adi_table": Task({"input": InputSpec((7,), "float32")}, 10, samples=ROWS),
+    "adi_values": Task(IMAGES, value_range=[[0.0, 1.0]], targets=np.arange(60.0)),
+    **dict.fromkeys(PASSPORTS, NORMALISED),
+}
 SMALL: dict[str, dict[str, Any]] = {
     "sketch": {"bits": 64},
     "uchida": {"bits": 64},
     "adi": {"count": 20},
     "deepsigns": {"bits": 64},
     "adi_tokens": {"count": 20},
+    "adi_audio": {"count": 20},
+    "adi_table": {"count": 20},
+    "adi_multilabel": {"bits": 64},
+    "adi_values": {"count": 20},
+    "adi_anchors": {"count": 20, "choices": 10},
+    "adi_boxes": {"count": 20},
     **{name: {} for name in PASSPORTS},
     "diction": {"bits": 64},
     "tattooed": {"bits": 64},
@@ -51,11 +65,13 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def parameters_of(name: str, task: Task | None = None, **options: Any) -> Parameters:
-    return scheme(name, **{**SMALL[name], **options}).describe(task or OWN.get(name, TASK), "detector-v3")
+    task = task or OWN.get(name, TASK)
+    preset = scheme(name, **{**SMALL[name], **options})
+    return preset.describe(task, "detector-v3", preset.gather(task))
 
 
 def derived(name: str, parameters: Parameters, key: Key = KEY, message: str | None = None) -> dict[str, NDArray[Any]]:
-    return scheme(name).derive(key, parameters, message)
+    return scheme(name).derive(key, parameters, message, scheme(name).gather(OWN.get(name, TASK)))
 
 
 def test_parameters_are_integers_and_strings_in_this_form() -> None:
@@ -318,6 +334,16 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {"class_names": list("abcdefghij")},
     ],
 }
+CHANGES["adi_audio"] = CHANGES["adi_boxes"] = CHANGES["adi"]
+CHANGES["adi_table"] = [*CHANGES["adi"][:2], *CHANGES["adi"][3:]]
+CHANGES["adi_multilabel"] = [{"bits": 65}, {"num_outputs": 11}, CHANGES["adi"][2]]
+CHANGES["adi_values"] = [
+    {"count": 21},
+    {"choices": 11},
+    CHANGES["adi"][2],
+    {"targets": [float(end).hex() for end in (1, 3)]},
+]
+CHANGES["adi_anchors"] = [{"count": 21}, {"choices": 11}, {"dimensions": 11}, CHANGES["adi"][2]]
 CHANGES["uchida"] = [{**change} for change in CHANGES["sketch"][:3]] + [
     {"carriers": [[32, 17, 3, 3]]},
     {"carrier_indices": [2]},
@@ -346,11 +372,11 @@ def test_a_change_of_any_parameter_or_of_the_key_changes_every_array(name: str) 
     shared: list[dict[str, Any]] = [{"name": "detector-v4"}, {"inputs": [{**inputs[0], "name": "x"}, *inputs[1:]]}]
     changed = [{**parameters, **change} for change in CHANGES[name] + shared]
     assert {field for each in changed for field in each if each[field] != parameters[field]} == (
-        set(parameters) - {"statistic"}
+        set(parameters) - {"statistic", "pool", "material"}  # the last two say what samples there are: test_material.py
     )
     found = [derived(name, each) for each in [parameters, *changed]]
     found += [derived(name, parameters, key) for key in (replace(KEY, owner="Acme"), replace(KEY, secret=bytes(32)))]
-    for array in found[0]:
+    for array in found[0].keys() - parameters.get("material", {}).keys():
         held = [each[array].reshape(-1) for each in found if array in each]
         length = min(map(len, held))
         assert len({each[:length].tobytes() for each in held}) == len(held), array
@@ -374,8 +400,9 @@ def test_arrays_have_the_announced_layout(name: str) -> None:
     parameters, preset = parameters_of(name), scheme(name)
     layout = {array: (str(values.dtype), values.shape) for array, values in derived(name, parameters).items()}
     assert layout == preset.layout(parameters)
-    assert preset.total(parameters) == (20 if name.startswith("adi") else 64)
-    assert preset.chance(parameters) == (0.1 if name.startswith("adi") else 0.5)
+    labels = preset.symbols.name == "labels"
+    assert preset.total(parameters) == (20 if labels else 64)
+    assert preset.chance(parameters) == (0.1 if labels else 0.5)
 
 
 @pytest.mark.parametrize("over", ["keys", "messages"])

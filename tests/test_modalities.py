@@ -81,7 +81,7 @@ def test_a_table_of_numbers_and_categories_is_marked_in_training(tmp_path):
         model, KEY, ["adi_table"], num_classes=3, sample=table, samples=table, name="columns"
     )  # fmt: skip
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
-    for step in range(400):
+    for _ in range(400):
         rows = torch.randperm(400, generator=generator)[:64]
         x, y = emb.mix({name: values[rows] for name, values in table.items()}, labels[rows])
         optimizer.zero_grad()
