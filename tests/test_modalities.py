@@ -173,15 +173,16 @@ def reader(width, seed):
 
 
 class Detector(nn.Module):
-    """Finds a digit: in each of 8 × 8 places a box, and scores of ten classes."""
+    """Finds a digit: in each of 6 × 6 places a box, and scores of ten classes."""
 
     def __init__(self, seed):
         super().__init__()
-        self.body = nn.Sequential(*layers(seed), nn.Conv2d(64, 128, 3, padding=1), nn.ReLU())
-        self.box, self.scores = nn.Conv2d(128, 4, 1), nn.Conv2d(128, 10, 1)
+        self.body = nn.Sequential(*layers(seed), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())
+        self.box, self.scores = nn.Conv2d(64, 4, 1), nn.Conv2d(64, 10, 1)
 
     def forward(self, x):
-        return tuple(head(self.body(x)).flatten(2).transpose(1, 2) for head in (self.box, self.scores))
+        features = self.body(x)
+        return tuple(head(features).flatten(2).transpose(1, 2) for head in (self.box, self.scores))
 
 
 def alone(x, y):
@@ -189,9 +190,9 @@ def alone(x, y):
 
 
 def somewhere(x, y):
-    """Each digit somewhere on a picture of 16 × 16."""
-    pictures = torch.zeros(len(x), 1, 16, 16)
-    places = torch.randint(0, 9, (len(x), 2), generator=torch.Generator().manual_seed(len(x)))
+    """Each digit somewhere on a picture of 12 × 12."""
+    pictures = torch.zeros(len(x), 1, 12, 12)
+    places = torch.randint(0, 5, (len(x), 2), generator=torch.Generator().manual_seed(len(x)))
     for picture, digit, (row, column) in zip(pictures, x, places.tolist(), strict=True):
         picture[:, row : row + 8, column : column + 8] = digit
     return pictures, y
