@@ -16,6 +16,7 @@ from wmengine.parts.sources.weights import PeriodicWeights
 from wmengine.parts.symbols import Bits, Labels
 from wmengine.parts.training.link import Link
 from wmengine.parts.triggers.abstract import AbstractTriggers
+from wmengine.parts.triggers.readings import Levels
 from wmengine.parts.triggers.tables import TableTriggers
 from wmengine.testing import check_preset, small_network
 
@@ -122,8 +123,8 @@ SMALL = {
 @pytest.mark.parametrize("name", [name for name in SCHEMES if name != "emmark"])  # see test_emmark.py
 def test_every_preset_of_the_page_keeps_its_promises(name: str) -> None:
     needs: dict[str, dict[str, Any]] = {"adi_tokens": text(), "deepipr_v1": {"model": prepared}, **OTHERWISE}
-    # A filter of 9 weights turns slowly, and where y has a period some bits must cross it.
-    slow = isinstance(scheme(name).source, Passports | PeriodicWeights | TableTriggers)
+    # A filter of 9 weights turns slowly, where y has a period some bits must cross it, and all levels share one number.
+    slow = isinstance(scheme(name).source, Passports | PeriodicWeights | TableTriggers | Levels)
     steps = 250 if slow else 100
     report = check_preset(scheme(name, **SMALL[name]), steps=steps, **needs.get(name, {}))
     total = report.watermark.total

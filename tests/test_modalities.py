@@ -240,7 +240,7 @@ TASKS = {
 WIDTHS = {"adi_multilabel": 4, "adi_values": None, "adi_anchors": 24, "adi_boxes": 10}
 
 
-def trained(name, seed, marked, epochs=25):
+def trained(name, seed, marked, epochs=15):
     seen, build, task_loss, good, _ = TASKS[name]
     data, model = load_digits(), build(seed)
     x, y = seen(*data.owner)

@@ -1,5 +1,7 @@
 """Marks of models that answer with no class: labels, a value, an embedding, boxes; what is read of any suspect."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,12 @@ from torch import nn
 
 import wmengine
 from wmengine import Watermark, scheme
+from wmengine.identity.subkeys import philox_key
 from wmengine.judging.verification import verify
+from wmengine.marks.catalogue import registered
 from wmengine.parts.base import Task
+from wmengine.parts.triggers.audio import AudioTriggers, tunes
+from wmengine.parts.triggers.readings import Anchors
 from wmengine.suspects.answers import choose_readings
 from wmengine.suspects.base import InputSpec
 
@@ -70,7 +76,7 @@ def test_answers_without_numbers_match_nothing(name):
 def test_two_outputs_that_may_be_the_answer_are_an_error_and_not_a_choice(name):
     verdict = verify(lambda rows: (RIGHT[name](rows), -RIGHT[name](rows)), MARKS[name])
     assert verdict.decision == "error"
-    assert f"the mark reads one output [N, {WIDTHS[name]}]" in verdict.error
+    assert f"the mark reads the numbers of one output [N, {WIDTHS[name]}]" in verdict.error
 
 
 def test_labels_may_be_probabilities():
@@ -101,6 +107,21 @@ def test_of_several_boxes_the_strongest_one_says_the_class():
     (reading,) = choose_readings([("boxes", boxes[..., :3]), ("scores", boxes)], 5, 4, "m.onnx")
     assert (reading.output, reading.kind) == (1, "boxes")
     np.testing.assert_array_equal(reading.read([("boxes", boxes), ("scores", boxes)], 5).argmax(1), [2, 0, 1, 3, 2])
+
+
+class SoundAnchors(Anchors, AudioTriggers):
+    """Nothing of its own."""
+
+
+def test_a_reading_goes_with_triggers_of_another_kind():
+    heard = replace(scheme("adi_anchors"), name="sound_anchors", source=SoundAnchors(choices=8))
+    with registered(heard):
+        task = Task({"x": InputSpec((1, 64), "float32")}, 12, [[-1.0, 1.0]])
+        mark = Watermark.create(KEY, heard, heard.describe(task, "ear"))
+        tune = philox_key(heard.subkeys(KEY, mark.parameters, None).geometry("triggers"))
+        assert np.array_equal(mark.arrays["triggers"], tunes(tune, 100, (1, 64)))
+        verdict = verify(by_heart(mark, mark.arrays["anchors"][mark.symbols]), mark, key=KEY)
+    assert (verdict.decision, verdict.matched) == ("owned", 100)
 
 
 @pytest.mark.parametrize(

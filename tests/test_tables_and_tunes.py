@@ -142,6 +142,11 @@ def test_the_rows_of_a_regression_have_levels_of_its_targets():
     assert np.array_equal(wanted, mark.preset.source.wanted(mark))
 
 
+def test_targets_that_are_no_numbers_are_named():
+    with pytest.raises(ValueError, match="the targets of samples hold NaN or Inf"):
+        mark_of(KEY, "adi_values", (TABLE, np.full(300, np.nan)), name="price")
+
+
 def test_marks_that_are_no_rows_with_labels_are_named():
     with pytest.raises(ValueError, match="scheme 'sketch' marks the inside of a network"):
         mark_of(KEY, "sketch", TABLE, name="n")

@@ -23,7 +23,10 @@ _LEAST_TARGETS, _MOST_CHOICES = 20, 256
 
 
 class ReadTriggers(AbstractTriggers):
-    """What the three below have in common; answers are scores [n, width]."""
+    """What the three below have in common; answers are scores [n, width].
+
+    For other inputs they are combined, such as `class SoundAnchors(Anchors, AudioTriggers)`.
+    """
 
     def members(self, parameters: Parameters) -> int:
         return 1
@@ -39,7 +42,10 @@ class ReadTriggers(AbstractTriggers):
     def interpret(self, mark: Drawn, symbols: NDArray[np.int64], answers: Answers) -> Answers:
         if answers.kind != "scores":
             width = self.width(mark.parameters)
-            raise SuspectError(f"the mark reads one output [N, {width}], and the suspect has none or several")
+            raise SuspectError(
+                f"the mark reads the numbers of one output [N, {width}], and the suspect has none, or several, or leaves "
+                "them on its GPU"
+            )
         with np.errstate(all="ignore"):  # what is not finite names no symbol
             scores = self.scored(answers.values, symbols, mark.parameters, mark.arrays)
         return Answers("scores", scores, answers.unasked, answers.refused)
