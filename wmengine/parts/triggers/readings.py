@@ -43,8 +43,8 @@ class ReadTriggers(AbstractTriggers):
         if answers.kind != "scores":
             width = self.width(mark.parameters)
             raise SuspectError(
-                f"the mark reads the numbers of one output [N, {width}], and the suspect has none, or several, or leaves "
-                "them on its GPU"
+                f"the mark reads the numbers of one output [N, {width}], and the suspect has none, has several, or "
+                "leaves them on its GPU"
             )
         with np.errstate(all="ignore"):  # what is not finite names no symbol
             scores = self.scored(answers.values, symbols, mark.parameters, mark.arrays)
