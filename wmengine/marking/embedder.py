@@ -123,6 +123,7 @@ class Embedder:
         given = {preset.name: preset for preset in presets}
         for watermark in registered:
             course = self._course(watermark, given.get(watermark.scheme, watermark.preset))
+            # Some train their triggers in a pass of their own, and a batch has none of these.
             has_rows = course.rows(0, self._batches.example(self._model)) is not None
             groups += has_rows
             self._marks.append(_Mark(watermark, course, groups if has_rows else 0))

@@ -178,7 +178,7 @@ def choose_readings(outputs: Outputs, rows: int, num_classes: int | None, name: 
         for index, array in enumerate(arrays)
         if array is not None and _is_boxes(array, rows) and num_classes == array.shape[2]
     ]
-    if boxes and not labels:
+    if boxes and not (labels or ranks):
         return boxes[:MAXIMUM_READINGS]
     for reading in (*labels, *ranks, *more, *_last_resorts(arrays, shapes, num_classes)):
         return [reading]

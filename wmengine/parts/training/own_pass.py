@@ -14,8 +14,8 @@ class OwnPass:
     it is, and `loss` or `regulariser` have the term.
 
     As Adi et al. 2018 train triggers beside the task, but what the model answers is read as verification will. Batch
-    normalisations go by their running statistics then, and keep nothing of triggers. strength: raise it where the
-    task's own loss is much larger than 1, such as a squared error of prices.
+    normalisations go by their running statistics then, and keep nothing of triggers. The term is of size 1: it drowns
+    in a task's loss that is much larger, such as a squared error of prices.
     """
 
     rows: int = 16

@@ -60,7 +60,8 @@ class OutputBits(ReadTriggers):
     def describe(self, task: Task, total: int) -> Parameters:
         if task.num_classes is None:
             raise ValueError("it needs num_classes, how many labels the model answers with")
-        return {**super().describe(task, total), "num_outputs": int(task.num_classes)}
+        outputs = integer("num_classes", task.num_classes, 2, MAX_CLASSES)
+        return {**super().describe(task, total), "num_outputs": outputs}
 
     def check(self, parameters: Parameters, total: int) -> None:
         canonical_integer("num_outputs", parameters["num_outputs"], 2, MAX_CLASSES)
@@ -145,7 +146,7 @@ class Anchors(ReadTriggers):
     def describe(self, task: Task, total: int) -> Parameters:
         if task.num_classes is None:
             raise ValueError("it needs num_classes, the width of the model's embeddings")
-        own = {"choices": int(self.choices), "dimensions": int(task.num_classes)}
+        own = {"choices": int(self.choices), "dimensions": integer("num_classes", task.num_classes, 2, MAX_BITS)}
         return {**super().describe(task, total), **own}
 
     def check(self, parameters: Parameters, total: int) -> None:
