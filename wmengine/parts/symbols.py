@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 
@@ -66,7 +66,7 @@ class Labels:
     count: int = 100
 
     name = "labels"
-    fields = ("count", "num_classes", "class_names")
+    fields: ClassVar[tuple[str, ...]] = ("count", "num_classes", "class_names")
 
     def __post_init__(self) -> None:
         integer("count", self.count, 1, MAX_TRIGGERS)
@@ -106,20 +106,14 @@ class Labels:
         return {"labels": ("int64", (parameters["count"],))}
 
     def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
-        return keyed_labels(subkey, parameters["count"], parameters["num_classes"])
+        return keyed_labels(subkey, parameters["count"], self.classes(parameters))
 
 
 @dataclass(frozen=True)
-class Choices:
+class Choices(Labels):
     """N labels, int64 in [0, choices): as many as the source offers, whose parameter `choices` is."""
 
-    count: int = 100
-
-    name = "labels"
     fields = ("count",)
-
-    def __post_init__(self) -> None:
-        integer("count", self.count, 1, MAX_TRIGGERS)
 
     def describe(self, task: Task) -> Parameters:
         return {"count": int(self.count)}
@@ -127,17 +121,5 @@ class Choices:
     def check(self, parameters: Parameters) -> None:
         canonical_integer("count", parameters["count"], 1, MAX_TRIGGERS)
 
-    def total(self, parameters: Parameters) -> int:
-        return int(parameters["count"])
-
     def classes(self, parameters: Parameters) -> int:
         return int(parameters["choices"])
-
-    def alphabet(self, parameters: Parameters) -> int:
-        return self.classes(parameters)
-
-    def layout(self, parameters: Parameters) -> Layout:
-        return {"labels": ("int64", (parameters["count"],))}
-
-    def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
-        return keyed_labels(subkey, parameters["count"], parameters["choices"])
