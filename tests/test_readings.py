@@ -11,12 +11,12 @@ from torch import nn
 
 import wmengine
 from wmengine import Watermark, scheme
-from wmengine.identity.subkeys import philox_key
 from wmengine.judging.verification import verify
 from wmengine.marks.catalogue import registered
 from wmengine.parts.base import Task
-from wmengine.parts.triggers.audio import AudioTriggers, tunes
+from wmengine.parts.triggers.audio import AudioTriggers
 from wmengine.parts.triggers.readings import Anchors
+from wmengine.parts.triggers.tokens import TokenTriggers
 from wmengine.suspects.answers import choose_readings
 from wmengine.suspects.base import InputSpec
 
@@ -109,18 +109,29 @@ def test_of_several_boxes_the_strongest_one_says_the_class():
     np.testing.assert_array_equal(reading.read([("boxes", boxes), ("scores", boxes)], 5).argmax(1), [2, 0, 1, 3, 2])
 
 
-class SoundAnchors(Anchors, AudioTriggers):
-    """Nothing of its own."""
+class SoundAnchors(Anchors):
+    asked = AudioTriggers()
 
 
-def test_a_reading_goes_with_triggers_of_another_kind():
-    heard = replace(scheme("adi_anchors"), name="sound_anchors", source=SoundAnchors(choices=8))
-    with registered(heard):
-        task = Task({"x": InputSpec((1, 64), "float32")}, 12, [[-1.0, 1.0]])
-        mark = Watermark.create(KEY, heard, heard.describe(task, "ear"))
-        tune = philox_key(heard.subkeys(KEY, mark.parameters, None).geometry("triggers"))
-        assert np.array_equal(mark.arrays["triggers"], tunes(tune, 100, (1, 64)))
-        verdict = verify(by_heart(mark, mark.arrays["anchors"][mark.symbols]), mark, key=KEY)
+class TextAnchors(Anchors):
+    asked = TokenTriggers()
+
+
+@pytest.mark.parametrize(
+    ("source", "task"),
+    [
+        (SoundAnchors(choices=8), Task({"x": InputSpec((1, 64), "float32")}, 12, [[-1.0, 1.0]])),
+        (TextAnchors(choices=8), Task({"x": InputSpec((9,), "int64")}, 12, [[0, 99]])),
+    ],
+)
+def test_a_reading_goes_with_triggers_of_another_kind(source, task):
+    preset = replace(scheme("adi_anchors"), name="other_anchors", source=source)
+    with registered(preset):
+        mark = Watermark.create(KEY, preset, preset.describe(task, "ear"))
+        (rows,) = source.asked.examples(mark).values()
+        assert rows.dtype.name == task.inputs["x"].dtype
+        known = {row.tobytes(): anchor for row, anchor in zip(rows, mark.arrays["anchors"][mark.symbols], strict=True)}
+        verdict = verify(lambda inputs: np.array([known[row.tobytes()] for row in inputs]), mark, key=KEY)
     assert (verdict.decision, verdict.matched) == ("owned", 100)
 
 

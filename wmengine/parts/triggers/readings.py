@@ -14,19 +14,50 @@ from numpy.typing import NDArray
 
 from wmengine.errors import SuspectError
 from wmengine.identity.subkeys import keyed_bits, keyed_labels
-from wmengine.parts.base import Draw, Drawn, Layout, Parameters, Task
+from wmengine.parts.base import Asks, Draw, Drawn, Layout, Need, Parameters, Task
 from wmengine.parts.fields import MAX_BITS, MAX_CLASSES, canonical_float32_hex, canonical_integer, float32_hex, integer
 from wmengine.parts.triggers.abstract import AbstractTriggers
-from wmengine.suspects.base import Answers
+from wmengine.suspects.adapters import Adapter
+from wmengine.suspects.base import Answers, Inputs, Suspect
 
 _LEAST_TARGETS, _MOST_CHOICES = 20, 256
 
 
-class ReadTriggers(AbstractTriggers):
+class ReadTriggers:
     """What the three below have in common; answers are scores [n, width].
 
-    For other inputs they are combined, such as `class SoundAnchors(Anchors, AudioTriggers)`.
+    asked: what is put to the suspect; for other inputs a class that asks otherwise, such as
+    `class TextAnchors(Anchors): asked = TokenTriggers()`. own: the parameters that the reading adds to those.
     """
+
+    needs = Need.ANSWERS
+    asked: ClassVar[Asks] = AbstractTriggers()
+    own: ClassVar[tuple[str, ...]]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return (*self.asked.fields, *self.own)
+
+    def describe(self, task: Task, total: int) -> Parameters:
+        return self.asked.describe(task, total)
+
+    def check(self, parameters: Parameters, total: int) -> None:
+        self.asked.check(parameters, total)
+
+    def layout(self, parameters: Parameters, total: int) -> Layout:
+        return self.asked.layout(parameters, total)
+
+    def draw(self, subkey: Draw, parameters: Parameters, total: int) -> dict[str, NDArray[Any]]:
+        return self.asked.draw(subkey, parameters, total)
+
+    def ways(self, mark: Drawn, suspect: Suspect, every: bool) -> list[Adapter]:
+        return self.asked.ways(mark, suspect, every)
+
+    def inputs(self, mark: Drawn, way: Adapter, start: int, stop: int) -> Inputs:
+        return self.asked.inputs(mark, way, start, stop)
+
+    def examples(self, mark: Drawn) -> Inputs:
+        return self.asked.examples(mark)
 
     def members(self, parameters: Parameters) -> int:
         return 1
@@ -55,7 +86,7 @@ class OutputBits(ReadTriggers):
     """A bit for each trigger, at one output of a multi-label model [N, L] that the key picks: 1 is above 0.5 where all
     answers at hand are from 0 to 1, else above 0."""
 
-    fields = ("value_range", "num_outputs")
+    own = ("num_outputs",)
 
     def describe(self, task: Task, total: int) -> Parameters:
         if task.num_classes is None:
@@ -92,7 +123,7 @@ class Levels(ReadTriggers):
 
     choices: int = 10
 
-    fields: ClassVar[tuple[str, ...]] = ("value_range", "choices", "targets")
+    own: ClassVar[tuple[str, ...]] = ("choices", "targets")
 
     def __post_init__(self) -> None:
         integer("choices", self.choices, 2, _MOST_CHOICES)
@@ -138,7 +169,7 @@ class Anchors(ReadTriggers):
 
     choices: int = 16
 
-    fields: ClassVar[tuple[str, ...]] = ("value_range", "choices", "dimensions")
+    own: ClassVar[tuple[str, ...]] = ("choices", "dimensions")
 
     def __post_init__(self) -> None:
         integer("choices", self.choices, 2, _MOST_CHOICES)
