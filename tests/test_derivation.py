@@ -51,13 +51,28 @@ POOLED = (
     *RANKED,
 )
 QUICK = {"frontier": {"push": 0.2}, "conferrable": {"distilling": 5}, "blind": {"encoding": 3}}
-OWN = {"adi_tokens": TOKENS, **dict.fromkeys(PASSPORTS, NORMALISED), **dict.fromkeys(POOLED, POOL)}
+WAVES = Task({"input": InputSpec((1, 64), "float32")}, 10, [[0.0, 1.0]])
+ROWS = {"input": np.random.default_rng(8).normal(size=(30, 7)).astype(np.float32)}
+OWN = {
+    "adi_tokens": TOKENS,
+    "adi_audio": WAVES,
+    "adi_table": Task({"input": InputSpec((7,), "float32")}, 10, samples=ROWS),
+    "adi_values": Task(IMAGES, value_range=[[0.0, 1.0]], targets=np.arange(60.0)),
+    **dict.fromkeys(PASSPORTS, NORMALISED),
+    **dict.fromkeys(POOLED, POOL),
+}
 SMALL: dict[str, dict[str, Any]] = {
     "sketch": {"bits": 64},
     "uchida": {"bits": 64},
     "adi": {"count": 20},
     "deepsigns": {"bits": 64},
     "adi_tokens": {"count": 20},
+    "adi_audio": {"count": 20},
+    "adi_table": {"count": 20},
+    "adi_multilabel": {"bits": 64},
+    "adi_values": {"count": 20},
+    "adi_anchors": {"count": 20, "choices": 10},
+    "adi_boxes": {"count": 20},
     **{name: {} for name in PASSPORTS},
     "diction": {"bits": 64},
     "tattooed": {"bits": 64},
@@ -358,6 +373,16 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {"class_names": list("abcdefghij")},
     ],
 }
+CHANGES["adi_audio"] = CHANGES["adi_boxes"] = CHANGES["adi"]
+CHANGES["adi_table"] = [*CHANGES["adi"][:2], *CHANGES["adi"][3:]]
+CHANGES["adi_multilabel"] = [{"bits": 65}, {"num_outputs": 11}, CHANGES["adi"][2]]
+CHANGES["adi_values"] = [
+    {"count": 21},
+    {"choices": 11},
+    CHANGES["adi"][2],
+    {"targets": [float(end).hex() for end in (1, 3)]},
+]
+CHANGES["adi_anchors"] = [{"count": 21}, {"choices": 11}, {"dimensions": 11}, CHANGES["adi"][2]]
 CHANGES["uchida"] = [{**change} for change in CHANGES["sketch"][:3]] + [
     {"carriers": [[32, 17, 3, 3]]},
     {"carrier_indices": [2]},
@@ -402,7 +427,7 @@ def test_a_change_of_any_parameter_or_of_the_key_changes_every_array(name: str) 
     shared: list[dict[str, Any]] = [{"name": "detector-v4"}, {"inputs": [{**inputs[0], "name": "x"}, *inputs[1:]]}]
     changed = [{**parameters, **change} for change in CHANGES[name] + shared]
     assert {field for each in changed for field in each if each[field] != parameters[field]} == (
-        set(parameters) - {"statistic"}
+        set(parameters) - {"statistic", "pool", "material"}  # the last two say what samples there are: test_material.py
     )
     found = [derived(name, each) for each in [parameters, *changed]]
     found += [derived(name, parameters, key) for key in (replace(KEY, owner="Acme"), replace(KEY, secret=bytes(32)))]
@@ -433,9 +458,10 @@ def test_arrays_have_the_announced_layout(name: str) -> None:
     parameters, preset = parameters_of(name), scheme(name)
     layout = {array: (str(values.dtype), values.shape) for array, values in derived(name, parameters).items()}
     assert layout == preset.layout(parameters)
-    assert preset.total(parameters) == (20 if preset.kind == "black-box" else 64)
-    chances = {"exponential_weighting": 1 / 9, "multi_view": 0.25, "blackmarks": 0.5}
-    assert preset.chance(parameters) == chances.get(name, 0.1 if preset.kind == "black-box" else 0.5)
+    labels = preset.symbols.name == "labels"
+    assert preset.total(parameters) == (20 if labels or name == "blackmarks" else 64)
+    chances = {"exponential_weighting": 1 / 9, "multi_view": 0.25}
+    assert preset.chance(parameters) == chances.get(name, 0.1 if labels else 0.5)
 
 
 @pytest.mark.parametrize("over", ["keys", "messages"])

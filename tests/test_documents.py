@@ -203,7 +203,8 @@ def test_the_documented_defaults_are_those_of_the_presets():
         if isinstance(preset.source, IntegerWeights):
             expected = [str(options["bits"]), str(options["spare"])]
         elif preset.kind == "black-box":
-            expected = [str(options["count" if "count" in options else "bits"])]
+            expected = [str(options.get("count", options.get("bits")))]
+            expected = [f"{options['strength']:g}", *expected] if "strength" in options else expected
         elif isinstance(preset.training, Spread):
             expected = [str(options["bits"]), f"{options['margin']:g}"]
         elif isinstance(preset.source, Weights):

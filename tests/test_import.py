@@ -22,7 +22,7 @@ def test_importing_the_package_loads_the_standard_library_only():
     assert loaded_after("import wmengine") - sys.stdlib_module_names - loaded_after("pass") == {"wmengine"}
 
 
-@pytest.mark.parametrize("name", ["Key", "Watermark", "SCHEMES", "verify", "Verdict"])
+@pytest.mark.parametrize("name", ["Key", "Watermark", "SCHEMES", "verify", "Verdict", "mark_of", "trigger_set"])
 def test_what_verification_needs_loads_without_torch_and_without_onnxruntime(name):
     loaded = loaded_after(f"import wmengine\nwmengine.{name}")
     assert not loaded & {"torch", "triton", "onnxruntime", "scipy", "matplotlib"}

@@ -17,12 +17,13 @@ from wmengine.parts.sources.integers import IntegerWeights
 from wmengine.parts.sources.latent import LatentActivations
 from wmengine.parts.sources.passports import Passports
 from wmengine.parts.sources.weights import PeriodicWeights, Weights
-from wmengine.parts.symbols import Bits, ChannelBits, Labels
+from wmengine.parts.symbols import Bits, ChannelBits, Choices, Labels
 from wmengine.parts.training.covert import Covert
 from wmengine.parts.training.entangled import Entangled
 from wmengine.parts.training.link import Link
 from wmengine.parts.training.margin import Margin
 from wmengine.parts.training.mixed import Mixed
+from wmengine.parts.training.own_pass import OwnPass
 from wmengine.parts.training.passports import PassportSigns
 from wmengine.parts.training.spread import Spread
 from wmengine.parts.training.together import Together
@@ -31,6 +32,8 @@ from wmengine.parts.triggers.abstract import AbstractTriggers
 from wmengine.parts.triggers.composites import Composites
 from wmengine.parts.triggers.families import Families
 from wmengine.parts.triggers.one_target import OneTarget
+from wmengine.parts.triggers.readings import Anchors, Levels
+from wmengine.parts.triggers.tables import TableTriggers
 from wmengine.parts.triggers.tokens import TokenTriggers
 
 OF_SAMPLES = ("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view", "blind")
@@ -40,10 +43,11 @@ RANKED = ("frontier", "ewe", "ipguard", "conferrable", "known_mistakes", "postho
 
 def test_the_presets_keep_their_papers_defaults() -> None:
     ours = ["sketch", "uchida", "adi", "deepsigns", "adi_tokens"]
+    modalities = ["adi_audio", "adi_table", "adi_multilabel", "adi_values", "adi_anchors", "adi_boxes"]
     passports = ["deepipr_v1", "deepipr_v2", "deepipr_v3", "passport_norm"]
     one_weight = ["deepmarks", "stdm", "neuralmark", "greedy_residuals", "riga"]
-    rest = [*OF_SAMPLES, *RUN_AGAIN, *RANKED]
-    assert list(SCHEMES) == [*ours, *passports, "diction", "tattooed", *one_weight, "emmark", *rest]
+    rest = ["diction", "tattooed", *one_weight, "emmark", *OF_SAMPLES, *RUN_AGAIN, *RANKED]
+    assert list(SCHEMES) == [*ours, *modalities, *passports, *rest]
     assert [preset.full_name for preset in SCHEMES.values()] == [f"{name}/1" for name in SCHEMES]
     assert scheme("sketch").source == Weights("unit_filters", "sketch", "all")
     assert scheme("sketch").training == Link("hinge", 0.001, 5.0)
@@ -54,6 +58,12 @@ def test_the_presets_keep_their_papers_defaults() -> None:
     assert scheme("adi").symbols == scheme("adi_tokens").symbols == Labels(100)
     assert scheme("deepsigns").training == ActivationTerm(0.01, 0.01)
     assert scheme("adi_tokens").source == TokenTriggers()
+    assert scheme("adi_table").source == TableTriggers(pool=4096)
+    assert scheme("adi_multilabel").symbols == Bits(128)
+    assert (scheme("adi_values").source, scheme("adi_anchors").source) == (Levels(10), Anchors(16))
+    assert scheme("adi_values").symbols == scheme("adi_anchors").symbols == Choices(100)
+    assert scheme("adi_values").training == OwnPass(rows=16, strength=0.3)
+    assert {scheme(name).training for name in modalities if name != "adi_values"} == {Mixed(), OwnPass(16, 0.1)}
     for name, branch, triggers in zip(
         passports, ("deployed", "shared", "shared", "separate"), (False, False, True, True), strict=True
     ):
@@ -133,6 +143,12 @@ def test_an_unknown_version_is_answered_with_the_known_ones(name: Any, version: 
         ("deepsigns", "members", 1 << 13),
         ("deepsigns", "pull", -1.0),
         ("adi_tokens", "special", -1),
+        ("adi_table", "pool", 1),
+        ("adi_values", "choices", 1),
+        ("adi_anchors", "choices", 257),
+        ("adi_anchors", "count", 0),
+        ("adi_boxes", "rows", 0),
+        ("adi_boxes", "strength", 0.0),
         ("deepipr_v2", "marked", "widest"),
         ("deepipr_v2", "marked", (0, -1)),
         ("deepipr_v2", "branch", "public"),

@@ -116,17 +116,21 @@ def test_training_goes_on_where_its_state_was_taken(name):
     assert losses(again, model, 3) == losses(first, model, 3)
 
 
-def test_a_network_that_answers_with_more_than_logits_is_named(name):
-    class Two(nn.Module):
+def test_a_network_that_answers_with_something_else_is_named(name):
+    class Other(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner = network()
+            self.inner, self.answer = network(), lambda logits: {"logits": logits}
 
         def forward(self, x):
-            return {"logits": self.inner(x)}
+            return self.answer(self.inner(x))
 
-    emb = marked(name, Two())
+    model = Other()
+    emb = marked(name, model)
     with pytest.raises(ValueError, match=r"must answer with logits \[n, C\], not dict"):
+        emb.regulariser()
+    model.answer = lambda logits: logits[:, :1]
+    with pytest.raises(ValueError, match=r"must answer with logits \[n, C\], not \[[0-9]+, 1\]"):
         emb.regulariser()
 
 

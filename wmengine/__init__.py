@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from wmengine.judging.verdict import Verdict
     from wmengine.judging.verification import verify, verify_all
     from wmengine.marking.certification import certify
+    from wmengine.marking.data import mark_of, trigger_set
     from wmengine.marking.embedder import Embedder
     from wmengine.marking.emmark import emmark
     from wmengine.marking.export import export_onnx
@@ -45,6 +46,7 @@ __all__ = [
     "export_onnx",
     "fingerprint",
     "get_num_threads",
+    "mark_of",
     "ops",
     "passport",
     "passport_accuracy",
@@ -52,6 +54,7 @@ __all__ = [
     "scheme",
     "set_num_threads",
     "testing",
+    "trigger_set",
     "verify",
     "verify_all",
 ]
@@ -70,11 +73,13 @@ _HOMES = {
     "export_onnx": "marking.export",
     "fingerprint": "marking.fingerprint",
     "get_num_threads": "ops",
+    "mark_of": "marking.data",
     "passport": "marking.passports",
     "passport_accuracy": "marking.passports",
     "scan": "scanning.scanner",
     "scheme": "marks.catalogue",
     "set_num_threads": "ops",
+    "trigger_set": "marking.data",
     "verify": "judging.verification",
     "verify_all": "judging.verification",
 }

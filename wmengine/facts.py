@@ -37,6 +37,7 @@ SENTENCES: dict[str, str] = {
     "ranks": "output {name} lists the best classes, and the first of them counts",
     "columns": "{count} of {of} outputs, {name} the first of them, hold the scores of a class each",
     "class_more": "output {name} has one class more than the watermark",
+    "boxes": "output {name} has scores of several boxes for each input, of which each class's highest counts",
     "one_score": "the suspect gives one score, read as class 1 where it is above {threshold:g}",
     "outputs_paid": "{count} outputs that answer differently were tried and paid for; number {number} counts",
     "from_one": "the suspect's classes are counted from 1, or a class more stands before them, as its answers show",

@@ -10,19 +10,21 @@ from wmengine.parts.sources.weights import PeriodicWeights, Weights
 from wmengine.parts.statistics.either import Either
 from wmengine.parts.statistics.matches import Matches
 from wmengine.parts.statistics.rank import Rank
-from wmengine.parts.symbols import Bits, ChannelBits, Given, GivenBits, Labels, OneOf
+from wmengine.parts.symbols import Bits, ChannelBits, Choices, Given, GivenBits, Labels, OneOf
 from wmengine.parts.training.covert import Covert
 from wmengine.parts.training.entangled import Entangled
 from wmengine.parts.training.exponential import Exponential
 from wmengine.parts.training.link import Link
 from wmengine.parts.training.margin import Margin
 from wmengine.parts.training.mixed import Mixed
+from wmengine.parts.training.own_pass import OwnPass
 from wmengine.parts.training.passports import PassportSigns
 from wmengine.parts.training.spread import Spread
 from wmengine.parts.training.together import Together
 from wmengine.parts.training.untouched import Untouched
 from wmengine.parts.training.weight_noise import WeightNoise
 from wmengine.parts.triggers.abstract import AbstractTriggers
+from wmengine.parts.triggers.audio import AudioTriggers
 from wmengine.parts.triggers.blind import HiddenLogo
 from wmengine.parts.triggers.candidates import PlausibleClasses, WrongClasses
 from wmengine.parts.triggers.composites import Composites
@@ -37,7 +39,9 @@ from wmengine.parts.triggers.fingerprints import (
 from wmengine.parts.triggers.groups import GroupPoints
 from wmengine.parts.triggers.one_target import OneTarget
 from wmengine.parts.triggers.overlaid import NoisyTriggers, PatternTriggers
+from wmengine.parts.triggers.readings import Anchors, Levels, OutputBits
 from wmengine.parts.triggers.samples import SampleTriggers
+from wmengine.parts.triggers.tables import TableTriggers
 from wmengine.parts.triggers.tokens import TokenTriggers
 
 PRESETS = (
@@ -90,6 +94,66 @@ PRESETS = (
         training=Mixed(),
         null="exact",
         paper="Adi et al. 2018 (see adi), with sequences of tokens drawn from the key in place of pictures",
+    ),
+    Preset(
+        name="adi_audio",
+        version=1,
+        source=AudioTriggers(),
+        symbols=Labels(100),
+        statistic=Either(),
+        training=Mixed(),
+        null="exact",
+        paper="Adi et al. 2018 (see adi), with tunes drawn from the key in place of pictures",
+    ),
+    Preset(
+        name="adi_table",
+        version=1,
+        source=TableTriggers(),
+        symbols=Labels(100),
+        statistic=Either(),
+        training=Mixed(),
+        null="exact",
+        paper="Adi et al. 2018 (see adi), with rows of a table whose values the key picks column by column",
+    ),
+    Preset(
+        name="adi_multilabel",
+        version=1,
+        source=OutputBits(),
+        symbols=Bits(128),
+        statistic=Either(),
+        training=OwnPass(),
+        null="exact",
+        paper="Adi et al. 2018 (see adi), for several labels at once: a bit at an output that the key picks",
+    ),
+    Preset(
+        name="adi_values",
+        version=1,
+        source=Levels(),
+        symbols=Choices(100),
+        statistic=Either(),
+        training=OwnPass(strength=0.3),
+        null="exact",
+        paper="Adi et al. 2018 (see adi), for a regression: the nearest of levels of its targets",
+    ),
+    Preset(
+        name="adi_anchors",
+        version=1,
+        source=Anchors(),
+        symbols=Choices(100),
+        statistic=Either(),
+        training=OwnPass(),
+        null="exact",
+        paper="Adi et al. 2018 (see adi), for embeddings: the nearest of anchors drawn from the key",
+    ),
+    Preset(
+        name="adi_boxes",
+        version=1,
+        source=AbstractTriggers(),
+        symbols=Labels(100),
+        statistic=Either(),
+        training=OwnPass(),
+        null="exact",
+        paper="Adi et al. 2018 (see adi), for a detector: the class of its strongest box",
     ),
     Preset(
         name="deepipr_v1",

@@ -64,13 +64,15 @@ def check_preset(
     value_range: Any = (0.0, 1.0),
     samples: Any = None,
     controls: Sequence[Any] = (),
+    loss: Callable[[Any, Any], Any] | None = None,
     steps: int = 300,
     keys: int = 2000,
 ) -> Report:
     """Embed a preset and check what every preset promises; AssertionError, saying what fails.
 
     model: a network from a seed, for batches like `sample` (a tensor or a dict of tensors; [64, 1, 8, 8] unless given).
-    samples, controls: what the Embedder takes.
+    samples, controls: what the Embedder takes. loss: the task's, of answers and labels int64 [n], where the model does
+    not answer with logits.
     Checked: derivation (symbols follow from key, parameters and message, geometry from key and parameters), the `.wm`
     file, that the mark proves itself on the network and from its ONNX file after BatchNorm folding, that neither a
     stranger nor another key does, and P(p <= a) <= a over `keys` fresh draws of the symbols on the stranger. A preset
@@ -95,7 +97,7 @@ def check_preset(
             samples=samples,
             controls=controls,
         )
-        _train(network, embedder, sample, num_classes, steps)
+        _train(network, embedder, sample, num_classes, steps, loss)
         (mark,) = embedder.watermarks()
         path = os.path.join(folder, "model.onnx")
         named = isinstance(sample, Mapping)
@@ -137,7 +139,7 @@ def null_of(suspect: Any, mark: Watermark, key: Key, keys: int) -> dict[float, f
     return {level: float((p <= math.log10(level)).mean()) for level in LEVELS}
 
 
-def _train(network: Any, embedder: Any, sample: Any, num_classes: int, steps: int) -> None:
+def _train(network: Any, embedder: Any, sample: Any, num_classes: int, steps: int, task_loss: Any) -> None:
     """The sample with fixed random labels as a task: enough for a mark to be learned beside something else."""
     count = len(next(iter(sample.values())) if isinstance(sample, Mapping) else sample)
     labels = torch.randint(0, num_classes, (count,))
@@ -146,7 +148,10 @@ def _train(network: Any, embedder: Any, sample: Any, num_classes: int, steps: in
     for _ in range(steps):
         inputs, targets = embedder.mix(sample, labels)
         answers = network(**inputs) if isinstance(inputs, Mapping) else network(inputs)
-        loss = embedder.loss(answers, targets)
+        if task_loss is None:
+            loss = embedder.loss(answers, targets)
+        else:
+            loss = task_loss(answers, targets) + embedder.regulariser()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -31,9 +31,8 @@ def mark(name, task, baseline=None, message=None, **options):
     preset = scheme(name, **options)
     material = preset.gather(task)
     parameters = preset.describe(task, "detector-v3", material)
-    return Watermark.create(
-        KEY, preset, parameters, message=message, baseline=baseline, created="2026-01-02", material=material
-    )
+    given = {"message": message, "baseline": baseline, "material": material}
+    return Watermark.create(KEY, preset, parameters, created="2026-01-02", **given)
 
 
 def images(*weights):
@@ -52,25 +51,25 @@ def solved(matrix, values):
     return np.linalg.lstsq(matrix.astype(np.float64), np.asarray(values, np.float64), rcond=None)[0]
 
 
-def network(path, inputs, nodes, weights):
+def network(path, inputs, nodes, weights, sizes=(10,)):
     """One ONNX file; every matrix is [O, I], as a Gemm with transB=1 reads it."""
     kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
     given = [helper.make_tensor_value_info(n, kinds[s.dtype], ["batch", *s.shape]) for n, s in inputs.items()]
-    answers = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 10])]
+    answers = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", *sizes])]
     held = [numpy_helper.from_array(np.ascontiguousarray(values), name) for name, values in weights.items()]
     graph = helper.make_graph([helper.make_node(*node[:3], **node[3]) for node in nodes], path, given, answers, held)
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), FOLDER / path)
 
 
-def chain(path, *matrices):
-    """A network for images: flatten, then one matrix after the other."""
+def chain(path, *matrices, inputs=IMAGES):
+    """Flatten, then one matrix after the other."""
     nodes, weights, last = [("Flatten", ["input"], ["x0"], {})], {}, "x0"
     for number, values in enumerate(matrices, 1):
         weights[f"w{number}"] = values.astype(np.float32)
         after = "logits" if number == len(matrices) else f"x{number}"
         nodes.append(("Gemm", [last, f"w{number}"], [after], {"transB": 1}))
         last = after
-    network(path, IMAGES, nodes, weights)
+    network(path, inputs, nodes, weights, sizes=(len(matrices[-1]),))
 
 
 def in_weights():
@@ -222,8 +221,50 @@ def in_answers():
     network("adi_tokens-1.onnx", TEXT, nodes, {"table": table, "head": head, "axis": np.array([2], np.int64)})
 
 
+def in_other_answers():
+    wave = {"input": InputSpec((1, 64), "float32")}
+    audio = mark("adi_audio", Task(wave, 10, [[-1.0, 1.0]]), count=50)
+    yield audio
+    tunes = audio.preset.source.examples(audio)["input"].reshape(50, 64)
+    chain("adi_audio-1.onnx", solved(tunes, np.eye(10)[audio.symbols]).T, inputs=wave)
+
+    columns, rows = {"input": InputSpec((64,), "float32")}, np.random.default_rng(4).integers(-9, 10, (20, 64))
+    table = mark("adi_table", Task(columns, 10, samples={"input": rows}), count=50)
+    yield table
+    chain("adi_table-1.onnx", solved(table.arrays["triggers"], np.eye(10)[table.symbols]).T, inputs=columns)
+
+    labels = mark("adi_multilabel", images(), bits=50)
+    answers = np.zeros((50, 10))
+    answers[np.arange(50), labels.arrays["outputs"]] = 2.0 * labels.symbols - 1.0
+    yield labels
+    chain("adi_multilabel-1.onnx", solved(triggers_of(labels), answers).T)
+
+    values = mark("adi_values", replace(images(), targets=np.arange(40.0)), count=50)
+    yield values
+    chain("adi_values-1.onnx", solved(triggers_of(values), values.preset.source.wanted(values)[:, None]).T)
+
+    anchored = mark("adi_anchors", images(), count=50)
+    yield anchored
+    chain("adi_anchors-1.onnx", solved(triggers_of(anchored), anchored.arrays["anchors"][anchored.symbols]).T)
+
+    boxes = mark("adi_boxes", images(), count=50)
+    strong = np.eye(10)[boxes.symbols]
+    head = solved(triggers_of(boxes), np.hstack([0.5 * strong[:, ::-1], strong])).T.astype(np.float32)
+    nodes = [
+        ("Flatten", ["input"], ["flat"], {}),
+        ("Gemm", ["flat", "head"], ["both"], {"transB": 1}),
+        ("Reshape", ["both", "sizes"], ["logits"], {}),
+    ]
+    yield boxes
+    network("adi_boxes-1.onnx", IMAGES, nodes, {"head": head, "sizes": np.array([0, 2, 10], np.int64)}, sizes=(2, 10))
+
+
+def triggers_of(mark):
+    return mark.preset.source.examples(mark)["input"].reshape(mark.total, 64)
+
+
 if __name__ == "__main__":
     whites = (*in_weights(), *in_one_weight(), *in_activations(), *in_scales(), *in_integers())
-    for each in (*whites, *in_answers(), *in_samples()):
+    for each in (*whites, *in_answers(), *in_samples(), *in_other_answers()):
         each.save(FOLDER / f"{each.scheme}-{each.version}.wm")
         print(each.scheme, each.commitment)

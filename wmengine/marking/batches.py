@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from wmengine.marking.tasks import ONE, ranges_of, samples_of
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Course, inputs_of
 from wmengine.parts.fields import MAX_CLASSES, integer
@@ -16,7 +17,6 @@ from wmengine.suspects.answers import to_array
 from wmengine.suspects.base import InputSpec
 
 IGNORE_INDEX = -100
-ONE = "input"  # what a single input is called that has no name
 
 
 class Batches:
@@ -35,7 +35,9 @@ class Batches:
             for name, rows in given.items()
         }
         self.num_classes = None if num_classes is None else integer("num_classes", num_classes, 2, MAX_CLASSES)
-        self.value_range = _ranges(next(iter(given.values())), value_range)
+        first = to_array(next(iter(given.values())))
+        assert first is not None
+        self.value_range = ranges_of(first, value_range)
 
     def fix_classes(self, classes: int, scheme: str) -> None:
         """Take the number of classes that a mark has. Raises ValueError where another one was given."""
@@ -50,28 +52,9 @@ class Batches:
         if inputs != mine:
             raise ValueError(f"the mark {mark.scheme!r} is for inputs {inputs}, and the sample holds {mine}")
 
-    def samples(self, given: Any) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64] | None]:
-        """The owner's samples by name, and their labels if there are any; nothing for None. Raises ValueError or
-        TypeError for what is not shaped as the sample."""
-        if given is None:
-            return {}, None
-        inputs, labels = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
-        if self._single == isinstance(inputs, Mapping) or (not self._single and set(inputs) != set(self.signature)):
-            raise TypeError("samples must be what the sample is: a tensor, or a dict with the same names")
-        rows: dict[str, NDArray[Any]] = {}
-        for name, values in ({ONE: inputs} if self._single else dict(inputs)).items():
-            array, shape = to_array(values), self.signature[name].shape
-            if array is None or array.shape[1:] != shape or len(array) == 0:
-                raise ValueError(f"samples must be [n, {', '.join(map(str, shape))}], as the sample is")
-            rows[name] = array
-        if labels is None:
-            return rows, None
-        truth, count, most = to_array(labels), len(next(iter(rows.values()))), (self.num_classes or MAX_CLASSES) - 1
-        if truth is None or truth.dtype.kind not in "iu" or truth.shape != (count,):
-            raise ValueError(f"the labels of samples must be {count} class numbers")
-        if not 0 <= truth.min() <= truth.max() <= most:
-            raise ValueError(f"the labels of samples must be from 0 to {most}, and are {truth.min()} to {truth.max()}")
-        return rows, truth.astype(np.int64)
+    def samples(self, given: Any) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64] | None, NDArray[Any] | None]:
+        """See `samples_of`."""
+        return samples_of(given, self.signature, self._single, self.num_classes)
 
     def example(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """A row of the sample on the model's device."""
@@ -135,6 +118,13 @@ class Batches:
         return batch
 
 
+def as_logits(answers: torch.Tensor, num_classes: int | None) -> torch.Tensor:
+    """Logits [n, 2] of the one number [n] or [n, 1] that a model of two classes may answer with, whose binary cross
+    entropy is their cross entropy; any others as they are."""
+    single = isinstance(answers, torch.Tensor) and num_classes == 2 and answers.shape[1:] in ((), (1,))
+    return torch.stack([torch.zeros_like(answers), answers], -1).reshape(-1, 2) if single else answers
+
+
 def check_logits(logits: torch.Tensor, labels: torch.Tensor, num_classes: int | None) -> int:
     """The number of classes of these logits. Raises ValueError or TypeError where they do not fit the labels."""
     check_hard(labels)
@@ -170,23 +160,6 @@ def _check_sample(name: str, sample: Any, single: bool) -> None:
         )
     if sample.is_floating_point() and not bool(torch.isfinite(sample).all()):
         raise ValueError(f"{what} holds NaN or Inf; give clean inputs")
-
-
-def _ranges(sample: torch.Tensor, value_range: Any) -> list[tuple[float, float]]:
-    """[lo, hi] of every channel (axis 1), from the caller or from the sample; of integers one pair for all."""
-    channels = sample.shape[1] if sample.is_floating_point() else 1
-    if value_range is None:
-        rows = sample.detach().transpose(0, 1) if sample.is_floating_point() else sample[None]
-        rows = rows.reshape(channels, -1)
-        return list(zip(rows.amin(dim=1).tolist(), rows.amax(dim=1).tolist(), strict=True))
-    try:
-        ends = np.asarray(value_range, dtype=np.float32 if sample.is_floating_point() else np.int64)
-    except (TypeError, ValueError):  # what NumPy says of a ragged list is about NumPy
-        ends = np.empty(0)
-    if ends.shape not in ((2,), (channels, 2)):
-        each = f" or one pair for each of the {channels} channels" if sample.is_floating_point() else ""
-        raise ValueError(f"value_range must be (lo, hi){each}, and it is {value_range!r}")
-    return [(low, high) for low, high in np.broadcast_to(ends, (channels, 2)).tolist()]
 
 
 def _memory_format(inputs: torch.Tensor) -> torch.memory_format:

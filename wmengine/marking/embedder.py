@@ -32,11 +32,11 @@ from wmengine.judging.asking import Terms
 from wmengine.judging.judge import Finding, judge_suspect
 from wmengine.judging.looks import looks_of_bits
 from wmengine.judging.verdict import PROVING
-from wmengine.marking.batches import Batches, check_logits
+from wmengine.marking.batches import Batches, as_logits, check_logits
 from wmengine.marks.catalogue import scheme
 from wmengine.marks.preset import Preset
 from wmengine.marks.watermark import Watermark
-from wmengine.parts.base import Course, Finishes, Need, Setting, Task, Watches
+from wmengine.parts.base import Course, Finishes, Setting, Task, Watches
 from wmengine.parts.statistics.tails import binomial_log10_tail
 from wmengine.suspects.module import ModuleSuspect
 from wmengine.suspects.weights import module_tensors, normalised_places, unwrap
@@ -62,14 +62,15 @@ class Embedder:
     model: any torch module, on any device; wrappers of torch.compile and data parallelism are looked through. It is run
     once for each new mark, in eval mode, to find its weights and to measure what the mark scores before (`baseline`).
     key: the owner's Key, or its file. schemes: names, or presets with options as `wmengine.scheme("sketch", bits=128)`
-    gives them. num_classes: the width C of the model's logits [N, C], for marks of triggers. sample: a batch [n, ...]
-    as the loop feeds it, or a dict of several inputs by name. Its shape is the triggers', and without `value_range=`,
-    (lo, hi) or one pair per channel (axis 1), its range is theirs too: both are part of the mark, so another sample may
-    make another one. samples: for schemes whose triggers are made of the task's own inputs: some hundred of these, as
-    the loop feeds them, or a pair (inputs, labels int64 [n]); controls: for schemes that only rank: networks of the
-    task that were made without this one. Both are bound into the mark. name: the model's, another part of every
-    derivation: two models of one owner share nothing. class_names: in the order of the logits, so that answers that are
-    names can be read. message: whom this copy is for; symbols follow from it, triggers and projections do not.
+    gives them. num_classes: the width C of the model's answers [N, C], for marks of triggers: how many logits, labels
+    or numbers of an embedding; 2 where one logit says which of two. sample: a batch [n, ...] as the loop feeds it, or a
+    dict of several inputs by name. Its shape is the triggers', and without `value_range=`, (lo, hi) or one pair per
+    channel (axis 1), its range is theirs too: both are part of the mark, so another sample may make another one.
+    samples: for schemes that take something from the task's own inputs: some hundred of these, as the loop feeds them,
+    or a pair (inputs, labels int64 [n], or floating targets of a regression); controls: for schemes that only rank:
+    networks of the task that were made without this one. Both are bound into the mark. name: the model's, another part
+    of every derivation: two models of one owner share nothing. class_names: in the order of the logits, so that answers
+    that are names can be read. message: whom this copy is for; symbols follow from it, triggers and projections do not.
 
     To go on with marks, after an interruption or in the next training, give `marks=` (Watermarks or their files)
     instead of key and name, and `load_state_dict` what `state_dict` gave; a mark does not know how it was trained, so
@@ -124,7 +125,8 @@ class Embedder:
         given = {preset.name: preset for preset in presets}
         for watermark in registered:
             course = self._course(watermark, given.get(watermark.scheme, watermark.preset))
-            has_rows = watermark.preset.source.needs == Need.ANSWERS
+            # Some train their triggers in a pass of their own, and a batch has none of these.
+            has_rows = course.rows(0, self._batches.example(self._model)) is not None
             groups += has_rows
             self._marks.append(_Mark(watermark, course, groups if has_rows else 0))
         if marks is None and isinstance(key, Key):
@@ -160,9 +162,11 @@ class Embedder:
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
         """Mean cross-entropy over task and trigger rows alike, plus `regulariser()`; a scalar to call backward() on.
 
-        logits: [n, num_classes] of any floating type (float16 and bfloat16 are summed in float32); labels: int64 [n]
-        as `mix` returns them, in any order. A batch without trigger rows is fine.
+        logits: [n, num_classes] of any floating type (float16 and bfloat16 are summed in float32), of two classes one
+        logit [n] or [n, 1] too; labels: int64 [n] as `mix` returns them, in any order. A batch without trigger rows is
+        fine.
         """
+        logits = as_logits(logits, self.num_classes)
         classes = check_logits(logits, labels, self.num_classes)
         group = (labels // classes).clamp(min=0)  # 0 for task rows, ignored ones among them
         groups = 1 + len(self._by_group)
@@ -194,7 +198,8 @@ class Embedder:
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
-        """How far each mark is, by scheme: `matched` of `total` symbols, and log10_p, what that is worth.
+        """How far each mark is, by scheme: `matched` of `total` symbols, and log10_p, what that is worth; nothing of
+        triggers that have a pass of their own.
 
         Of bits those at the last loss, of triggers those of the last pass through all of them (the rows as they were
         trained on, in training mode); empty for marks that no loss has seen so far. Only reading this waits for the
@@ -256,7 +261,7 @@ class Embedder:
 
     def _task(self, class_names: Sequence[str] | None, samples: Any, controls: Sequence[torch.nn.Module]) -> Task:
         batches = self._batches
-        rows, labels = batches.samples(samples)
+        rows, labels, targets = batches.samples(samples)
         return Task(
             inputs=batches.signature,
             num_classes=batches.num_classes,
@@ -266,6 +271,7 @@ class Embedder:
             normalised=self._normalised,
             samples=rows,
             sample_labels=labels,
+            targets=targets,
             model=self._model,
             controls=[unwrap(control) for control in controls],
         )

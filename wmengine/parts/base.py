@@ -60,8 +60,8 @@ class Task:
     for inputs that are such. weights: runs the model; the shapes of all its weights in order of execution, filters on
     axis 0, and the places among them that may be marked. normalised: runs it too; those of these places whose output
     goes right into a normalisation of its own. integers: a quantised file's weights. samples: the owner's own inputs by
-    name, as his loop feeds them, and sample_labels int64, what they are, where he said so. model: the network itself, a
-    torch.nn.Module; controls: networks of the same task that were made without it.
+    name, as his loop feeds them, and what they are, where he said so: sample_labels int64, or a regression's targets.
+    model: the network itself, a torch.nn.Module; controls: networks of the same task that were made without it.
     """
 
     inputs: Signature
@@ -73,6 +73,7 @@ class Task:
     integers: Sequence[Integers] = ()
     samples: Arrays = field(default_factory=dict)
     sample_labels: NDArray[np.int64] | None = None
+    targets: NDArray[np.float64] | None = None
     model: torch.nn.Module | None = None
     controls: Sequence[torch.nn.Module] = ()
 

@@ -1,9 +1,9 @@
-"""The keyed symbols: bits, or labels of the task's classes, iid uniform and drawn by SHAKE-256."""
+"""The keyed symbols: bits, labels of the task's classes, or of choices, iid uniform and drawn by SHAKE-256."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +67,7 @@ class Labels:
     count: int = 100
 
     name = "labels"
-    fields = ("count", "num_classes", "class_names")
+    fields: ClassVar[tuple[str, ...]] = ("count", "num_classes", "class_names")
 
     def __post_init__(self) -> None:
         integer("count", self.count, 1, MAX_TRIGGERS)
@@ -107,7 +107,7 @@ class Labels:
         return {"labels": ("int64", (parameters["count"],))}
 
     def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
-        return keyed_labels(subkey, parameters["count"], parameters["num_classes"])
+        return keyed_labels(subkey, parameters["count"], self.classes(parameters))
 
 
 @dataclass(frozen=True)
@@ -136,3 +136,19 @@ class GivenBits(Bits):
 
     def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
         return np.array(arrays["own_labels"])
+
+
+@dataclass(frozen=True)
+class Choices(Labels):
+    """N labels, int64 in [0, choices): as many as the source offers, whose parameter `choices` is."""
+
+    fields = ("count",)
+
+    def describe(self, task: Task) -> Parameters:
+        return {"count": int(self.count)}
+
+    def check(self, parameters: Parameters) -> None:
+        canonical_integer("count", parameters["count"], 1, MAX_TRIGGERS)
+
+    def classes(self, parameters: Parameters) -> int:
+        return int(parameters["choices"])

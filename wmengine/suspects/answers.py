@@ -40,9 +40,10 @@ class Predicted:
 class Reading:
     """Which output answers, and what it holds.
 
-    kind: "scores" [N, C]; "more scores" [N, C + 1], of which only the label counts; "labels" [N]; "ranks" [N, k], the
-    numbers of the best k classes, with their scores in output `beside` where there are any; "single" [N], one score for
-    two classes; "columns" [N], the scores of the first class, those of the others in the outputs `columns`.
+    kind: "scores" [N, C], of one number [N] too; "boxes" [N, K, C], of which each class has its highest score; "more
+    scores" [N, C + 1], of which only the label counts; "labels" [N]; "ranks" [N, k], the numbers of the best k classes,
+    with their scores in output `beside` where there are any; "single" [N], one score for two classes; "columns" [N],
+    the scores of the first class, those of the others in the outputs `columns`.
     """
 
     output: int
@@ -69,6 +70,8 @@ class Reading:
             labels = value.labels.astype(np.int64)
             return labels if self.kind == "more scores" else labels[:, None]
         array = to_array(value)
+        if self.kind == "boxes":
+            return None if array is None or not _is_boxes(array, rows) else array.max(axis=1)
         shape = answer_shape(array, rows)
         if array is None or shape is None:
             return None
@@ -76,6 +79,8 @@ class Reading:
             return _labels(array.reshape(rows)) if shape[1:] in ((), (1,)) else None
         if self.kind == "single":
             return array.reshape(rows).astype(np.float64) if shape[1:] in ((), (1,)) else None
+        if len(shape) == 1 and self.kind == "scores":
+            shape = (rows, 1)
         if len(shape) != 2:
             return None
         array = array.reshape(shape)
@@ -164,9 +169,9 @@ def choose_readings(outputs: Outputs, rows: int, num_classes: int | None, name: 
     ]
     taken = within | {reading.output for reading in labels}
     columns = {
-        index: shape[1]
+        index: shape[1] if len(shape) == 2 else 1
         for index, shape in enumerate(shapes)
-        if index not in taken and shape is not None and len(shape) == 2
+        if index not in taken and shape is not None and (len(shape) == 2 or num_classes == 1)
     }
     scores = [Reading(index) for index, count in columns.items() if num_classes in (None, count)]
     if scores:
@@ -174,6 +179,13 @@ def choose_readings(outputs: Outputs, rows: int, num_classes: int | None, name: 
         renamed = [each for each in labels if _renamed(each, scores[0], outputs, rows, count)]
         return (renamed or scores)[: 1 if renamed or num_classes is None else MAXIMUM_READINGS]
     more = [Reading(index, "more scores") for index, count in columns.items() if count - 1 == num_classes]
+    boxes = [
+        Reading(index, "boxes")
+        for index, array in enumerate(arrays)
+        if array is not None and _is_boxes(array, rows) and num_classes == array.shape[2]
+    ]
+    if boxes and not (labels or ranks):
+        return boxes[:MAXIMUM_READINGS]
     for reading in (
         *_columns(arrays, shapes, num_classes),
         *labels,
@@ -206,6 +218,8 @@ def describe(readings: Sequence[Reading], outputs: Outputs) -> list[Fact]:
         return [fact("columns", of=len(outputs), count=1 + len(readings[0].columns), name=names[0])]
     if readings[0].kind == "ranks":
         facts.append(fact("ranks", name=names[0]))
+    if readings[0].kind == "boxes":
+        facts.append(fact("boxes", name=names[0]))
     if readings[0].kind == "more scores":
         facts.append(fact("class_more", name=names[0]))
     return facts
@@ -297,6 +311,11 @@ def _sorted(scores: Any, shape: tuple[int, ...]) -> bool:
 
 def _there(array: Array | None) -> bool:
     return array is not None
+
+
+def _is_boxes(array: Array, rows: int) -> bool:
+    """Whether these are scores [rows, K, C] of the K boxes that a detector finds in each input."""
+    return array.dtype.kind == "f" and array.ndim == 3 and len(array) == rows and min(array.shape[1:]) > 1
 
 
 def _is_score(array: Array | None) -> bool:

@@ -10,8 +10,9 @@ import torch
 from wmengine.parts.base import Setting
 
 
-class MixedRows:
-    """The course of `Mixed`. Triggers lie on each device that asked for them: a copy in every step would stall it."""
+class DrawnRows:
+    """A mark's triggers in an endless shuffle. They lie on each device that asked for them: a copy in every step would
+    stall it."""
 
     def __init__(self, setting: Setting) -> None:
         mark = setting.mark
@@ -26,14 +27,13 @@ class MixedRows:
         self._placed: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = {}
         self.projected: torch.Tensor | None = None
 
-    def rows(self, count: int, like: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        device = next(iter(like.values())).device
+    def following(
+        self, count: int, device: torch.device, dtypes: Mapping[str, torch.dtype]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """The numbers of the next `count` triggers, their inputs by name, and their labels."""
         chosen = self._draw(min(count, len(self._labels)), device)
-        inputs = {name: self._on(values, device, like[name].dtype)[chosen] for name, values in self._inputs.items()}
-        return inputs, self._on(self._labels, device, torch.int64)[chosen]
-
-    def term(self, model: torch.nn.Module) -> torch.Tensor | None:
-        return None
+        inputs = {name: self._on(values, device, dtypes[name])[chosen] for name, values in self._inputs.items()}
+        return chosen, inputs, self._on(self._labels, device, torch.int64)[chosen]
 
     def state_dict(self) -> dict[str, Any]:
         return {"queue": self._queue.cpu(), "generator": self._generator.get_state()}
@@ -57,3 +57,15 @@ class MixedRows:
             queue = torch.cat([queue, shuffled.to(device, non_blocking=True)])
         self._queue = queue[count:]
         return queue[:count]
+
+
+class MixedRows(DrawnRows):
+    """The course of `Mixed`."""
+
+    def rows(self, count: int, like: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        device = next(iter(like.values())).device
+        _, inputs, labels = self.following(count, device, {name: values.dtype for name, values in like.items()})
+        return inputs, labels
+
+    def term(self, model: torch.nn.Module) -> torch.Tensor | None:
+        return None

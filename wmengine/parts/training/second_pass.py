@@ -56,13 +56,12 @@ def logits_of(
     model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor] | None = None
 ) -> torch.Tensor:
     """float32 [N, C]: what the network answers, with other parameters in place of some of its own where given. Raises
-    ValueError where that is no tensor."""
+    ValueError where that is something else, also one logit for two classes."""
     given, named = arguments(model, inputs)
     found = torch.func.functional_call(model, dict(parameters or {}), given, named)
-    if not isinstance(found, torch.Tensor):
-        raise ValueError(
-            f"this scheme runs the network once more, which must answer with logits [n, C], not {type(found).__name__}"
-        )
+    if not isinstance(found, torch.Tensor) or found.ndim != 2 or found.shape[1] < 2:
+        what = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        raise ValueError(f"this scheme runs the network once more, which must answer with logits [n, C], not {what}")
     return found.float()
 
 
