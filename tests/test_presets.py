@@ -95,7 +95,7 @@ def test_the_presets_keep_their_papers_defaults() -> None:
     assert (scheme("mea_defender").source, scheme("mea_defender").symbols) == (Composites(family=20), Labels(32))
     assert scheme("mea_defender").training == Together(0.3, 1.0, 0.1)
     kinds = {name: preset.kind for name, preset in SCHEMES.items()}
-    asking = ("adi", "adi_tokens", *OF_SAMPLES, *RUN_AGAIN, *RANKED)
+    asking = ("adi", "adi_tokens", *modalities, *OF_SAMPLES, *RUN_AGAIN, *RANKED)
     assert kinds == {name: "black-box" if name in asking else "white-box" for name in SCHEMES}
     nulls = {"exponential_weighting": "bound", "multi_view": "bound", **dict.fromkeys(RANKED, "rank")}
     assert {name: preset.null for name, preset in SCHEMES.items() if preset.null != "exact"} == nulls
