@@ -401,12 +401,12 @@ CHANGES["tattooed"] = [*CHANGES["sketch"][3:], {"bits": 65}, {"carrier": "filter
 CHANGES["emmark"] = [{"bits": 65}, *CHANGES["sketch"][3:]]
 CHANGES["emmark"] += [{name: "0000803e" + parameters_of("emmark")[name][8:]} for name in ("values", "steps")]
 CHANGES["emmark"] += [{"places": "00000000" + parameters_of("emmark")["places"][8:]}]
-for pooled in POOLED:
+for pooled in (*POOLED, "adi_table"):
     first = parameters_of(pooled)
     others = dict(MATERIAL[str(first["material"])], samples=255 - MATERIAL[str(first["material"])]["samples"])
     digests = {name: array_digest(array) for name, array in others.items()}
     MATERIAL[str(digests)] = others
-    CHANGES[pooled] = [*CHANGES["adi"], {"pool": first["pool"] - 1}, {"material": digests}]
+    CHANGES[pooled] = [*CHANGES.get(pooled, CHANGES["adi"]), {"pool": first["pool"] - 1}, {"material": digests}]
 for pooled in ("exponential_weighting", "multi_view"):
     CHANGES[pooled] = [*CHANGES[pooled], {"choices": 3}]
 for family in OF_FAMILIES:
@@ -427,13 +427,12 @@ def test_a_change_of_any_parameter_or_of_the_key_changes_every_array(name: str) 
     shared: list[dict[str, Any]] = [{"name": "detector-v4"}, {"inputs": [{**inputs[0], "name": "x"}, *inputs[1:]]}]
     changed = [{**parameters, **change} for change in CHANGES[name] + shared]
     assert {field for each in changed for field in each if each[field] != parameters[field]} == (
-        set(parameters) - {"statistic", "pool", "material"}  # the last two say what samples there are: test_material.py
+        set(parameters) - {"statistic"}
     )
     found = [derived(name, each) for each in [parameters, *changed]]
     found += [derived(name, parameters, key) for key in (replace(KEY, owner="Acme"), replace(KEY, secret=bytes(32)))]
-    own = (
-        {"labels", "bits", "targets", "own_labels", "null_answers"} if name in RANKED else set()
-    )  # which may answer all alike
+    answered = {"labels", "bits", "targets", "own_labels", "null_answers"}  # by a network, which may answer all alike
+    own = answered if name in RANKED else set()
     for array in found[0].keys() - parameters.get("material", {}).keys() - own:
         held = [each[array].reshape(-1) for each in found if array in each]
         length = min(map(len, held))
