@@ -37,7 +37,7 @@ from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Course, Finishes, Need, Setting, Task, Watches
 from wmengine.parts.statistics.tails import binomial_log10_tail
 from wmengine.suspects.module import ModuleSuspect
-from wmengine.suspects.weights import module_tensors, normalised_places, unwrap
+from wmengine.suspects.weights import module_tensors, normalised_places, trained_places, unwrap
 
 ALPHA = 1e-9
 
@@ -270,11 +270,10 @@ class Embedder:
 
     def _weights(self) -> tuple[list[list[int]], list[int]]:
         every = module_tensors(self._model, self._batches.example(self._model))
-        shapes = [list(tensor.filters(tensor.weight).shape) for tensor in every]
-        return shapes, [index for index, tensor in enumerate(every) if tensor.weight.requires_grad]
+        return [list(each.filters(each.weight).shape) for each in every], trained_places(self._model, every)
 
     def _normalised(self) -> list[int]:
-        return normalised_places(module_tensors(self._model, self._batches.example(self._model)))
+        return normalised_places(self._model, module_tensors(self._model, self._batches.example(self._model)))
 
     def _check_classes(self, marks: Sequence[Watermark]) -> None:
         for mark in marks:
