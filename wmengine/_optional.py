@@ -20,6 +20,8 @@ EXTRAS = {
     "sklearn": "demo",
     "grpc": "endpoint",
     "ray": "ray",
+    "lightning": "lightning",
+    "transformers": "transformers",
 }
 
 

@@ -34,8 +34,8 @@ def export_onnx(
     default; otherwise the graph is written as traced. Weights lie in the file
     itself, or beside it in PATH.data from 2 GB on. A weight that is computed (weight_norm, spectral_norm, prune, any
     parametrisation, an adapter of peft) is written as it is now. The model's training flags and device stay;
-    torch.compile and data-parallel wrappers are looked through. Raises ValueError for an example that is not a batch, and whatever
-    torch.onnx.export raises for a model that it cannot export.
+    torch.compile and data-parallel wrappers are looked through. Raises ValueError for an example that is not a batch,
+    and whatever torch.onnx.export raises for a model that it cannot export.
     """
     torch = require("torch", extra="train")
     require("onnxscript", extra="train")

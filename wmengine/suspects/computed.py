@@ -15,8 +15,9 @@ def live_weight(layer: Any) -> torch.Tensor:
     Of an adapter of peft the weight that merging makes; of shards (fully_shard) the whole. Raises ValueError for an
     adapter that is not merged by addition.
     """
-    weight: Any = _computed(layer)
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    weight = _computed(layer)
+    whole: torch.Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return whole
 
 
 def is_trained(layer: torch.nn.Module) -> bool:
@@ -41,21 +42,22 @@ def plain(model: torch.nn.Module) -> torch.nn.Module:
     model = copy.deepcopy(model, {id(value): value.detach().clone() for value in made}).eval()
     for path, layer in list(model.named_modules()):
         if is_adapter(layer):
-            base: Any = layer.get_base_layer()  # type: ignore[operator]
+            base: Any = layer.get_base_layer()
             base.weight = torch.nn.Parameter(live_weight(layer).detach())
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, base)
         if parametrize.is_parametrized(layer):
-            values = {name: getattr(layer, name).detach() for name in layer.parametrizations}  # type: ignore[union-attr]
+            values = {name: getattr(layer, name).detach() for name in layer.parametrizations}
             # torch's own removal takes the property from the class, which the copy shares with its original.
             layer.__class__ = type(layer).__bases__[0]
             del layer.parametrizations
             for name, value in values.items():
                 layer.register_parameter(name, torch.nn.Parameter(value))
-        for number, name, hook in _hooks(layer):
+        for number, _, hook in _hooks(layer):
             hook.remove(layer)
             del layer._forward_pre_hooks[number]
-    return model
+    # What peft wraps a model in hides what its forward takes.
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def low_rank_pair(model: torch.nn.Module) -> str | None:
@@ -97,7 +99,7 @@ def _computed(layer: Any) -> Any:
         if isinstance(hook, WeightNorm):
             return hook.compute_weight(layer)
         if isinstance(hook, BasePruningMethod):
-            return hook.apply_mask(layer)
+            return hook.apply_mask(layer)  # type: ignore[no-untyped-call]
         matrix = hook.reshape_weight_to_matrix(layer.weight_orig)
         # Copies: its next forward pass writes into both.
         return layer.weight_orig / torch.dot(layer.weight_u.clone(), matrix.mv(layer.weight_v.clone()))
@@ -123,7 +125,7 @@ def _hooks(layer: torch.nn.Module) -> list[tuple[int, str, Any]]:
     from torch.nn.utils.spectral_norm import SpectralNorm
     from torch.nn.utils.weight_norm import WeightNorm
 
-    found = []
+    found: list[tuple[int, str, Any]] = []
     for number, hook in layer._forward_pre_hooks.items():
         if isinstance(hook, BasePruningMethod):
             found.append((number, hook._tensor_name, hook))

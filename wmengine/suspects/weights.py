@@ -33,7 +33,7 @@ class ModuleTensor(NamedTuple):
 
 
 def live_filters(model: torch.nn.Module, tensor: ModuleTensor) -> torch.Tensor:
-    """A weight [O, ...] as it is now, looked up anew: the parameter may have been replaced, or be computed from others."""
+    """A weight [O, ...] as it is now, looked up anew: it may have been replaced, or be computed from others."""
     return tensor.filters(live_weight(model.get_submodule(tensor.path)))
 
 
