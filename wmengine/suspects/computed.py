@@ -15,9 +15,13 @@ def live_weight(layer: Any) -> torch.Tensor:
     Of an adapter of peft the weight that merging makes; of shards (fully_shard) the whole. Raises ValueError for an
     adapter that is not merged by addition.
     """
-    weight = _computed(layer)
-    whole: torch.Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-    return whole
+    return whole(_computed(layer))
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    """A tensor that fully_shard may have cut, put together again; differentiable."""
+    found: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return found
 
 
 def is_trained(layer: torch.nn.Module) -> bool:
@@ -30,11 +34,24 @@ def is_adapter(layer: torch.nn.Module) -> bool:
     return hasattr(layer, "get_delta_weight") and hasattr(layer, "base_layer")
 
 
+def check_unsharded(model: torch.nn.Module) -> None:
+    """Raises ValueError for a model of fully_shard, where weights are to be changed or written."""
+    if any(hasattr(each, "reshard") and hasattr(each, "unshard") for each in model.modules()):
+        raise ValueError(
+            "the model's weights are sharded: load what torch.distributed.checkpoint.state_dict.get_model_state_dict "
+            "gives with full_state_dict=True into a plain model, and take that"
+        )
+
+
 def plain(model: torch.nn.Module) -> torch.nn.Module:
-    """The model itself, or where weights of it are computed a copy in eval mode that holds them as parameters."""
+    """The model itself, or where weights of it are computed a copy in eval mode that holds them as parameters.
+
+    Raises ValueError for a sharded one.
+    """
     import torch
     from torch.nn.utils import parametrize
 
+    check_unsharded(model)
     if not any(is_adapter(each) or parametrize.is_parametrized(each) or _hooks(each) for each in model.modules()):
         return model
     # What a hook has computed is no leaf, and torch copies none.

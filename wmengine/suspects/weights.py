@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from numpy.typing import NDArray
 
 from wmengine._optional import require
-from wmengine.suspects.computed import is_adapter, is_trained, live_weight
+from wmengine.suspects.computed import is_adapter, is_trained, live_weight, whole
 
 if TYPE_CHECKING:
     import torch
@@ -43,11 +43,12 @@ def live_factors(model: torch.nn.Module, tensor: ModuleTensor) -> torch.Tensor |
     if tensor.normalisation is None:
         return None
     norm: Any = model.get_submodule(tensor.normalisation)
+    weight = None if norm.weight is None else whole(norm.weight)
     variance = getattr(norm, "running_var", None)
     if variance is None:
-        return norm.weight if norm.weight is not None else None
+        return weight
     scale: torch.Tensor = (variance.detach() + norm.eps).rsqrt()
-    return scale if norm.weight is None else scale * norm.weight
+    return scale if weight is None else scale * weight
 
 
 def filters_first(weight: Array, groups: int, transposed: bool) -> Array:

@@ -23,6 +23,7 @@ from wmengine import ops
 from wmengine.parts.base import Setting
 from wmengine.parts.fields import positive
 from wmengine.parts.sources.weights import folded
+from wmengine.suspects.computed import check_unsharded
 from wmengine.suspects.weights import live_factors, live_filters
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class _Addition:
             )
         self._margin, self._projection = margin, parameters["projection"]
         self._weights = carriers_in(setting.model, setting.example, setting.preset_name, parameters)
+        check_unsharded(setting.model)
         for each in self._weights:
             if not isinstance(each.weight, torch.nn.Parameter):
                 raise ValueError(f"the weight of {each.path} is computed from others: remove its parametrisation first")
