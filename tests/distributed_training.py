@@ -1,4 +1,4 @@
-"""What each of two processes does in the test of distributed training; a module of its own, as they import it by name."""
+"""What each of two processes does in the test of distributed training; they import it by its name."""
 
 import torch
 from embedding import CLASSES, KEY, batch, embedder, network

@@ -1,4 +1,4 @@
-"""What `fit` promises: a finished model is marked by one call, as it was and by default, or a clear word says why not."""
+"""What `fit` promises: a finished model is marked by one call and stays as good, or a clear word says why not."""
 
 import copy
 

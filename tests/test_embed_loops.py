@@ -1,4 +1,4 @@
-"""Marks survive what real training loops do: scaled gradients, averaged weights, compilation, several processes, crashes."""
+"""Marks survive what real loops do: scaled gradients, averaged weights, compilation, several processes, crashes."""
 
 import copy
 
