@@ -5,7 +5,7 @@ import logging
 import lightning.pytorch as lightning
 import pytest
 import torch
-from embedding import CLASSES, KEY, batch, network
+from embedding import CLASSES, KEY, batch, network, small
 from torch.utils.data import DataLoader, TensorDataset
 
 import wmengine
@@ -22,9 +22,7 @@ class Module(lightning.LightningModule):
     def __init__(self, marks=None):
         super().__init__()
         self.network = network()
-        options = {"marks": marks} if marks else {
-            "key": KEY, "name": "test-model", "schemes": [wmengine.scheme("sketch", bits=64), wmengine.scheme("adi", count=40)]
-        }  # fmt: skip
+        options = {"marks": marks} if marks else {"key": KEY, "name": "test-model", "schemes": small()}
         self.emb = wmengine.Embedder(self.network, num_classes=CLASSES, sample=batch(64)[0], **options)
         self.logged = []
 
