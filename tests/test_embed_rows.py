@@ -128,6 +128,16 @@ def test_mix_refuses_inputs_unlike_the_sample(inputs, error, message):
         embedder(network()).mix(inputs, torch.zeros(4, dtype=torch.int64))
 
 
+def test_batches_that_a_mark_only_watches_are_looked_at_too():
+    """Without trigger rows; a scheme that runs the model again on each batch keeps what mix saw."""
+    emb = embedder(network(), [wmengine.scheme("deepipr_v2", bits=16)], num_classes=None)
+    x, y = batch(8)
+    for wrong in ((x.numpy(), y), (x, y.numpy()), (x, y.float())):
+        with pytest.raises(TypeError, match="must be"):
+            emb.mix(*wrong)
+    assert emb.mix(x, y)[0] is x
+
+
 @pytest.mark.parametrize(
     ("logits", "labels", "error", "message"),
     [

@@ -70,6 +70,14 @@ def test_other_class_weights_are_refused(weight):
         emb.loss(torch.zeros(len(x), CLASSES), y, weight=weight)
 
 
+@pytest.mark.parametrize("smoothing", [-0.1, 1.1, "much"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_other_smoothing_is_refused(soft, smoothing):
+    labels = torch.zeros(8, CLASSES) if soft else torch.zeros(8, dtype=torch.int64)
+    with pytest.raises(ValueError, match="label_smoothing must be a number from 0 to 1, and it is"):
+        embedder(network(), ADI).loss(torch.zeros(8, CLASSES), labels, label_smoothing=smoothing)
+
+
 def test_soft_labels_and_numbers_that_say_the_same_are_the_same():
     """Triggers, their order, the loss, what counts as learned."""
     hard, soft = embedder(network()), embedder(network())

@@ -88,7 +88,7 @@ class Batches:
     ) -> tuple[Any, torch.Tensor]:
         """The batch with the rows of courses appended, the labels of group g raised by g · num_classes."""
         assert self.num_classes is not None
-        batch, width = self._checked(inputs, labels), self.num_classes * (1 + len(courses))
+        batch, width = self.checked(inputs, labels), self.num_classes * (1 + len(courses))
         parts, ys = {name: [rows] for name, rows in batch.items()}, [labels]
         if labels.ndim == 2:
             ys = [functional.pad(labels, (0, width - self.num_classes))]
@@ -109,7 +109,9 @@ class Batches:
         named = dict(inputs) if isinstance(inputs, Mapping) else {ONE: inputs}
         return named, split(labels, self.num_classes)[0]
 
-    def _checked(self, inputs: Any, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def checked(self, inputs: Any, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The inputs of a batch by name. Raises ValueError or TypeError for a batch unlike the sample, and for labels
+        that are none of its classes."""
         check_labels(labels, self.num_classes)
         if self._single == isinstance(inputs, Mapping) or (not self._single and set(inputs) != set(self.signature)):
             known = "a tensor" if self._single else f"a dict with {', '.join(self.signature)}"
@@ -132,17 +134,18 @@ class Batches:
             if labels.device != rows.device:
                 raise ValueError(f"inputs are on {rows.device} and labels on {labels.device}; move both to one device")
         if labels.ndim == 2:
-            if labels.shape[1] != self.num_classes:
+            if labels.shape[1] != (self.num_classes or labels.shape[1]):
                 raise ValueError(f"soft labels must be [n, {self.num_classes}], and they are {list(labels.shape)}")
             return batch
-        in_range = ((labels >= 0) & (labels < (self.num_classes or 0))) | (labels == IGNORE_INDEX)
+        classes = self.num_classes or MAX_CLASSES
+        in_range = ((labels >= 0) & (labels < classes)) | (labels == IGNORE_INDEX)
         if labels.device.type == "cpu":
             if not bool(in_range.all()):
                 wrong = labels[~in_range][0].item()
-                raise ValueError(f"labels must be from 0 to {(self.num_classes or 0) - 1}, and one is {wrong}")
+                raise ValueError(f"labels must be from 0 to {classes - 1}, and one is {wrong}")
         else:
             # As torch's own cross-entropy on a GPU: the device stops, and the host does not wait to see.
-            torch._assert_async(in_range.all(), f"labels must be from 0 to {(self.num_classes or 0) - 1}")
+            torch._assert_async(in_range.all(), f"labels must be from 0 to {classes - 1}")
         return batch
 
 

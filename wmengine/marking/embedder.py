@@ -103,6 +103,11 @@ class Embedder:
         if marks is not None:
             if key is not None or name is not None or message is not None:
                 raise ValueError("marks= are whole: leave key, name and message out")
+            if isinstance(marks, str | os.PathLike | Watermark):
+                marks = [marks]
+            for each in marks:
+                if not isinstance(each, str | os.PathLike | Watermark):
+                    raise TypeError(f"marks= must hold Watermarks or paths of their files, and one is {each!r}")
             registered = [each if isinstance(each, Watermark) else Watermark.load(each) for each in marks]
             if not registered:
                 raise ValueError("marks= is empty: give the marks to go on with")
@@ -113,6 +118,8 @@ class Embedder:
             if key is None or schemes is None or name is None:
                 raise ValueError("a new mark needs key, schemes and name; or give marks= to go on with")
             if not isinstance(key, Key):
+                if not isinstance(key, str | os.PathLike):
+                    raise TypeError(f"key must be a Key or the path of its file, and {type(key).__name__} is neither")
                 key = Key.load(key)
             task = self._task(class_names, samples, controls)
             for preset in presets:
@@ -163,6 +170,8 @@ class Embedder:
         mixed = inputs, labels
         if self._by_group:
             mixed = self._batches.mixed(inputs, labels, [(mark.group, mark.course) for mark in self._by_group])
+        elif self._watching:
+            self._batches.checked(inputs, labels)
         for course in self._watching:
             course.watch(*self._batches.seen(*mixed), len(labels))
         return mixed
@@ -292,12 +301,15 @@ class Embedder:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken. Raises ValueError for the state of other marks."""
         known = {mark.watermark.commitment for mark in self._marks}
-        if set(state) != known:
+        if not isinstance(state, Mapping) or set(state) != known:
             raise ValueError(
                 "this state is of other marks: make the Embedder with marks= and those that it was taken of"
             )
         for mark in self._marks:
-            mark.course.load_state_dict(state[mark.watermark.commitment])
+            try:
+                mark.course.load_state_dict(state[mark.watermark.commitment])
+            except (AttributeError, KeyError, TypeError) as error:
+                raise ValueError(f"this is no state of the mark {mark.watermark.scheme!r}: {error!r}") from None
 
     def _task(self, class_names: Sequence[str] | None, samples: Any, controls: Sequence[torch.nn.Module]) -> Task:
         batches = self._batches
@@ -372,7 +384,7 @@ class Embedder:
 
 
 def _presets(schemes: Sequence[str | Preset]) -> list[Preset]:
-    if isinstance(schemes, str) or not schemes:
+    if isinstance(schemes, str) or not isinstance(schemes, Sequence) or not schemes:
         raise ValueError(f'schemes must be a list such as ["sketch", "adi"], and it is {schemes!r}')
     presets = [scheme(given) if isinstance(given, str) else given for given in schemes]
     for preset in presets:

@@ -20,9 +20,11 @@ def rows_loss(
 
     weight: [C], of the task's classes; a trigger row's are all 1. Numbers are averaged as torch does, over the weights
     of the rows' own classes, and soft labels over the rows; without rows the loss is 0. Raises ValueError for a weight
-    of another shape.
+    of another shape and for smoothing out of its range.
     """
     classes = logits.shape[1]
+    if not isinstance(label_smoothing, int | float) or not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be a number from 0 to 1, and it is {label_smoothing!r}")
     if weight is not None:
         if not isinstance(weight, torch.Tensor) or tuple(weight.shape) != (classes,):
             raise ValueError(f"weight must be a tensor [{classes}], a weight for each class, and it is {weight!r:.100}")

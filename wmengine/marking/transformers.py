@@ -51,7 +51,7 @@ class MarkedTrainer(Trainer):
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
-        if isinstance(folder, str | os.PathLike):
+        if isinstance(folder, str | os.PathLike) and (Path(folder) / STATE).exists():
             self.embedder.load_state_dict(torch.load(Path(folder) / STATE, weights_only=True))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

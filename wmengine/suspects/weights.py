@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from numpy.typing import NDArray
 
 from wmengine._optional import require
+from wmengine.suspects.base import one_line
 from wmengine.suspects.computed import is_adapter, is_trained, live_weight, whole
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def module_tensors(model: torch.nn.Module, example: Mapping[str, torch.Tensor] |
     With an example (a batch of its inputs by name, on the model's device) they come in the order in which it runs
     through them, which is the order in an exported graph, each with the normalisation behind it, and layers that it
     never reaches are left out. Without one they come in the order of registration. The model's training flags and
-    buffers are left as they were.
+    buffers are left as they were. Raises ValueError where it does not run on the example.
     """
     import torch
 
@@ -134,6 +135,9 @@ def _executed(
     try:
         with evaluating(model):
             call(model, example)
+    except Exception as error:  # whatever the model's own code raises
+        shapes = ", ".join(f"{rows.dtype} {list(rows.shape)}" for rows in example.values())
+        raise ValueError(f"the model does not run on inputs {shapes}: {one_line(error)}") from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -207,9 +211,12 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     """The plain module inside the wrappers of torch.compile, of data parallelism and of averaged weights.
 
-    Raises ValueError for FullyShardedDataParallel, whose parameters are pieces of no weight.
+    Raises ValueError for FullyShardedDataParallel, whose parameters are pieces of no weight, and TypeError for what is
+    no module.
     """
     torch = require("torch", extra="train")
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"a model must be a torch.nn.Module, and {type(model).__name__} is none")
     wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
     while True:
         if any(type(each).__name__ == "FullyShardedDataParallel" for each in model.modules()):
