@@ -228,4 +228,5 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
         elif "_orig_mod" in model._modules:
             model = getattr(model, "_orig_mod")  # noqa: B009
         else:
-            return model
+            plain: torch.nn.Module = model
+            return plain
