@@ -145,6 +145,24 @@ def test_an_adapter_that_is_not_merged_by_addition_is_refused():
         embedder(adapted(use_dora=True), SKETCH)
 
 
+def test_a_frozen_weight_stays_frozen_whatever_else_its_layer_trains():
+    class Inside(nn.Linear):
+        """An adapter in the layer itself."""
+
+        def __init__(self):
+            super().__init__(64, 64)
+            self.weight.requires_grad_(False)
+            self.down, self.up = nn.Parameter(torch.randn(4, 64)), nn.Parameter(torch.zeros(64, 4))
+
+        def forward(self, x):
+            return super().forward(x) + x @ self.down.T @ self.up.T
+
+    (mark,) = unproven(
+        embedder(nn.Sequential(nn.Flatten(), Inside(), nn.Linear(64, CLASSES)), [wmengine.scheme("sketch", bits=8)])
+    )
+    assert mark.parameters["carriers"] == [[CLASSES, 64]]
+
+
 class Beside(nn.Module):
     """An adapter that somebody built himself: nobody else knows how it will be merged."""
 

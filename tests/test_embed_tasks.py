@@ -133,6 +133,33 @@ def test_a_model_trained_so_is_owned_by_both_marks_and_knows_its_task(kind):
         assert (model.eval()(x).argmax(1) == y).float().mean() > 0.95
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("soft", [False, True])
+def test_such_a_loss_compiles_into_one_graph(soft):
+    emb = embedder(network())
+    x, y = batch(32)
+    _, y = emb.mix(*(mixup(x, y) if soft else (x, y)))
+    logits = torch.randn(len(y), CLASSES)
+    step = torch.compile(emb.loss, fullgraph=True, backend="eager")
+    found = step(logits, y, weight=WEIGHT, label_smoothing=0.1)
+    torch.testing.assert_close(found, emb.loss(logits, y, weight=WEIGHT, label_smoothing=0.1))
+
+
+def test_rows_that_are_ignored_may_hold_anything():
+    emb = embedder(network(), ADI)
+    x, y = batch(8)
+    emb.mix(x, y)
+    y[0] = -100
+    logits = torch.randn(8, CLASSES)
+    logits[0] = torch.nan
+    logits.requires_grad_()
+    loss = emb.loss(logits, y, weight=WEIGHT, label_smoothing=0.1)
+    loss.backward()
+    expected = functional.cross_entropy(logits[1:], y[1:], WEIGHT, label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
+    assert torch.isfinite(logits.grad).all()
+
+
 def test_a_loss_without_mix_is_told():
     emb = embedder(network(), ADI)
     with pytest.warns(UserWarning, match="loss was called before any mix"):

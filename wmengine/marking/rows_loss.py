@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
 from wmengine import ops
 from wmengine.marking.batches import IGNORE_INDEX
@@ -43,17 +44,17 @@ def rows_loss(
             ignore_index=IGNORE_INDEX,
         )
         return result.loss, result.group_hits
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    kept = group >= 0 if labels.ndim == 2 else labels != IGNORE_INDEX
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    logits = torch.where(kept[:, None], wide, 0.0)
     of_classes = torch.ones_like(logits) if weight is None else torch.where(group[:, None] == 0, weight, 1.0)
     if labels.ndim == 2:
-        shares, kept = labels.to(logits), torch.ones_like(group, dtype=torch.bool)
-        total, labels = kept.sum(), labels.argmax(1)
+        shares, total, labels = labels.to(logits), kept.sum(), labels.argmax(1)
     else:
-        kept = labels != IGNORE_INDEX
-        shares = torch.nn.functional.one_hot(labels.clamp(min=0), classes).to(logits)
-        total = (shares * of_classes)[kept].sum()
-    smoothed = shares * (1.0 - label_smoothing) + label_smoothing / classes
-    losses = -(of_classes * smoothed * logits.log_softmax(1)).sum(1)
+        shares = functional.one_hot(labels.clamp(min=0), classes).to(logits) * kept[:, None]
+        total = (shares * of_classes).sum()
+    smoothed = shares * (1.0 - label_smoothing) + label_smoothing / classes * kept[:, None]
+    loss = -(of_classes * smoothed * logits.log_softmax(1)).sum() / total
     hits = kept & (logits.argmax(1) == labels)
     by_group = group == torch.arange(groups, device=group.device)[:, None]
-    return losses[kept].sum() / total, (by_group & hits).sum(1)
+    return loss, (by_group & hits).sum(1)

@@ -25,7 +25,10 @@ def whole(tensor: Any) -> torch.Tensor:
 
 
 def is_trained(layer: torch.nn.Module) -> bool:
-    """Whether anything that a layer's weight is, or is computed from, is trained."""
+    """Whether a layer's weight is trained, or anything that it is computed from."""
+    stored = layer._parameters.get("weight")
+    if stored is not None:
+        return stored.requires_grad
     return any(each.requires_grad for name, each in layer.named_parameters() if "bias" not in name)
 
 
