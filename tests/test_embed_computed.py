@@ -175,7 +175,13 @@ class Beside(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
-@pytest.mark.parametrize(("kind", "told"), [(Beside, True), (nn.Linear, False)])
+def behind(columns, rows):
+    """A frozen layer, and trained ones behind it of the same shapes."""
+    base = nn.Linear(columns, columns).requires_grad_(False)
+    return nn.Sequential(base, nn.Linear(columns, 8), nn.Linear(8, columns), nn.Linear(columns, rows))
+
+
+@pytest.mark.parametrize(("kind", "told"), [(Beside, True), (nn.Linear, False), (behind, False)])
 def test_adapters_that_merging_would_dissolve_the_mark_in_are_told(kind, told):
     model = nn.Sequential(nn.Flatten(), kind(64, 128), nn.ReLU(), nn.Linear(128, CLASSES))
     with warnings.catch_warnings(record=True) as warned:

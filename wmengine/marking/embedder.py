@@ -60,8 +60,9 @@ class _Mark:
 class Embedder:
     """Embeds one or several marks into a model during its training.
 
-    model: any torch module, on any device; wrappers of torch.compile and data parallelism are looked through. It is run
-    once for each new mark, in eval mode, to find its weights and to measure what the mark scores before (`baseline`).
+    model: any torch module, on any device; wrappers of torch.compile and data parallelism are looked through, weights
+    that are computed (weight_norm, prune, peft's LoRA, shards) are read as they are used. It is run once for each new
+    mark, in eval mode, to find its weights and to measure what the mark scores before (`baseline`).
     key: the owner's Key, or its file. schemes: names, or presets with options as `wmengine.scheme("sketch", bits=128)`
     gives them. num_classes: the width C of the model's logits [N, C], for marks of triggers. sample: a batch [n, ...]
     as the loop feeds it, or a dict of several inputs by name. Its shape is the triggers', and without `value_range=`,

@@ -86,13 +86,17 @@ def low_rank_pair(model: torch.nn.Module) -> str | None:
     import torch
 
     for path, parent in model.named_modules():
-        linear = [(name, each) for name, each in parent.named_modules() if isinstance(each, torch.nn.Linear)]
-        pairs = [tuple(each.weight.shape) for _, each in linear if each.weight.requires_grad]
-        for name, each in linear:
-            rows, columns = each.weight.shape
-            if "." in name or not name or each.weight.requires_grad or is_adapter(parent):
+        if is_adapter(parent) or isinstance(parent, torch.nn.Sequential):  # whose layers stand behind one another
+            continue
+        near = [
+            each for each in parent.named_modules() if each[0].count(".") < 2 and isinstance(each[1], torch.nn.Linear)
+        ]
+        trained = [tuple(each.weight.shape) for _, each in near if each.weight.requires_grad]
+        for name, base in parent.named_children():
+            if not isinstance(base, torch.nn.Linear) or base.weight.requires_grad:
                 continue
-            if any((rows, rank) in pairs for rank, wide in pairs if wide == columns and rank < min(rows, columns)):
+            rows, columns = base.weight.shape
+            if any((rows, rank) in trained for rank, wide in trained if wide == columns and rank < min(rows, columns)):
                 return f"{path}.{name}".lstrip(".")
     return None
 

@@ -214,8 +214,10 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     Raises ValueError for FullyShardedDataParallel, whose parameters are pieces of no weight, and TypeError for what is
     no module.
     """
-    torch = require("torch", extra="train")
-    if not isinstance(model, torch.nn.Module):
+    require("torch", extra="train")
+    import torch
+
+    if not issubclass(type(model), torch.nn.Module):
         raise TypeError(f"a model must be a torch.nn.Module, and {type(model).__name__} is none")
     wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
     while True:
@@ -228,5 +230,4 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
         elif "_orig_mod" in model._modules:
             model = getattr(model, "_orig_mod")  # noqa: B009
         else:
-            plain: torch.nn.Module = model
-            return plain
+            return model
