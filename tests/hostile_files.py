@@ -108,7 +108,7 @@ def hole_of_a_terabyte(folder, path):
 @hostile("ONNX Runtime", weights="cannot be read")
 def no_bytes_of_weights(folder, path):
     (folder / "w.bin").touch()
-    return with_external("w.bin")
+    return with_external("w.bin", shape=(16, 400))
 
 
 def _with_entries(**entries):
@@ -207,7 +207,7 @@ def truncated():
     return classifier().SerializeToString()[:-40]
 
 
-@hostile("it has no graph")
+@hostile("not an ONNX model")
 def no_graph():
     return onnx.ModelProto(ir_version=9)
 

@@ -24,7 +24,8 @@ SECRET = b"canary-7f3a9c51-never-to-be-seen"
 
 @dataclass(frozen=True)
 class Hostile:
-    """write(folder, path) makes the file; error matches what is said of a mark that asks, weights of one that reads.
+    """write(folder, path) makes the file; error matches what is said of a mark that asks, weights the error or the
+    notes of one that reads.
 
     Where error is None the file merely answers badly: it is not proven, and note is among the notes.
     """

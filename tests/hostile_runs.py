@@ -225,23 +225,23 @@ def scales_that_would_make_a_weight_larger():
     scale = constant("scale", np.ones(1 << 20, np.float32))
     return _read(
         node("DequantizeLinear", "w0 scale", "v", axis=0),
-        initializers=[constant("w0", np.ones((1, 10), np.int8)), scale],
+        initializers=[constant("w0", np.ones((16, 400), np.int8)), scale],
     )
 
 
-@hostile("ONNX Runtime|fails", weights="cannot be read")
+@hostile("ONNX Runtime|fails", weights="could not be read")
 def reshape_that_does_not_fit():
     return _read(
         node("Reshape", "w0 shape", "v"), initializers=[constant("w0", WEIGHT), constant("shape", np.array([-1, -1]))]
     )
 
 
-@hostile("ONNX Runtime|fails", weights="cannot be read")
+@hostile("ONNX Runtime|fails", weights="could not be read")
 def transpose_of_axes_that_are_not_there():
     return _read(node("Transpose", "w0", "v", perm=[7, -9]), initializers=[constant("w0", WEIGHT)])
 
 
-@hostile("takes inputs", weights="bytes, and at most|needs more memory")
+@hostile("takes inputs", weights="no tensor")
 def one_file_read_as_many_weights(folder, path):
     """Four megabytes on disk, forty times."""
     content = np.ones((1024, 1024), np.float32).tobytes()
@@ -254,8 +254,29 @@ def one_file_read_as_many_weights(folder, path):
 
 @hostile("ONNX Runtime", weights="cannot be read")
 def more_numbers_than_bytes():
+    tensor = TensorProto(name="w", data_type=FLOAT, dims=[16, 400], raw_data=b"1234")
+    return model([node("Flatten", "x", "f"), node("MatMul", "f w", "y")], [tensor])
+
+
+@hostile("ONNX Runtime", weights="no tensor")
+def more_numbers_than_there_are_bytes_anywhere():
     tensor = TensorProto(name="w", data_type=FLOAT, dims=[1 << 20, 1 << 20], raw_data=b"1234")
     return model([node("Flatten", "x", "f"), node("MatMul", "f w", "y")], [tensor])
+
+
+@hostile("ONNX Runtime", weights="could not be read")
+def more_numbers_than_can_be_counted():
+    tensor = TensorProto(name="w", data_type=FLOAT, dims=[1 << 40, 1 << 40], raw_data=b"1234")
+    return model([node("Flatten", "x", "f"), node("MatMul", "f w", "y")], [tensor])
+
+
+@hostile("ONNX Runtime", weights="needs more memory|could not be read")
+def expression_that_is_larger_than_all_memory():
+    """What takes its place in the graph is one number, and a shape."""
+    return _read(
+        node("Expand", "one shape", "v"),
+        initializers=[constant("one", np.float32(1)), constant("shape", np.array([1 << 20, 1 << 20]))],
+    )
 
 
 @hostile("ONNX Runtime", weights="cannot be read")

@@ -16,7 +16,7 @@ import numpy as np
 
 from wmengine.sandbox import wire
 from wmengine.suspects import engine_wire
-from wmengine.suspects.engine_wire import LIST, LOAD, OPEN, READ, RUN, preload, prepare
+from wmengine.suspects.engine_wire import FIND, LIST, LOAD, OPEN, READ, RUN, preload, prepare
 
 __all__ = ["LIES", "preload", "prepare", "serve"]
 
@@ -29,13 +29,18 @@ def _header(**fields):
     return _arrays(**fields)
 
 
+def _opened(inputs):
+    return _header(inputs=inputs, class_names=[])
+
+
 def _arrays(*arrays, **fields):
     return lambda connection: wire.send(connection, {"word": WORDS[-1], **fields}, arrays)
 
 
-def _weights(*arrays, **fields):
-    """What is said of one weight, or of what stands for it."""
-    return _arrays(*(arrays or [WEIGHT]), **{"sources": ["w"], "factors": [False], "facts": [], **fields})
+def _found(ranks=(2,), sizes=WEIGHT.shape, names=b"w", **fields):
+    """What is said of the weights that there are: by default one, that of the mark."""
+    arrays = np.array(ranks, np.uint8), np.array(sizes, np.int64), np.frombuffer(names, np.uint8)
+    return _arrays(*arrays, **{"facts": [], **fields})
 
 
 def _text(text, body=b""):
@@ -85,30 +90,31 @@ LIES = {
     "location that it does not name": (LIST, _header(locations=["~honest.onnx"]), "names other external files than"),
     "location that is a list": (LIST, _header(locations=[["w.bin"]]), "missing"),
     "no inputs": (OPEN, _header(), "no answer that can be read"),
-    "inputs are a number": (OPEN, _header(inputs=[3]), "no answer that can be read"),
+    "inputs are a number": (OPEN, _opened([3]), "no answer that can be read"),
     "input without a shape": (
         OPEN,
-        _header(inputs=[["x", "tensor(float)", None, False]]),
+        _opened([["x", "tensor(float)", None, False]]),
         "no answer that can be read",
     ),
     "sizes without end": (
         OPEN,
-        _header(inputs=[["x", "tensor(float)", [float("inf")], 0]]),
+        _opened([["x", "tensor(float)", [float("inf")], 0]]),
         "no answer that can be read",
     ),
     "sizes below zero": (
         OPEN,
-        _header(inputs=[["x", "tensor(float)", [-5, -1, -4, -4], 0]]),
+        _opened([["x", "tensor(float)", [-5, -1, -4, -4], 0]]),
         "no answer that can be read",
     ),
     "a batch of nothing": (
         OPEN,
-        _header(inputs=[["x", "tensor(float)", [0, 1, 4, 4], 0]]),
+        _opened([["x", "tensor(float)", [0, 1, 4, 4], 0]]),
         "no answer that can be read",
     ),
-    "sizes of a thousand digits": (OPEN, _header(inputs=[["x", "tensor(float)", [10**1000] * 4, 0]]), "takes inputs"),
-    "ten thousand axes": (OPEN, _header(inputs=[["x", "tensor(float)", [1] * 10**4, 0]]), "takes inputs"),
-    "type that is no type": (OPEN, _header(inputs=[["x", {"a": 1}, [None, 1, 4, 4], 0]]), "takes {'a': 1}"),
+    "sizes of a thousand digits": (OPEN, _opened([["x", "tensor(float)", [10**1000] * 4, 0]]), "takes inputs"),
+    "ten thousand axes": (OPEN, _opened([["x", "tensor(float)", [1] * 10**4, 0]]), "takes inputs"),
+    "type that is no type": (OPEN, _opened([["x", {"a": 1}, [None, 1, 4, 4], 0]]), "takes {'a': 1}"),
+    "class names are a number": (OPEN, _header(**INPUTS, class_names=7), "no answer that can be read"),
     "no outputs": (RUN, _header(), "no answer that can be read"),
     "outputs without arrays": (RUN, _header(**ONE), "no answer that can be read"),
     "arrays without outputs": (RUN, _arrays(SCORES, outputs=[], classes=[]), "no answer that can be read"),
@@ -125,20 +131,34 @@ LIES = {
     "error that is no text": (RUN, _header(error=[1, {"a": None}]), r"\[1, {'a': None}\]"),
     "error without end": (RUN, _header(error="e" * 10**6), ": e+…$"),
     "no numbers": (RUN, _arrays(SCORES * np.nan, **ONE), None),
-    "no weights": (READ, _header(), "no answer that can be read"),
-    "weights in double": (READ, _weights(WEIGHT.astype(float)), "no answer that can be read"),
-    "weights without axes": (READ, _weights(WEIGHT[0]), "no answer that can be read"),
-    "weights without names": (READ, _weights(sources=[], factors=[]), "no answer that can be read"),
-    "weights of nothing": (READ, _weights(WEIGHT[:0]), None),
-    "weights that are no numbers": (READ, _weights(WEIGHT * np.nan, sources=["\x1b"]), None),
-    "normalisations of other filters": (READ, _weights(WEIGHT, WEIGHT[0, :3], factors=[True]), "no answer that can be"),
-    "facts are a number": (READ, _weights(facts=5), "no answer that can be read"),
-    "a fact of judging": (READ, _weights(facts=[["not_derived", {}]]), "no answer that can be read"),
-    "a fact without its values": (READ, _weights(facts=[["blocked", {}]]), "no answer that can be read"),
-    "a fact that steers a terminal": (READ, _weights(facts=[["blocked", {"count": "\x1b]0;x\x07" * 999}]]), None),
+    "no weights": (FIND, _header(), "no answer that can be read"),
+    "weights without axes": (FIND, _found(ranks=(0,), sizes=()), "no answer that can be read"),
+    "weights without names": (FIND, _found(ranks=(2, 2), sizes=(400, 16) * 2), "no answer that can be read"),
+    "weights with names in no text": (FIND, _found(names=b"\xff"), "no answer that can be read"),
+    "weights of nothing": (FIND, _found(sizes=(0, 16)), "no answer that can be read"),
+    "weights in one axis too many": (FIND, _found(sizes=(400, 16, 3)), "no answer that can be read"),
+    "weights of other shapes": (FIND, _found(sizes=(1 << 62, 1 << 62)), None),
+    "shapes in numbers of another kind": (
+        FIND,
+        _arrays(np.ones(1), np.ones(2), np.ones(1), facts=[]),
+        "no answer that can be read",
+    ),
+    "a weight in double": (READ, _arrays(WEIGHT.astype(float)), "no answer that can be read"),
+    "a weight of another shape": (READ, _arrays(WEIGHT.T), "no answer that can be read"),
+    "no weight": (READ, _header(), "no answer that can be read"),
+    "a weight that is no numbers": (READ, _arrays(WEIGHT * np.nan), None),
+    "normalisations of other filters": (READ, _arrays(WEIGHT, WEIGHT[0, :3]), "no answer that can be read"),
+    "facts are a number": (FIND, _found(facts=5), "no answer that can be read"),
+    "a fact of judging": (FIND, _found(facts=[["not_derived", {}]]), "no answer that can be read"),
+    "a fact without its values": (FIND, _found(facts=[["unread", {}]]), "no answer that can be read"),
+    "a fact that steers a terminal": (
+        FIND,
+        _found(sizes=(3, 3), facts=[["unread", {"count": "\x1b]0;x\x07" * 999}]]),
+        None,
+    ),
     "a fact of many values": (
-        READ,
-        _weights(facts=[["blocked", {"count": 10**4000} | {f"v{number}": 0 for number in range(10_000)}]]),
+        FIND,
+        _found(sizes=(3, 3), facts=[["unread", {"count": 10**4000} | {f"v{number}": 0 for number in range(10_000)}]]),
         None,
     ),
     "scores that stayed in no place": (
@@ -176,7 +196,7 @@ LIES = {
     "answer twice": (RUN, _answer_then(_header(outputs=[], classes=[]), ONE, SCORES), ""),
     "answer for ever": (RUN, _answer_then(_flood, ONE, SCORES), ""),
     "die after the answer": (RUN, _answer_then(_die, ONE, SCORES), ""),
-    "answer the next too": (LATER, _header(inputs=[]), None),
+    "answer the next too": (LATER, _opened([]), None),
     "an error for the next": (LATER, _header(error="it is no model"), None),
     "never let go": (LATER, _sleep, None),
     "crash when letting go": (LATER, lambda connection: ctypes.string_at(0), None),
@@ -185,7 +205,7 @@ LIES = {
 
 
 def serve(connection, mechanisms):
-    lie, lying, loaded = None, False, False
+    lie, lying, loaded, finding = None, False, False, False
 
     def receive(*arguments, before_arrays):
         def before(question):
@@ -193,19 +213,22 @@ def serve(connection, mechanisms):
                 lie[1](connection)
             before_arrays(question)
 
-        nonlocal lie, lying, loaded
+        nonlocal lie, lying, loaded, finding
         question, arrays = wire.receive(*arguments, before_arrays=before)
         if question["ask"] in (LIST, LOAD):
             told = re.search(rb"<lie: (.*?)>", arrays[0].tobytes())
             lie = LIES[told[1].decode()] if told else None
         loaded = question["ask"] not in (LIST, LOAD)
         lying = lie is not None and (question["ask"] == lie[0] or (lie[0] == OPEN and question.get("open", False)))
+        finding = question["ask"] == FIND
         WORDS.append(question.get("word"))
         return question, arrays
 
     def send(*arguments):
         if lying:
             lie[1](connection)
+        elif finding and lie is not None and lie[0] == READ:
+            _found()(connection)
         else:
             wire.send(*arguments)
 

@@ -7,7 +7,7 @@ from exported import CLASSES, LABELS, MARK, mark
 
 from wmengine import verify
 from wmengine.suspects.answers import Predicted, choose_readings, highest, of_two_classes, read_all
-from wmengine.suspects.onnx_engine import numbers
+from wmengine.suspects.class_names import numbers
 
 
 def read(outputs, num_classes, rows=4):
@@ -24,6 +24,13 @@ def test_text_sorts_ten_before_two_and_the_labels_beside_the_scores_say_so():
     assert (labels != SCORES.argmax(1)).any()
     np.testing.assert_array_equal(read([("label", labels), ("probabilities", SCORES)], 12), labels)
     np.testing.assert_array_equal(read([("label", SCORES.argmax(1)), ("probabilities", SCORES)], 12), SCORES)
+
+
+def test_of_two_classes_the_label_counts_where_it_never_names_the_higher_score():
+    decision = np.array([1.5, -0.2, 0.4, -2.0], np.float32)
+    scores, labels = np.stack([decision, -decision], axis=1), (decision > 0).astype(np.int64)
+    np.testing.assert_array_equal(read([("label", labels), ("decision", scores)], 2), labels)
+    np.testing.assert_array_equal(read([("label", 1 - labels), ("decision", scores)], 2), scores)
 
 
 def test_maps_are_put_in_the_order_of_their_numbers():
@@ -84,6 +91,21 @@ def test_one_score_tells_two_classes():
 
 
 TWO = mark("two", classes=2)
+
+
+def test_two_outputs_of_one_score_are_two_classes_where_they_add_up_to_one():
+    chances = np.array([0.1, 0.7, 0.4, 0.9], np.float32)
+    np.testing.assert_array_equal(read([("no", chances), ("yes", 1 - chances)], 2), np.stack([chances, 1 - chances], 1))
+    logits = np.log(chances / (1 - chances))[:, None]
+    np.testing.assert_array_equal(read([("logit", logits), ("probability", chances[:, None])], 2), logits[:, 0])
+
+
+def test_answers_beyond_the_marks_classes_are_said():
+    verdict = verify(lambda rows: 100 + np.arange(len(rows)) % CLASSES, MARK)
+    assert (verdict.decision, verdict.matched) == ("not_proven", 0)
+    assert "60 of 60 answers name no class of the watermark, which has 10: the suspect counts its classes" in str(
+        verdict.notes
+    )
 
 
 def test_a_row_is_no_answer_where_its_highest_score_is_no_number():

@@ -1,5 +1,6 @@
 """`wmengine.testing.check_preset`: it passes every preset of the page, and catches presets that promise too much."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,9 @@ from wmengine.parts.sources.passports import Passports
 from wmengine.parts.sources.weights import PeriodicWeights
 from wmengine.parts.symbols import Bits, Labels
 from wmengine.parts.training.link import Link
+from wmengine.parts.training.untouched import Untouched
 from wmengine.parts.triggers.abstract import AbstractTriggers
+from wmengine.parts.triggers.samples import SampleTriggers
 from wmengine.testing import check_preset, small_network
 
 pytestmark = [
@@ -65,18 +68,36 @@ SMALL = {
     "neuralmark": {"bits": 64, "width": 256},
     "greedy_residuals": {"bits": 64},
     "riga": {"bits": 64, "width": 256},
+    **{
+        name: {preset.symbols.fields[0]: 60 if preset.null != "rank" else 30}
+        for name, preset in SCHEMES.items()
+        if isinstance(preset.source, SampleTriggers)
+    },
 }
+POOL = torch.rand(90, 1, 8, 8, generator=torch.Generator().manual_seed(4)), torch.arange(90) % 10
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEMES if name != "emmark"])  # see test_emmark.py
 def test_every_preset_of_the_page_keeps_its_promises(name: str) -> None:
     needs: dict[str, dict[str, Any]] = {"adi_tokens": text(), "deepipr_v1": {"model": prepared}}
+    if isinstance(scheme(name).source, SampleTriggers):
+        needs[name] = {"samples": POOL, "controls": [small_network(seed) for seed in (7, 8, 9)]}
     # A filter of 9 weights turns slowly, and where y has a period some bits must cross it.
     steps = 250 if isinstance(scheme(name).source, Passports | PeriodicWeights) else 100
+    if isinstance(scheme(name).training, Untouched):  # it is of the network as it is
+        steps = 0
     report = check_preset(scheme(name, **SMALL[name]), steps=steps, **needs.get(name, {}))
     total = report.watermark.total
     # Of 64 bits one may be missed: that is 10^-17.06, and all of them 10^-18.96.
-    assert report.log10_p < -total * (0.9 if name.startswith("adi") else 0.26)
+    chance = report.watermark.preset.chance(report.watermark.parameters)
+    if report.watermark.preset.null == "rank":
+        controls = report.watermark.parameters["controls"]
+        best = -math.log10(controls + 1)
+        # Random networks share too little with their students for points that these alone answer.
+        assert report.log10_p == pytest.approx(best) if name != "conferrable" else report.log10_p >= best
+        assert report.exported_log10_p > -math.log10(controls + 1)  # two ways to put the questions, both paid
+        return
+    assert report.log10_p < total * (0.9 * math.log10(chance) if chance < 0.5 else -0.26)
     assert report.exported_log10_p < 0.95 * report.log10_p
     assert report.stranger_log10_p > -4.0
     assert set(report.null) == {0.1, 0.01, 0.001}

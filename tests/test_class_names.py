@@ -95,7 +95,7 @@ def test_every_order_and_names_together_are_paid_once():
 
 
 def test_against_others_names_must_be_the_marks():
-    with pytest.raises(ValueError, match="adversarial=True takes no labels= of an endpoint but those"):
+    with pytest.raises(ValueError, match="adversarial=True takes no labels= but those"):
         verify(named(MARK, MARK.symbols), MARK, key=KEY, adversarial=True)
     with pytest.raises(ValueError, match="whoever orders the names chooses the matches"):
         verify(named(NAMED, NAMED.symbols, NAMES[::-1]), NAMED, key=KEY, adversarial=True)

@@ -1,7 +1,9 @@
 """What a mark is made of: parameters that a task gives and that are checked, and what a key derives from them."""
 
+import copy
 import hashlib
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,11 @@ from numpy.typing import NDArray
 from wmengine.identity.canonical import canonical_json
 from wmengine.identity.key import Key
 from wmengine.marks.catalogue import SCHEMES, scheme
+from wmengine.marks.preset import Preset, array_digest
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Integers, Parameters, Task
 from wmengine.suspects.base import InputSpec
+from wmengine.testing import small_network
 
 KEY = Key("ACME Vision", bytes(range(32)))
 IMAGES = {"input": InputSpec((1, 8, 8), "float32")}
@@ -31,7 +35,18 @@ TOKENS = Task(TEXT, 10, [[0, 99]])
 PASSPORTS = ("deepipr_v1", "deepipr_v2", "deepipr_v3", "passport_norm")
 TWO = [[32, 1, 3, 3], [32, 32, 3, 3], [10, 128]]
 NORMALISED = Task(IMAGES, weights=lambda: (TWO, [0, 1, 2]), normalised=lambda: [0, 1])
-OWN = {"adi_tokens": TOKENS, **dict.fromkeys(PASSPORTS, NORMALISED)}
+SAMPLES = np.random.default_rng(8).random((40, 1, 8, 8)).astype(np.float32)
+POOL = replace(
+    TASK,
+    samples={"input": SAMPLES},
+    sample_labels=np.arange(40) % 10,
+    controls=[small_network(5), small_network(6)],
+    model=small_network(4),
+)
+RANKED = ("frontier", "ipguard", "conferrable", "known_mistakes", "posthoc", "blackmarks")
+POOLED = ("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view", "blind", *RANKED)
+QUICK = {"frontier": {"push": 0.2}, "conferrable": {"distilling": 5}, "blind": {"encoding": 3}}
+OWN = {"adi_tokens": TOKENS, **dict.fromkeys(PASSPORTS, NORMALISED), **dict.fromkeys(POOLED, POOL)}
 SMALL: dict[str, dict[str, Any]] = {
     "sketch": {"bits": 64},
     "uchida": {"bits": 64},
@@ -47,15 +62,33 @@ SMALL: dict[str, dict[str, Any]] = {
     "greedy_residuals": {"bits": 64},
     "riga": {"bits": 64, "width": 128},
     "emmark": {"bits": 64},
+    **{name: {"count": 20, **QUICK.get(name, {})} for name in POOLED},
+    "blackmarks": {"bits": 20},
 }
+MATERIAL: dict[str, dict[str, NDArray[Any]]] = {}  # by its digests
 
 
 def parameters_of(name: str, task: Task | None = None, **options: Any) -> Parameters:
-    return scheme(name, **{**SMALL[name], **options}).describe(task or OWN.get(name, TASK), "detector-v3")
+    preset, own = scheme(name, **{**SMALL[name], **options}), task or OWN.get(name, TASK)
+    if task is None and not options:
+        return copy.deepcopy(described(preset))
+    return _described(preset, own)
+
+
+@cache
+def described(preset: Preset) -> Parameters:
+    return _described(preset, OWN.get(preset.name, TASK))
+
+
+def _described(preset: Preset, task: Task) -> Parameters:
+    material = preset.gather(task)
+    parameters = preset.describe(task, "detector-v3", material)
+    MATERIAL[str(parameters.get("material", {}))] = material
+    return parameters
 
 
 def derived(name: str, parameters: Parameters, key: Key = KEY, message: str | None = None) -> dict[str, NDArray[Any]]:
-    return scheme(name).derive(key, parameters, message)
+    return scheme(name).derive(key, parameters, message, MATERIAL[str(parameters.get("material", {}))])
 
 
 def test_parameters_are_integers_and_strings_in_this_form() -> None:
@@ -336,6 +369,17 @@ CHANGES["tattooed"] = [*CHANGES["sketch"][3:], {"bits": 65}, {"carrier": "filter
 CHANGES["emmark"] = [{"bits": 65}, *CHANGES["sketch"][3:]]
 CHANGES["emmark"] += [{name: "0000803e" + parameters_of("emmark")[name][8:]} for name in ("values", "steps")]
 CHANGES["emmark"] += [{"places": "00000000" + parameters_of("emmark")["places"][8:]}]
+for pooled in POOLED:
+    first = parameters_of(pooled)
+    others = dict(MATERIAL[str(first["material"])], samples=255 - MATERIAL[str(first["material"])]["samples"])
+    digests = {name: array_digest(array) for name, array in others.items()}
+    MATERIAL[str(digests)] = others
+    CHANGES[pooled] = [*CHANGES["adi"], {"pool": first["pool"] - 1}, {"material": digests}]
+for pooled in ("exponential_weighting", "multi_view"):
+    CHANGES[pooled] = [*CHANGES[pooled], {"choices": 3}]
+for pooled in RANKED:
+    CHANGES[pooled] = [*CHANGES[pooled], {"controls": 3}]
+CHANGES["blackmarks"] = [{"bits": 21}, *CHANGES["blackmarks"][1:3], *CHANGES["blackmarks"][5:]]
 CHANGES["diction"] = [*CHANGES["deepsigns"][2:], {"bits": 80}, {"groups": 8}, {"hidden": 513}]
 
 
@@ -350,7 +394,10 @@ def test_a_change_of_any_parameter_or_of_the_key_changes_every_array(name: str) 
     )
     found = [derived(name, each) for each in [parameters, *changed]]
     found += [derived(name, parameters, key) for key in (replace(KEY, owner="Acme"), replace(KEY, secret=bytes(32)))]
-    for array in found[0]:
+    own = (
+        {"labels", "bits", "targets", "own_labels", "null_answers"} if name in RANKED else set()
+    )  # which may answer all alike
+    for array in found[0].keys() - parameters.get("material", {}).keys() - own:
         held = [each[array].reshape(-1) for each in found if array in each]
         length = min(map(len, held))
         assert len({each[:length].tobytes() for each in held}) == len(held), array
@@ -366,7 +413,7 @@ def test_geometry_follows_from_key_and_parameters_and_symbols_from_the_message_t
     symbols = scheme(name).symbols.name
     for array in plain:
         assert np.array_equal(plain[array], again[array])
-        assert np.array_equal(plain[array], addressed[array]) == (array != symbols)
+        assert np.array_equal(plain[array], addressed[array]) == (array != symbols or name in RANKED)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -374,8 +421,9 @@ def test_arrays_have_the_announced_layout(name: str) -> None:
     parameters, preset = parameters_of(name), scheme(name)
     layout = {array: (str(values.dtype), values.shape) for array, values in derived(name, parameters).items()}
     assert layout == preset.layout(parameters)
-    assert preset.total(parameters) == (20 if name.startswith("adi") else 64)
-    assert preset.chance(parameters) == (0.1 if name.startswith("adi") else 0.5)
+    assert preset.total(parameters) == (20 if preset.kind == "black-box" else 64)
+    chances = {"exponential_weighting": 1 / 9, "multi_view": 0.25, "blackmarks": 0.5}
+    assert preset.chance(parameters) == chances.get(name, 0.1 if preset.kind == "black-box" else 0.5)
 
 
 @pytest.mark.parametrize("over", ["keys", "messages"])

@@ -191,7 +191,8 @@ def test_classes_and_levels_travel_from_a_sandbox():
         def run(self, inputs):
             return outputs
 
-    header, arrays = engine_wire._answer(Engine(), {"ask": engine_wire.RUN, "inputs": ["x"]}, [INPUTS], ())
+    question = {"ask": engine_wire.RUN, "inputs": ["x"], "labels": []}
+    header, arrays = engine_wire._answer(Engine(), question, [INPUTS], ())
     (_, stayed), (_, features) = engine_wire._read_outputs(header, list(arrays))
     assert (stayed.labels.tolist(), stayed.classes, stayed.levels.tolist()) == ([3, -1], 10, levels.tolist())
     assert features.tolist() == np.ones((2, 3)).tolist()

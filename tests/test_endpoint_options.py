@@ -257,7 +257,7 @@ def test_names_of_classes_that_the_mark_does_not_hold_are_paid_for(mark, labels,
         assert bool(said) == is_paid
         suspect, proof = wm.endpoint(stub.url, labels=labels), {"key": KEY, "adversarial": True}
         if is_paid:
-            with pytest.raises(ValueError, match=r"no labels= of an endpoint but those .* was made with"):
+            with pytest.raises(ValueError, match=r"no labels= but those .* was made with"):
                 wm.verify(suspect, mark, **proof)
         else:
             assert wm.verify(suspect, mark, **proof).owned

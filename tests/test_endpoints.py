@@ -110,6 +110,16 @@ def test_a_server_that_describes_its_model_wrongly_can_be_overruled():
         assert judged(stub, layout="as recorded").owned
 
 
+def test_axes_of_length_1_are_put_as_the_server_describes_them():
+    def behave(request):
+        if request.method == "GET":
+            return {"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 1, 3, 4, 4]}]}
+        return answer(scores(tensor(request.json)[:, 0]))
+
+    with serving(behave) as stub:
+        assert judged(stub).owned
+
+
 def test_only_scalings_that_are_asked_for_are_tried():
     stranger = posted(lambda request: answer(np.eye(CLASSES)[[3] * len(tensor(request.json))]))
     with serving(stranger) as stub:

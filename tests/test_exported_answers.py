@@ -80,6 +80,15 @@ ENDINGS = {
          helper.make_node("OneHot", ["l", "depth", "ends"], ["o"]), helper.make_node("Cast", ["o"], ["b"], to=BOOL)],
         ["b"], [BOOL], [("depth", np.array([CLASSES])), ("ends", np.array([0, 1]))],
     ),
+    "an output for each class": ending(
+        [helper.make_node("Split", ["{y}"], [f"p{number}" for number in range(CLASSES)], axis=1, num_outputs=CLASSES)],
+        [f"p{number}" for number in range(CLASSES)],
+    ),
+    "a label and an output for each class": ending(
+        [helper.make_node("ArgMax", ["{y}"], ["l"], axis=1, keepdims=0),
+         helper.make_node("Split", ["{y}"], [f"p{number}" for number in range(CLASSES)], axis=1, num_outputs=CLASSES)],
+        ["l", *(f"p{number}" for number in range(CLASSES))], [INT64],
+    ),
     "one more axis": ending([helper.make_node("Unsqueeze", ["{y}", "a"], ["u"])], ["u"], (), [("a", np.array([1]))]),
     "a picture of one pixel": ending(
         [helper.make_node("Unsqueeze", ["{y}", "a"], ["u"])], ["u"], (), [("a", np.array([2, 3]))]
@@ -87,6 +96,8 @@ ENDINGS = {
 }  # fmt: skip
 ONE_MORE = "the suspect's classes are counted from 1, or a class more stands before them, as its answers show"
 SAID = {
+    "an output for each class": "10 of 10 outputs, 'p0' the first of them, hold the scores of a class each",
+    "a label and an output for each class": "10 of 11 outputs, 'p0' the first of them, hold the scores of a class each",
     "top 3, worst first": "output 'indices' lists the best classes, and the first of them counts",
     "features before": "answers were read from output 'out', one of 2",
     "features behind": "answers were read from output 'out', one of 2",
@@ -125,10 +136,10 @@ def test_a_fixed_batch_of_one_without_its_axis(plain, tmp_path, axes):
     assert "the suspect has a fixed batch of 1" in judge(change, plain, tmp_path).notes
 
 
-def test_labels_that_are_words_are_an_error_that_says_so(plain, tmp_path):
-    names = ("names", np.array([f"{chr(97 + number)}-sort" for number in range(CLASSES)], object))
+def test_labels_that_are_words_of_no_list_are_an_error_that_says_so(plain, tmp_path):
     label = helper.make_node("ArgMax", ["{y}"], ["l"], axis=1, keepdims=0)
-    words = ending([label, helper.make_node("Gather", ["names", "l"], ["word"])], ["word"], [TEXT], [names])
-    onnx.save(words(onnx.load(plain[0]), tmp_path), tmp_path / "m.onnx")
+    nodes = [label, helper.make_node("Equal", ["l", "zero"], ["e"]), helper.make_node("Where", ["e", *"gb"], ["word"])]
+    texts = [("g", np.array("good", object)), ("b", np.array("bad", object)), ("zero", np.array(0))]
+    onnx.save(ending(nodes, ["word"], [TEXT], texts)(onnx.load(plain[0]), tmp_path), tmp_path / "m.onnx")
     verdict = verify(tmp_path / "m.onnx", MARK)
     assert "answers with no numbers, but word of tensor(string); export it with scores" in verdict.error

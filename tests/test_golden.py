@@ -35,6 +35,18 @@ COMMITMENTS = {
     "riga-1": "03019d4d85e58019b609eacef18c2e4d7788aff179a6afcf579e169a558574e5",
     "diction-1": "c0fb922eb63e2d8a565205c1296183c46247b7d37738fdbc3c86f3dfa7cb6f05",
     "emmark-1": "e9699f81c8882ff056b260dd22f9a651dddc8f112dae5f784e31edd07201a941",
+    "zhang_content-1": "c3fe2e774a73f69728b36db720b55a6ccdb9096ec52d9fcb5569ef51b1c96053",
+    "zhang_noise-1": "24ecaf30948d2d8e7fcadb459a6dbf81bd43753d2b02805d7a20783ba8261119",
+    "zhang_unrelated-1": "49a3d7f8dd6cde7571415f9e264a823dec13d801e2e8a992fb5eaf5d307d4047",
+    "exponential_weighting-1": "9aa6364cbcf5c6ea23d99d1edcf2075fcc69bd6839d1bda3aad36e3df475fabc",
+    "multi_view-1": "e1740c8d4c0024a23c6e3f0538acda81e83153b91945eb64edb86aaeef703fe8",
+    "blind-1": "adfeffcf6e840aacfcf497d37593f849540e2801dd4334f7f8665e22d3482c57",
+    "frontier-1": "2badd7bc64cfc3ac72c237e51e58023934772fbfcba90d2fe39acc915a40627e",
+    "ipguard-1": "907b1f73106c4658dacb2b2e55babdf5573bdb0d376c72053cdace791ebec3d5",
+    "conferrable-1": "4b5f6fe987e613c9d018bfb58a5b7ad58755005662d9e744e737cb14e12a2447",
+    "known_mistakes-1": "252c43a90c5e08ac143fd6f74bd31d4d801a2f56301da488a9a91c944a9fc8e2",
+    "posthoc-1": "562471372270bda6b8a4c379e75eb79e61d3861445633fbfc9c141a753e76c53",
+    "blackmarks-1": "0c22761ab986d4463ba25cc11a86690fb5a76c66d4e64889a37efad1c95df06a",
 }
 LOG10_P = {
     "sketch-1": -18.96,
@@ -53,6 +65,18 @@ LOG10_P |= {
     "neuralmark-1": -9.33,
     "greedy_residuals-1": -18.96,
     "riga-1": -14.15,
+    "zhang_content-1": -49.4,
+    "zhang_noise-1": -49.4,
+    "zhang_unrelated-1": -49.4,
+    "exponential_weighting-1": -47.41,
+    "multi_view-1": -29.8,
+    "blind-1": -49.4,
+    "frontier-1": -0.3,
+    "ipguard-1": -0.3,
+    "conferrable-1": -0.18,
+    "known_mistakes-1": 0.0,
+    "posthoc-1": 0.0,
+    "blackmarks-1": -0.3,
 }
 
 
@@ -94,7 +118,8 @@ def test_a_mark_loads_with_its_commitment_and_is_derived_from_its_key(name: str,
 
 def test_a_network_that_holds_it_is_owned(name: str, file: Path, key: Key) -> None:
     verdict = verify(FOLDER / f"{name}.onnx", file, key=key)
-    assert (verdict.decision, verdict.matched) == ("owned", verdict.total)
+    ranks = verdict.null == "rank"  # among three networks here, at most
+    assert (verdict.decision, verdict.matched) == ("not_proven" if ranks else "owned", verdict.total)
     assert verdict.log10_p == pytest.approx(LOG10_P[name], abs=0.01)
 
 

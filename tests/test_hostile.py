@@ -103,6 +103,11 @@ def check_text(row):
         assert len(text) <= 1000, row
 
 
+def refusal(row):
+    """Why a mark could not be looked for, or ""."""
+    return row["error"] or "".join(row["notes"] if row["decision"] == "other_task" else ())
+
+
 def everything_below(folder):
     return {path: path.lstat().st_size for path in sorted(folder.rglob("*"))}
 
@@ -180,10 +185,11 @@ def test_a_hostile_file_costs_its_own_rows_and_says_why(corpus, name):
         assert rows["adi"]["error"] is None
         assert any(re.search(each.note, note) for note in [*rows["adi"]["notes"], ""]), rows["adi"]["notes"]
     else:
-        assert rows["adi"]["decision"] == "error"
-        assert re.search(each.error, rows["adi"]["error"]), rows["adi"]["error"]
+        assert rows["adi"]["decision"] in ("error", "other_task")
+        assert re.search(each.error, refusal(rows["adi"])), refusal(rows["adi"])
     if each.weights is not None:
-        assert re.search(each.weights, rows["sketch"]["error"] or "no error"), rows["sketch"]["error"]
+        said = rows["sketch"]["error"] or "; ".join(rows["sketch"]["notes"])
+        assert re.search(each.weights, said), said
 
 
 @pytest.mark.slow
@@ -368,7 +374,7 @@ def test_a_worker_that_lies_is_no_more_than_an_error_and_the_next_file_is_judged
     for row in liar.values():
         check_text(row)
         assert row["decision"] != "owned"
-    said = [row["error"] for row in liar.values() if row["error"] is not None]
+    said = [refusal(row) for row in liar.values() if refusal(row)]
     if LIES[lie][2] is None:
         assert not said
     elif LIES[lie][2]:

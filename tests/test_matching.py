@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from wmengine.parts.matching import MAXIMUM_TRIES, match_tensors
+from wmengine.parts.matching import MAXIMUM_TRIES, fitted, match_tensors
 from wmengine.suspects.base import Tensor
 
 
@@ -81,3 +81,36 @@ def test_axes_of_length_one_are_overlooked_only_where_a_shape_is_missing():
     assert match_tensors([(8, 1)], tensors((8, 1, 1, 1))).tries == ((0,),)
     mixed = match_tensors([(8, 4), (8, 4, 1, 1)], tensors((8, 4, 1, 1), (8, 4, 1, 1)))
     assert mixed.tries == ((0, 1),)
+
+
+def values_of(shapes, found):
+    (pairing,) = match_tensors(shapes, found).tries
+    return [found[place].values for place in pairing]
+
+
+def test_queries_keys_and_values_may_be_packed_or_apart():
+    """Two blocks of attention: three projections or one, and that of the output."""
+    apart, packed = [(4, 4)] * 8, [(12, 4), (4, 4)] * 2
+    parts = [Tensor(np.full((4, 4), number, np.float32), str(number)) for number in range(8)]
+    wholes = [
+        Tensor(np.concatenate([part.values for part in parts[start : start + count]]), str(start))
+        for start, count in [(0, 3), (3, 1), (4, 3), (7, 1)]
+    ]
+    for shapes, tensors_, expected in ((apart, wholes, parts), (packed, parts, wholes), (packed, wholes, wholes)):
+        for ours, theirs in zip(values_of(shapes, fitted(shapes, tensors_)), expected, strict=True):
+            assert np.array_equal(ours, theirs.values)
+    assert fitted([(12, 4)], parts) == parts  # which of them?
+    assert fitted([(4, 4)] * 2, wholes[1:2] * 2 + wholes[:1]) == wholes[1:2] * 2 + wholes[:1]  # none is missing
+
+
+def test_without_a_graph_both_orders_are_tried():
+    def stored(name, place):
+        return Tensor.unread((4, 3), name, lambda: None, place)
+
+    listed = [stored("layer1", 0), stored("layer10", 2), stored("layer2", 1)]
+    assert match_tensors([(4, 3)] * 3, listed).tries == ((0, 1, 2), (0, 2, 1))
+    assert match_tensors([(4, 3)] * 3, [stored("a", 0), stored("b", 1), stored("c", 2)]).tries == ((0, 1, 2),)
+    many = match_tensors([(4, 3)] * 2, [stored(str(number), 80 - number) for number in range(80)])
+    assert len(many.tries) <= MAXIMUM_TRIES
+    assert {many.tries[0], many.tries[-1]} >= {(0, 1)}
+    assert (79, 78) in many.tries

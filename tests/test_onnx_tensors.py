@@ -13,8 +13,10 @@ from torch import nn
 
 from wmengine import export_onnx
 from wmengine.errors import SuspectError
+from wmengine.parts.matching import fitted
 from wmengine.parts.sources.weights import folded
-from wmengine.suspects import open_suspect
+from wmengine.sandbox import Limits
+from wmengine.suspects import OnnxSuspect, open_suspect
 from wmengine.suspects.base import InputSpec
 
 FEATURES, CLASSES = 6, 4
@@ -121,7 +123,7 @@ def exports(network, tmp_path_factory):
 
 
 COPIES = ["folded", "traced", "external", "old", "qdq", "qdq tensor", "qoperator", "dynamic"]
-COPIES += ["traced EXTENDED", "qdq EXTENDED", "dynamic EXTENDED"]
+COPIES += ["traced EXTENDED", "qdq EXTENDED", "dynamic EXTENDED", "folded ALL"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -142,15 +144,6 @@ def test_every_export_shows_the_weights_of_the_network_in_order(network, exports
 
 def canonical(tensor):
     return folded(tensor.values, tensor.factors, "filter_mean")
-
-
-def test_a_blocked_layout_is_said_and_not_misread(network, exports):
-    suspect = open_suspect(exports["folded ALL"])
-    blocked = {node.op_type for node in onnx.load(exports["folded ALL"]).graph.node if "nchwc" in node.domain}
-    assert "Conv" in blocked
-    shapes = {tensor.values.shape for tensor in suspect.tensors()}
-    assert (8, 1, 3, 3) not in shapes
-    assert any("NCHWc" in note for note in map(str, suspect.facts))
 
 
 def test_matrices_are_turned_so_that_each_row_makes_one_output(tmp_path):
@@ -236,8 +229,9 @@ def test_scales_cannot_make_a_weight_larger(tmp_path, scale_shape, attributes):
     node = helper.make_node("DequantizeLinear", ["w", "scale"], ["v"], **attributes)
     scale = weight("scale", np.ones(scale_shape, np.float32))
     model = chain(node, stored=np.ones((1, CLASSES), np.int8), initializers=[scale], opset=21)
+    (tensor,) = open_suspect(save(model, tmp_path / "m.onnx")).tensors()
     with pytest.raises(SuspectError, match="do not fit"):
-        open_suspect(save(model, tmp_path / "m.onnx")).tensors()
+        tensor.read()
 
 
 def test_a_chain_of_scales_that_are_computed_themselves_is_no_weight(tmp_path):
@@ -268,7 +262,8 @@ def test_a_weight_stored_as_float_and_quantised_in_the_graph_is_read_as_float(tm
     assert np.array_equal(tensor.values, WEIGHT.T)
 
 
-def test_order_is_that_of_execution_and_a_weight_used_twice_counts_once(tmp_path):
+@pytest.mark.parametrize("condition", ["constant", "computed"])
+def test_order_is_that_of_execution_and_a_weight_used_twice_counts_once(tmp_path, condition):
     """The nodes are listed out of order, as ONNX Runtime accepts; sub is in a branch, and two nodes use big."""
     big, sub = np.eye(FEATURES, dtype=np.float32), 2 * np.eye(FEATURES, dtype=np.float32)
     branches = {
@@ -287,13 +282,21 @@ def test_order_is_that_of_execution_and_a_weight_used_twice_counts_once(tmp_path
         helper.make_node("MatMul", ["a", "big"], ["b"]),
         helper.make_node("MatMul", ["x", "big"], ["a"]),
     ]
-    model = graph(nodes, [weight(), weight("big", big), weight("c", np.array(True))])
-    suspect = open_suspect(save(model, tmp_path / "m.onnx"))
+    constants = [weight(), weight("big", big), weight("yes", np.array(True))]
+    if condition == "constant":
+        nodes.append(helper.make_node("Identity", ["yes"], ["c"]))
+    else:
+        nodes += [
+            helper.make_node("IsNaN", ["x"], ["n"]),
+            helper.make_node("Cast", ["n"], ["m"], to=TensorProto.INT32),
+            helper.make_node("ReduceMax", ["m"], ["most"], keepdims=0),
+            helper.make_node("Cast", ["most"], ["c"], to=TensorProto.BOOL),
+        ]
+    suspect = open_suspect(save(graph(nodes, constants), tmp_path / "m.onnx"))
     np.testing.assert_allclose(suspect.answer({"x": INPUTS}, CLASSES).values, 2 * INPUTS @ WEIGHT, rtol=1e-5, atol=1e-5)
-    assert [tensor.source for tensor in suspect.tensors()] in (
-        ["big", "sub_then", "sub_else", "w"],
-        ["big", "sub_else", "sub_then", "w"],
-    )
+    subs = ["sub_then"] if condition == "constant" else ["sub_then", "sub_else"]
+    found = [tensor.source for tensor in suspect.tensors()]
+    assert found in (["big", *subs, "w"], ["big", *subs[::-1], "w"])
 
 
 def test_a_cycle_is_refused(tmp_path):
@@ -301,3 +304,81 @@ def test_a_cycle_is_refused(tmp_path):
     nodes += [helper.make_node("MatMul", ["b", "w"], ["y"])]
     with pytest.raises(SuspectError, match="cycle"):
         open_suspect(save(graph(nodes, [weight()]), tmp_path / "m.onnx")).tensors()
+
+
+BITS = [("QOperator", 2), ("QOperator", 4), ("QOperator", 8), ("QDQ", 4)]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("form", "bits"), BITS)
+def test_weights_quantised_by_block_are_what_they_multiply_by(tmp_path, form, bits, symmetric):
+    """MatMulNBits, or dequantisation in blocks; the last block is not full, and two or four numbers share a byte."""
+    from onnxruntime.quantization import QuantFormat
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    rows, columns = 24, 70
+    inputs = [helper.make_tensor_value_info("x", FLOAT, ["N", columns])]
+    values = np.random.default_rng(0).normal(size=(columns, rows)).astype(np.float32)
+    made = graph([helper.make_node("MatMul", ["x", "w"], ["y"])], [weight(values=values)], inputs=inputs, opset=21)
+    tool = MatMulNBitsQuantizer(made, bits=bits, block_size=32, is_symmetric=symmetric, quant_format=QuantFormat[form])
+    tool.process()
+    tool.model.save_model_to_file(str(tmp_path / "m.onnx"))
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    (expected,) = session.run(None, {"x": np.eye(columns, dtype=np.float32)})
+    suspect = open_suspect(tmp_path / "m.onnx")
+    (tensor,) = suspect.tensors()
+    np.testing.assert_allclose(tensor.values, expected.T, atol=1e-5)
+    assert [*map(str, suspect.facts)] == ["1 of 1 weights are quantised to integers"]
+
+
+def test_packed_projections_of_attention_are_one_weight_of_three(tmp_path):
+    """ONNX Runtime's optimiser for transformers packs queries, keys and values side by side; they may be quantised."""
+    from onnxruntime import quantization
+
+    packed = np.random.default_rng(0).normal(size=(8, 24)).astype(np.float32)
+    node = helper.make_node("Attention", ["x", "w", "b"], ["y"], domain="com.microsoft", num_heads=2)
+    inputs = [helper.make_tensor_value_info("x", FLOAT, ["N", 5, 8])]
+    constants = [weight(values=packed), weight("b", np.zeros(24, np.float32))]
+    path = save(graph([node], constants, inputs=inputs), tmp_path / "m.onnx")
+    parts = fitted([(8, 8)] * 3, open_suspect(path).tensors())
+    for tensor, expected in zip(parts, np.split(packed.T, 3), strict=True):
+        assert np.array_equal(tensor.values, expected)
+    # Where all of a sequence is equal, attention gives back its values.
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    row = np.random.default_rng(1).normal(size=8).astype(np.float32)
+    (answer,) = session.run(None, {"x": np.broadcast_to(row, (1, 5, 8))})
+    np.testing.assert_allclose(answer[0, 0], parts[2].values @ row, rtol=1e-4, atol=1e-5)
+    quantization.quantize_dynamic(path, tmp_path / "q.onnx", per_channel=True)
+    (integers,) = open_suspect(tmp_path / "q.onnx").tensors()
+    np.testing.assert_allclose(integers.values, packed.T, atol=0.02)
+
+
+def test_weights_with_channels_last_are_turned(tmp_path):
+    """What ONNX Runtime's tool for image models makes of convolutions."""
+    from onnxruntime.transformers.fusion_nhwc_conv import FusionNhwcConv
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    kernel = np.random.default_rng(0).normal(size=(8, 4, 3, 2)).astype(np.float32)
+    inputs = [helper.make_tensor_value_info("x", FLOAT, ["N", 4, 6, 6])]
+    nodes = [helper.make_node("Conv", ["x", "w", "b"], ["y"], kernel_shape=[3, 2])]
+    tool = OnnxModel(graph(nodes, [weight(values=kernel), weight("b", np.zeros(8, np.float32))], inputs=inputs))
+    FusionNhwcConv(tool, update_weight=True).apply()
+    assert "NhwcConv" in {node.op_type for node in tool.model.graph.node}
+    (tensor,) = open_suspect(save(tool.model, tmp_path / "m.onnx")).tensors()
+    assert np.array_equal(tensor.values, kernel)
+
+
+def test_weights_need_room_one_by_one_and_not_together(tmp_path):
+    """A mixture of many experts, of long names: all together they are beyond what one answer may hold."""
+    large = np.ones((FEATURES, 1 << 16), np.float32)
+    names = [f"model.layers.{number}.block_sparse_moe.experts.{number}.weight_transposed" for number in range(12_000)]
+    experts = [weight(name, np.ones((FEATURES, 2), np.float32)) for name in names]
+    heads = [weight(f"head{number}", large) for number in range(3)]
+    nodes = [helper.make_node("MatMul", ["x", each.name], [f"y {each.name}"]) for each in experts + heads]
+    gathered = [helper.make_node("Concat", [node.output[0] for node in nodes], ["y"], axis=1)]
+    path = save(graph(nodes + gathered, experts + heads), tmp_path / "m.onnx")
+    suspect = OnnxSuspect(path, limits=Limits(answer_bytes=large.nbytes + (1 << 12)))
+    found = suspect.tensors()
+    assert [tensor.source for tensor in found] == [*names, "head0", "head1", "head2"]
+    for tensor in found[-3:]:
+        assert np.array_equal(tensor.values, large.T)

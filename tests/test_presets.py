@@ -26,12 +26,15 @@ from wmengine.parts.training.spread import Spread
 from wmengine.parts.triggers.abstract import AbstractTriggers
 from wmengine.parts.triggers.tokens import TokenTriggers
 
+OF_SAMPLES = ("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view", "blind")
+RANKED = ("frontier", "ipguard", "conferrable", "known_mistakes", "posthoc", "blackmarks")
+
 
 def test_the_presets_keep_their_papers_defaults() -> None:
     ours = ["sketch", "uchida", "adi", "deepsigns", "adi_tokens"]
     passports = ["deepipr_v1", "deepipr_v2", "deepipr_v3", "passport_norm"]
     one_weight = ["deepmarks", "stdm", "neuralmark", "greedy_residuals", "riga"]
-    assert list(SCHEMES) == [*ours, *passports, "diction", "tattooed", *one_weight, "emmark"]
+    assert list(SCHEMES) == [*ours, *passports, "diction", "tattooed", *one_weight, "emmark", *OF_SAMPLES, *RANKED]
     assert [preset.full_name for preset in SCHEMES.values()] == [f"{name}/1" for name in SCHEMES]
     assert scheme("sketch").source == Weights("unit_filters", "sketch", "all")
     assert scheme("sketch").training == Link("hinge", 0.001, 5.0)
@@ -63,8 +66,11 @@ def test_the_presets_keep_their_papers_defaults() -> None:
     assert scheme("tattooed").training == Spread(4.0)
     assert scheme("emmark").source == IntegerWeights(spare=8)
     kinds = {name: preset.kind for name, preset in SCHEMES.items()}
-    assert kinds == {name: "black-box" if name.startswith("adi") else "white-box" for name in SCHEMES}
-    assert all(preset.null == "exact" and preset.paper for preset in SCHEMES.values())
+    asking = ("adi", "adi_tokens", *OF_SAMPLES, *RANKED)
+    assert kinds == {name: "black-box" if name in asking else "white-box" for name in SCHEMES}
+    nulls = {"exponential_weighting": "bound", "multi_view": "bound", **dict.fromkeys(RANKED, "rank")}
+    assert {name: preset.null for name, preset in SCHEMES.items() if preset.null != "exact"} == nulls
+    assert all(preset.paper for preset in SCHEMES.values())
 
 
 def test_an_unknown_scheme_or_option_is_answered_with_the_known_ones() -> None:
@@ -81,9 +87,9 @@ def test_an_unknown_scheme_or_option_is_answered_with_the_known_ones() -> None:
             scheme("sketch", **{fixed: "rank"})
 
 
-@pytest.mark.parametrize(("name", "version"), [("adi", 2), ("adi", "1"), ("blind", 1), (["adi"], 1)])
+@pytest.mark.parametrize(("name", "version"), [("adi", 2), ("adi", "1"), ("blend", 1), (["adi"], 1)])
 def test_an_unknown_version_is_answered_with_the_known_ones(name: Any, version: Any) -> None:
-    with pytest.raises(ValueError, match=r"of version .*; it has sketch/1, .*, adi_tokens/1, .*emmark/1$"):
+    with pytest.raises(ValueError, match=r"of version .*; it has sketch/1, .*, adi_tokens/1, .*emmark/1, .*/1$"):
         find(name, version)
 
 
@@ -211,7 +217,7 @@ def test_a_mark_of_a_preset_that_is_not_there_names_those_that_are(packages: Pac
     done = packages.run(code)
     assert done.stdout.strip() == "rank"
     assert "no scheme 'wide_sketch' of version 1; it has sketch/1" in done.stderr
-    assert done.stderr.strip().endswith("emmark/1, wide_sketch/3, wide_sketch/2")
+    assert done.stderr.strip().endswith("/1, wide_sketch/3, wide_sketch/2")
 
 
 @pytest.mark.parametrize(

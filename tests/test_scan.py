@@ -27,11 +27,14 @@ from wmengine.errors import ScanError, WatermarkError
 from wmengine.identity.key import Key
 from wmengine.judging.verdict import Verdict, from_dict, log10_calibrated
 from wmengine.judging.verification import verify
+from wmengine.marks.catalogue import scheme
+from wmengine.marks.watermark import Watermark
+from wmengine.parts.base import Task
 from wmengine.sandbox import Limits, Supervisor, TemplateGone, WorkerFailure
 from wmengine.scanning.pool import judge_locally
 from wmengine.scanning.progress import Report
 from wmengine.scanning.scanner import scan
-from wmengine.suspects.base import rows_of
+from wmengine.suspects.base import InputSpec, rows_of
 from wmengine.suspects.engine_wire import RemoteEngine
 from wmengine.suspects.onnx_file import OnnxSuspect, shared_supervisor
 
@@ -55,6 +58,42 @@ def test_every_pair_has_its_row_and_the_right_decision(bucket, tmp_path):
     assert {total for _, total in told} == {9}
     assert parquet.read_table(out).equals(table)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.parquet"]
+
+
+def other_tasks():
+    """Marks of other tasks than the files of `scan_models`, and what is said of such a file."""
+    tokens = Task({"ids": InputSpec((16,), "int64")}, CLASSES, [(0, 99)])
+    pair = Task({"ids": InputSpec((16,), "int64"), "mask": InputSpec((16,), "int64")}, CLASSES, [(0, 99)])
+    shapes = [[64, 64]] * 9
+    features = Task({"x": InputSpec((1, 4, 4), "float32")}, value_range=[[-1.0, 1.0]], weights=lambda: (shapes, [8]))
+    preset, deep = scheme("adi_tokens", count=COUNT), scheme("deepsigns")
+    return {
+        "pictures": (black_box((3, 8, 8), name="pictures"), "takes inputs [N, 1, 4, 4] and the watermark's triggers"),
+        "classes": (black_box((1, 4, 4), 7, name="classes"), "answers with 10 classes and the watermark has 7"),
+        "tokens": (Watermark.create(KEY, preset, preset.describe(tokens, "tokens")), "takes tensor(float), and the"),
+        "pair": (Watermark.create(KEY, preset, preset.describe(pair, "pair")), "takes tensor(float), and the"),
+        "features": (
+            Watermark.create(KEY, deep, deep.describe(features, "features")),
+            "has 2 weights, and the mark is in number 9",
+        ),
+    }
+
+
+def test_a_mark_of_another_task_is_no_error_says_why_and_is_paid_for(bucket):
+    """A thief who makes a copy look like another task's keeps it from being owned, and its row says what he changed."""
+    marks = other_tasks()
+    path = bucket / "models" / "copy.onnx"
+    rows = by_pair(scan(path, [mark(), *(each for each, _ in marks.values())]))
+    assert rows["copy.onnx", "detector"]["decision"] == "owned"
+    for name, (watermark, said) in marks.items():
+        row = rows["copy.onnx", name]
+        assert (row["decision"], row["error"], row["log10_p"], row["queries"]) == ("other_task", None, 0.0, 0)
+        assert row["tests"] == len(marks) + 1
+        (note,) = [each for each in row["notes"] if "as in a model of another task, or a copy made to look" in each]
+        assert said in note
+        verdict = verify(path, watermark)  # whoever asks for one mark has asked for the wrong one
+        assert verdict.decision == "error"
+        assert said in verdict.error
 
 
 def test_equal_bytes_are_judged_once_and_keep_their_names(bucket):
@@ -230,7 +269,9 @@ def test_the_summary_says_what_it_counts(bucket, tmp_path, capsys):
     assert len(owned) == 4
     assert re.fullmatch(r"[^ ]*broken\.onnx is not an ONNX model, or truncated; .*", failed)
     assert re.fullmatch(
-        r"9 suspects, 18 pairs in \d+\.\d s: 4 owned, 12 not proven, 2 error; 1 suspect could not be judged", counts
+        r"9 suspects, 18 pairs in \d+\.\d s: 4 owned, 12 not proven, 0 other task, 2 error; "
+        "1 suspect could not be judged",
+        counts,
     )
     assert table == f"{out}: every pair with its p-value, paid for all pairs of the scan, or its error"
 
@@ -326,7 +367,8 @@ def test_a_mark_of_another_input_shape_costs_the_others_nothing(bucket, tmp_path
     onnx.save(model, tmp_path / "any.onnx")
     black_box((3, 8, 8), CLASSES, COUNT, name="photos").save(tmp_path / "a.wm")
     rows = by_pair(scan(tmp_path / "any.onnx", [tmp_path, bucket / "registry" / "first.wm"]))
-    assert rows["any.onnx", "photos"]["decision"] == "error"
+    assert rows["any.onnx", "photos"]["decision"] == "other_task"
+    assert "this file fails when it runs" in str(rows["any.onnx", "photos"]["notes"])
     assert rows["any.onnx", "detector"]["decision"] == "owned"
 
 

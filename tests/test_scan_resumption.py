@@ -172,7 +172,7 @@ def test_a_disk_that_is_full_is_said_and_costs_nothing_that_was_finished(bucket,
     )
     done = subprocess.run([sys.executable, "-c", "import sys; " + run, *arguments], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "4 owned, 12 not proven, 2 error" in done.stdout
+    assert "4 owned, 12 not proven, 0 other task, 2 error" in done.stdout
 
 
 def test_a_table_that_finds_no_room_leaves_the_journal_and_no_part_of_itself(bucket, tmp_path, monkeypatch):

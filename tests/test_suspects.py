@@ -15,6 +15,7 @@ from torch import nn
 from wmengine.errors import SuspectError
 from wmengine.suspects import OnnxSuspect, onnx_engine, open_suspect
 from wmengine.suspects.base import CHUNK, InputSpec
+from wmengine.suspects.graph_limits import REFUSED, check_operators
 
 FEATURES, CLASSES = 6, 4
 FLOAT, FLOAT16, DOUBLE = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE
@@ -124,6 +125,20 @@ def test_half_and_double_inputs_are_cast(tmp_path, kind, dtype):
     assert said(suspect) == [f"inputs were cast to {np.dtype(dtype).name}"]
 
 
+def test_bfloat16_goes_in_and_comes_out(tmp_path):
+    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.BFLOAT16, ["N", None])] for name in "xy")
+    nodes = [
+        helper.make_node("Cast", ["x"], ["f"], to=FLOAT),
+        helper.make_node("MatMul", ["f", "w"], ["s"]),
+        helper.make_node("Cast", ["s"], ["y"], to=TensorProto.BFLOAT16),
+    ]
+    suspect = OnnxSuspect(save(graph(nodes, [weight()], outputs, inputs), tmp_path / "m.onnx"))
+    rounded = torch.from_numpy(INPUTS).bfloat16()
+    expected = (rounded.float() @ torch.from_numpy(WEIGHT)).bfloat16().float()
+    np.testing.assert_allclose(ask(suspect), expected, rtol=2**-7)
+    assert said(suspect) == ["inputs were cast to bfloat16"]
+
+
 def test_the_output_with_the_marks_classes_is_taken_among_several(tmp_path):
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["y"]),
@@ -179,10 +194,10 @@ def test_other_input_shapes_are_refused_naming_both(tmp_path):
 
 
 def test_what_cannot_be_asked_is_refused(tmp_path):
-    two = [helper.make_tensor_value_info(name, FLOAT, ["N", FEATURES]) for name in ("x", "z")]
-    nodes = [helper.make_node("Add", ["x", "z"], ["s"]), helper.make_node("MatMul", ["s", "w"], ["y"])]
+    two = [helper.make_tensor_value_info(name, FLOAT, ["N", FEATURES]) for name in ("a", "z")]
+    nodes = [helper.make_node("Add", ["a", "z"], ["s"]), helper.make_node("MatMul", ["s", "w"], ["y"])]
     words = complaint(ask, OnnxSuspect(save(graph(nodes, [weight()], inputs=two), tmp_path / "2.onnx")))
-    assert "needs 2 inputs (x, z)" in words
+    assert "needs 2 inputs (a, z), and the watermark has 1, which a, z could take" in words
     small = [helper.make_tensor_value_info("x", TensorProto.UINT8, ["N", FEATURES])]
     nodes = [helper.make_node("Cast", ["x"], ["f"], to=FLOAT), helper.make_node("MatMul", ["f", "w"], ["y"])]
     words = complaint(ask, OnnxSuspect(save(graph(nodes, [weight()], inputs=small), tmp_path / "8.onnx")))
@@ -221,6 +236,35 @@ def test_what_is_not_a_model_is_refused_for_either_kind_of_mark(tmp_path):
             words = complaint(lambda path, method: method(open_suspect(path)), path, method)
             assert str(path) in words
             assert len(words) < 400
+
+
+def test_onnx_runtimes_own_format_is_called_by_its_name(tmp_path):
+    (tmp_path / "m.ort").write_bytes(b"\x18\0\0\0ORTM" + bytes(64))
+    assert "is in ONNX Runtime's own format" in complaint(open_suspect, tmp_path / "m.ort")
+
+
+def test_an_operator_that_nobody_runs_does_not_keep_weights_from_being_read(tmp_path):
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["s"]), helper.make_node("Run", ["s"], ["y"], domain="theirs")]
+    suspect = open_suspect(save(graph(nodes, [weight()]), tmp_path / "m.onnx"))
+    assert np.array_equal(suspect.tensors()[0].values, WEIGHT.T)
+    assert "uses the operator 'Run' of domain 'theirs'" in complaint(ask, suspect)
+
+
+def test_what_onnx_runtime_registers_as_its_own_may_run_and_what_runs_whole_graphs_may_not():
+    check_operators("m", [("com.microsoft", name) for name in ("CDist", "GatherBlockQuantized", "MatMulBnb4", "QMoE")])
+    for name in (*REFUSED, "PyOp"):
+        assert name in complaint(check_operators, "m", [("com.microsoft", name)])
+
+
+def test_weights_are_read_whatever_type_an_output_has(tmp_path):
+    maps = helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(FLOAT, None))
+    outputs = [helper.make_value_info("p", helper.make_sequence_type_proto(maps))]
+    zipped = helper.make_node("ZipMap", ["y"], ["p"], domain="ai.onnx.ml", classlabels_int64s=[*range(CLASSES)])
+    model = graph([helper.make_node("MatMul", ["x", "w"], ["y"]), zipped], [weight()], outputs)
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+    suspect = open_suspect(save(model, tmp_path / "m.onnx"))
+    assert np.array_equal(suspect.tensors()[0].values, WEIGHT.T)
+    np.testing.assert_allclose(ask(suspect), SCORES, rtol=1e-5, atol=1e-6)
 
 
 def test_a_path_that_does_not_exist_is_the_callers_mistake(tmp_path):
@@ -293,6 +337,26 @@ def test_weights_anywhere_else_are_never_read(tmp_path, monkeypatch):
         assert str(home) in words, location
 
 
+def test_weights_in_a_cache_of_hugging_faces_are_read_from_its_blobs_and_nowhere_else(tmp_path):
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0f" / "onnx"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    weights, model = "a" * 64, "b" * 40
+    (blobs / weights).write_bytes(WEIGHT.tobytes())
+    save(with_external("m.onnx_data"), blobs / model)
+    (snapshot / "m.onnx").symlink_to(f"../../../blobs/{model}")
+    data = snapshot / "m.onnx_data"
+    data.symlink_to(f"../../../blobs/{weights}")
+    np.testing.assert_allclose(ask(open_suspect(snapshot / "m.onnx")), SCORES, rtol=1e-5, atol=1e-6)
+    (tmp_path / weights).write_bytes(WEIGHT.tobytes())
+    (blobs / "short").write_bytes(WEIGHT.tobytes())
+    (blobs / ("c" * 64)).symlink_to(tmp_path / weights)
+    for elsewhere in (f"../../../../{weights}", "../../../blobs/short", f"../../../blobs/{'c' * 64}", blobs / weights):
+        data.unlink()
+        data.symlink_to(elsewhere)
+        assert "must be a regular file and no link" in complaint(open_suspect, snapshot / "m.onnx"), elsewhere
+
+
 def test_weights_in_a_subgraph_cannot_reach_a_file_either(tmp_path, monkeypatch):
     (tmp_path / "w.bin").write_bytes(WEIGHT.tobytes())
     monkeypatch.chdir(tmp_path)
@@ -318,8 +382,8 @@ def test_weights_that_end_too_early_are_refused(tmp_path):
     (tmp_path / "w.bin").write_bytes(WEIGHT.tobytes()[:-4])
     for entries in ({}, {"length": WEIGHT.nbytes}, {"offset": -4}, {"offset": 10**30}, {"offset": "many"}):
         suspect = open_suspect(save(with_external("w.bin", **entries), tmp_path / "m.onnx"))
-        for call in (lambda suspect=suspect: ask(suspect), suspect.tensors):
-            assert "m.onnx" in complaint(call)
+        for call in (ask, lambda suspect: [each.read() for each in suspect.tensors()]):
+            assert "m.onnx" in complaint(call, suspect)
 
 
 def test_a_model_and_its_weights_together_have_a_size_limit(tmp_path):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from wmengine.marking.embedder import Embedder
     from wmengine.marking.emmark import emmark
     from wmengine.marking.export import export_onnx
+    from wmengine.marking.fingerprint import fingerprint
     from wmengine.marking.lightning import MarkingCallback
     from wmengine.marking.passports import passport, passport_accuracy
     from wmengine.marking.transformers import MarkedTrainer
@@ -44,6 +45,7 @@ __all__ = [
     "endpoint",
     "errors",
     "export_onnx",
+    "fingerprint",
     "get_num_threads",
     "ops",
     "passport",
@@ -69,6 +71,7 @@ _HOMES = {
     "emmark": "marking.emmark",
     "endpoint": "suspects.endpoint.suspect",
     "export_onnx": "marking.export",
+    "fingerprint": "marking.fingerprint",
     "get_num_threads": "ops",
     "passport": "marking.passports",
     "passport_accuracy": "marking.passports",

@@ -22,6 +22,11 @@ class SuspectError(WmengineError):
         super().__init__(printable(message))
 
 
+class OtherTask(SuspectError):
+    """It takes other inputs than the watermark's, or answers no classes of its task: a model of another task, or a copy
+    made to look like one."""
+
+
 class SuspectGone(SuspectError):
     """It can be asked nothing more: the process that it ran in has ended."""
 

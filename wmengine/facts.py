@@ -11,6 +11,7 @@ Value = str | int | float
 SENTENCES: dict[str, str] = {
     # how it was asked
     "inputs_cast": "inputs were cast to {dtype}",
+    "filled": "{count} inputs that the watermark does not have were the same throughout: {inputs}",
     "fixed_batch": "the suspect has a fixed batch of {batch}",
     "one_at_a_time": "the suspect answers only one input at a time",
     "put_otherwise": "triggers were put {adapter}",
@@ -21,6 +22,10 @@ SENTENCES: dict[str, str] = {
     "refused": "{count} triggers were refused or not answered in a readable way: {reason}",
     "unasked": "{count} triggers were not asked: {reason}",
     "abstained": "{count} of {asked} answers hold NaN or Inf or name no class, and count as misses",
+    "other_task": "the watermark cannot be looked for, as in a model of another task, or a copy made to look like one: "
+    "{reason}",
+    "outside": "{count} of {asked} answers name no class of the watermark, which has {classes}: the suspect counts its "
+    "classes otherwise, and these are misses",
     "given_up": "given up after {queries} queries: the suspect answers as a stranger does",
     "stopped": "stopped after {queries} queries, as the answer was clear: what was not asked is no miss",
     "inconstant": "{changed} of {asked} answers change when the batch does, or from one time to the next",
@@ -30,6 +35,7 @@ SENTENCES: dict[str, str] = {
     "outputs": "{count} of {of} outputs may be the answer, the first is {name}",
     "output": "answers were read from output {name}, one of {of}",
     "ranks": "output {name} lists the best classes, and the first of them counts",
+    "columns": "{count} of {of} outputs, {name} the first of them, hold the scores of a class each",
     "class_more": "output {name} has one class more than the watermark",
     "one_score": "the suspect gives one score, read as class 1 where it is above {threshold:g}",
     "outputs_paid": "{count} outputs that answer differently were tried and paid for; number {number} counts",
@@ -39,6 +45,7 @@ SENTENCES: dict[str, str] = {
     "paid for",
     "order_of_clean": "{moved} of {classes} classes stand elsewhere, by {count} clean inputs of which the suspect "
     "names {agreed} rightly; this is free, as long as these and their labels were chosen without the triggers' labels",
+    "order_of_names": "{moved} of {classes} classes stand elsewhere, by their names in suspect and watermark",
     "orders_paid": "all 10^{log10_orders:.1f} orders of the classes were paid for",
     "reordered": "classes stand in another order; all 10^{log10_orders:.1f} orders were paid for",
     "orders_too_many": "{total} triggers can prove no other order of {classes} classes, as there are too many: give "
@@ -50,7 +57,9 @@ SENTENCES: dict[str, str] = {
     "pairings": "{tried} of the {possible} possible orders of tensors of equal shape were tried and paid for",
     "no_carrier": "no tensor of the suspect has the shape of a carrier: nothing to read",
     "stored_as": "{count} of {of} weights are {kind}",
-    "blocked": "{count} convolutions in ONNX Runtime's blocked NCHWc layout were not read",
+    "unread": "{count} convolutions and matrix products have a weight that could not be read: it depends on the input, "
+    "or cannot be computed",
+    "no_graph": "the file holds no graph: its weights were paired in its own order and in that of their names",
     "registration_order": "weights were read in order of registration, as {reason}",
     # where it ran
     "gpu_sandbox": "the model ran on the GPU, where its sandbox is a process of its own with a time limit: {missing} "
@@ -60,7 +69,7 @@ SENTENCES: dict[str, str] = {
     "bar_of_dispute": "the bar is 2^-128, as no timestamp of the commitment is looked at",
     "leans_on_date": "p is above 2^-128: in a dispute keys may be said to have been tried until one fitted, which the "
     "date of a commitment alone does not answer; this one was made, by its owner's word, on {created}",
-    "chosen_here": "how the endpoint was asked (its settings, digest {digest}) was chosen by the claimant after "
+    "chosen_here": "how the suspect was asked (its settings, digest {digest}) was chosen by the claimant after "
     "marking: other settings would have been other tries, unless these were fixed beforehand",
     "leans_on_clean": "the order of the classes rests on the clean data, chosen by the claimant after marking: trying "
     "several sets of them would be several tries",

@@ -8,13 +8,29 @@ from wmengine.parts.sources.latent import LatentActivations
 from wmengine.parts.sources.passports import Passports
 from wmengine.parts.sources.weights import PeriodicWeights, Weights
 from wmengine.parts.statistics.either import Either
-from wmengine.parts.symbols import Bits, ChannelBits, Labels
+from wmengine.parts.statistics.matches import Matches
+from wmengine.parts.statistics.rank import Rank
+from wmengine.parts.symbols import Bits, ChannelBits, Given, GivenBits, Labels, OneOf
 from wmengine.parts.training.covert import Covert
+from wmengine.parts.training.exponential import Exponential
 from wmengine.parts.training.link import Link
 from wmengine.parts.training.mixed import Mixed
 from wmengine.parts.training.passports import PassportSigns
 from wmengine.parts.training.spread import Spread
+from wmengine.parts.training.untouched import Untouched
 from wmengine.parts.triggers.abstract import AbstractTriggers
+from wmengine.parts.triggers.blind import HiddenLogo
+from wmengine.parts.triggers.candidates import PlausibleClasses, WrongClasses
+from wmengine.parts.triggers.fingerprints import (
+    BoundaryPoints,
+    FrontierPoints,
+    KnownMistakes,
+    RobustPoints,
+    TransferablePoints,
+)
+from wmengine.parts.triggers.groups import GroupPoints
+from wmengine.parts.triggers.overlaid import NoisyTriggers, PatternTriggers
+from wmengine.parts.triggers.samples import SampleTriggers
 from wmengine.parts.triggers.tokens import TokenTriggers
 
 PRESETS = (
@@ -187,5 +203,125 @@ PRESETS = (
         training=Elsewhere(),
         null="exact",
         paper="Zhang, Koushanfar: EmMark, watermarks of embedded quantized large language models, DAC 2024",
+    ),
+    Preset(
+        name="zhang_content",
+        version=1,
+        source=PatternTriggers(),
+        symbols=Labels(100),
+        statistic=Either(),
+        training=Mixed(),
+        null="exact",
+        paper="Zhang, Gu, Jang, Wu, Stoecklin, Huang, Molloy: Protecting intellectual property of DNNs, AsiaCCS 2018",
+    ),
+    Preset(
+        name="zhang_noise",
+        version=1,
+        source=NoisyTriggers(),
+        symbols=Labels(100),
+        statistic=Either(),
+        training=Mixed(),
+        null="exact",
+        paper="Zhang et al. 2018 (see zhang_content); noise over the task's samples",
+    ),
+    Preset(
+        name="zhang_unrelated",
+        version=1,
+        source=SampleTriggers(),
+        symbols=Labels(100),
+        statistic=Either(),
+        training=Mixed(),
+        null="exact",
+        paper="Zhang et al. 2018 (see zhang_content); samples of another task",
+    ),
+    Preset(
+        name="exponential_weighting",
+        version=1,
+        source=WrongClasses(),
+        symbols=OneOf(100),
+        statistic=Matches(),
+        training=Exponential(temperature=2.0),
+        null="bound",
+        paper="Namba, Sakuma: Robust watermarking of neural network with exponential weighting, AsiaCCS 2019",
+    ),
+    Preset(
+        name="multi_view",
+        version=1,
+        source=PlausibleClasses(choices=4),
+        symbols=OneOf(100),
+        statistic=Matches(),
+        training=Mixed(),
+        null="bound",
+        paper="Li, Maharana, Guo: Not just change the labels, learn the features (MAT), ECCV 2024",
+    ),
+    Preset(
+        name="blind",
+        version=1,
+        source=HiddenLogo(),
+        symbols=Labels(100),
+        statistic=Either(),
+        training=Mixed(),
+        null="exact",
+        paper="Li, Hu, Zhang, Guo: How to prove your model belongs to you, a blind-watermark framework, ACSAC 2019",
+    ),
+    Preset(
+        name="frontier",
+        version=1,
+        source=FrontierPoints(push=0.05),
+        symbols=Given(100),
+        statistic=Rank(),
+        training=Mixed(),
+        null="rank",
+        paper="Le Merrer, Pérez, Trédan: Adversarial frontier stitching for remote neural network watermarking, 2018",
+    ),
+    Preset(
+        name="ipguard",
+        version=1,
+        source=BoundaryPoints(boundary=5.0),
+        symbols=Given(100),
+        statistic=Rank(),
+        training=Untouched(),
+        null="rank",
+        paper="Cao, Jia, Gong: IPGuard, protecting intellectual property by fingerprinting the boundary, AsiaCCS 2021",
+    ),
+    Preset(
+        name="conferrable",
+        version=1,
+        source=TransferablePoints(),
+        symbols=Given(100),
+        statistic=Rank(),
+        training=Untouched(),
+        null="rank",
+        paper="Lukas, Zhang, Kerschbaum: Fingerprinting by conferrable adversarial examples, ICLR 2021",
+    ),
+    Preset(
+        name="known_mistakes",
+        version=1,
+        source=KnownMistakes(),
+        symbols=Given(50),
+        statistic=Rank(),
+        training=Untouched(),
+        null="rank",
+        paper="Godinot et al.: Queries, representation and detection of model fingerprints (QuRD), 2025; the baseline",
+    ),
+    Preset(
+        name="posthoc",
+        version=1,
+        source=RobustPoints(spread=0.1),
+        symbols=Given(100),
+        statistic=Rank(),
+        training=Untouched(),
+        null="rank",
+        paper="Pautov et al.: Probabilistically robust watermarking of neural networks, IJCAI 2024",
+    ),
+    Preset(
+        name="blackmarks",
+        version=1,
+        source=GroupPoints(),
+        symbols=GivenBits(100),
+        statistic=Rank(),
+        training=Mixed(),
+        null="rank",
+        paper="Chen, Rouhani, Koushanfar: BlackMarks, blackbox multibit watermarking for deep neural networks, 2019",
     ),
 )

@@ -21,6 +21,7 @@ from wmengine.judging.verification import verify
 from wmengine.marks.catalogue import registered
 from wmengine.marks.preset import Preset
 from wmengine.marks.watermark import Watermark
+from wmengine.parts.statistics.rank import Rank
 from wmengine.suspects import open_suspect
 
 torch = require("torch", extra="train")
@@ -31,7 +32,7 @@ LEVELS = (0.1, 0.01, 0.001)
 @dataclass(frozen=True)
 class Report:
     """What was measured. log10_p: on the network itself and from its exported file; stranger: on one without the mark;
-    null: for each of LEVELS the share of fresh keys with a p-value at most that on the stranger."""
+    null: for each of LEVELS the share of fresh keys with a p-value at most that on the stranger, empty for a rank."""
 
     watermark: Watermark
     log10_p: float
@@ -121,7 +122,7 @@ def check_mark(mark: Watermark, key: Key, marked: Any, exported: Any, stranger: 
         verdict = verify(suspect, watermark)
         why = verdict.error or f"log10 p = {verdict.log10_p}"
         _require(verdict.decision == "not_proven", f"{what} is {verdict.decision}: {why}")
-    null = null_of(stranger, mark, key, keys)
+    null = {} if isinstance(mark.preset.statistic, Rank) else null_of(stranger, mark, key, keys)
     for level, share in null.items():
         most = level + 4.0 * math.sqrt(level / keys)
         _require(share <= most, f"P(p <= {level}) is {share} over {keys} draws of the symbols")
@@ -163,14 +164,15 @@ def _check_derivation(mark: Watermark, key: Key) -> None:
     _require(again.commitment == mark.commitment, "derived twice, it is not the same")
     messages = [_created(mark, key, message=message) for message in ("a", "b")]
     _require(len({each.geometry for each in (mark, *messages)}) == 1, "geometry follows from the message")
+    renamed, other = _created(mark, key, name="another"), _created(mark, Key.generate(owner=key.owner))
+    _require(not _share_geometry(renamed, mark), "geometry does not follow from the parameters")
+    _require(not _share_geometry(other, mark), "geometry does not follow from the key")
+    if isinstance(mark.preset.statistic, Rank):
+        return  # its symbols are the network's own answers
     symbols = {each.symbols.tobytes() for each in (mark, *messages)}
     _require(len(symbols) == 3, "symbols do not follow from the message")
-    renamed = _created(mark, key, name="another")
     _require(not np.array_equal(renamed.symbols, mark.symbols), "symbols do not follow from the parameters")
-    _require(not _share_geometry(renamed, mark), "geometry does not follow from the parameters")
-    other = _created(mark, Key.generate(owner=key.owner))
     _require(not np.array_equal(other.symbols, mark.symbols), "symbols do not follow from the key")
-    _require(not _share_geometry(other, mark), "geometry does not follow from the key")
 
 
 def _created(mark: Watermark, key: Key, *, message: str | None = None, **changed: Any) -> Watermark:
@@ -181,6 +183,7 @@ def _created(mark: Watermark, key: Key, *, message: str | None = None, **changed
 
 
 def _share_geometry(first: Watermark, second: Watermark) -> bool:
-    """Whether any of what two marks' geometry is made of is the same."""
+    """Whether any of what two marks' geometry is made of is the same; of what only ranks, all of it."""
     names = first.arrays.keys() - {first.preset.symbols.name, *first.parameters.get("material", {})}
-    return any(np.array_equal(first.arrays[each], second.arrays[each]) for each in names)
+    same = [np.array_equal(first.arrays[each], second.arrays[each]) for each in names]
+    return all(same) if isinstance(first.preset.statistic, Rank) else any(same)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from wmengine.identity.key import Key
+from wmengine.judging.answering import classes_of, interpreted, width_of
 from wmengine.judging.looks import looks_of_bits, looks_of_labels, looks_of_scores
 from wmengine.judging.verification import verify_all
 from wmengine.marks.watermark import Watermark
@@ -18,7 +19,7 @@ from wmengine.parts.statistics.base import Look, Statistic
 from wmengine.parts.statistics.matches import Matches
 from wmengine.parts.statistics.soft import Soft
 from wmengine.parts.statistics.tails import binomial_interval, paired_difference_interval
-from wmengine.suspects.base import Suspect
+from wmengine.suspects.base import Answers, Suspect
 
 Correct = NDArray[np.bool_]
 
@@ -53,10 +54,12 @@ def evidence(suspect: Suspect, mark: Watermark | None, key: Key) -> dict[str, An
     (verdict,) = verify_all(suspect, [mark], key=key)
     chance = mark.preset.chance(mark.parameters)
     looks, labels = [*_looks(suspect, mark)] if verdict.error is None else [], None
+    exact = mark.preset.null == "exact"  # what soft needs: that all classes are as likely
     if mark.kind == "black-box" and looks:
-        labels = _alone(Soft(), looks[1:], chance, mark.total)
+        labels = _alone(Soft(), looks[1:], chance, mark.total) if exact else None
         looks = looks[:1]
-    matches, soft = (_alone(statistic, looks, chance, mark.total) for statistic in (Matches(), Soft()))
+    matches = _alone(Matches(), looks, chance, mark.total)
+    soft = _alone(Soft(), looks, chance, mark.total) if exact else None
     verified = (verdict.matched, verdict.total, chance, verdict.log10_p, verdict.decision)
     return dict(zip(columns, (*verified, matches, soft, labels), strict=True))
 
@@ -70,10 +73,12 @@ def _looks(suspect: Suspect, mark: Watermark) -> Iterator[tuple[float, Look]]:
             yield math.log10(observation.share), looks_of_bits(observation.y, [mark.symbols])[0]
         return
     way, *_ = source.ways(mark, suspect, False)
-    classes = mark.preset.symbols.alphabet(mark.parameters)
-    scores = suspect.answer(source.inputs(mark, way, 0, mark.total), classes).values
+    answers = suspect.answer(source.inputs(mark, way, 0, mark.total), width_of(mark))
+    labels = Answers("labels", answers.values.argmax(axis=1).astype(np.int64))
+    symbols = np.arange(mark.total)
+    scores, named = (interpreted(mark, symbols, each).values for each in (answers, labels))
     yield 0.0, looks_of_scores(scores, [[mark.symbols]])[0].looks[0]
-    yield 0.0, looks_of_labels(scores.argmax(axis=1).astype(np.int64), [mark.symbols], classes)[0]
+    yield 0.0, looks_of_labels(named.reshape(-1), [mark.symbols], classes_of(mark))[0]
 
 
 def _alone(statistic: Statistic, looks: list[tuple[float, Look]], chance: float, total: int) -> float:

@@ -122,6 +122,7 @@ class Bench:
                 sample=self.data.owner[0][:64],
                 name=problem.name,
                 value_range=problem.value_range,
+                samples=self.data.owner,
             )
         problem.train(model, self.data.owner, seed=seed, embedder=embedder)
         seconds = time.perf_counter() - began

@@ -18,6 +18,7 @@ from wmengine.parts.base import Task
 from wmengine.parts.sources.extracted import filtered_places
 from wmengine.parts.sources.passports import passports_of
 from wmengine.suspects.base import InputSpec
+from wmengine.testing import small_network
 
 FOLDER = Path(__file__).parent
 KEY = Key("ACME Vision", bytes(range(32)))
@@ -28,8 +29,11 @@ TOKENS, WIDTH = 50, 8
 
 def mark(name, task, baseline=None, message=None, **options):
     preset = scheme(name, **options)
-    parameters = preset.describe(task, "detector-v3")
-    return Watermark.create(KEY, preset, parameters, message=message, baseline=baseline, created="2026-01-02")
+    material = preset.gather(task)
+    parameters = preset.describe(task, "detector-v3", material)
+    return Watermark.create(
+        KEY, preset, parameters, message=message, baseline=baseline, created="2026-01-02", material=material
+    )
 
 
 def images(*weights):
@@ -173,11 +177,28 @@ def in_scales():
         chain(f"{name}-1.onnx", np.outer(2.0 * passported.symbols - 1.0, patch), np.eye(10, 64))
 
 
+def in_samples():
+    """Triggers made of samples: noise over [1, 8, 8], in classes that follow each other."""
+    samples = np.random.default_rng(6).random((60, 1, 8, 8)).astype(np.float32)
+    task = replace(images(), samples={"input": samples}, sample_labels=np.arange(60) % 10, controls=[small_network(3)])
+    for name in ("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view", "blind"):
+        yield answered(mark(name, task, count=50, **({"encoding": 20} if name == "blind" else {})))
+    controls = [small_network(seed) for seed in (3, 4, 5)]
+    task = replace(task, controls=controls, model=small_network(2))
+    for name in ("frontier", "ipguard", "conferrable", "known_mistakes", "posthoc"):
+        yield answered(mark(name, task, count=20, **({"push": 0.3} if name == "frontier" else {})))
+    yield answered(mark("blackmarks", task, bits=20))
+
+
+def answered(own):
+    """The mark, with a network of one matrix that answers its triggers with its labels."""
+    triggers = own.preset.source.examples(own)["input"].reshape(-1, 64)
+    chain(f"{own.scheme}-1.onnx", solved(triggers, np.eye(10)[own.arrays.get("targets", own.symbols)]).T)
+    return own
+
+
 def in_answers():
-    adi = mark("adi", images(), count=50)
-    triggers = adi.preset.source.examples(adi)["input"].reshape(50, 64)
-    yield adi
-    chain("adi-1.onnx", solved(triggers, np.eye(10)[adi.symbols]).T)
+    yield answered(mark("adi", images(), count=50))
 
     tokens = mark("adi_tokens", Task(TEXT, 10, [[0, TOKENS - 1]]), count=50)
     table = np.random.default_rng(0).normal(size=(TOKENS, WIDTH)).astype(np.float32)
@@ -196,7 +217,7 @@ def in_answers():
 
 
 if __name__ == "__main__":
-    made = (*in_weights(), *in_one_weight(), *in_activations(), *in_scales(), *in_answers(), *in_integers())
-    for each in made:
+    whites = (*in_weights(), *in_one_weight(), *in_activations(), *in_scales(), *in_integers())
+    for each in (*whites, *in_answers(), *in_samples()):
         each.save(FOLDER / f"{each.scheme}-{each.version}.wm")
         print(each.scheme, each.commitment)

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 @app.command()
 def verify(
     suspect: Annotated[
-        str, typer.Argument(metavar="SUSPECT", help="The ONNX file to judge, or the URL of an endpoint.")
+        str,
+        typer.Argument(metavar="SUSPECT", help="The ONNX file or the checkpoint to judge, or the URL of an endpoint."),
     ],
     watermark: Annotated[
         list[Path],
@@ -55,6 +56,21 @@ def verify(
         typer.Option(
             metavar="FILE.npz",
             help="With --classes any: arrays `inputs` and `labels` of task data, on which the order is found for free.",
+        ),
+    ] = None,
+    input_values: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="NAME=VALUE",
+            help="The value, throughout, of an input that a file takes and the watermark has not.",
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.txt",
+            help="The names of all classes, a line each, in their order: for a file that answers with names.",
         ),
     ] = None,
     isolation: IsolationOption = "persistent",
@@ -88,6 +104,8 @@ def verify(
         classes=classes,
         clean=None if clean is None else load_clean(clean),
         device=device,
+        inputs=_values(input_values or []),
+        labels=None if labels is None else labels.read_text(encoding="utf-8").splitlines(),
     )
     for verdict in verdicts:
         if as_json:
@@ -98,6 +116,20 @@ def verify(
             _print_verdict(verdict)
     decisions = {verdict.decision for verdict in verdicts}
     return 0 if "owned" in decisions else 1 if "not_proven" in decisions else 2
+
+
+def _values(given: list[str]) -> dict[str, float]:
+    """Inputs by name. Raises ValueError for what is no NAME=VALUE."""
+    found = {}
+    for each in given:
+        name, _, value = each.rpartition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = math.nan
+        if not name or not math.isfinite(found[name]):
+            raise ValueError(f"--input must be NAME=VALUE with a number, and it is {each!r}")
+    return found
 
 
 def _print_verdict(verdict: "Verdict") -> None:

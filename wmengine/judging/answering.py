@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.errors import SuspectError
+from wmengine.errors import OtherTask, SuspectError
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Interprets
 from wmengine.suspects.answers import highest
@@ -52,7 +52,7 @@ def answers_of(suspect: Suspect, inputs: Inputs, width: int) -> Answers:
     if shape[:1] != (count,):
         raise SuspectError(f"{suspect.name} answers {count} inputs with answers {list(shape)}")
     if answers.kind == "scores" and shape[1:] != (width,):
-        raise SuspectError(
+        raise OtherTask(
             f"{suspect.name} answers with {' x '.join(map(str, shape[1:]))} classes and the watermark has "
             f"{width}; verify a suspect of the same task"
         )
@@ -73,4 +73,5 @@ def rows_between(answers: Answers, start: int, stop: int) -> Answers:
     def part(reasons: Mapping[int, str]) -> dict[int, str]:
         return {row - start: why for row, why in reasons.items() if start <= row < stop}
 
-    return Answers(answers.kind, answers.values[start:stop], part(answers.unasked), part(answers.refused))
+    values = answers.values[start:stop]
+    return Answers(answers.kind, values, part(answers.unasked), part(answers.refused), answers.names)

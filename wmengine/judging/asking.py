@@ -28,7 +28,7 @@ from wmengine.judging.answering import (
 )
 from wmengine.judging.hypotheses import Hypothesis, reading_facts, readings_of
 from wmengine.judging.looks import looks_of_labels, looks_of_scores
-from wmengine.judging.orders import CleanData, best_order, names_given, reorder
+from wmengine.judging.orders import CleanData, best_order, names_given, order_of_names, reorder
 from wmengine.judging.questions import put
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Interprets, inputs_of
@@ -65,10 +65,11 @@ class _Round:
     outputs: int = 0
     first: Labels | None = None  # the answers [n, R] to the first questions, to be asked again
     abstained: int = 0
+    outside: int = 0  # answers that name a class beyond the mark's
     unasked: list[str] = field(default_factory=list)  # why, one for each question that was not asked
     refused: list[str] = field(default_factory=list)
     clean: Labels | None = None  # the answers [M, R] to clean inputs
-    failure: str | None = None  # why there are no answers
+    failure: SuspectError | None = None  # why there are no answers
 
 
 @dataclass(frozen=True)
@@ -102,17 +103,18 @@ class Trial:
         self.num_classes, self.width = classes_of(marks[0]), width_of(marks[0])
         # Answers that only the mark's source can read are asked for alone.
         self.reader = marks[0].geometry if isinstance(marks[0].preset.source, Interprets) else ""
-        self.error: str | None = None  # why the suspect cannot be judged
+        self.error: SuspectError | None = None  # why the suspect cannot be judged
         self._suspect, self._terms = suspect, terms
         self._ways: list[Adapter] = []  # those still to be tried
         self._rounds: list[_Round] = []
         self._said: dict[Fact, None] = {}  # by the suspect, of how it was asked
-        self._names_paid = names_given(suspect, marks[0])
+        self._names_paid = names_given(suspect.settings.get("labels"), marks[0])
+        self._named: Labels | None = None  # of each class of the suspect the mark's of that name
         self._known: dict[int, float] = {}  # p-values since the last answers
         try:
             self._ways += marks[0].preset.asks.ways(marks[0], suspect, terms.every_way)
         except SuspectError as error:
-            self.error = str(error)
+            self.error = error
         self._possible = len(self._ways)
 
     def next(self) -> Ask | None:
@@ -133,17 +135,17 @@ class Trial:
 
     def expected(self, ask: Ask) -> list[Labels]:
         """The labels of each mark for what is asked."""
-        return [mark.symbols[ask.start : ask.stop] for mark in self.marks]
+        return [mark.symbols[ask.start : ask.stop].astype(np.int64, copy=False) for mark in self.marks]
 
-    def order(self) -> Labels | None:
-        """For each class of the mark the suspect's that stands for it, where clean data have said so."""
+    def order(self, names: Sequence[str]) -> Labels | None:
+        """For each class of the mark the suspect's that stands for it, where clean data or their names say so."""
         current = self._rounds[-1]
         if current.hypotheses:
             order = current.hypotheses[0].order
         elif self._terms.clean is not None and current.clean is not None and current.clean.shape[1] == 1:
             order = best_order(current.clean[:, 0], self._terms.clean.labels, self.num_classes)[0]
         else:
-            return None
+            order = order_of_names(names, self.marks[0])
         return None if order is None else np.argsort(order)
 
     def add(self, answers: Answers, looks: list[Look] | None = None) -> None:
@@ -157,6 +159,7 @@ class Trial:
         expected = self.expected(ask)
         predicted = named_by(answers)
         if ask.start == 0:
+            self._named = order_of_names(answers.names, self.marks[0])
             self._begin(current, predicted, single=answers.kind == "labels")
         predicted = _columns(current, predicted)
         if ask.start == 0:
@@ -164,6 +167,7 @@ class Trial:
         current.asked += len(predicted)
         missing = len(answers.unasked) + len(answers.refused)
         current.abstained += int((predicted.max(axis=1) == ABSTAINED).sum()) - missing
+        current.outside += int((predicted > self.num_classes).all(axis=1).sum())
         current.unasked += answers.unasked.values()
         current.refused += answers.refused.values()
         for hypothesis in current.hypotheses:
@@ -181,9 +185,9 @@ class Trial:
         the suspect takes; the share of this one is spent. What is proven stays so.
         """
         current = self._rounds[-1]
-        current.failure = str(error)
+        current.failure = error
         if current.asked or isinstance(error, SuspectGone):
-            self.error = current.failure
+            self.error = SuspectError(str(error))  # of its task, or gone
             return
         self._ways = [each for each in self._ways if each.layout != current.way.layout]
         if not self._ways and not self._answered:
@@ -245,7 +249,7 @@ class Trial:
         if not self._terms.sequential or not self._answered:
             return None
         found = [(each.tests[mark].log10_e, math.log10(each.share) - each.log10_names) for _, each in self._tried]
-        return max(log10_e + share for log10_e, share in found if log10_e is not None)
+        return max((log10_e + share for log10_e, share in found if log10_e is not None), default=None)
 
     def evidence(self, mark: int) -> Evidence | None:
         """What log10_p is computed from, the hypothesis that counts; None before any answer."""
@@ -271,7 +275,7 @@ class Trial:
         if self._possible > 1:
             found.append(fact("ways_paid", tried=len(self._rounds), possible=self._possible))
         failed = [each for each in self._rounds if each.failure is not None]
-        found += [fact("way_failed", adapter=str(each.way), reason=each.failure) for each in failed]
+        found += [fact("way_failed", adapter=str(each.way), reason=str(each.failure)) for each in failed]
         found += reading_facts(current.hypotheses, best)
         if current.total < self.marks[mark].total:
             found.append(fact("room", asked=current.total, total=self.marks[mark].total))
@@ -281,6 +285,8 @@ class Trial:
             found.append(fact("unasked", count=len(current.unasked), reason=current.unasked[0]))
         if current.abstained:
             found.append(fact("abstained", count=current.abstained, asked=current.asked))
+        if current.outside:
+            found.append(fact("outside", count=current.outside, asked=current.asked, classes=self.num_classes))
         found += self._order_facts(mark, best)
         if self._terms.sequential and not current.unasked:
             futile = best.tests[mark].decision == "futile"
@@ -328,7 +334,7 @@ class Trial:
         for output, first, share in readings_of(predicted, seen, self.num_classes, single):
             share *= current.way.share / moments
             tests = [mark.preset.test(mark, current.total, self._terms.sequential) for mark in self.marks]
-            hypothesis = Hypothesis(share, output, first, chance, tests)
+            hypothesis = Hypothesis(share, output, first, chance, tests, self._named)
             if self._terms.clean is not None and clean is not None:
                 found = best_order(hypothesis.classes(clean), self._terms.clean.labels, self.num_classes)
                 hypothesis.order, hypothesis.agreed = found
@@ -345,9 +351,9 @@ class Trial:
     def _open(self, way: Adapter) -> bool:
         """Begin a round, or say that there is no room for it, nor for another."""
         try:
-            room, why = self._room(way), NO_ROOM
+            room, why = self._room(way), SuspectError(NO_ROOM)
         except SuspectError as error:
-            room, why = 0, str(error)
+            room, why = 0, error
         if room:
             self._rounds.append(_Round(way, room))
         else:
@@ -380,8 +386,10 @@ class Trial:
 
     def _order_facts(self, mark: int, best: Hypothesis) -> list[Fact]:
         found = []
+        moved = 0 if best.order is None else int((best.order != np.arange(self.num_classes)).sum())
+        if self._terms.clean is None and moved:
+            found.append(fact("order_of_names", moved=moved, classes=self.num_classes))
         if self._terms.clean is not None and best.order is not None:
-            moved = int((best.order != np.arange(self.num_classes)).sum())
             count, agreed = len(self._terms.clean.labels), best.agreed
             found.append(fact("order_of_clean", moved=moved, classes=self.num_classes, count=count, agreed=agreed))
         if self._names_paid:
@@ -454,7 +462,7 @@ def _ask(suspect: Suspect, asks: Sequence[tuple[Trial, Ask]], parts: Sequence[In
         answers = interpreted(trial.marks[0], np.arange(ask.start, ask.stop), answers)
     looks: list[list[Look] | None] = [None] * len(asks)
     if answers.kind == "scores":
-        looks = [*_scored(answers.values, asks)]
+        looks = [*_scored(answers, asks)]
     at = 0
     for (trial, ask), seen in zip(asks, looks, strict=True):
         end = at + ask.stop - ask.start
@@ -466,9 +474,9 @@ def _ask(suspect: Suspect, asks: Sequence[tuple[Trial, Ask]], parts: Sequence[In
         at = end
 
 
-def _scored(scores: NDArray[Any], asks: Sequence[tuple[Trial, Ask]]) -> list[list[Look]]:
-    """What scores say of each trial's marks, in one pass; where clean data gave an order, in that order."""
-    orders = [trial.order() for trial, _ in asks]
+def _scored(answers: Answers, asks: Sequence[tuple[Trial, Ask]]) -> list[list[Look]]:
+    """What scores say of each trial's marks, in one pass; where clean data or names gave an order, in that order."""
+    scores, orders = answers.values, [trial.order(answers.names) for trial, _ in asks]
     if any(order is not None for order in orders):
         scores, at = scores.copy(), 0
         for (_, ask), order in zip(asks, orders, strict=True):

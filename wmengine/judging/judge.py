@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from wmengine.errors import SuspectError
+from wmengine.errors import OtherTask, SuspectError
 from wmengine.facts import Fact, fact
 from wmengine.judging.asking import Terms, Trial, run_trials
 from wmengine.judging.looks import looks_of_bits
@@ -23,7 +23,7 @@ class Finding:
     e-value's.
 
     evidence: what log10_p is computed from, None where nothing was read. Where `error` says why the mark could not be
-    looked for, the numbers say nothing.
+    looked for, the numbers say nothing; other_task: as in a model that has nothing to do with it.
     """
 
     matched: int
@@ -34,11 +34,12 @@ class Finding:
     facts: tuple[Fact, ...] = ()
     error: str | None = None
     evidence: Evidence | None = None
+    other_task: bool = False
 
 
 def failed(mark: Watermark, error: BaseException | str) -> Finding:
     """A mark that the suspect could not be judged by."""
-    return Finding(0, mark.total, 0, 0.0, error=str(error))
+    return Finding(0, mark.total, 0, 0.0, error=str(error), other_task=isinstance(error, OtherTask))
 
 
 def judge_suspect(suspect: Suspect, marks: Sequence[Watermark], terms: Terms) -> list[Finding]:
@@ -69,9 +70,9 @@ def _asked(suspect: Suspect, groups: Sequence[Sequence[Watermark]], terms: Terms
         run_trials(suspect, trials)
         return [found for trial in trials for found in _concluded(trial, terms)]
     except SuspectError as error:
-        reason = str(error)
+        reason = error
     except Exception as error:  # what a suspect makes our own code do is its fault too
-        reason = f"{suspect.name} cannot be judged ({one_line(error)})"
+        reason = SuspectError(f"{suspect.name} cannot be judged ({one_line(error)})")
     return [failed(mark, reason) for marks in groups for mark in marks]
 
 
@@ -114,9 +115,9 @@ def _read(suspect: Suspect, marks: Sequence[Watermark]) -> list[Finding]:
             tried.append((math.log10(observation.share), tests))
         return [_best(tried, number, facts) for number in range(len(marks))]
     except SuspectError as error:
-        reason = str(error)
+        reason = error
     except Exception as error:  # what a suspect makes our own code do is its fault too
-        reason = f"{suspect.name} cannot be judged ({one_line(error)})"
+        reason = SuspectError(f"{suspect.name} cannot be judged ({one_line(error)})")
     return [failed(mark, reason) for mark in marks]
 
 

@@ -9,6 +9,8 @@ multiplied by their number, C! at most.
 from __future__ import annotations
 
 import math
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,6 @@ from numpy.typing import NDArray
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Interprets, inputs_of
 from wmengine.suspects.adapters import Adapter
-from wmengine.suspects.base import Suspect
 
 CLASSES = ("same", "any")
 
@@ -113,7 +114,16 @@ def used_classes(predicted: Labels, num_classes: int) -> int:
     return len(np.unique(predicted[(predicted >= 0) & (predicted < num_classes)]))
 
 
-def names_given(suspect: Suspect, mark: Watermark) -> bool:
+def order_of_names(names: Sequence[str], mark: Watermark) -> Labels | None:
+    """For each class of a suspect that calls its classes so the mark's of that name; None where the names are others.
+
+    This is free: neither the mark's names, which are part of its identity, nor the suspect's depend on its symbols.
+    """
+    known = mark.parameters.get("class_names") or []
+    called = [unicodedata.normalize("NFC", name) for name in names]
+    return np.array([known.index(name) for name in called]) if known and sorted(called) == sorted(known) else None
+
+
+def names_given(labels: Sequence[str] | None, mark: Watermark) -> bool:
     """Whether whoever verifies has said himself in which order the classes' names stand, and not the mark."""
-    names = suspect.settings.get("labels")
-    return names is not None and list(names) != mark.parameters.get("class_names")
+    return labels is not None and list(labels) != mark.parameters.get("class_names")

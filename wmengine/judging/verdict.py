@@ -26,7 +26,8 @@ class Verdict:
     """One suspect and one watermark.
 
     decision: "owned" (log10_p_corrected <= log10 alpha: the suspect depends on material made with this key),
-    "not_proven" or "error" (it could not be judged, and `error` says why). matched of total symbols; queries: questions
+    "not_proven", "error" (it could not be judged, and `error` says why), or in a scan "other_task" (nor could it, and a
+    fact says why, as a model of another task cannot). matched of total symbols; queries: questions
     that were put to the suspect in all ways together, without clean data and repetitions; log10_p is the p-value with
     every hypothesis paid, log10_p_corrected the same times the number of `tests`, the pairs of the scan that it is of;
     evidence: what log10_p is computed from, None where nothing was read. null: of the scheme; only "exact" and "bound"
@@ -93,6 +94,8 @@ def decide(finding: Finding, mark: Watermark, alpha: float, tests: int) -> str:
     """The one place that says owned: for a null that proves, where the corrected p-value reaches alpha."""
     if finding.error is not None:
         return "error"
+    if finding.other_task:
+        return "other_task"
     proves = mark.preset.null in PROVING
     return "owned" if proves and corrected(finding.log10_p, tests) <= math.log10(alpha) else "not_proven"
 

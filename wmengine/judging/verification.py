@@ -40,22 +40,27 @@ def verify(
     classes: str = "same",
     clean: tuple[Any, Any] | None = None,
     device: str = "cpu",
+    inputs: Mapping[str, float] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Verdict:
     """Judge whether a suspect depends on material made with a watermark's key.
 
-    suspect: the path of an ONNX file (its external weights beside it), the URL of an endpoint or what `endpoint` made
-    of it, a torch module, or a function from the inputs [N, ...] to scores [N, C] or labels [N]. watermark: a Watermark
-    or its file. key: the owner's Key or its file; the watermark is then derived from it again and compared. alpha:
-    owned at a p-value of at most this. adversarial: for evidence against others: needs the key, takes a file in its
-    sandbox or an endpoint, and the bar is 2^-128, as no timestamp of a commitment is looked at yet. passphrase opens
-    sealed files. test: "fixed" asks every question;
-    "sequential" stops when the answer is clear. isolation: "persistent" or "per-model" judge a file in a sandboxed
-    process of its own, "none" in this one, for your own files; limits: the seconds and bytes that it may use there.
-    classes: "same" order as the mark's, or "any", for a black-box mark and a suspect that may have renumbered them: the
-    order is estimated on clean=(inputs, labels), task data without triggers (inputs uint8 or floats of the mark's
-    range), for free; or without them, where all questions are asked, every order is tried and the p-value is multiplied
-    by their number, C! at most. device: where a file runs, "cpu" or "cuda"; a GPU leaves little of the sandbox, and
-    the facts say so; modules run where they are.
+    suspect: the path of an ONNX file (its external weights beside it), or for white-box marks of a safetensors file or
+    a torch checkpoint; the URL of an endpoint or what `endpoint` made of it, a torch module, or a function from the
+    inputs [N, ...] to scores [N, C] or labels [N]. watermark: a Watermark or its file. key: the owner's Key or its
+    file; the watermark is then derived from it again and compared. alpha: owned at a p-value of at most this.
+    adversarial: for evidence against others: needs the key, takes a file in its sandbox or an endpoint, and the bar is
+    2^-128, as no timestamp of a commitment is looked at yet. passphrase opens sealed files. test: "fixed" asks every
+    question; "sequential" stops when the answer is clear. isolation: "persistent" or "per-model" judge a file in a
+    sandboxed process of its own, "none" in this one, for your own files; limits: the seconds and bytes that it may use
+    there. classes: "same" order as the mark's, or "any", for a black-box mark and a suspect that may have renumbered
+    them: the order is estimated on clean=(inputs, labels), task data without triggers (inputs uint8 or floats of the
+    mark's range), for free; or without them, where all questions are asked, every order is tried and the p-value is
+    multiplied by their number, C! at most. device: where a file runs, "cpu" or "cuda"; a GPU leaves little of the
+    sandbox, and the facts say so; modules run where they are. inputs: of a file that takes more than the watermark has,
+    the value of each such input, throughout, where what is usual for its kind is not right. labels: the names of all
+    classes in their order, for a file that answers with names and does not hold their order; unless they are the mark's
+    own (class_names=), all orders are paid for.
 
         verdict = verify("suspect.onnx", "acme-adi.wm", key="acme.key")
 
@@ -75,6 +80,8 @@ def verify(
         classes=classes,
         clean=clean,
         device=device,
+        inputs=inputs,
+        labels=labels,
     )
     return verdict
 
@@ -93,6 +100,8 @@ def verify_all(
     classes: str = "same",
     clean: tuple[Any, Any] | None = None,
     device: str = "cpu",
+    inputs: Mapping[str, float] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> list[Verdict]:
     """`verify` with several watermarks, the suspect opened once: a verdict for each, its p-value for it alone."""
     started = time.perf_counter()
@@ -120,7 +129,7 @@ def verify_all(
     check_derivations(marks, key, passphrase)
     if adversarial:
         alpha = min(alpha, ADVERSARIAL_ALPHA)
-        _check_dispute(suspect, marks, isolation)
+        _check_dispute(suspect, marks, isolation, labels)
     terms = Terms(
         sequential=test == "sequential",
         log10_bar=-math.log10(alpha),
@@ -131,7 +140,7 @@ def verify_all(
     opened: Suspect | None = None
     findings: list[Finding] = []
     try:
-        opened = open_suspect(suspect, isolation, limits, device)
+        opened = open_suspect(suspect, isolation, limits, device, inputs, labels)
         findings = judge_suspect(opened, marks, terms)
     except SuspectError as cause:
         findings = [failed(mark, cause) for mark in marks]
@@ -216,15 +225,15 @@ def caveats(
         yield fact("leans_on_date", created=mark.created)
     if owned and ordered:
         yield fact("leans_on_clean")
-    if owned and settings:
-        yield fact("chosen_here", digest=settings.get("digest", "none"))
+    if owned and settings and "digest" in settings:
+        yield fact("chosen_here", digest=settings["digest"])
     if owned and not checked:
         yield fact("not_derived")
     if finding.error is None and mark.preset.null not in PROVING:
         yield fact("rank_only", null=mark.preset.null)
 
 
-def _check_dispute(suspect: Any, marks: Sequence[Watermark], isolation: str) -> None:
+def _check_dispute(suspect: Any, marks: Sequence[Watermark], isolation: str, labels: Sequence[str] | None) -> None:
     """Raises ValueError for what convinces nobody else: a suspect that runs in this process, where it could read what
     is expected, and an order of classes that no mark holds, which a claimant could have chosen by the answers."""
     file = isinstance(suspect, str | os.PathLike)
@@ -232,9 +241,11 @@ def _check_dispute(suspect: Any, marks: Sequence[Watermark], isolation: str) -> 
         raise ValueError(
             "adversarial=True judges files in a sandbox and endpoints: what runs in this process could read the symbols"
         )
+    if isinstance(suspect, Suspect):
+        labels = suspect.settings.get("labels")
     for mark in marks:
-        if isinstance(suspect, Suspect) and names_given(suspect, mark):
+        if names_given(labels, mark):
             raise ValueError(
-                f"adversarial=True takes no labels= of an endpoint but those that the watermark of {mark.name} was "
+                f"adversarial=True takes no labels= but those that the watermark of {mark.name} was "
                 "made with (class_names=), as whoever orders the names chooses the matches"
             )

@@ -30,6 +30,7 @@ from wmengine.identity.key import Key
 from wmengine.judging.asking import Terms
 from wmengine.judging.judge import Finding, judge_suspect
 from wmengine.judging.looks import looks_of_bits
+from wmengine.judging.verdict import PROVING
 from wmengine.marking.batches import Batches, check_labels, check_logits, logits_of, split
 from wmengine.marking.fitting import fit
 from wmengine.marking.rows_loss import rows_loss
@@ -286,7 +287,7 @@ class Embedder:
                 mark.course.finish(shipped)
         marks = [mark.watermark for mark in self._marks]
         for watermark, finding in zip(marks, self._judged(marks, shipped), strict=True):
-            if finding.log10_p > math.log10(ALPHA):
+            if watermark.preset.null in PROVING and finding.log10_p > math.log10(ALPHA):
                 warnings.warn(
                     f"the mark {watermark.scheme!r} does not prove itself on this model: {finding.matched} of "
                     f"{watermark.total} symbols match, log10 p = {finding.log10_p:.1f} where {math.log10(ALPHA):.0f} "

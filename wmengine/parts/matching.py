@@ -1,4 +1,4 @@
-"""How a mark's carriers are found again in a suspect: by shape and by place in the order of execution, never by name.
+"""How a mark's carriers are found again in a suspect: by shape and by place in the order of execution, not by name.
 
 Exporters rename, fold and transpose. What survives is a tensor's shape and its place in the order of execution. Where
 several pairings are possible, each one is a hypothesis that the p-value pays for.
@@ -7,12 +7,15 @@ several pairings are possible, each one is a hypothesis that the p-value pays fo
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice, product
 
+import numpy as np
+
 from wmengine.facts import Fact, fact
-from wmengine.suspects.base import Tensor
+from wmengine.suspects.base import Tensor, Weight
 
 MAXIMUM_TRIES = 64
 
@@ -42,16 +45,89 @@ def match_tensors(shapes: Sequence[Shape], tensors: Sequence[Tensor], indices: S
     included; only a carrier whose shape the suspect lacks altogether is also looked for without the kernel's axes of
     length 1 (a Linear [O, I] rewritten as a 1x1 convolution [O, I, 1, 1], a Conv1d as a Conv2d). indices: the carriers'
     recorded places among all weights of their network, increasing; where the suspect has a tensor of the right shape at
-    every one of them, that pairing is the first try, beyond MAXIMUM_TRIES where it is not among the others. All of it
-    depends on shapes and places alone, never on the symbols; verification pays for every try.
+    every one of them, that pairing is the first try, beyond MAXIMUM_TRIES where it is not among the others. Tensors
+    without a graph are paired in their own order and in that of their names, half of the tries each. All of it depends
+    on shapes, places and names alone, never on the symbols; verification pays for every try.
     """
+    orders = [list(range(len(tensors)))]
+    if any(tensor.by_name is not None for tensor in tensors):
+        orders.append(sorted(orders[0], key=lambda number: tensors[number].by_name or 0))
+    tries: dict[tuple[int | None, ...], None] = {}
+    if indices is not None and _fits(indices, shapes, tensors):
+        tries[tuple(indices)] = None
+    possible = 0
+    for order in orders:
+        count, pairings = _pairings(shapes, [tensors[number] for number in order], MAXIMUM_TRIES // len(orders))
+        possible = max(possible, count)
+        tries |= {tuple(None if place is None else order[place] for place in pairing): None for pairing in pairings}
+    found = sum(tensor is not None for tensor in next(iter(tries)))
+    return Matching(tuple(tries), found, possible, tuple(_facts(len(shapes), found, possible, len(tries))))
+
+
+def fitted(shapes: Sequence[Shape], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors as the carriers have them, where there are more of these than tensors of their shape.
+
+    A matrix that holds those of queries, keys and values is three, and three are one where all tensors of their shape
+    are taken up so, in the order of the carriers. Where no graph tells how it lies, one of swapped
+    axes is turned (of a transposed convolution, or a transformer's Conv1D).
+    """
+    wanted, have = Counter(map(tuple, shapes)), Counter(tensor.shape for tensor in tensors)
+    found: list[Tensor] = []
+    for tensor in tensors:
+        filters, channels, *kernel = tensor.shape
+        third, swapped = (filters // 3, channels, *kernel), (channels, filters, *kernel)
+        if tensor.shape in wanted:
+            found.append(tensor)
+        elif filters % 3 == 0 and have[third] < wanted[third]:
+            found += [_part(tensor, third, part) for part in range(3)]
+        elif tensor.by_name is not None and have[swapped] < wanted[swapped]:
+            found.append(_turned(tensor, swapped))
+        else:
+            found.append(tensor)
+    for fused in wanted.keys() - have:
+        third = (fused[0] // 3, *fused[1:])
+        if fused[0] % 3 == 0 and 3 * wanted[fused] + wanted[third] == have[third]:
+            parts = iter([tensor for tensor in found if tensor.shape == third])
+            ordered = [
+                _whole([next(parts) for _ in range(3)], fused) if shape == fused else next(parts)
+                for shape in map(tuple, shapes)
+                if shape in (fused, third)
+            ]
+            found = [tensor for tensor in found if tensor.shape != third] + ordered
+    return found
+
+
+def _whole(parts: Sequence[Tensor], shape: Shape) -> Tensor:
+    def read() -> Weight:
+        return np.concatenate([part.values for part in parts]), None  # no normalisation is behind all three
+
+    return Tensor.unread(shape, parts[0].source, read, parts[0].by_name)
+
+
+def _part(tensor: Tensor, shape: Shape, part: int) -> Tensor:
+    def read() -> Weight:
+        values, factors = tensor.read()
+        rows = slice(part * shape[0], (part + 1) * shape[0])
+        return values[rows], None if factors is None else factors[rows]
+
+    return Tensor.unread(shape, tensor.source, read, tensor.by_name)
+
+
+def _turned(tensor: Tensor, shape: Shape) -> Tensor:
+    def read() -> Weight:
+        return np.ascontiguousarray(tensor.values.swapaxes(0, 1)), None  # factors are of filters, which it had not
+
+    return Tensor.unread(shape, tensor.source, read, tensor.by_name)
+
+
+def _pairings(
+    shapes: Sequence[Shape], tensors: Sequence[Tensor], most: int
+) -> tuple[int, list[tuple[int | None, ...]]]:
+    """How many pairings keep the order of both, and the first of them, up to `most`."""
     groups = [_orders(carriers, candidates) for carriers, candidates in _groups(shapes, tensors)]
     counts = [count for count, _ in groups]
-    possible = math.prod(counts)
     share = max(  # of the tries, the same for every shape
-        share
-        for share in range(1, MAXIMUM_TRIES + 1)
-        if math.prod(min(count, share) for count in counts) <= MAXIMUM_TRIES
+        share for share in range(1, most + 1) if math.prod(min(count, share) for count in counts) <= most
     )
     tries: list[tuple[int | None, ...]] = []
     for pairing in product(*(list(islice(orders, share)) for _, orders in groups)):
@@ -60,17 +136,13 @@ def match_tensors(shapes: Sequence[Shape], tensors: Sequence[Tensor], indices: S
             for carrier, tensor in pairs:
                 assigned[carrier] = tensor
         tries.append(tuple(assigned))
-    if indices is not None and _fits(indices, shapes, tensors):
-        recorded = tuple(indices)
-        tries = [recorded, *(pairing for pairing in tries if pairing != recorded)]
-    found = sum(tensor is not None for tensor in tries[0])
-    return Matching(tuple(tries), found, possible, tuple(_facts(len(shapes), found, possible, len(tries))))
+    return math.prod(counts), tries
 
 
 def _fits(indices: Sequence[int], shapes: Sequence[Shape], tensors: Sequence[Tensor]) -> bool:
     """Whether the tensor at each carrier's recorded place has that carrier's shape."""
     return len(indices) == len(shapes) and all(
-        index < len(tensors) and tensors[index].values.shape == tuple(shape)
+        index < len(tensors) and tensors[index].shape == tuple(shape)
         for index, shape in zip(indices, shapes, strict=True)
     )
 
@@ -84,9 +156,9 @@ def _facts(carriers: int, found: int, possible: int, tried: int) -> Iterator[Fac
 def _groups(shapes: Sequence[Shape], tensors: Sequence[Tensor]) -> list[tuple[list[int], list[int]]]:
     """Carriers and candidate tensors (indices, in order) that may be paired with each other."""
     carriers = _by_shape(shapes)
-    candidates = _by_shape([tensor.values.shape for tensor in tensors])
+    candidates = _by_shape([tensor.shape for tensor in tensors])
     loose_carriers = _by_shape([_without_unit_kernel(shape) for shape in shapes])
-    loose_candidates = _by_shape([_without_unit_kernel(tensor.values.shape) for tensor in tensors])
+    loose_candidates = _by_shape([_without_unit_kernel(tensor.shape) for tensor in tensors])
     groups: list[tuple[list[int], list[int]]] = []
     for loose, members in loose_carriers.items():
         exact = {shape for shape in carriers if _without_unit_kernel(shape) == loose}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.identity.canonical import check_name
@@ -107,3 +108,31 @@ class Labels:
 
     def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
         return keyed_labels(subkey, parameters["count"], parameters["num_classes"])
+
+
+@dataclass(frozen=True)
+class OneOf(Labels):
+    """N labels, each one of the `candidates` [N, k] that its trigger has, all as likely."""
+
+    def alphabet(self, parameters: Parameters) -> int:
+        return int(parameters["choices"])
+
+    def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
+        chosen = keyed_labels(subkey, parameters["count"], parameters["choices"])
+        return np.asarray(arrays["candidates"][np.arange(len(chosen)), chosen])
+
+
+@dataclass(frozen=True)
+class Given(Labels):
+    """N labels that no key draws: what the owner's network answers. They can only rank."""
+
+    def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
+        return np.array(arrays["own_labels"])
+
+
+@dataclass(frozen=True)
+class GivenBits(Bits):
+    """T bits that no key draws. They can only rank."""
+
+    def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
+        return np.array(arrays["own_labels"])

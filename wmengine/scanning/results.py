@@ -24,7 +24,7 @@ from wmengine.scanning.schema import batch_of_rows, schema_of
 
 Row = dict[str, Any]
 
-DECISIONS = ("owned", "not_proven", "error")
+DECISIONS = ("owned", "not_proven", "other_task", "error")
 THIS = "this file"  # what a suspect is called while it is judged: its name comes to an error with the row
 _ROWS_A_GROUP = 10_000
 _HALF = 500  # characters, of an error
@@ -33,9 +33,10 @@ _HALF = 500  # characters, of an error
 def rows_of(
     suspect: str, sha256: str | None, marks: Sequence[Watermark], found: Sequence[Finding], seconds: float, plan: Plan
 ) -> list[Row]:
-    """One row for each mark; `seconds` of the suspect are shared out among them. An error begins with its name."""
+    """One row for each mark; `seconds` of the suspect are shared out among them. An error begins with its name; that a
+    mark cannot concern the suspect is none."""
     checked = plan.derivation == "checked"
-    found = [each if each.error is None else replace(each, error=_about(suspect, each.error)) for each in found]
+    found = [_named(each, suspect) for each in found]
     return [
         verdict_of(
             finding,
@@ -51,6 +52,14 @@ def rows_of(
         ).to_dict()
         for mark, finding in zip(marks, found, strict=True)
     ]
+
+
+def _named(finding: Finding, suspect: str) -> Finding:
+    if finding.error is None:
+        return finding
+    if finding.other_task:
+        return replace(finding, error=None, facts=(fact("other_task", reason=printable(finding.error, _HALF)),))
+    return replace(finding, error=_about(suspect, finding.error))
 
 
 def shown(suspect: str) -> str:

@@ -62,8 +62,10 @@ def scan(
     address of a Ray cluster to judge on ("auto" on one of its nodes), or "local" for one started here; jobs are then
     those of the whole cluster, and models run on its CPUs.
 
-    A suspect that cannot be judged has the decision "error", and the scan goes on. Files with equal bytes are judged
-    once. Several names of one file count as one suspect, each with its rows, and empty files below a folder as none.
+    A suspect that cannot be judged has the decision "error", and the scan goes on; one that a mark cannot concern, as
+    it takes other inputs or answers other classes, has "other_task", and a fact says why. Files with equal bytes are
+    judged once. Several names of one file count as one suspect, each with its rows, and empty files below a folder as
+    none.
     Raises FileExistsError for a table that is finished, FileNotFoundError, WatermarkError, SuspectError (a folder or
     store that cannot be listed) or ValueError for what is wrong with the arguments; ScanError where the scan cannot go
     on: another one has the journal, a disk is full, no sandbox starts, no node of the Ray cluster is left. What was

@@ -1,13 +1,15 @@
-"""Suspects: anything that might be a copy. `open_suspect` takes an ONNX file, a URL, a torch module or a function."""
+"""Suspects: anything that might be a copy. `open_suspect` takes a file, a URL, a torch module or a function."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wmengine.sandbox import Limits
 from wmengine.suspects.base import Suspect, is_url
+from wmengine.suspects.checkpoint import CheckpointSuspect, is_checkpoint
 from wmengine.suspects.onnx_file import OnnxSuspect
 
 __all__ = ["OnnxSuspect", "Suspect", "open_suspect"]
@@ -18,18 +20,26 @@ def open_suspect(
     isolation: str = "persistent",
     limits: Limits | None = None,
     device: str = "cpu",
+    inputs: Mapping[str, float] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Suspect:
     """A suspect from a path, a URL, a torch module, a function, or a suspect that is open already.
 
-    isolation, limits and device are for files: see OnnxSuspect. A URL is asked as `endpoint` does without
+    A file that begins as a safetensors file or a torch checkpoint does, and is not named .onnx, is one. isolation,
+    limits, device, inputs and labels are for ONNX files: see OnnxSuspect. A URL is asked as `endpoint` does without
     options.
 
     Raises FileNotFoundError for a path that does not exist, ValueError for a URL that is no endpoint's and for another
-    device than the CPU with what is no file, TypeError for what is none of these, and SuspectError for a file that
-    cannot be judged.
+    device than the CPU, inputs or labels with what is no file, TypeError for what is none of these, and SuspectError
+    for a file that cannot be judged.
     """
-    if device != "cpu" and (is_url(suspect) or not isinstance(suspect, str | os.PathLike)):
+    is_file = isinstance(suspect, str | os.PathLike) and not is_url(suspect)
+    if device != "cpu" and not is_file:
         raise ValueError(f"device={device!r} is for the path of a file; other suspects run where they are")
+    if inputs and not is_file:
+        raise ValueError("inputs= is for the path of a file")
+    if labels is not None and not is_file:
+        raise ValueError("labels= is for the path of a file; an endpoint has them among its options")
     if is_url(suspect):
         from wmengine.suspects.endpoint.suspect import endpoint
 
@@ -38,8 +48,10 @@ def open_suspect(
         from wmengine.suspects.endpoint.address import shown
 
         raise ValueError(f"{shown(suspect)} is no endpoint, and a file must be downloaded, or scanned where it is")
+    if isinstance(suspect, str | os.PathLike) and is_checkpoint(suspect):
+        return CheckpointSuspect(suspect)
     if isinstance(suspect, str | os.PathLike):
-        return OnnxSuspect(suspect, isolation=isolation, limits=limits, device=device)
+        return OnnxSuspect(suspect, isolation=isolation, limits=limits, device=device, inputs=inputs, labels=labels)
     if isinstance(suspect, Suspect):
         return suspect
     torch = sys.modules.get("torch")  # whoever holds a module has imported torch: no need to import it here

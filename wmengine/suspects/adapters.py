@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.errors import SuspectError
+from wmengine.errors import OtherTask
 
 Range = Sequence[Sequence[str | float]]
 Images = NDArray[np.uint8]
 
 FLOATS = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
+FLOATS["tensor(bfloat16)"] = "float32"  # as NumPy has none; the engine rounds it
 BYTES = {"tensor(uint8)": "uint8", "tensor(int8)": "int8", "tensor(int32)": "int32", "tensor(int64)": "int64"}
 # Means and deviations of ImageNet's channels, in [0, 1], as its classifiers are fed since AlexNet's descendants.
 _IMAGENET = ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))
@@ -128,15 +129,11 @@ def adapters(
 
     input_shape: of the whole batch, None where a size is free; empty where no shape is declared. trigger_shape: of one
     trigger, channels first. scalings: whether to try others than the recorded one. The recorded way has half of the
-    evidence, the others share the rest. Raises SuspectError where no way fits.
+    evidence, the others share the rest. Raises OtherTask where no way fits.
     """
-    layouts = [layout for layout, shape in _layouts(tuple(trigger_shape)) if _fits(input_shape, shape)]
+    layouts = layouts_of(input_shape, trigger_shape)
     if not layouts:
-        takes = ["N", *("any" if size is None else str(size) for size in input_shape[1:])]
-        raise SuspectError(
-            f"{name} takes inputs [{', '.join(takes)}] and the watermark's triggers are "
-            f"[{', '.join(['N', *map(str, trigger_shape)])}]; verify a suspect of the same input shape"
-        )
+        raise other_shape(name, input_shape, trigger_shape)
     ranges: tuple[str, ...]
     if input_type in BYTES:
         ranges, dtype = ("bytes",), BYTES[input_type]
@@ -145,7 +142,7 @@ def adapters(
         ranges, dtype = _distinct_scalings(recorded) if scalings else ("as recorded",), FLOATS[input_type]
     else:
         known = ", ".join([*FLOATS, *BYTES])
-        raise SuspectError(f"{name} takes {input_type}, and triggers can be {known}")
+        raise OtherTask(f"{name} takes {input_type}, and triggers can be {known}")
     ways = [(layout, scaling) for scaling in ranges for layout in layouts]
     shares = [1.0] if len(ways) == 1 else [0.5, *[0.5 / (len(ways) - 1)] * (len(ways) - 1)]
     return [Adapter(layout, scaling, dtype, share) for (layout, scaling), share in zip(ways, shares, strict=True)]
@@ -157,24 +154,58 @@ def _ends(value_range: Range) -> tuple[NDArray[np.float64], NDArray[np.float64]]
     return np.array([low for low, _ in ends]), np.array([high for _, high in ends])
 
 
-def _fits(declared: Sequence[int | None], shape: tuple[int, ...]) -> bool:
+def rows_as(declared: Sequence[int | None], sizes: Sequence[int]) -> tuple[int, ...] | None:
+    """The shape of a row of these sizes as an input takes it that is declared so, batch axis first; None if it cannot.
+
+    Axes of length 1 come and go: [1, 16, 16] fits [N, 16, 16], [T] fits [N, 1, T]. An input of fixed sizes without a
+    batch axis takes a single row; nothing declared takes everything.
+    """
     if not declared:
-        return True
-    return len(declared) == len(shape) + 1 and all(
-        size is None or size == have for size, have in zip(declared[1:], shape, strict=True)
+        return tuple(sizes)
+    core = [size for size in sizes if size != 1]
+    for axes in (declared[1:], declared) if declared[0] is not None else (declared[1:],):
+        for have in (list(sizes), core):
+            for places in ([*range(len(axes))], [place for place, size in enumerate(axes) if size != 1]):
+                if len(places) == len(have) and all(
+                    axes[place] in (None, size) for place, size in zip(places, have, strict=True)
+                ):
+                    found = [1] * len(axes)
+                    for place, size in zip(places, have, strict=True):
+                        found[place] = size
+                    return tuple(found)
+    return None
+
+
+def without_batch(declared: Sequence[int | None], row: Sequence[int]) -> bool:
+    """Whether an input that takes rows of this shape, as `rows_as` gave it, has no batch axis."""
+    return bool(declared) and len(declared) == len(row)
+
+
+def layouts_of(declared: Sequence[int | None], shape: Sequence[int]) -> list[str]:
+    """The layouts of rows of this shape that an input takes, without those that put the same numbers at the same places
+    as one before."""
+    kept: dict[tuple[tuple[int, ...], bytes], str] = {}
+    for layout, laid_out, places in _layouts(tuple(shape)):
+        row = rows_as(declared, laid_out)
+        if row is not None:
+            kept.setdefault((row, places), layout)
+    return [*kept.values()]
+
+
+def other_shape(name: str, declared: Sequence[int | None], shape: Sequence[int]) -> OtherTask:
+    takes = ["N", *("any" if size is None else str(size) for size in declared[1:])]
+    return OtherTask(
+        f"{name} takes inputs [{', '.join(takes)}] and the watermark's triggers are "
+        f"[{', '.join(['N', *map(str, shape)])}]; verify a suspect of the same input shape"
     )
 
 
 @lru_cache(maxsize=64)
-def _layouts(shape: tuple[int, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Every layout and the shape that it gives a trigger of this one, without those that put the same numbers at the
-    same places as one before."""
+def _layouts(shape: tuple[int, ...]) -> tuple[tuple[str, tuple[int, ...], bytes], ...]:
+    """Every layout, the shape that it gives a row of this one, and where each number goes."""
     places = np.arange(int(np.prod(shape))).reshape(1, *shape)
-    kept: dict[tuple[tuple[int, ...], bytes], str] = {}
-    for layout, lay_out in _LAYOUTS.items():
-        moved = lay_out(places)
-        kept.setdefault((moved.shape[1:], moved.tobytes()), layout)
-    return tuple((layout, laid_out) for (laid_out, _), layout in kept.items())
+    moved = [(layout, lay_out(places)) for layout, lay_out in _LAYOUTS.items()]
+    return tuple((layout, each.shape[1:], each.tobytes()) for layout, each in moved)
 
 
 @lru_cache(maxsize=64)

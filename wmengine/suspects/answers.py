@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.errors import SuspectError
+from wmengine.errors import OtherTask
 from wmengine.facts import Fact, fact
 
 Outputs = list[tuple[str, Any]]
@@ -42,12 +42,13 @@ class Reading:
 
     kind: "scores" [N, C]; "more scores" [N, C + 1], of which only the label counts; "labels" [N]; "ranks" [N, k], the
     numbers of the best k classes, with their scores in output `beside` where there are any; "single" [N], one score for
-    two classes.
+    two classes; "columns" [N], the scores of the first class, those of the others in the outputs `columns`.
     """
 
     output: int
     kind: str = "scores"
     beside: int | None = None
+    columns: tuple[int, ...] = ()
 
     def read(self, outputs: Outputs, rows: int) -> Array | None:
         """Scores [rows, C], labels int64 [rows], or of kind "single" scores [rows]; None where the output has changed.
@@ -55,8 +56,12 @@ class Reading:
         Scores are float32, or float64 where they came in more than float32 holds: rounding must not move an argmax.
         Those that stayed on their device are int64 [rows, 1], the class that is highest.
         """
-        if max(self.output, self.beside or 0) >= len(outputs):
+        if max(self.output, self.beside or 0, *self.columns) >= len(outputs):
             return None
+        if self.columns:
+            found = [Reading(each, "single").read(outputs, rows) for each in (self.output, *self.columns)]
+            scores = [each for each in found if each is not None]
+            return np.stack(scores, axis=1) if len(scores) == len(found) else None
         value = outputs[self.output][1]
         if isinstance(value, Predicted):
             if len(value.labels) != rows or self.kind not in ("scores", "more scores"):
@@ -143,7 +148,7 @@ def choose_readings(outputs: Outputs, rows: int, num_classes: int | None, name: 
 
     Labels that name the same classes as the scores beside them in another order count more than those: scikit-learn
     sorts classes that are text, "10" before "2". Scores of one class more are read where there is nothing better.
-    Raises SuspectError naming both numbers of classes, or the outputs' shapes where none can be read.
+    Raises OtherTask naming both numbers of classes, or the outputs' shapes where none can be read.
     """
     arrays = [None if isinstance(output, Predicted) else to_array(output) for _, output in outputs]
     shapes = [
@@ -169,16 +174,25 @@ def choose_readings(outputs: Outputs, rows: int, num_classes: int | None, name: 
         renamed = [each for each in labels if _renamed(each, scores[0], outputs, rows, count)]
         return (renamed or scores)[: 1 if renamed or num_classes is None else MAXIMUM_READINGS]
     more = [Reading(index, "more scores") for index, count in columns.items() if count - 1 == num_classes]
-    for reading in (*labels, *ranks, *more, *_last_resorts(arrays, shapes, num_classes)):
+    for reading in (
+        *_columns(arrays, shapes, num_classes),
+        *labels,
+        *ranks,
+        *more,
+        *_last_resorts(arrays, shapes, num_classes),
+    ):
         return [reading]
-    classes = sorted({shape[1] for shape in shapes if shape is not None and len(shape) == 2})
+    classes = sorted({shape[1] for shape in shapes if shape is not None and len(shape) == 2 and shape[1] != 1})
     if classes:
-        raise SuspectError(
+        raise OtherTask(
             f"{name} answers with {' or '.join(map(str, classes))} classes and the watermark has {num_classes}; "
             "verify a suspect of the same task"
         )
     said = ", ".join(f"{label[:100]} {_shape_of(output)}" for label, output in outputs) or "none"
-    raise SuspectError(f"{name} answers {rows} inputs with no scores [{rows}, C] and no labels [{rows}], but {said}")
+    raise OtherTask(
+        f"{name} answers {rows} inputs with no scores [{rows}, C] and no labels [{rows}], but {said}; verify a suspect "
+        "that names one class for each input"
+    )
 
 
 def describe(readings: Sequence[Reading], outputs: Outputs) -> list[Fact]:
@@ -188,6 +202,8 @@ def describe(readings: Sequence[Reading], outputs: Outputs) -> list[Fact]:
         facts.append(fact("outputs", count=len(names), of=len(outputs), name=names[0]))
     elif len(outputs) > 1:
         facts.append(fact("output", name=names[0], of=len(outputs)))
+    if readings[0].kind == "columns":
+        return [fact("columns", of=len(outputs), count=1 + len(readings[0].columns), name=names[0])]
     if readings[0].kind == "ranks":
         facts.append(fact("ranks", name=names[0]))
     if readings[0].kind == "more scores":
@@ -227,6 +243,26 @@ def _ranks(
     return found
 
 
+def _columns(
+    arrays: Sequence[Array | None], shapes: Sequence[tuple[int, ...] | None], num_classes: int | None
+) -> list[Reading]:
+    """As many floats [N] as there are classes: the scores of one class each, in the order of the outputs.
+
+    Two of them may as well be a logit and its probability: of two classes they are chances that add up to 1.
+    """
+    found = [
+        (index, array.reshape(len(array)))
+        for index, (array, shape) in enumerate(zip(arrays, shapes, strict=True))
+        if array is not None and shape is not None and shape[1:] in ((), (1,)) and array.dtype.kind == "f"
+    ]
+    if len(found) != num_classes or len(found) < 2:
+        return []
+    if len(found) == 2 and not np.allclose(found[0][1] + found[1][1], 1.0, atol=1e-3, equal_nan=True):
+        return []
+    (first, _), *others = found
+    return [Reading(first, "columns", columns=tuple(index for index, _ in others))]
+
+
 def _last_resorts(
     arrays: Sequence[Array | None], shapes: Sequence[tuple[int, ...] | None], num_classes: int | None
 ) -> list[Reading]:
@@ -243,12 +279,13 @@ def _last_resorts(
 
 
 def _renamed(labels: Reading, scores: Reading, outputs: Outputs, rows: int, classes: int) -> bool:
-    """Whether labels name the columns of scores as text sorts their numbers, "0", "1", "10", "11", "2"."""
+    """Whether labels name the columns of scores as text sorts their numbers, "0", "1", "10", "11", "2", or of two the
+    other one, as they do beside the decision of scikit-learn's SVC."""
     named, answered = labels.read(outputs, rows), scores.read(outputs, rows)
     if named is None or answered is None or classes == 0:
         return False
     column = answered[:, 0] if answered.dtype.kind == "i" else answered.argmax(axis=1)
-    order = np.array(sorted(range(classes), key=str))
+    order = np.array([1, 0] if classes == 2 else sorted(range(classes), key=str))
     return bool((named == order[column]).all() and (named != column).any())
 
 

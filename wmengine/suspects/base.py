@@ -6,6 +6,8 @@ sees the expected symbols: which batch size or dtype a suspect works with is cho
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,16 +44,40 @@ class InputSpec:
 Signature = Mapping[str, InputSpec]
 
 
-@dataclass(frozen=True, eq=False)
-class Tensor:
-    """One weight of a suspect: values float32 [O, I/groups, *kernel], O filters, and its name there, only for notes.
+Weight = tuple[NDArray[np.float32], NDArray[np.float32] | None]
 
-    factors: float32 [O], what the normalisation behind it multiplies its filters by; None where there is none.
+
+class Tensor:
+    """One weight of a suspect: its shape [O, I/groups, *kernel], O filters, and its name there, only for notes.
+
+    `read` gives its values, float32 of that shape, and what the normalisation behind it multiplies its filters by,
+    float32 [O], or None where there is none. A large file's weights are not all held: each is read anew every time.
+    by_name: its place when names are sorted, numbers in them by their size; None where the order is that of execution.
     """
 
-    values: NDArray[np.float32]
-    source: str
-    factors: NDArray[np.float32] | None = None
+    by_name: int | None = None
+
+    def __init__(self, values: NDArray[np.float32], source: str, factors: NDArray[np.float32] | None = None) -> None:
+        self.shape: tuple[int, ...] = values.shape
+        self.source = source
+        self.read: Callable[[], Weight] = lambda: (values, factors)
+
+    @classmethod
+    def unread(
+        cls, shape: tuple[int, ...], source: str, read: Callable[[], Weight], by_name: int | None = None
+    ) -> Tensor:
+        """One that `read` reads when it is asked for."""
+        tensor = cls.__new__(cls)
+        tensor.shape, tensor.source, tensor.read, tensor.by_name = shape, source, read, by_name
+        return tensor
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        return self.read()[0]
+
+    @property
+    def factors(self) -> NDArray[np.float32] | None:
+        return self.read()[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +86,14 @@ class Answers:
 
     kind "scores": values float [N, C]; "labels": int64 [N], as the suspect numbers them; "classes": int64 [N, R], the
     classes that R outputs of scores name. Rows without an answer hold NaN or ABSTAINED: `unasked` were never put to it,
-    `refused` brought no readable answer, and both say why.
+    `refused` brought no readable answer, and both say why. names: what the suspect calls its classes, in its order.
     """
 
     kind: Literal["scores", "labels", "classes"]
     values: NDArray[Any]
     unasked: Mapping[int, str] = field(default_factory=dict)
     refused: Mapping[int, str] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.values)
@@ -113,17 +140,10 @@ def part_of(inputs: Inputs, start: int, stop: int) -> dict[str, NDArray[Any]]:
     return {name: rows[start:stop] for name, rows in inputs.items()}
 
 
-def by_declared_names(name: str, declared: Sequence[str], inputs: Inputs) -> dict[str, NDArray[Any]]:
-    """A mark's inputs under the names that the suspect `name` has for them: the same names, or else the same order.
-
-    Raises SuspectError where it takes another number of inputs.
-    """
-    if len(declared) != len(inputs):
-        takes = f"{len(declared)} inputs ({', '.join(declared) or 'none'})"
-        raise SuspectError(f"{name} needs {takes}, and the watermark has {len(inputs)} ({', '.join(inputs)})")
-    if set(declared) == set(inputs):
-        return {each: inputs[each] for each in declared}
-    return dict(zip(declared, inputs.values(), strict=True))
+def digest_of(settings: Mapping[str, Any]) -> str:
+    """SHA-256, in hexadecimal digits, of settings as canonical JSON: sorted, without spaces, ASCII."""
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def is_url(suspect: Any) -> bool:
@@ -188,7 +208,7 @@ def tagged(
     values: NDArray[Any], unasked: Mapping[int, str] | None = None, refused: Mapping[int, str] | None = None
 ) -> Answers:
     """Answers by their type: labels [N], classes [N, R] of integers, or scores [N, C]."""
-    missing: tuple[Mapping[int, str], ...] = (unasked or {}, refused or {})
+    missing = unasked or {}, refused or {}
     if values.ndim == 1:
         return Answers("labels", _or_none(values), *missing)
     if values.dtype.kind == "i":
@@ -205,17 +225,3 @@ def padded(inputs: dict[str, NDArray[Any]], batch: int | None) -> dict[str, NDAr
     if batch is None or rows_of(inputs) == batch:
         return inputs
     return {name: np.resize(rows, (batch, *rows.shape[1:])) for name, rows in inputs.items()}
-
-
-def check_input_shape(name: str, expected: Sequence[int | None], inputs: NDArray[Any]) -> None:
-    """Raises SuspectError naming both shapes unless inputs [N, ...] fit `expected`, where None is any length."""
-    asked = inputs.shape[1:]
-    fits = len(asked) == len(expected) - 1 and all(
-        size is None or size == have for size, have in zip(expected[1:], asked, strict=True)
-    )
-    if not fits:
-        takes = ["N", *("any" if size is None else str(size) for size in expected[1:])]
-        raise SuspectError(
-            f"{name} takes inputs [{', '.join(takes)}] and the watermark's triggers are "
-            f"[{', '.join(['N', *map(str, asked)])}]; verify a suspect of the same input shape"
-        )

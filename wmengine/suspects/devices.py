@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +23,8 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DEVICE = 0  # the first that CUDA_VISIBLE_DEVICES leaves
 
 # Types of scores that _cuda reads, by its own numbers; all integers and doubles are copied back and read here.
-_SCORES = {"tensor(float)": 0, "tensor(float16)": 1, "tensor(bfloat16)": 2}
+BFLOAT16 = "tensor(bfloat16)"
+_SCORES = {"tensor(float)": 0, "tensor(float16)": 1, BFLOAT16: 2}
 _COPIED = {f"tensor({kind})" for kind in ("float", "float16", "double", "bool", "int8", "int16", "int32", "int64")}
 _COPIED |= {f"tensor({kind})" for kind in ("uint8", "uint16", "uint32", "uint64")}
 
@@ -79,9 +80,9 @@ def run_bound(session: Any, feeds: Mapping[str, NDArray[Any]], device: str, modu
     Scores [N, C] of float32, float16 or bfloat16 become `Predicted` by `module`, wmengine._cuda; without one, and of
     any other type, they are copied back. What has more axes than answers have stays where it is and is left out.
     """
-    binding, values = session.io_binding(), require("onnxruntime", extra="cpu").OrtValue
-    for name, rows in feeds.items():
-        binding.bind_ortvalue_input(name, values.ortvalue_from_numpy(np.ascontiguousarray(rows), device, DEVICE))
+    binding = session.io_binding()
+    for name, value in _on_device(session, feeds, device):
+        binding.bind_ortvalue_input(name, value)
     declared = session.get_outputs()
     for output in declared:
         binding.bind_output(output.name, device, DEVICE)
@@ -98,6 +99,32 @@ def run_bound(session: Any, feeds: Mapping[str, NDArray[Any]], device: str, modu
         else:
             found.append((output.name, value.numpy()))
     return found
+
+
+def run_rounded(session: Any, feeds: Mapping[str, NDArray[Any]]) -> list[Any]:
+    """All outputs on the CPU, as arrays, of a session with inputs or outputs of bfloat16, which NumPy has not: there
+    float32 is rounded to the nearest on the way in, and comes out again."""
+    values = session.run_with_ort_values(None, dict(_on_device(session, feeds, "cpu")))
+    return [_array_of(value) for value in values]
+
+
+def _on_device(session: Any, feeds: Mapping[str, NDArray[Any]], device: str) -> Iterator[tuple[str, Any]]:
+    make = require("onnxruntime", extra="cpu").OrtValue
+    rounded = {each.name for each in session.get_inputs() if each.type == BFLOAT16}
+    for name, rows in feeds.items():
+        if name in rounded:
+            bits = np.ascontiguousarray(rows, np.float32).view(np.uint32)
+            halves = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+            yield name, make.ortvalue_from_numpy_with_onnx_type(halves, 16)  # TensorProto.BFLOAT16
+        else:
+            yield name, make.ortvalue_from_numpy(np.ascontiguousarray(rows), device, DEVICE)
+
+
+def _array_of(value: Any) -> NDArray[Any]:
+    if value.data_type() != BFLOAT16:
+        return np.asarray(value.numpy())
+    halves = np.frombuffer(ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes()), np.uint16)
+    return (halves.astype(np.uint32) << 16).view(np.float32).reshape(value.shape())
 
 
 def predict(module: ModuleType, scores: Any, shape: tuple[int, ...], device: str) -> Predicted:

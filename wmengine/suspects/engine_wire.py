@@ -9,18 +9,20 @@ import gc
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.errors import SuspectError, SuspectGone, printable
+from wmengine.errors import OtherTask, SuspectError, SuspectGone, printable
 from wmengine.facts import Fact, fact
 from wmengine.ops.reference import MOST_LEVEL
 from wmengine.sandbox import MECHANISMS, wire
 from wmengine.sandbox.supervisor import TemplateGone, Worker, WorkerFailure
 from wmengine.suspects.answers import Outputs, Predicted
-from wmengine.suspects.base import Inputs, Tensor, one_line
+from wmengine.suspects.base import Inputs, Tensor, Weight, one_line
+from wmengine.suspects.class_names import MAXIMUM_NAMES
 from wmengine.suspects.graph_limits import MAXIMUM_OUTPUTS
 from wmengine.suspects.onnx_engine import Input, OnnxEngine, may_name_files, preload, prepare
 
@@ -31,9 +33,9 @@ Result = TypeVar("Result")
 Answer = tuple[dict[str, Any], Sequence[NDArray[Any]]]
 
 MAXIMUM_QUESTION = 1 << 40  # the client is trusted: its own limits hold
-LIST, LOAD, OPEN, RUN, READ = "list external files", "load the model", "create the session", "run", "read the weights"
-TAP = "read activations"
-_OF_WEIGHTS = {"stored_as": ("count", "of", "kind"), "blocked": ("count",)}  # facts that reading them has
+LIST, LOAD, OPEN, RUN = "list external files", "load the model", "create the session", "run"
+FIND, READ, TAP = "find the weights", "read a weight", "read activations"
+_OF_WEIGHTS = {"stored_as": ("count", "of", "kind"), "unread": ("count",)}  # facts that reading them has
 MAXIMUM_NAME, MAXIMUM_FACTS = 200, 20  # characters of a tensor's name, or of a value in a fact
 
 
@@ -58,7 +60,7 @@ def serve(connection: socket.socket, mechanisms: Sequence[str]) -> None:
         try:
             header, answers = _answer(engine, question, arrays, mechanisms)
         except SuspectError as error:
-            header, answers = {"error": str(error)}, ()
+            header, answers = {"error": str(error), "other_task": isinstance(error, OtherTask)}, ()
         except MemoryError:
             header, answers = {"error": f"{question.get('name', 'the model')} needs more memory than it may have"}, ()
         except Exception as error:  # a hostile model can make any library raise anything
@@ -84,20 +86,22 @@ def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechan
     if asked == OPEN:
         return _open(engine, question), ()
     if asked == RUN:
+        engine.labels = tuple(question["labels"])
         outputs = engine.run(dict(zip(question["inputs"], arrays, strict=True)))
         stayed = [value if isinstance(value, Predicted) else None for _, value in outputs]
         header = {"outputs": [name for name, _ in outputs], "classes": [each and each.classes for each in stayed]}
         values = [each.labels if each else value for each, (_, value) in zip(stayed, outputs, strict=True)]
         return header, values + [each.levels for each in stayed if each]
+    if asked == FIND:
+        found, facts = engine.tensors()
+        header = {"facts": [[each.code, dict(each.values)] for each in facts]}
+        ranks = np.array([len(each.shape) for each in found], np.uint8)
+        sizes = np.array([size for each in found for size in each.shape], np.int64)
+        names = "\n".join(printable(each.source[:MAXIMUM_NAME]) for each in found).encode()
+        return header, [ranks, sizes, _bytes(names)]
     if asked == READ:
-        tensors, facts = engine.tensors()
-        header = {
-            "sources": [each.source[:MAXIMUM_NAME] for each in tensors],
-            "factors": [each.factors is not None for each in tensors],
-            "facts": [[each.code, dict(each.values)] for each in facts],
-        }
-        factors = [each.factors for each in tensors if each.factors is not None]
-        return header, [*(each.values for each in tensors), *factors]
+        values, factors = engine.tensors()[0][question["number"]].read()
+        return {}, [values] if factors is None else [values, factors]
     if asked == TAP:
         return {}, [engine.activations(question["place"], dict(zip(question["inputs"], arrays, strict=True)))]
     return {"mechanisms": list(mechanisms)}, ()
@@ -105,7 +109,8 @@ def _answer(engine: OnnxEngine, question: dict[str, Any], arrays: Arrays, mechan
 
 def _open(engine: OnnxEngine, question: dict[str, Any]) -> dict[str, Any]:
     engine.provider, engine.device_bytes = question["provider"], question["device_bytes"]
-    return {"inputs": [[each.name, each.type, each.shape, each.rescaled] for each in engine.open()]}
+    inputs = [[each.name, each.type, each.shape, each.rescaled] for each in engine.open()]
+    return {"inputs": inputs, "class_names": engine.class_names}
 
 
 class RemoteEngine:
@@ -131,6 +136,8 @@ class RemoteEngine:
         self._served = False  # other suspects, before the one to come
         self._spent = False
         self.abandoned = False
+        self.class_names: tuple[str, ...] = ()  # of the session
+        self.labels: tuple[str, ...] = ()
 
     def locations(self, name: str, data: bytes) -> list[str]:
         self._name = name
@@ -142,21 +149,22 @@ class RemoteEngine:
         self._name, self._loaded, self._inputs, self._unopened = name, (data, external), None, None
         contents = [_bytes(data), *map(_bytes, external.values())]
         question = {"name": name, "locations": list(external), "open": self._eager, **self._place()}
-        self._inputs, self._unopened = self._ask_first(LOAD, _read_loaded, question, contents)
+        self._inputs, self._unopened = self._ask_first(LOAD, self._read_loaded, question, contents)
         self._spent |= self._unopened is not None
 
     def open(self) -> list[Input]:
         if self._unopened is not None:
             raise SuspectError(self._unopened)
         if self._inputs is None:
-            self._inputs = self._ask(OPEN, _read_inputs, self._place())
+            self._inputs = self._ask(OPEN, self._read_opened, self._place())
         return self._inputs
 
     def _place(self) -> dict[str, Any]:
         return {"provider": self.provider, "device_bytes": self.worker.limits.memory_bytes}
 
     def run(self, inputs: Inputs) -> Outputs:
-        return self._ask(RUN, _read_outputs, {"name": self._name, "inputs": list(inputs)}, [*inputs.values()])
+        question = {"name": self._name, "inputs": list(inputs), "labels": self.labels}
+        return self._ask(RUN, _read_outputs, question, [*inputs.values()])
 
     def activations(self, place: int, inputs: Inputs) -> NDArray[np.float32]:
         if not self.worker.prepared:
@@ -167,7 +175,28 @@ class RemoteEngine:
     def tensors(self) -> tuple[list[Tensor], list[Fact]]:
         if not self.worker.prepared:  # and locked down, so that it cannot be any more
             self._prepare()
-        return self._ask(READ, _read_tensors, {"name": self._name})
+        loaded = self._loaded
+
+        def read(number: int, shape: tuple[int, ...]) -> Weight:
+            if self._loaded is not loaded:
+                raise SuspectError("another suspect has been loaded since these weights were found; read them before")
+            return self._ask(READ, partial(_read_weight, shape), {"name": self._name, "number": number})
+
+        found, facts = self._ask(FIND, _read_found, {"name": self._name})
+        return [
+            Tensor.unread(shape, source, partial(read, number, shape)) for number, (shape, source) in enumerate(found)
+        ], facts
+
+    def _read_opened(self, header: dict[str, Any], arrays: Arrays) -> list[Input]:
+        names = [printable(str(each), MAXIMUM_NAME) for each in header["class_names"][:MAXIMUM_NAMES]]
+        self.class_names = tuple(dict.fromkeys(names))
+        return _read_inputs(header)
+
+    def _read_loaded(self, header: dict[str, Any], arrays: Arrays) -> tuple[list[Input] | None, str | None]:
+        """The session's inputs where it was created too, and why it could not be."""
+        if "unopened" in header:
+            return None, printable(str(header["unopened"]), 500)
+        return self._read_opened(header, arrays) if "inputs" in header else None, None
 
     def _prepare(self) -> None:
         """Go on with a worker that can read weights, as far as this one has come."""
@@ -242,7 +271,7 @@ class RemoteEngine:
                 raise ValueError("an answer to something else")
             if "error" in header:
                 self._spent |= asked not in (LIST, LOAD)
-                raise SuspectError(printable(str(header["error"]), 500))
+                raise (OtherTask if header.get("other_task") else SuspectError)(printable(str(header["error"]), 500))
             return read(header, answers)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             self.worker.close()
@@ -265,7 +294,7 @@ def _read_locations(header: dict[str, Any], arrays: Arrays) -> list[str]:
     return found
 
 
-def _read_inputs(header: dict[str, Any], arrays: Arrays) -> list[Input]:
+def _read_inputs(header: dict[str, Any]) -> list[Input]:
     found = [
         Input(str(name), str(type_), tuple(None if size is None else int(size) for size in shape), bool(rescaled))
         for name, type_, shape, rescaled in header["inputs"]
@@ -273,13 +302,6 @@ def _read_inputs(header: dict[str, Any], arrays: Arrays) -> list[Input]:
     if any(size is not None and size < 1 for each in found for size in each.shape):
         raise ValueError("not what an engine says of a size")
     return found
-
-
-def _read_loaded(header: dict[str, Any], arrays: Arrays) -> tuple[list[Input] | None, str | None]:
-    """The session's inputs where it was created too, and why it could not be."""
-    if "unopened" in header:
-        return None, printable(str(header["unopened"]), 500)
-    return _read_inputs(header, arrays) if "inputs" in header else None, None
 
 
 def _read_outputs(header: dict[str, Any], arrays: Arrays) -> Outputs:
@@ -304,20 +326,28 @@ def _read_predicted(labels: NDArray[Any], classes: Any, levels: NDArray[Any]) ->
     return Predicted(labels, classes, levels)
 
 
-def _read_tensors(header: dict[str, Any], arrays: Arrays) -> tuple[list[Tensor], list[Fact]]:
-    sources = header["sources"]
-    weights, scales = arrays[: len(sources)], iter(arrays[len(sources) :])
-    if any(array.dtype != np.float32 or array.ndim < 2 for array in weights):
-        raise ValueError("not what weights are read as")
-    found = []
-    for values, source, scaled in zip(weights, sources, header["factors"], strict=True):
-        factors = next(scales) if scaled else None
-        if factors is not None and (factors.dtype != np.float32 or factors.shape != values.shape[:1]):
-            raise ValueError("not what normalisations are read as")
-        found.append(Tensor(values, printable(str(source)), factors))
-    if next(scales, None) is not None:
-        raise ValueError("more than weights and their normalisations")
+def _read_found(header: dict[str, Any], arrays: Arrays) -> tuple[list[tuple[tuple[int, ...], str]], list[Fact]]:
+    """The shapes and the names of weights."""
+    ranks, sizes, text = arrays
+    names = text.tobytes().decode().split("\n") if len(ranks) else []
+    if [(each.dtype.name, each.ndim) for each in arrays] != [("uint8", 1), ("int64", 1), ("uint8", 1)]:
+        raise ValueError("not what weights are found as")
+    if len(names) != len(ranks):
+        raise ValueError("not as many names as weights")
+    if (ranks < 2).any() or (sizes < 1).any() or sizes.shape != (ranks.sum(dtype=np.int64),):
+        raise ValueError("not the shapes of weights")
+    shapes = np.split(sizes, np.cumsum(ranks, dtype=np.int64)[:-1])
+    found = [(tuple(map(int, shape)), printable(name)) for shape, name in zip(shapes, names, strict=False)]
     return found, [_read_fact(code, values) for code, values in header["facts"][:MAXIMUM_FACTS]]
+
+
+def _read_weight(shape: tuple[int, ...], header: dict[str, Any], arrays: Arrays) -> Weight:
+    values, *rest = arrays
+    if values.dtype != np.float32 or values.shape != shape:
+        raise ValueError("not what a weight is read as")
+    if len(rest) > 1 or any(each.dtype != np.float32 or each.shape != shape[:1] for each in rest):
+        raise ValueError("not what normalisations are read as")
+    return values, rest[0] if rest else None
 
 
 def _read_fact(code: Any, values: Any) -> Fact:

@@ -1,4 +1,4 @@
-"""What a graph may be before ONNX Runtime sees it: known operators, and no more nodes or outputs than a network has.
+"""What a graph may be before it is read, and before ONNX Runtime sees it: how large, and of which operators.
 
 Nodes inside a function count as often as the function is used, because ONNX Runtime inlines it there: a kilobyte of
 functions that call each other twice would otherwise keep it busy for ever.
@@ -6,9 +6,11 @@ functions that call each other twice would otherwise keep it busy for ever.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
+from wmengine._optional import require
 from wmengine.errors import SuspectError
 
 MAXIMUM_NODES = 200_000
@@ -19,22 +21,12 @@ MAXIMUM_OUTPUTS = 1000  # whoever looks for the answer among them compares them 
 Called = tuple[str, str, str]  # a function's domain, name and overload
 
 STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft.nchwc")
-# Of ONNX Runtime's own domain, what its optimiser and quantizer and exporters of trained networks write.
-_MICROSOFT = """
-Attention BiasAdd BiasGelu BiasSplitGelu Conv DequantizeLinear DynamicQuantizeLSTM DynamicQuantizeMatMul
-EmbedLayerNormalization FastGelu FusedConv FusedGemm FusedMatMul FusedMatMulActivation Gelu GridSample GroupNorm
-GroupQueryAttention Inverse LayerNormalization MatMulInteger16 MatMulIntegerToFloat MatMulNBits MultiHeadAttention
-NhwcConv NhwcFusedConv NhwcMaxPool PackedAttention Pad QAttention QEmbedLayerNormalization QGemm QLinearAdd
-QLinearAveragePool QLinearConcat QLinearConv QLinearGlobalAveragePool QLinearLeakyRelu QLinearMul QLinearReduceMean
-QLinearSigmoid QLinearSoftmax QLinearWhere QuantizeLinear QuickGelu RotaryEmbedding SimplifiedLayerNormalization
-SkipGroupNorm SkipLayerNormalization SkipSimplifiedLayerNormalization SparseAttention Tokenizer TransposeMatMul
-Trilu Unique
-"""
-MICROSOFT = frozenset(_MICROSOFT.split())
+# Of ONNX Runtime's own domain, what runs whole graphs as often as it likes, or hands them to other software.
+REFUSED = ("BeamSearch", "GreedySearch", "Sampling", "WhisperBeamSearch", "EPContext", "Snpe")
 
 
-def check_graph(name: str, model: Any) -> None:
-    """Raises SuspectError, naming the limit, for an onnx.ModelProto that is over one."""
+def check_graph(name: str, model: Any) -> set[tuple[str, str]]:
+    """The operators of an onnx.ModelProto, each with its domain. Raises SuspectError, naming the limit it is over."""
     if len(model.graph.output) > MAXIMUM_OUTPUTS:
         raise SuspectError(f"{name} has {len(model.graph.output)} outputs, and at most {MAXIMUM_OUTPUTS} are looked at")
     functions: dict[Called, Any] = {}
@@ -42,6 +34,7 @@ def check_graph(name: str, model: Any) -> None:
         if functions.setdefault(_called(each.domain, each.name, each.overload), each) is not each:
             raise SuspectError(f"{name} defines the function {each.name!r} twice; export it again")
     counted: dict[Called, int] = {}
+    operators: set[tuple[str, str]] = set()
 
     def count(nodes: Any, depth: int, calls: tuple[Called, ...]) -> int:
         total = 0
@@ -50,7 +43,7 @@ def check_graph(name: str, model: Any) -> None:
             if called in functions:
                 total += count_function(called, calls)
             else:
-                _check_operator(name, node)
+                operators.add((node.domain, node.op_type))
                 total += 1
             for graph in _subgraphs(node):
                 if depth == MAXIMUM_DEPTH:
@@ -70,6 +63,7 @@ def check_graph(name: str, model: Any) -> None:
         return counted[called]
 
     count(model.graph.node, 0, ())
+    return operators
 
 
 def _called(domain: str, name: str, overload: str) -> Called:
@@ -77,13 +71,22 @@ def _called(domain: str, name: str, overload: str) -> Called:
     return "" if domain == "ai.onnx" else domain, name, overload
 
 
-def _check_operator(name: str, node: Any) -> None:
-    if node.domain in STANDARD_DOMAINS or (node.domain == "com.microsoft" and node.op_type in MICROSOFT):
-        return
-    raise SuspectError(
-        f"{name} uses the operator {node.op_type!r} of domain {node.domain!r}, which is none that trained networks are "
-        "exported with; export it with standard operators"
-    )
+def check_operators(name: str, operators: Iterable[tuple[str, str]]) -> None:
+    """Raises SuspectError for an operator that is run neither by a standard nor by ONNX Runtime itself."""
+    for domain, operator in sorted(operators):
+        if domain not in STANDARD_DOMAINS and not (domain == "com.microsoft" and operator in _own_operators()):
+            raise SuspectError(
+                f"{name} uses the operator {operator!r} of domain {domain!r}, which is none that trained networks are "
+                "exported with; export it with standard operators"
+            )
+
+
+@cache
+def _own_operators() -> frozenset[str]:
+    """ONNX Runtime's, as its registry has them: its quantizers and optimisers write new ones with every version."""
+    runtime = require("onnxruntime.capi.onnxruntime_pybind11_state", extra="cpu")
+    own = {each.name for each in runtime.get_all_operator_schema() if each.domain == "com.microsoft"}
+    return frozenset(own.difference(REFUSED))
 
 
 def _subgraphs(node: Any) -> Iterator[Any]:

@@ -1,14 +1,15 @@
 """An ONNX file's bytes, and those of its external weights: each read once, capped and hashed, and looked at by nobody.
 
-External weights are read only from regular files with a single link inside the model's own directory: a model must not
-be able to name a file that its sender could not read. Which files it names is for an engine to say, that may live in a
-sandbox: here no byte of a stranger's file is interpreted.
+External weights are read only from regular files with a single link inside the model's own directory, or its own blobs
+in a cache of Hugging Face's: a model must not be able to name a file that its sender could not read. Which files it
+names is for an engine to say, that may live in a sandbox: here no byte of a stranger's file is interpreted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from wmengine.errors import SuspectError
 
 MAXIMUM_BYTES = 4 << 30
 MAXIMUM_FILES, MAXIMUM_LOCATION = 10_000, 4096  # a path's length on Linux
+_BLOB = re.compile(r"blobs/([0-9a-f]{40}|[0-9a-f]{64})")
 
 
 class Source(Protocol):
@@ -108,7 +110,7 @@ class LocalSource:
         """Opened part by part below the model's directory, no part of it through a symbolic link."""
         directory = os.path.dirname(self._path) or "."
         name = f"the file {location!r} beside {self.name}"
-        parts = PurePosixPath(location).parts
+        directory, parts = _in_cache(os.path.abspath(directory), location) or (directory, PurePosixPath(location).parts)
         try:
             descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
@@ -125,6 +127,20 @@ class LocalSource:
             os.close(descriptor)
             raise SuspectError(f"{name} must be a regular file and no link; copy the weights there") from None
         return _read(descriptor, name, maximum_bytes, links_allowed=False)
+
+
+def _in_cache(directory: str, location: str) -> tuple[str, tuple[str, ...]] | None:
+    """Where a link in a cache of Hugging Face's leads: the model's folder, and the parts of the path below it; or None.
+
+    There snapshots/REVISION/… are links to ../…/blobs/HASH of the same model. No other link is followed.
+    """
+    folder, found, below = f"{directory}/{location}".rpartition("/snapshots/")
+    try:
+        target = os.readlink(f"{directory}/{location}") if found else ""
+    except (OSError, ValueError):  # no link
+        return None
+    blob = _BLOB.fullmatch(target.removeprefix("../" * (1 + below.count("/"))))
+    return None if blob is None else (folder, ("blobs", blob[1]))
 
 
 def _read(descriptor: int, name: str, maximum_bytes: int, links_allowed: bool) -> bytes:

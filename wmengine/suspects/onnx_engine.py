@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine._optional import require
-from wmengine.errors import SuspectError
+from wmengine.errors import OtherTask, SuspectError
 from wmengine.facts import Fact
 from wmengine.suspects.answers import Outputs
 from wmengine.suspects.base import Inputs, Tensor, one_line, rows_of
-from wmengine.suspects.devices import PROVIDERS, can_stay, compiled, run_bound, session_providers
-from wmengine.suspects.graph_limits import check_graph
+from wmengine.suspects.class_names import names_in, numbers
+from wmengine.suspects.devices import (
+    BFLOAT16,
+    PROVIDERS,
+    can_stay,
+    compiled,
+    run_bound,
+    run_rounded,
+    session_providers,
+)
+from wmengine.suspects.graph_limits import check_graph, check_operators
 
 # A directory that cannot exist, on any machine: whatever ONNX Runtime still looks for on disk, it does not find.
 NO_DIRECTORY = os.path.join(os.devnull, "none")
@@ -60,10 +68,15 @@ class OnnxEngine:
         self._name = ""
         self._data = b""
         self._external: Mapping[str, bytes] = {}
+        self._operators: set[tuple[str, str]] = set()
         self._rescaled: frozenset[str] = frozenset()
+        self.class_names: tuple[str, ...] = ()  # in the model, in its own order
+        self.labels: tuple[str, ...] = ()  # what whoever verifies says instead
         self._session: Any = None
+        self._rounds = False  # whether an input or an output is bfloat16
         self._left_out: dict[str, None] = {}  # optional inputs
         self._tapped: tuple[int, str, Any] | None = None  # a place, the value there, a session that gives it
+        self._weights: tuple[list[Tensor], list[Fact]] | None = None
 
     def locations(self, name: str, data: bytes) -> list[str]:
         """The external files that a model names, sorted; without the word `location` in it, it is not even parsed."""
@@ -82,12 +95,16 @@ class OnnxEngine:
         model = parse(name, data)
         if may_name_files(data) and named_locations(name, model) != sorted(external):
             raise SuspectError(f"{name} names other external files than were read for it")
-        check_graph(name, model)
+        self._operators = check_graph(name, model)
         self._rescaled = rescaled_inputs(model)
+        self.class_names = names_in(model)
 
     def open(self) -> list[Input]:
         """Create the session; the inputs that it needs."""
+        check_operators(self._name, self._operators)
         self._session = self._session_of(self._data)
+        ends = [*self._session.get_inputs(), *self._session.get_outputs()]
+        self._rounds = any(each.type == BFLOAT16 for each in ends)
         needed = [each for each in self._session.get_inputs() if not each.type.startswith("optional(")]
         self._left_out = {each.name: None for each in self._session.get_inputs() if each not in needed}
         return [
@@ -115,7 +132,7 @@ class OnnxEngine:
         try:
             session = ort.InferenceSession(data, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions share no base of their own
-            if "bad_alloc" in str(error) or "allocate memory" in str(error):
+            if _is_memory(error):
                 raise SuspectError(f"{self._name} needs more memory than it may have ({one_line(error)})") from None
             raise SuspectError(
                 f"{self._name} is not a model that ONNX Runtime can load ({one_line(error)}); export it to ONNX again"
@@ -130,21 +147,30 @@ class OnnxEngine:
         try:
             if bound and can_stay(self._session):
                 return run_bound(self._session, inputs, self.provider, self._module())
-            values = self._session.run(None, {**inputs, **self._left_out})
+            if self._rounds:
+                values = run_rounded(self._session, inputs)
+            else:
+                values = self._session.run(None, {**inputs, **self._left_out})
         except Exception as error:  # as above
-            raise SuspectError(f"{self._name} fails when it runs ({one_line(error)})") from None
+            raise self._failed(error) from None
         found = []
         for output, value in zip(self._session.get_outputs(), values, strict=True):
-            array = numbers(value)
+            array = numbers(value, self.labels or self.class_names)
             if array is not None:
                 found.append((output.name, array))
         if not found:
             said = ", ".join(f"{output.name[:100]} of {output.type}" for output in self._session.get_outputs()[:8])
             raise SuspectError(
-                f"{self._name} answers with no numbers, but {said}; export it with scores, or with labels that end in "
-                "the numbers of their classes"
+                f"{self._name} answers with no numbers, but {said}; export it with scores, or give the names of its "
+                "classes in their order (labels=)"
             )
         return found
+
+    def _failed(self, error: Exception) -> SuspectError:
+        """What it says of a run that failed: where it leaves sizes open, that these are none of its inputs."""
+        sizes = [size for each in self._session.get_inputs() for size in each.shape[1:]]
+        fits = _is_memory(error) or all(isinstance(size, int) for size in sizes)
+        return (SuspectError if fits else OtherTask)(f"{self._name} fails when it runs ({one_line(error)})")
 
     def _module(self) -> Any:
         return compiled() if self.provider == "cuda" else None
@@ -158,32 +184,47 @@ class OnnxEngine:
 
     def close(self) -> None:
         """Forget the model."""
-        self._data, self._external, self._session, self._tapped = b"", {}, None, None
+        self._data, self._external, self._session, self._tapped, self._weights = b"", {}, None, None, None
 
     def tensors(self) -> tuple[list[Tensor], list[Fact]]:
-        """The weights in the graph's own order, and what was assumed."""
+        """The weights in the graph's own order, each read when it is asked for, and what was assumed."""
         from wmengine.suspects.onnx_tensors import read_tensors
 
-        return read_tensors(self._name, self._whole())
+        if self._weights is None:
+            self._weights = read_tensors(self._name, self._checked(), self._external)
+        return self._weights
 
     def activations(self, place: int, inputs: Inputs) -> NDArray[np.float32]:
         """[N, F]: what goes into the weight at `place` in the graph's own order, flattened. `open` was called."""
         from wmengine.suspects.onnx_tensors import with_activation
 
         if self._tapped is None or self._tapped[0] != place:
-            name, data = with_activation(self._name, parse(self._name, self._data), self._whole(), place)
+            model = parse(self._name, self._data)
+            name, data = with_activation(self._name, model, self._checked(), self._external, place)
             self._tapped = place, name, None if name in inputs else self._session_of(data)
         _, name, session = self._tapped
         try:
             found = inputs[name] if session is None else session.run([name], {**inputs, **self._left_out})[0]
         except Exception as error:  # as above
-            raise SuspectError(f"{self._name} fails when it runs ({one_line(error)})") from None
+            raise self._failed(error) from None
         if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu" or found.shape[:1] != (rows_of(inputs),):
-            raise SuspectError(f"{self._name} has no activations of a row for each input before weight {place + 1}")
+            raise OtherTask(f"{self._name} has no activations of a row for each input before weight {place + 1}")
         return np.ascontiguousarray(found.reshape(len(found), -1).astype(np.float32))
 
-    def _whole(self) -> Any:
-        return with_external(self._name, self._data, self._external)
+    def _checked(self) -> Any:
+        """The model, whose external tensors are all there, without types of inputs and outputs that no reader of graphs
+        knows."""
+        model = parse(self._name, self._data)
+        for tensor in external_tensors(model):
+            check_external(self._name, tensor, self._external)
+        for each in (*model.graph.input, *model.graph.output):
+            if each.type.WhichOneof("value") not in (None, "tensor_type"):  # sequences of maps, as ZipMap's
+                each.ClearField("type")
+        return model
+
+
+def _is_memory(error: Exception) -> bool:
+    return "bad_alloc" in str(error) or "allocate memory" in str(error)
 
 
 def preload() -> None:
@@ -238,51 +279,8 @@ def rescaled_inputs(model: Any) -> frozenset[str]:
     return frozenset(each.name for each in model.graph.input if rescaled(each.name, 4))
 
 
-def numbers(value: Any) -> NDArray[Any] | None:
-    """An output as an array of numbers, or None.
-
-    Text that reads as integers, or ends in them behind the same word ("class_7"), becomes integers. A sequence of maps,
-    scikit-learn's ZipMap, becomes [N, C], its columns in the order of such numbers, or else as the model lists them.
-    """
-    if isinstance(value, list):
-        return _zip_map(value)
-    array = np.asarray(value)
-    if array.dtype.kind in "OUS":
-        integers = _integers(array.reshape(-1).tolist())
-        if integers is None:
-            return None
-        array = np.array(integers, dtype=np.int64).reshape(array.shape)
-    return array if array.dtype.kind in "fiub" else None
-
-
-def _zip_map(rows: list[Any]) -> NDArray[np.float32] | None:
-    if not rows or not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
-        return None
-    columns = list(rows[0])
-    keys = _integers(columns)
-    if keys is not None:
-        columns = [column for _, column in sorted(zip(keys, columns, strict=True), key=lambda pair: pair[0])]
-    try:
-        return np.array([[row[column] for column in columns] for row in rows], dtype=np.float32)
-    except (TypeError, ValueError):
-        return None
-
-
-# At most 18 digits, so that it fits 64 bits.
-_NUMBERED = re.compile(r"(|.{0,100}[^\d.+-])([+-]?\d{1,18})", re.DOTALL | re.ASCII)
-
-
 def _size(declared: Any) -> int | None:
     return declared if isinstance(declared, int) and declared > 0 else None
-
-
-def _integers(names: Sequence[Any]) -> list[int] | None:
-    """The numbers in names of classes: 7, "7", or "class_7" among others that begin so; None where one has none."""
-    found = [_NUMBERED.fullmatch(name if isinstance(name, str) else str(name)) for name in names]
-    words = {match and match[1] for match in found}
-    if len(words) > 1 or None in words:
-        return None
-    return [int(match[2]) for match in found if match is not None]
 
 
 def parse(name: str, data: bytes) -> Any:
@@ -294,10 +292,12 @@ def parse(name: str, data: bytes) -> Any:
     except Exception:  # protobuf's DecodeError, or whatever else these bytes make it do
         if not _room_for(2 * len(data)):  # protobuf says nothing else where there is none
             raise SuspectError(f"{name} needs more memory than it may have") from None
-        raise SuspectError(f"{name} is not an ONNX model, or truncated; export or copy it again") from None
-    if not model.HasField("graph"):
-        raise SuspectError(f"{name} is not an ONNX model: it has no graph; export or copy it again")
-    return model
+        model = onnx.ModelProto()
+    if model.HasField("graph"):
+        return model
+    if data[4:8] == b"ORTM":
+        raise SuspectError(f"{name} is in ONNX Runtime's own format: give the ONNX file that it was made of")
+    raise SuspectError(f"{name} is not an ONNX model, or truncated; export or copy it again")
 
 
 def _room_for(count: int) -> bool:
@@ -346,25 +346,19 @@ def external_tensors(message: Any) -> Iterator[Any]:
                 yield from external_tensors(part)
 
 
-def with_external(name: str, data: bytes, external: Mapping[str, bytes]) -> Any:
-    """The onnx.ModelProto with external tensors replaced by their bytes, so that reading it opens no file."""
-    model = parse(name, data)
-    for tensor in external_tensors(model):
-        said = entries(name, tensor)
-        stored = external.get(said.get("location", ""))
-        if stored is None:
-            raise SuspectError(f"{name} has external weights and does not say where; export it again")
-        try:
-            offset = int(said.get("offset") or 0)
-            length = int(said.get("length") or len(stored) - offset)
-        except ValueError:
-            raise SuspectError(f"{name} gives an offset or a length that is no number; export it again") from None
-        if offset < 0 or length < 0 or offset + length > len(stored):
-            raise SuspectError(f"{name} reads beyond the end of {said['location']!r}; copy the weights again")
-        tensor.raw_data = stored[offset : offset + length]
-        tensor.data_location = tensor.DEFAULT
-        del tensor.external_data[:]
-    return model
+def check_external(name: str, tensor: Any, external: Mapping[str, bytes]) -> None:
+    """SuspectError unless the bytes of an external onnx.TensorProto are there."""
+    said = entries(name, tensor)
+    stored = external.get(said.get("location", ""))
+    if stored is None:
+        raise SuspectError(f"{name} has external weights and does not say where; export it again")
+    try:
+        offset = int(said.get("offset") or 0)
+        length = int(said.get("length") or len(stored) - offset)
+    except ValueError:
+        raise SuspectError(f"{name} gives an offset or a length that is no number; export it again") from None
+    if offset < 0 or length < 0 or offset + length > len(stored):
+        raise SuspectError(f"{name} reads beyond the end of {said['location']!r}; copy the weights again")
 
 
 def entries(name: str, tensor: Any) -> dict[str, str]:

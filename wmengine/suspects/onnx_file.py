@@ -6,16 +6,17 @@ import atexit
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.errors import SuspectError
-from wmengine.facts import Fact, fact
+from wmengine.facts import Fact
 from wmengine.sandbox import Limits, Supervisor, Worker, WorkerFailure
-from wmengine.suspects.adapters import BYTES, FLOATS, Adapter, Range, adapters
-from wmengine.suspects.answers import Outputs
+from wmengine.suspects.adapters import Adapter, Range, adapters
+from wmengine.suspects.answers import ABSTAINED, Outputs
 from wmengine.suspects.base import (
     CHUNK,
     DEVICE_CHUNK,
@@ -24,18 +25,18 @@ from wmengine.suspects.base import (
     Signature,
     Tensor,
     ask_in_chunks,
-    by_declared_names,
-    check_input_shape,
+    digest_of,
     padded,
     part_of,
     rows_of,
 )
+from wmengine.suspects.class_names import check_labels
 from wmengine.suspects.devices import check_device
 from wmengine.suspects.engine_wire import RemoteEngine
+from wmengine.suspects.given import Given, given, single_input
 from wmengine.suspects.model_file import MAXIMUM_BYTES, LocalSource, ModelFile, Source, read_model
 from wmengine.suspects.onnx_engine import Input, OnnxEngine
 
-MAXIMUM_BATCH, MAXIMUM_BATCH_BYTES = 4096, 256 << 20
 ISOLATION = ("persistent", "per-model", "none")
 
 PAUSES = (0.0, 0.0, 0.1, 1.0)  # seconds before a worker is started, and again where it did not
@@ -51,6 +52,8 @@ class Engine(Protocol):
     abandoned: bool
     provider: str
     conditions: tuple[Fact, ...]  # what a verdict must say of where the model ran
+    class_names: tuple[str, ...]  # in the model, in its own order, once it is open
+    labels: tuple[str, ...]  # what counts instead
 
     def locations(self, name: str, data: bytes) -> list[str]: ...
 
@@ -76,12 +79,12 @@ class OnnxSuspect:
 
     isolation: "persistent" (a sandboxed worker that serves one suspect after the other), "per-model" (a fresh worker,
     so that no earlier suspect can have touched it: for evidence), "none" (this process: for your own files). device:
-    "cpu", or "cuda" for the first GPU, whose driver needs most of what a sandbox takes away: the facts say so. Raises
-    FileNotFoundError for a path that does not exist, ValueError for a device that is not there, SuspectError for what
-    is not an ONNX file or over a limit.
+    "cpu", or "cuda" for the first GPU, whose driver needs most of what a sandbox takes away: the facts say so. inputs:
+    the value, throughout, of inputs that no mark has, by name, where the usual one is not right. labels: the names of
+    all classes in their order, for a file that answers with names in an order that it does not hold. Raises
+    FileNotFoundError for a path that does not exist, ValueError for a device that is not there or labels that are none,
+    SuspectError for what is not an ONNX file or over a limit.
     """
-
-    settings: Mapping[str, Any] = {}
 
     def __init__(
         self,
@@ -92,7 +95,10 @@ class OnnxSuspect:
         maximum_bytes: int = MAXIMUM_BYTES,
         engine: Engine | None = None,
         device: str = "cpu",
+        inputs: Mapping[str, float] | None = None,
+        labels: Sequence[str] | None = None,
     ) -> None:
+        named = check_labels(labels)
         if isinstance(source, str | os.PathLike):
             source = LocalSource(source)
         self._engine = engine or open_engine(isolation, limits or Limits(), device)
@@ -105,9 +111,13 @@ class OnnxSuspect:
             if engine is None:
                 self.close()
             raise
+        self._labels = named or ()
         self.name = self.file.name
         self.sha256: str | None = self.file.sha256
         self.facts: list[Fact] = []
+        self._values = dict(inputs or {})
+        chosen = {name: held for name, held in (("inputs", self._values), ("labels", list(named or ()))) if held}
+        self.settings: Mapping[str, Any] = {**chosen, "digest": digest_of(chosen)} if chosen else {}
         self._inputs: list[Input] | None = None
 
     def adapters(self, shape: Sequence[int], value_range: Range, every: bool = True) -> list[Adapter]:
@@ -115,25 +125,34 @@ class OnnxSuspect:
 
         every=False: other scalings than the recorded one only where the graph begins by rescaling its input.
         """
-        declared = self._declared()
-        if len(declared) != 1:
-            names = ", ".join(each.name for each in declared) or "none"
-            raise SuspectError(f"{self.name} needs {len(declared)} inputs ({names}), and a trigger is one")
-        (only,) = declared
+        only = single_input(self.name, self._declared(), shape, self._values)
         return adapters(self.name, only.type, only.shape, shape, value_range, every or only.rescaled)
 
     def answer(self, inputs: Inputs, num_classes: int | None = None) -> Answers:
         self.facts = list(self._engine.conditions)
-        given, batch = self._given(inputs)
-        return ask_in_chunks(
-            self._engine.run,
-            given,
+        put = self._given(inputs)
+        held, said = self._engine.class_names, self._labels
+        # Scores have no names: where the file says which is whose, they are put into the order said, too.
+        known = len(said) == num_classes and sorted(held) == sorted(said)
+        self._engine.labels = () if known else said
+        answers = ask_in_chunks(
+            lambda rows: self._engine.run(put.feeds(rows)),
+            put.rows,
             num_classes,
             self.name,
             self.facts,
-            batch,
+            put.batch,
             CHUNK if self._engine.provider == "cpu" else DEVICE_CHUNK,
         )
+        if (held or said) and answers.kind == "labels":  # a class that was named is not counted
+            answers = Answers("classes", answers.values[:, None])
+        if not known:
+            return replace(answers, names=() if said else held)
+        if answers.kind == "scores":
+            return replace(answers, values=answers.values[:, [held.index(name) for name in said]])
+        places = np.array([*map(said.index, held), ABSTAINED])
+        named = (answers.values >= 0) & (answers.values < len(held))
+        return replace(answers, values=places[np.where(named, answers.values, ABSTAINED)])
 
     def limit(self, inputs: Inputs, count: int) -> int:
         return count
@@ -146,42 +165,26 @@ class OnnxSuspect:
 
     def activations(self, place: int, inputs: Inputs) -> NDArray[np.float32]:
         self.facts = list(self._engine.conditions)
-        given, batch = self._given(inputs)
+        put = self._given(inputs)
         parts = []
-        for start in range(0, rows_of(given), batch or CHUNK):
-            rows = part_of(given, start, start + (batch or CHUNK))
+        for start in range(0, rows_of(put.rows), put.batch or CHUNK):
+            rows = part_of(put.rows, start, start + (put.batch or CHUNK))
             count = rows_of(rows)
-            parts.append(self._engine.activations(place, padded(rows, batch))[:count])
+            parts.append(self._engine.activations(place, put.feeds(padded(rows, put.batch)))[:count])
         return np.concatenate(parts)
 
     def close(self) -> None:
         self._engine.close()
 
-    def _given(self, inputs: Inputs) -> tuple[dict[str, NDArray[Any]], int | None]:
-        """Inputs under the file's own names and in its types, and its batch where that is fixed."""
-        declared = {each.name: each for each in self._declared()}
-        given = by_declared_names(self.name, list(declared), inputs)
-        batch = None
-        for name, rows in given.items():
-            entry = declared[name]
-            wanted = {**FLOATS, **BYTES}.get(entry.type)
-            if wanted is not None and rows.dtype != wanted and rows.dtype.kind == np.dtype(wanted).kind:
-                given[name] = rows.astype(wanted)
-                self.facts.append(fact("inputs_cast", dtype=wanted))
-            if entry.shape:  # an input without any declared shape takes everything
-                check_input_shape(self.name, entry.shape, rows)
-                batch = batch or entry.shape[0]
-        size = max(1, sum(rows[:1].nbytes for rows in given.values()))
-        most = min(MAXIMUM_BATCH, MAXIMUM_BATCH_BYTES // size)
-        if batch is not None and batch > most:
-            raise SuspectError(f"{self.name} has a fixed batch of {batch}, and at most {most} can be asked at once")
-        if batch is not None:
-            self.facts.append(fact("fixed_batch", batch=batch))
-        return given, batch
+    def _given(self, inputs: Inputs) -> Given:
+        return given(self.name, self._declared(), inputs, self._values, self.facts)
 
     def _declared(self) -> list[Input]:
         if self._inputs is None:
             self._inputs = self._engine.open()
+            names = [each.name for each in self._inputs]
+            for each in self._values.keys() - set(names):
+                raise SuspectError(f"{self.name} has no input {each!r}, but {', '.join(names[:8])}")
         return self._inputs
 
 

@@ -1,28 +1,30 @@
-"""The weights inside an ONNX graph, in order of execution, filters on axis 0 and dequantised, read without running it.
+"""The weights inside an ONNX graph, in order of execution, filters on axis 0 and dequantised, each read when asked for.
 
 Exporters rename weights, transpose them (a Linear becomes `MatMul(x, val_31)`), store them as int8 with scales, or in
-float16. So a weight is found from the operator that uses it: its operand is followed back through chains that only move
-or rescale values, to an initializer or a Constant, and turned to the orientation that torch has.
+float16. So a weight is found from the operator that uses it. Its operand is followed back through chains that only move
+or rescale values to an initializer or a Constant, or computed where it is another expression of constants, and turned
+to the orientation that torch has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import ValueInfoProto, helper, numpy_helper
 
-from wmengine.errors import SuspectError
+from wmengine.errors import OtherTask, SuspectError
 from wmengine.facts import Fact, fact
-from wmengine.suspects.base import Tensor, one_line
+from wmengine.suspects.base import Tensor, Weight, one_line
+from wmengine.suspects.onnx_graph import DOMAINS, MAXIMUM_CHAIN, Graph, inlined, run_constants
+from wmengine.suspects.onnx_layouts import PACKED_BITS, from_bits, per_axis, unblocked
+from wmengine.suspects.onnx_sources import Source, Unreadable, attribute, chain_of, floats, input_of, source_of
 from wmengine.suspects.weights import filters_first
 
-# Longer chains are not what exporters write.
-MAXIMUM_CHAIN = 16
-# How a Constant holds its numbers where it holds no tensor.
-_NUMBERS = ("value_float", "value_floats", "value_int", "value_ints")
+Array = NDArray[np.float32]
 
 
 class _Operand(NamedTuple):
@@ -38,6 +40,7 @@ class _Operand(NamedTuple):
 OPERATORS = {
     "Conv": _Operand(1, None, None, "conv"),
     "FusedConv": _Operand(1, None, None, "conv"),
+    "NhwcConv": _Operand(1, None, None, "channels last"),
     "ConvTranspose": _Operand(1, None, None, "transposed"),
     "ConvInteger": _Operand(1, None, 3, "conv"),
     "QLinearConv": _Operand(3, 4, 5, "conv"),
@@ -50,58 +53,15 @@ OPERATORS = {
     "MatMulInteger": _Operand(1, None, 3, "matrix"),
     "DynamicQuantizeMatMul": _Operand(1, 2, 3, "matrix"),
     "MatMulIntegerToFloat": _Operand(1, 3, 5, "matrix"),
+    "MatMulNBits": _Operand(1, 2, 3, "bits"),
+    "Attention": _Operand(1, None, None, "matrix"),
+    "QAttention": _Operand(1, 4, 7, "matrix"),
 }
-DOMAINS = ("", "ai.onnx", "com.microsoft")
-# The operators between a stored weight and its use that only move or rescale values.
-CHAIN = ("Identity", "Cast", "QuantizeLinear", "DequantizeLinear", "Transpose", "Reshape")
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """An operand's values as float32, the IR value that holds them (root), and the type that it stores."""
-
-    root: Any
-    values: NDArray[np.float32]
-    stored: str
-
-
-def read_tensors(name: str, model: Any) -> tuple[list[Tensor], list[Fact]]:
-    """The weights of an onnx.ModelProto (external data already in it), each once, and what was assumed.
-
-    Raises SuspectError when the graph cannot be read.
-    """
-    try:
-        found, blocked = _walk(model)
-    except Exception as error:  # a hostile graph can fail anywhere in there
-        raise SuspectError(f"{name} has a graph that cannot be read ({one_line(error)}); export it again") from None
-    stored: dict[str, int] = {}
-    for each in found:
-        stored[each.stored] = stored.get(each.stored, 0) + 1
-    facts = [
-        fact("stored_as", count=count, of=len(found), kind=kind) for kind, count in stored.items() if kind != "float32"
-    ]
-    return [each.tensor for each in found], [*facts, *([fact("blocked", count=blocked)] if blocked else [])]
-
-
-def with_activation(name: str, proto: Any, model: Any, place: int) -> tuple[str, bytes]:
-    """The name of the value that goes into the weight at `place`, and the model's bytes with that value as an output.
-
-    proto: the onnx.ModelProto as it is stored, to be written into; model: the same with external data in it.
-    """
-    from onnx import ValueInfoProto
-
-    try:
-        found, _ = _walk(model)
-    except Exception as error:  # a hostile graph can fail anywhere in there
-        raise SuspectError(f"{name} has a graph that cannot be read ({one_line(error)}); export it again") from None
-    if place >= len(found):
-        raise SuspectError(f"{name} has {len(found)} weights, and the mark is in number {place + 1}")
-    value = found[place].given
-    if value is None or not value.name:
-        raise SuspectError(f"{name} has a weight {place + 1} into which nothing goes that can be read")
-    if value.name not in {output.name for output in proto.graph.output}:
-        proto.graph.output.append(ValueInfoProto(name=value.name))
-    return str(value.name), proto.SerializeToString()
+_BLOCKED = _Operand(1, None, None, "blocked")
+# What multiplies by its weight from the right, x·Wᵀ, but may as well hold one on the left.
+_EITHER_SIDE = ("Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+# Those of matrices that attention does not multiply two computed values with.
+_ALWAYS_WEIGHTS = ("Gemm", "FusedGemm", "QGemm")
 
 
 class _Found(NamedTuple):
@@ -112,39 +72,196 @@ class _Found(NamedTuple):
     given: Any
 
 
-def _walk(model: Any) -> tuple[list[_Found], int]:
-    """Every weight once, in order of execution, and how many convolutions are in a layout that is not read."""
-    import onnx_ir
+def read_tensors(name: str, model: Any, external: Mapping[str, bytes] | None = None) -> tuple[list[Tensor], list[Fact]]:
+    """The weights of an onnx.ModelProto, each once, and what was assumed.
 
-    graph = onnx_ir.from_proto(model).graph
-    graph.sort()  # ONNX Runtime runs graphs whose nodes are listed out of order, so we must read them
-    found: dict[Any, _Found] = {}
-    rejected: set[Any] = set()
-    blocked = 0
-    for node in onnx_ir.traversal.RecursiveGraphIterator(graph):
-        blocked += node.domain == "com.microsoft.nchwc" and node.op_type == "Conv"
-        operand = OPERATORS.get(node.op_type) if node.domain in DOMAINS else None
-        if operand is None:
-            continue
-        weight, oriented, given = _read_weight(node, operand, found, rejected)
-        if weight is None or oriented is None:
-            continue
-        values = np.ascontiguousarray(oriented, dtype=np.float32)
-        tensor = Tensor(values, str(weight.root.name), _factors(node, len(values)))
-        stored = "quantised to integers" if _scale(node, operand) is not None else weight.stored
-        found[weight.root] = _Found(tensor, stored, given)
-    return list(found.values()), blocked
+    external: the bytes of the files that it names, by location. Raises SuspectError when the graph cannot be read; so
+    does reading one of the tensors that it finds.
+    """
+    found, unread = _walk(name, model, external or {})
+    stored: dict[str, int] = {}
+    for each in found:
+        stored[each.stored] = stored.get(each.stored, 0) + 1
+    facts = [
+        fact("stored_as", count=count, of=len(found), kind=kind) for kind, count in stored.items() if kind != "float32"
+    ]
+    return [each.tensor for each in found], [*facts, *([fact("unread", count=unread)] if unread else [])]
 
 
-def _factors(node: Any, filters: int) -> NDArray[np.float32] | None:
+def with_activation(name: str, proto: Any, model: Any, external: Mapping[str, bytes], place: int) -> tuple[str, bytes]:
+    """The name of the value that goes into the weight at `place`, and the model's bytes with that value as an output.
+
+    proto: the onnx.ModelProto as it is stored; model, external: as for `read_tensors`.
+    """
+    found, _ = _walk(name, model, external)
+    if place >= len(found):
+        raise OtherTask(f"{name} has {len(found)} weights, and the mark is in number {place + 1}")
+    value = found[place].given
+    if value is None or not value.name:
+        raise OtherTask(f"{name} has a weight {place + 1} into which nothing goes that can be read")
+    tapped = inlined(proto)
+    if value.name not in {output.name for output in tapped.graph.output}:
+        tapped.graph.output.append(ValueInfoProto(name=value.name))
+    return str(value.name), tapped.SerializeToString()
+
+
+def _walk(name: str, model: Any, external: Mapping[str, bytes]) -> tuple[list[_Found], int]:
+    """Every weight once, in order of execution, and how many operators have one that cannot be read."""
+    try:
+        graph = Graph(model, external)
+        users = [(node, operand) for node in graph.nodes() if (operand := _operand(node)) is not None]
+        graph.computed(value for node, operand in users for value in _expressions(graph, node, operand))
+        block = _block(graph, [node for node, operand in users if operand is _BLOCKED])
+        found: dict[Any, _Found] = {}
+        unread = 0
+        for node, operand in users:
+            try:
+                for root, each in _weights(name, graph, node, operand, block):
+                    found.setdefault(root, each)
+            except MemoryError:
+                raise
+            except Exception:  # Unreadable, or a chain that ONNX Runtime would not run through either
+                unread += 1
+    except MemoryError:
+        raise
+    except Exception as error:  # a hostile graph can fail anywhere in there
+        raise SuspectError(f"{name} has a graph that cannot be read ({one_line(error)}); export it again") from None
+    return list(found.values()), unread
+
+
+def _operand(node: Any) -> _Operand | None:
+    if node.domain == "com.microsoft.nchwc":
+        return _BLOCKED if node.op_type == "Conv" else None
+    return OPERATORS.get(node.op_type) if node.domain in DOMAINS else None
+
+
+def _expressions(graph: Graph, node: Any, operand: _Operand) -> Iterator[Any]:
+    """The constants that reading a node's weight takes and that must be computed."""
+    places = (operand.weight, operand.scale, operand.zero_point, 0 if node.op_type in _EITHER_SIDE else None)
+    values = [input_of(node, place) for place in places]
+    for consumer in _consumers(graph, node):
+        values += [input_of(consumer, 1), input_of(consumer, 4)]
+    for value in values:
+        if value is not None and graph.is_constant(value) and chain_of(graph, value) is None:
+            yield value
+
+
+def _weights(name: str, graph: Graph, node: Any, operand: _Operand, block: int) -> Iterator[tuple[Any, _Found]]:
+    """The weight of a node, with its root; none where it multiplies two computed values, or by no weight's shape."""
+    left = node.op_type in _EITHER_SIDE and not graph.is_constant(input_of(node, 1))
+    value = input_of(node, 0 if left else operand.weight)
+    if not graph.is_constant(value):
+        if operand.layout == "matrix" and node.op_type not in _ALWAYS_WEIGHTS:
+            return
+        raise Unreadable
+    source = source_of(graph, value)
+    turn = _turn(node, operand, left, block)
+    if operand.layout == "bits":
+        shape = _shape_of_bits(graph, node, source)
+    elif operand is _BLOCKED:
+        if len(source.shape) != 4 or source.shape[0] % block or 0 in source.shape:
+            raise Unreadable
+        shape = turn(source.read()).shape  # how many channels fill up a block can only be seen
+    else:
+        shape = turn(np.broadcast_to(np.float32(0), source.shape)).shape
+        if 0 in shape or (len(shape) != 2 if operand.layout == "matrix" else len(shape) < 3):
+            return
+
+    def read() -> Weight:
+        try:
+            if operand.layout == "bits":
+                rows = _from_bits(graph, node, source)
+            else:
+                rows = _rescaled(graph, node, operand, turn(source.read()))
+            return np.ascontiguousarray(rows, np.float32), _factors(graph, node, len(rows))
+        except MemoryError:
+            raise
+        except Exception as error:  # a hostile tensor can fail anywhere in there
+            raise SuspectError(f"{name} has a weight that cannot be read ({one_line(error)})") from None
+
+    quantised = operand.layout == "bits" or _scale(graph, node, operand) is not None
+    tensor = Tensor.unread(shape, str(source.root.name), read)
+    yield (
+        source.root,
+        _Found(tensor, "quantised to integers" if quantised else source.stored, input_of(node, int(left))),
+    )
+
+
+def _turn(node: Any, operand: _Operand, left: bool, block: int) -> Callable[[Array], Array]:
+    """What turns a node's operand to [O, I/groups, *kernel], filters on axis 0; values are moved and not changed."""
+    if operand.layout == "matrix":
+        turned = bool(attribute(node, "transA", 0)) if left else not attribute(node, "transB", 0)
+
+        def matrix(values: Array) -> Array:
+            if values.ndim > 2 and set(values.shape[:-2]) == {1}:
+                values = values.reshape(values.shape[-2:])
+            return values.T if turned else values
+
+        return matrix
+    if operand.layout == "channels last":
+        return lambda values: np.moveaxis(values, -1, 1)
+    if operand is _BLOCKED:
+        return partial(unblocked, block=block)
+    groups, transposed = attribute(node, "group", 1), operand.layout == "transposed"
+    return lambda values: filters_first(values, groups, transposed) if values.ndim > 2 else values
+
+
+def _rescaled(graph: Graph, node: Any, operand: _Operand, rows: NDArray[Any]) -> NDArray[Any]:
+    """Rows as the operator multiplies by them. A quantised one has one scale, or one for each filter."""
+    zero_point = floats(graph, input_of(node, operand.zero_point))
+    if zero_point is not None:
+        rows = rows - per_axis(zero_point, rows.shape, 0)
+    scale = _scale(graph, node, operand)
+    if scale is not None:
+        rows = rows * per_axis(scale, rows.shape, 0)
+    alpha = node.attributes["alpha"].value if node.op_type in _EITHER_SIDE and "alpha" in node.attributes else 1.0
+    return rows if alpha == 1.0 else rows * np.float32(alpha)
+
+
+def _shape_of_bits(graph: Graph, node: Any, source: Source) -> tuple[int, int]:
+    """[N, K] of a MatMulNBits whose operands are as its attributes say."""
+    rows, columns = attribute(node, "N", 0), attribute(node, "K", 0)
+    bits, block = attribute(node, "bits", 4), attribute(node, "block_size", 0)
+    scales = input_of(node, 2)
+    permuted = input_of(node, 4) is not None
+    if permuted or bits not in PACKED_BITS or min(rows, columns, block) < 1 or not graph.is_constant(scales):
+        raise Unreadable
+    if source.shape != (rows, -(-columns // block), block * bits // 8):
+        raise Unreadable
+    return rows, columns
+
+
+def _from_bits(graph: Graph, node: Any, source: Source) -> Array:
+    scales, zero_points = floats(graph, input_of(node, 2)), graph.constant(input_of(node, 3))
+    if scales is None:
+        raise ValueError("MatMulNBits has no scales that can be computed")
+    packed = source.read().astype(np.uint8)
+    return from_bits(packed, scales, zero_points, attribute(node, "bits", 4), attribute(node, "K", 0))
+
+
+def _block(graph: Graph, convolutions: list[Any]) -> int:
+    """In how many channels blocked convolutions lie: 8 where it shows, else as ONNX Runtime blocks on this machine."""
+    if not convolutions:
+        return 0
+    sources = [source_of(graph, value) for node in convolutions if graph.is_constant(value := input_of(node, 1))]
+    if any(source.shape and source.shape[0] % 16 for source in sources):
+        return 8
+    node = helper.make_node("ReorderInput", ["x"], ["y"], domain="com.microsoft.nchwc")
+    pixel = numpy_helper.from_array(np.zeros((1, 4, 1, 1), np.float32), "x")
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft.nchwc", 1)]
+    made = helper.make_graph([node], "block", [], [ValueInfoProto(name="y")], [pixel])
+    return int(run_constants(helper.make_model(made, opset_imports=imports, ir_version=8))[0].shape[1])
+
+
+def _factors(graph: Graph, node: Any, filters: int) -> Array | None:
     """What the normalisation right behind a node multiplies its filters by, float32 [filters]; None without one."""
-    for consumer in _consumers(node):
+    for consumer in _consumers(graph, node):
         if consumer.op_type not in ("BatchNormalization", "InstanceNormalization"):
             continue
-        scale = _spread(_input(consumer, 1), filters)
+        scale = _spread(graph, input_of(consumer, 1), filters)
         if consumer.op_type == "InstanceNormalization" or scale is None:
             return scale
-        variance = _spread(_input(consumer, 4), filters)
+        variance = _spread(graph, input_of(consumer, 4), filters)
         if variance is not None:
             epsilon = consumer.attributes["epsilon"].value if "epsilon" in consumer.attributes else 1e-5
             with np.errstate(invalid="ignore", divide="ignore"):
@@ -152,7 +269,7 @@ def _factors(node: Any, filters: int) -> NDArray[np.float32] | None:
     return None
 
 
-def _spread(value: Any, filters: int) -> NDArray[np.float32] | None:
+def _spread(graph: Graph, value: Any, filters: int) -> Array | None:
     """A constant of one number for each filter, float32 [filters], also where the graph expands it from one; or None.
 
     Exporters write so the ones of a normalisation that has no scale of its own.
@@ -161,65 +278,31 @@ def _spread(value: Any, filters: int) -> NDArray[np.float32] | None:
         node = None if value is None else value.producer()
         if node is None or node.domain not in DOMAINS or node.op_type not in ("Expand", "CastLike", "Cast", "Identity"):
             break
-        value = _input(node, 0)
-    found = _constant(value)
+        value = input_of(node, 0)
+    found = floats(graph, value)
     if found is None or found.size not in (1, filters):
         return None
     return np.ascontiguousarray(np.broadcast_to(found.reshape(-1), (filters,)))
 
 
-def _consumers(node: Any, left: int = 2) -> list[Any]:
+def _consumers(graph: Graph, node: Any, left: int = 2) -> list[Any]:
     """The nodes that use what a node gives, through those that add a constant bias to it."""
     found = []
     for consumer in node.outputs[0].consumers() if node.outputs else ():
         if left and consumer.domain in DOMAINS and consumer.op_type in ("Add", "Identity"):
             others = [value for value in consumer.inputs if value is not node.outputs[0]]
-            if all(_is_constant(value) for value in others):
-                found += _consumers(consumer, left - 1)
+            if all(graph.is_constant(value) for value in others):
+                found += _consumers(graph, consumer, left - 1)
         elif consumer.domain in DOMAINS:
             found.append(consumer)
     return found
 
 
-def _read_weight(
-    node: Any, operand: _Operand, found: Container[Any], rejected: set[Any]
-) -> tuple[_Weight | None, NDArray[np.float32] | None, Any]:
-    """The stored weight of a node, its values as [O, I/groups, *kernel], dequantised, and what is multiplied by it.
-
-    None where there is none, or its root is in `found`. What has no weight's shape goes to `rejected`: a value is
-    computed once, however many nodes use it.
-    """
-    matrix = operand.layout == "matrix"
-    value = _input(node, operand.weight)
-    left = matrix and operand.weight == 1 and _chain(value) is None  # W·x, where x·Wᵀ is usual
-    if left:
-        value = _input(node, 0)
-    chain = _chain(value)
-    if chain is None or chain[0] in found or (value, matrix) in rejected:
-        return None, None, None
-    weight = _follow(chain)
-    if weight.values.size == 0 or (weight.values.ndim != 2 if matrix else weight.values.ndim < 3):
-        rejected.add((value, matrix))
-        return None, None, None
-    if matrix:
-        turned = _attribute(node, "transA", 0) if left else not _attribute(node, "transB", 0)
-        rows = weight.values.T if turned else weight.values
-    else:
-        rows = filters_first(weight.values, _attribute(node, "group", 1), operand.layout == "transposed")
-    # A quantised operator has one scale, or one for each filter: filters are on axis 0 by now.
-    zero_point = _constant(_input(node, operand.zero_point))
-    if zero_point is not None:
-        rows = rows - _per_axis(zero_point, rows.shape, 0)
-    scale = _scale(node, operand)
-    given = _input(node, 1 if left else 0)
-    return weight, rows if scale is None else rows * _per_axis(scale, rows.shape, 0), given
-
-
-def _scale(node: Any, operand: _Operand) -> NDArray[np.float32] | None:
+def _scale(graph: Graph, node: Any, operand: _Operand) -> Array | None:
     """The scale of a quantised operator's weight: an input of it, or for ConvInteger and MatMulInteger, which have
     none, what their Cast is multiplied by: Mul(input's scale, weight's scale)."""
     if operand.scale is not None:
-        return _constant(_input(node, operand.scale))
+        return floats(graph, input_of(node, operand.scale))
     if node.op_type not in ("ConvInteger", "MatMulInteger"):
         return None
     for cast in node.outputs[0].consumers():
@@ -227,124 +310,8 @@ def _scale(node: Any, operand: _Operand) -> NDArray[np.float32] | None:
             for factor in product.inputs if product.op_type == "Mul" else ():
                 scales = factor.producer() if factor is not None else None
                 if scales is not None and scales.op_type == "Mul":
-                    constants = [value for value in map(_constant, scales.inputs) if value is not None]
+                    constants = [value for value in scales.inputs if graph.is_constant(value)]
                     if len(constants) == 1:
-                        return constants[0].reshape(-1)
+                        scale = floats(graph, constants[0])
+                        return None if scale is None else scale.reshape(-1)
     return None
-
-
-def _stored(value: Any) -> Any:
-    """The tensor of an initializer or a Constant, unread, or None."""
-    import onnx_ir
-
-    if value is None or value.const_value is not None:
-        return None if value is None else value.const_value
-    node = value.producer()
-    if node is None or node.op_type != "Constant":
-        return None
-    if "value" in node.attributes:
-        return node.attributes["value"].value
-    numbers = [node.attributes[name].value for name in _NUMBERS if name in node.attributes]
-    return onnx_ir.tensor(numbers[0]) if numbers else None
-
-
-def _chain(value: Any) -> list[Any] | None:
-    """The values from the initializer or Constant that this one is a copy of (the root) to this one, or None.
-
-    Nothing is computed; each step but the first is the output of a node in CHAIN whose other inputs are constants.
-    """
-    chain: list[Any] = []
-    while value is not None and len(chain) <= MAXIMUM_CHAIN:
-        chain.append(value)
-        if _stored(value) is not None:
-            return chain[::-1]
-        node = value.producer()
-        if node is None or node.domain not in DOMAINS or node.op_type not in CHAIN:
-            return None
-        if any(given is not None and not _is_constant(given) for given in node.inputs[1:]):
-            return None
-        value = _input(node, 0)
-    return None
-
-
-def _follow(chain: list[Any]) -> _Weight:
-    """The values at the end of a chain."""
-    array = _stored(chain[0]).numpy()
-    values, stored = array.astype(np.float32, copy=False), str(array.dtype)
-    for value in chain[1:]:
-        node = value.producer()
-        # Rounding aside (a QuantizeLinear here is undone by the DequantizeLinear behind it) the others keep the values.
-        if node.op_type == "QuantizeLinear":
-            stored = "float32, quantised in the graph"
-        elif node.op_type == "DequantizeLinear":
-            if not stored.endswith("in the graph"):
-                values, stored = _dequantised(node, values), "quantised to integers"
-        elif node.op_type == "Transpose":
-            values = values.transpose(node.attributes["perm"].value if "perm" in node.attributes else None)
-        elif node.op_type == "Reshape":
-            shape = _constant(_input(node, 1))
-            if shape is None:
-                raise ValueError("Reshape of a weight has no shape")
-            sizes = [int(size) for size in shape]
-            if not _attribute(node, "allowzero", 0):
-                sizes = [values.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
-            values = values.reshape(sizes)
-    return _Weight(chain[0], values, stored)
-
-
-def _dequantised(node: Any, values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(q − zero point) · scale, with one scale, one for each index of an axis, or one for each block along it."""
-    scale, zero_point = _constant(_input(node, 1)), _constant(_input(node, 2))
-    axis, block = _attribute(node, "axis", 1), _attribute(node, "block_size", 0)
-    if scale is None:
-        raise ValueError("DequantizeLinear of a weight has no constant scale")
-
-    def spread(factor: NDArray[np.float32]) -> NDArray[np.float32]:
-        if block <= 0 or factor.ndim != values.ndim:
-            return _per_axis(factor, values.shape, axis)
-        blocks = list(values.shape)
-        blocks[axis] = -(-blocks[axis] // block)
-        if list(factor.shape) != blocks:
-            raise ValueError(f"{list(factor.shape)} factors do not fit {blocks} blocks")
-        return factor.take(np.arange(values.shape[axis]) // block, axis=axis)
-
-    return (values if zero_point is None else values - spread(zero_point)) * spread(scale)
-
-
-def _per_axis(factor: NDArray[np.float32], shape: tuple[int, ...], axis: int) -> NDArray[np.float32]:
-    """A factor for a whole tensor of this shape, or one for each index of an axis; it never makes the tensor larger."""
-    if factor.size == 1:
-        return factor.reshape(())
-    if factor.size != shape[axis]:
-        raise ValueError(f"{factor.size} factors do not fit an axis of length {shape[axis]}")
-    along = [1] * len(shape)
-    along[axis] = factor.size
-    return factor.reshape(along)
-
-
-def _is_constant(value: Any) -> bool:
-    return _stored(_copied(value)) is not None
-
-
-def _constant(value: Any) -> NDArray[np.float32] | None:
-    """A scale, a zero point or a shape: an initializer or a Constant, as float32, or None."""
-    tensor = _stored(_copied(value))
-    return None if tensor is None else tensor.numpy().astype(np.float32, copy=False)
-
-
-def _copied(value: Any) -> Any:
-    """What a value is an Identity of: exporters write equal initializers once, with an Identity for each other use."""
-    for _ in range(MAXIMUM_CHAIN):
-        node = None if value is None else value.producer()
-        if node is None or node.op_type != "Identity" or node.domain not in DOMAINS:
-            break
-        value = _input(node, 0)
-    return value
-
-
-def _input(node: Any, index: int | None) -> Any:
-    return node.inputs[index] if index is not None and index < len(node.inputs) else None
-
-
-def _attribute(node: Any, name: str, default: int) -> int:
-    return int(node.attributes[name].value) if name in node.attributes else default

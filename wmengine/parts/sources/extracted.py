@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ from wmengine import ops
 from wmengine.identity.subkeys import philox_key
 from wmengine.parts.base import Draw, Drawn, Layout, Need, Observations, Parameters, Task
 from wmengine.parts.fields import MAX_DIMENSION, canonical_integer, integer, one_of
-from wmengine.parts.sources.weights import Pairing, check_carriers, folded, marked_carriers, observed
-from wmengine.suspects.base import Suspect, Tensor
+from wmengine.parts.sources.weights import Array, check_carriers, folded, marked_carriers, observed
+from wmengine.suspects.base import Suspect
 
 EXTRACTORS = ("perceptron", "filtered", "largest")
 ROUNDS = 4  # of `filtered`
@@ -106,18 +106,16 @@ class Extracted:
     def observe(self, mark: Drawn, suspect: Suspect, total: int) -> Observations:
         read = extractor_of(mark, total)
 
-        def reader(tensors: list[Tensor]) -> Callable[[Pairing], NDArray[np.float64]]:
-            def of(pairing: Pairing) -> NDArray[np.float64]:
-                (place,) = pairing
-                if place is None:
-                    return np.zeros(total)
-                flat = folded(tensors[place].values, tensors[place].factors, "flat").reshape(-1)
-                with np.errstate(all="ignore"):  # what is not finite is no bit
-                    return np.asarray(read(np.asarray(flat, np.float32)), np.float64)
+        def part(_: int, values: Array, factors: Array | None) -> NDArray[Any]:
+            flat = folded(values, factors, "flat").reshape(-1)
+            with np.errstate(all="ignore"):  # what is not finite is no bit
+                return np.asarray(read(np.asarray(flat, np.float32)), np.float64)
 
-            return of
+        def whole(parts: Sequence[NDArray[Any] | None]) -> NDArray[np.float64]:
+            (only,) = parts
+            return np.zeros(total) if only is None else only
 
-        return observed(mark, suspect, reader)
+        return observed(mark, suspect, part, whole)
 
 
 def extractor_of(mark: Drawn, total: int) -> Read:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NoReturn
@@ -24,22 +25,19 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.facts import fact
 from wmengine.parts.base import (
     Draw,
     Drawn,
     Integers,
     Layout,
     Need,
-    Observation,
     Observations,
     Parameters,
     Setting,
     Task,
-    inputs_of,
 )
 from wmengine.parts.fields import MAX_DIMENSION, canonical_integer, canonical_shape, integer
-from wmengine.parts.matching import match_tensors
+from wmengine.parts.sources.weights import Array, observed
 from wmengine.suspects.base import Suspect
 
 _MOST_SPARE = 64
@@ -115,25 +113,22 @@ class IntegerWeights:
     def observe(self, mark: Drawn, suspect: Suspect, total: int) -> Observations:
         """y [T], how many steps each chosen weight lies above the reference; 0 where there is no such weight."""
         parameters = mark.parameters
-        shapes = [tuple(sizes) for sizes in parameters["carriers"]]
-        tensors = suspect.tensors(inputs_of(parameters))
-        matching = match_tensors(shapes, tensors, parameters["carrier_indices"])
-        facts = [*suspect.facts, *matching.facts]
-        if matching.found == 0:
-            return Observations(facts=[*facts, fact("no_carrier")])
         carrier, inside = places_of(mark)
         chosen = mark.arrays["chosen"]
         values, steps = (_numbers(name, parameters[name])[chosen].astype(np.float64) for name in ("values", "steps"))
-        observed = []
-        for pairing in matching.tries:
+
+        def part(number: int, found: Array, _: Array | None) -> NDArray[Any]:
+            here = carrier == number
+            return np.asarray((found.reshape(-1)[inside[here]] - values[here]) / steps[here])
+
+        def whole(parts: Sequence[NDArray[Any] | None]) -> NDArray[np.float64]:
             y = np.zeros(total)
-            for number, tensor in enumerate(pairing):
-                here = carrier == number
-                if tensor is not None:
-                    found = tensors[tensor].values.reshape(-1)[inside[here]]
-                    y[here] = (found - values[here]) / steps[here]
-            observed.append(Observation(y, 1.0 / len(matching.tries)))
-        return Observations(observed, facts)
+            for number, shown in enumerate(parts):
+                if shown is not None:
+                    y[carrier == number] = shown
+            return y
+
+        return observed(mark, suspect, part, whole)
 
 
 def places_of(mark: Drawn) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

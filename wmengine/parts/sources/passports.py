@@ -17,6 +17,7 @@ survives only while passports are shipped as such. The private kinds do not have
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine import ops
-from wmengine.facts import fact
 from wmengine.ops.reference import unit_rows
-from wmengine.parts.base import Draw, Drawn, Layout, Need, Observation, Observations, Parameters, Task, inputs_of
+from wmengine.parts.base import Draw, Drawn, Layout, Need, Observations, Parameters, Task
 from wmengine.parts.fields import MAX_DIMENSION, integer
-from wmengine.parts.matching import match_tensors
-from wmengine.parts.sources.weights import Weights, folded
+from wmengine.parts.sources.weights import Array, Weights, folded, observed
 from wmengine.suspects.base import Suspect, Tensor
 
 _WEIGHTS = Weights(carrier="unit_filters", projection="gaussian")
@@ -77,22 +76,18 @@ class Passports:
 
     def observe(self, mark: Drawn, suspect: Suspect, total: int) -> Observations:
         """y [T] for every pairing of carriers and the suspect's tensors that keeps their order."""
-        carriers = [tuple(sizes) for sizes in mark.parameters["carriers"]]
-        tensors = suspect.tensors(inputs_of(mark.parameters))
-        matching = match_tensors(carriers, tensors, mark.parameters["carrier_indices"])
-        facts = [*suspect.facts, *matching.facts]
-        if matching.found == 0:
-            return Observations(facts=[*facts, fact("no_carrier")])
+        carriers = mark.parameters["carriers"]
         passports = [scales for scales, _ in passports_of(mark)]
         chosen = marked_channels(total, sum(sizes[0] for sizes in carriers))
-        found = []
-        for pairing in matching.tries:
-            parts = [
-                np.zeros(sizes[0]) if tensor is None else read(tensors[tensor], passport)
-                for sizes, tensor, passport in zip(carriers, pairing, passports, strict=True)
-            ]
-            found.append(Observation(np.concatenate(parts)[chosen], 1.0 / len(matching.tries)))
-        return Observations(found, facts)
+
+        def part(carrier: int, values: Array, factors: Array | None) -> NDArray[Any]:
+            return read(Tensor(values, "", factors), passports[carrier])
+
+        def whole(parts: Sequence[NDArray[Any] | None]) -> NDArray[np.float64]:
+            shown = [np.zeros(sizes[0]) if part is None else part for sizes, part in zip(carriers, parts, strict=True)]
+            return np.concatenate(shown)[chosen]
+
+        return observed(mark, suspect, part, whole)
 
 
 def passports_of(mark: Drawn) -> list[NDArray[np.float32]]:
@@ -114,5 +109,5 @@ def marked_channels(total: int, channels: int) -> NDArray[np.int64]:
 def read(tensor: Tensor, passport: NDArray[Any]) -> NDArray[np.float64]:
     """y [O] of one weight: each unit filter, as it stands after folding, times the passport's average patch [M]."""
     with np.errstate(all="ignore"):  # a stranger's weights may be anything; what is not finite is a miss
-        filters, _ = unit_rows(folded(tensor.values, tensor.factors, _WEIGHTS.carrier))
+        filters, _ = unit_rows(folded(*tensor.read(), _WEIGHTS.carrier))
         return np.asarray(filters @ passport.astype(np.float64), np.float64)

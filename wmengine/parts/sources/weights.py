@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -17,15 +17,15 @@ from wmengine.identity.subkeys import philox_key
 from wmengine.ops.reference import CARRIERS, PROJECTIONS
 from wmengine.parts.base import Draw, Drawn, Layout, Need, Observation, Observations, Parameters, Task, inputs_of
 from wmengine.parts.fields import MAX_DIMENSION, canonical_integer, canonical_shape, integer, one_of, shape
-from wmengine.parts.matching import match_tensors
-from wmengine.suspects.base import Suspect, Tensor
+from wmengine.parts.matching import fitted, match_tensors
+from wmengine.suspects.base import Suspect
 
 MARKED = ("all", "widest")
 UNIT_CARRIERS = ("unit_filters", "unit_filter_mean")
 MAX_BETA = 1 << 16
 _PLAIN_CARRIERS = ("flat", "filter_mean")
 
-Pairing = tuple[int | None, ...]
+Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,26 @@ class Weights:
 
     def observe(self, mark: Drawn, suspect: Suspect, total: int) -> Observations:
         """y [T] for every pairing of carriers and the suspect's tensors that keeps their order."""
-        return observed(mark, suspect, lambda tensors: _Projections(mark, tensors, total).sum)
+        parameters = mark.parameters
+
+        def project(carrier: int, values: Array, factors: Array | None) -> NDArray[Any]:
+            return ops.carrier_projection(
+                folded(values, factors, parameters["carrier"]),
+                int(mark.arrays["carrier_keys"][carrier]),
+                total,
+                parameters["carrier"],
+                parameters["projection"],
+            )
+
+        def whole(parts: Sequence[NDArray[Any] | None]) -> NDArray[np.float64]:
+            """Projections are linear: what is read of all weights is the sum of what each gives."""
+            y = np.zeros(total)
+            for part in parts:
+                if part is not None:
+                    y += part
+            return y
+
+        return observed(mark, suspect, project, whole)
 
 
 @dataclass(frozen=True)
@@ -138,49 +157,36 @@ def check_carriers(parameters: Parameters) -> None:
 
 
 def observed(
-    mark: Drawn, suspect: Suspect, reader: Callable[[list[Tensor]], Callable[[Pairing], NDArray[np.float64]]]
+    mark: Drawn,
+    suspect: Suspect,
+    part: Callable[[int, Array, Array | None], NDArray[Any]],
+    whole: Callable[[Sequence[NDArray[Any] | None]], NDArray[np.float64]],
 ) -> Observations:
     """One observation, with its share, for every pairing of the mark's carriers and the suspect's tensors.
 
-    reader: from the suspect's tensors what reads y [T] of a pairing.
+    part(carrier, values, factors): what one tensor shows in the place of the carrier of that number. whole: y [T] of
+    what all carriers of a pairing show, None where there is no tensor. Only tensors that are paired are read, one at a
+    time, each once.
     """
     parameters = mark.parameters
-    tensors = suspect.tensors(inputs_of(parameters))
     shapes = [tuple(sizes) for sizes in parameters["carriers"]]
+    tensors = fitted(shapes, suspect.tensors(inputs_of(parameters)))
     matching = match_tensors(shapes, tensors, parameters["carrier_indices"])
     facts = [*suspect.facts, *matching.facts]
     if matching.found == 0:
         return Observations(facts=[*facts, fact("no_carrier")])
-    read = reader(tensors)
+    wanted: dict[int, set[int]] = {}
+    for pairing in matching.tries:
+        for carrier, number in enumerate(pairing):
+            if number is not None:
+                wanted.setdefault(number, set()).add(carrier)
+    shown: dict[tuple[int, int | None], NDArray[Any]] = {}
+    for number, carriers in wanted.items():
+        values, factors = tensors[number].read()
+        shown |= {(carrier, number): part(carrier, values, factors) for carrier in sorted(carriers)}
     share = 1.0 / len(matching.tries)
-    return Observations([Observation(read(pairing), share) for pairing in matching.tries], facts)
-
-
-class _Projections:
-    """The projection of each (carrier, tensor) pair, computed once; projections are linear, so a pairing is a sum."""
-
-    def __init__(self, mark: Drawn, tensors: list[Tensor], total: int) -> None:
-        self._mark, self._tensors, self._total = mark, tensors, total
-        self._known: dict[tuple[int, int], NDArray[np.float32]] = {}
-
-    def sum(self, pairing: Pairing) -> NDArray[np.float64]:
-        y = np.zeros(self._total)
-        for carrier, tensor in enumerate(pairing):
-            if tensor is not None:
-                y += self._project(carrier, tensor)
-        return y
-
-    def _project(self, carrier: int, tensor: int) -> NDArray[np.float32]:
-        if (carrier, tensor) not in self._known:
-            parameters, weight = self._mark.parameters, self._tensors[tensor]
-            self._known[carrier, tensor] = ops.carrier_projection(
-                folded(weight.values, weight.factors, parameters["carrier"]),
-                int(self._mark.arrays["carrier_keys"][carrier]),
-                self._total,
-                parameters["carrier"],
-                parameters["projection"],
-            )
-        return self._known[carrier, tensor]
+    found = [whole([shown.get(pair) for pair in enumerate(pairing)]) for pairing in matching.tries]
+    return Observations([Observation(y, share) for y in found], facts)
 
 
 def folded(values: Any, factors: Any, carrier: str) -> Any:

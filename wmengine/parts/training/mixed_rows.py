@@ -16,7 +16,8 @@ class MixedRows:
     def __init__(self, setting: Setting) -> None:
         mark = setting.mark
         self._inputs = {name: torch.from_numpy(values.copy()) for name, values in setting.source.examples(mark).items()}
-        self._labels = torch.from_numpy(mark.arrays[setting.symbols.name].copy())
+        # What a trigger is trained to be answered with: its symbol, or the class that stands for it.
+        self._labels = torch.from_numpy(mark.arrays.get("targets", mark.arrays[setting.symbols.name]).copy())
         # Its own generator: the user's random numbers stay what they would be without the mark.
         self._generator = torch.Generator().manual_seed(setting.seed)
         self._queue = torch.empty(0, dtype=torch.int64)
@@ -31,7 +32,7 @@ class MixedRows:
         }
         return inputs, self._on("labels", self._labels, device, torch.int64)[chosen]
 
-    def term(self, model: torch.nn.Module) -> None:
+    def term(self, model: torch.nn.Module) -> torch.Tensor | None:
         return None
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from wmengine.suspects.adapters import LAYOUT_NAMES, SCALING_NAMES
-from wmengine.suspects.base import one_line
+from wmengine.suspects.base import digest_of, one_line
+from wmengine.suspects.class_names import check_labels
 from wmengine.suspects.endpoint.address import shown, without_secrets
 from wmengine.suspects.endpoint.template import Template
 
@@ -73,13 +73,7 @@ class EndpointOptions:
         for name in ("request", "headers"):
             if not isinstance(getattr(self, name), Mapping | None):
                 raise ValueError(f"{name} must be a JSON object")
-        labels = self.labels
-        if labels is not None and (
-            not isinstance(labels, list | tuple)
-            or not all(isinstance(label, str) for label in labels)
-            or not 2 <= len(labels) == len(set(labels))
-        ):
-            raise ValueError("labels must be the names of all classes, in their order, each once")
+        check_labels(self.labels)
         if self.template is not None:
             self._check_template(self.template)
         try:
@@ -107,9 +101,8 @@ class EndpointOptions:
         return found | {"url": shown(self.url), "request": request, "headers": headers, "labels": labels}
 
     def digest(self) -> str:
-        """SHA-256, in hexadecimal digits, of the settings as canonical JSON: sorted, without spaces, ASCII."""
-        text = json.dumps(self.settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """That of the settings."""
+        return digest_of(self.settings)
 
     def _check_number(self, name: str) -> None:
         value, kind = getattr(self, name), int if name in _WHOLE else int | float

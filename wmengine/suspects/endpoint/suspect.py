@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from wmengine.errors import SuspectError, printable
 from wmengine.facts import Fact, fact
-from wmengine.suspects.adapters import Adapter, Range, adapters
+from wmengine.suspects.adapters import Adapter, Range, adapters, rows_as
 from wmengine.suspects.answers import ABSTAINED, Outputs, Reading, choose_readings, describe, of_two_classes, read_all
 from wmengine.suspects.base import CHUNK, Answers, Inputs, Signature, Tensor, one_line, tagged
 from wmengine.suspects.endpoint.grpc import GrpcModel
@@ -100,7 +100,9 @@ class EndpointSuspect:
         with self._discreet():
             self.facts = []
             to, allowed = self._input(), self._patience.allows()
-            found = self._ask_all(to, rows[:allowed].astype(DTYPES[to.datatype], copy=False), num_classes)
+            found = self._ask_all(
+                to, self._laid_out(rows[:allowed]).astype(DTYPES[to.datatype], copy=False), num_classes
+            )
             if allowed is not None and allowed < len(rows):
                 found.stopped = found.stopped or f"the budget of {self._patience.budget} queries is used up"
             return self._answers(found, len(rows))
@@ -155,7 +157,7 @@ class EndpointSuspect:
 
     def _ways(self, trigger_shape: Sequence[int], value_range: Range, every: bool) -> list[Adapter]:
         to, layout, scaling = self._input(), self._options.layout, self._options.scaling
-        shape = () if layout else to.shape
+        shape = self._declared_shape()
         try:
             kind = DATATYPES[to.datatype]
             ways = adapters(self.name, kind, shape, trigger_shape, value_range, every and scaling == "any")
@@ -168,6 +170,16 @@ class EndpointSuspect:
             ways = [replace(way, scaling=scaling) for way in ways]
         shares = [1.0] if len(ways) == 1 else [0.5, *[0.5 / (len(ways) - 1)] * (len(ways) - 1)]
         return [replace(way, share=share) for way, share in zip(ways, shares, strict=True)]
+
+    def _declared_shape(self) -> tuple[int | None, ...]:
+        """What the server says that it takes, any number of it; nothing where the options say better."""
+        shape = self._input().shape
+        return (None, *shape[1:]) if shape and self._options.layout is None else ()
+
+    def _laid_out(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """With the axes of length 1 that the server has."""
+        row = rows_as(self._declared_shape(), rows.shape[1:])
+        return rows if row is None else rows.reshape(len(rows), *row)
 
     def _input(self) -> Declared:
         """Where triggers go: as the options say, else as the server does, else by default."""

@@ -1,0 +1,94 @@
+"""Fingerprints rank a suspect among networks made without the owner's, and never prove anything."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import wmengine
+from wmengine import Key, fingerprint, scheme, verify
+from wmengine.demo import build_network, load_digits, train
+from wmengine.testing import small_network
+
+KEY = Key("owner", bytes(range(32)))
+FINGERPRINTS = ("ipguard", "conferrable", "known_mistakes", "posthoc")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The owner's network, networks made apart, and a copy that learned on; of digits."""
+    data = load_digits()
+    own = train(build_network(0), data.owner, 10, seed=0)
+    apart = [train(build_network(seed), data.thief, 6, seed=seed) for seed in range(1, 9)]
+    return data, own, apart, train(copy.deepcopy(own), data.thief, 2, seed=9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FINGERPRINTS)
+def test_a_network_ranks_before_those_made_apart_and_stays_as_it_is(trained, name):
+    data, own, apart, learned_on = trained
+    before = {key: value.clone() for key, value in own.state_dict().items()}
+    options = {"conferrable": {"distilling": 60}, "known_mistakes": {"count": 3}}.get(name, {})
+    mark = fingerprint(
+        own,
+        KEY,
+        scheme(name, **{"count": 40, **options}),
+        samples=data.test if name == "known_mistakes" else tuple(rows[:200] for rows in data.owner),
+        controls=apart[:6],
+        num_classes=10,
+        name="detector",
+        value_range=(0, 1),
+    )
+    assert all(torch.equal(before[key], value) for key, value in own.state_dict().items())
+    verdicts = [verify(each, mark, key=KEY) for each in (own, learned_on, *apart[6:])]
+    assert [verdict.decision for verdict in verdicts] == ["not_proven"] * 4
+    assert all("only ranks" in str(verdict.notes) for verdict in verdicts)
+    m = mark.parameters["controls"]
+    assert m == (3 if name == "conferrable" else 6)
+    p = [10**verdict.log10_p for verdict in verdicts]
+    assert min(p) >= 1 / (m + 1) - 1e-12
+    assert p[0] <= min(p[1:]) + 1e-12
+    null = (mark.arrays["null_answers"] == mark.symbols).sum(axis=1)
+    assert p[0] == pytest.approx((1 + (null >= verdicts[0].matched).sum()) / (m + 1))
+
+
+@pytest.mark.slow
+def test_frontier_points_are_learned_and_then_rank_first(trained):
+    data, own, apart, _ = trained
+    model = copy.deepcopy(own)
+    embedder = wmengine.Embedder(
+        model,
+        KEY,
+        [scheme("frontier", count=30, push=0.2)],
+        num_classes=10,
+        sample=data.owner[0][:8],
+        name="detector",
+        value_range=(0, 1),
+        samples=data.owner,
+        controls=apart[:6],
+    )
+    assert verify(model, embedder.watermarks()[0]).matched < 25  # half of them are wrong before
+    train(model, data.owner, 8, seed=3, embedder=embedder)
+    verdict = verify(model, embedder.watermarks()[0])
+    assert (verdict.decision, verdict.log10_p) == ("not_proven", pytest.approx(-math.log10(7)))
+
+
+@pytest.mark.parametrize("name", [*FINGERPRINTS, "frontier"])
+def test_without_controls_there_is_nothing_to_rank_among(name):
+    with pytest.raises(ValueError, match="needs controls=, networks of the task made without this one"):
+        fingerprint(
+            small_network(), KEY, name, samples=torch.rand(200, 1, 8, 8), controls=[], num_classes=10, name="n",
+            value_range=(0, 1),
+        )  # fmt: skip
+
+
+def test_nobody_is_told_to_train_longer_for_what_only_ranks(recwarn):
+    samples = torch.from_numpy(np.random.default_rng(0).random((60, 1, 8, 8), np.float32))
+    mark = fingerprint(
+        small_network(), KEY, scheme("posthoc", count=20), samples=samples, controls=[small_network(1)],
+        num_classes=10, name="n", value_range=(0, 1),
+    )  # fmt: skip
+    assert not [each for each in recwarn if "prove itself" in str(each.message)]
+    assert mark.preset.null == "rank"
