@@ -2,7 +2,6 @@
 
 import logging
 
-import lightning.pytorch as lightning
 import pytest
 import torch
 from embedding import CLASSES, KEY, batch, network, small
@@ -18,34 +17,40 @@ pytestmark = [
 ]
 
 
-class Module(lightning.LightningModule):
-    def __init__(self, marks=None):
-        super().__init__()
-        self.network = network()
-        options = {"marks": marks} if marks else {"key": KEY, "name": "test-model", "schemes": small()}
-        self.emb = wmengine.Embedder(self.network, num_classes=CLASSES, sample=batch(64)[0], **options)
-        self.logged = []
+def marked_module(marks=None):
+    import lightning.pytorch as lightning  # which takes seconds
 
-    def forward(self, x):
-        return self.network(x)
+    class Marked(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = network()
+            options = {"marks": marks} if marks else {"key": KEY, "name": "test-model", "schemes": small()}
+            self.emb = wmengine.Embedder(self.network, num_classes=CLASSES, sample=batch(64)[0], **options)
 
-    def training_step(self, given, _):
-        x, y = self.emb.mix(*given)
-        return self.emb.loss(self(x), y)
+        def forward(self, x):
+            return self.network(x)
 
-    def validation_step(self, given, _):
-        x, y = given
-        self.log("accuracy", (self(x).argmax(1) == y).float().mean())
+        def training_step(self, given, _):
+            x, y = self.emb.mix(*given)
+            return self.emb.loss(self(x), y)
 
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), 2e-3)
+        def validation_step(self, given, _):
+            x, y = given
+            self.log("accuracy", (self(x).argmax(1) == y).float().mean())
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), 2e-3)
+
+    return Marked()
 
 
-def loader(steps=30):
+def loader(steps):
     return DataLoader(TensorDataset(*batch(64 * steps)), batch_size=64)
 
 
 def trainer(module, folder, epochs, **options):
+    import lightning.pytorch as lightning
+
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     return lightning.Trainer(
         max_epochs=epochs,
@@ -60,7 +65,7 @@ def trainer(module, folder, epochs, **options):
 
 
 def test_a_marked_training_logs_its_marks_and_saves_them(tmp_path):
-    module = Module()
+    module = marked_module()
     runs = trainer(module, tmp_path, 3, accumulate_grad_batches=2)
     runs.fit(module, loader(40), loader(4))
     for scheme, total in (("sketch", 64), ("adi", 40)):
@@ -71,12 +76,12 @@ def test_a_marked_training_logs_its_marks_and_saves_them(tmp_path):
 
 
 def test_a_checkpoint_goes_on_with_the_order_of_triggers(tmp_path):
-    module = Module()
+    module = marked_module()
     runs = trainer(module, tmp_path, 1)
     runs.fit(module, loader(5))
     runs.save_checkpoint(tmp_path / "last.ckpt")
     expected = module.emb.mix(*batch(64, seed=5))
-    again = Module(marks=[tmp_path / "marks" / "sketch.wm", tmp_path / "marks" / "adi.wm"])
+    again = marked_module(marks=[tmp_path / "marks" / "sketch.wm", tmp_path / "marks" / "adi.wm"])
     assert not torch.equal(again.emb.mix(*batch(64, seed=5))[0], expected[0])
     trainer(again, tmp_path / "again", 1).fit(again, loader(5), ckpt_path=tmp_path / "last.ckpt")
     assert all(map(torch.equal, again.emb.mix(*batch(64, seed=5)), expected))

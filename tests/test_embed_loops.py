@@ -89,8 +89,9 @@ def test_shards_are_neither_written_nor_added_to(tmp_path):
     model = Sharded(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 4))
     with pytest.raises(ValueError, match=r"weights are sharded: load what .*get_model_state_dict"):
         wmengine.export_onnx(model, batch(1)[0], tmp_path / "m.onnx")
-    with pytest.raises(ValueError, match="weights are sharded"):
-        embedder(model, [wmengine.scheme("tattooed", bits=64)])
+    for name, options in {"tattooed": {"bits": 64}, "exponential_weighting": {"count": 40}}.items():
+        with pytest.raises(ValueError, match="weights are sharded"):
+            embedder(model, [wmengine.scheme(name, **options)], samples=batch(200, seed=3))
 
 
 def test_the_first_fully_sharded_class_is_refused():

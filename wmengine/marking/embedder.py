@@ -216,7 +216,7 @@ class Embedder:
             full = seen[1] >= self._passes.to(group.device, non_blocking=True)
             self._full = torch.where(full, seen, self._full.to(group.device, non_blocking=True))
             self._seen = torch.where(full, 0, seen)
-        return loss + self.regulariser() if len(self._by_group) < len(self._marks) else loss
+        return loss + self.regulariser()
 
     def fit(
         self,
@@ -239,7 +239,7 @@ class Embedder:
         return self.watermarks()
 
     def regulariser(self) -> torch.Tensor:
-        """The terms of the marks that are no trigger rows, for a task loss of your own; of the live weights.
+        """The terms of the marks that are more than trigger rows, for a task loss of your own; of the live weights.
 
         A scalar on the weights' device; 0 without such marks.
         """
