@@ -75,6 +75,17 @@ def test_two_processes_train_one_marked_model(wrap, tmp_path):
     torch.multiprocessing.spawn(train_in_two, (str(tmp_path / "store"), wrap), nprocs=2)
 
 
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])
+def test_a_launchers_rank_is_enough_for_an_order_of_its_own(name, monkeypatch):
+    """Frameworks make the model before the processes know each other."""
+    drawn = []
+    for rank in "010":
+        monkeypatch.setenv(name, rank)
+        drawn.append(embedder(network()).mix(*batch(64))[0])
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+
+
 class Sharded(nn.Sequential):
     """As torch's fully_shard leaves a module."""
 

@@ -160,6 +160,15 @@ def test_rows_that_are_ignored_may_hold_anything():
     assert torch.isfinite(logits.grad).all()
 
 
+def test_of_no_rows_the_loss_is_the_regulariser():
+    """As a loss of one's own asks for, where no mark has rows."""
+    emb = embedder(network(), [wmengine.scheme("sketch", bits=64)])
+    labels, task = emb.split(emb.mix(*batch(8))[1])
+    logits = torch.zeros(8, CLASSES)
+    assert bool(task.all())
+    torch.testing.assert_close(emb.loss(logits[~task], labels[~task]), emb.regulariser())
+
+
 def test_a_loss_without_mix_is_told():
     emb = embedder(network(), ADI)
     with pytest.warns(UserWarning, match="loss was called before any mix"):

@@ -396,8 +396,10 @@ def _presets(schemes: Sequence[str | Preset]) -> list[Preset]:
 
 
 def _order_seed(watermark: Watermark) -> int:
-    """The seed of the order in which triggers are drawn; each process of a distributed run draws its own order."""
+    """The seed of the order in which triggers are drawn; each process of a distributed run draws its own order, also
+    where its launcher has said its rank and the processes do not know each other yet."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if distributed else 0
+    launched = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+    rank = torch.distributed.get_rank() if distributed else launched
     digest = hashlib.sha256(f"{watermark.commitment}/{rank}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

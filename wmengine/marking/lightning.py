@@ -16,7 +16,7 @@ class MarkingCallback(Callback):
     saves FOLDER/SCHEME.wm when the training is over.
 
     The module mixes and has its loss from the same Embedder: in `training_step`, `x, y = emb.mix(*batch)` and
-    `return emb.loss(self(x), y)`. Where several processes train, each has to make its own Embedder.
+    `return emb.loss(self(x), y)`. Where several processes train, each makes its own Embedder.
     """
 
     def __init__(self, embedder: Embedder, folder: str | os.PathLike[str]) -> None:
