@@ -9,6 +9,7 @@ import torch
 from wmengine.parts.base import Setting
 from wmengine.parts.training.mixed_rows import MixedRows
 from wmengine.parts.training.passport_course import by_running_statistics
+from wmengine.suspects.computed import check_unsharded
 from wmengine.suspects.weights import arguments, module_tensors
 
 if TYPE_CHECKING:
@@ -24,6 +25,12 @@ class ExponentialRows(MixedRows):
         self._like = {name: rows[:0] for name, rows in setting.example.items()}
         weights = {id(each.weight) for each in module_tensors(setting.model, setting.example)}
         self._names = [name for name, weight in setting.model.named_parameters() if id(weight) in weights]
+        check_unsharded(setting.model)
+        if len(self._names) < len(weights):
+            raise ValueError(
+                f"scheme {setting.preset_name!r} puts other weights in place of the model's, and some of these are "
+                "computed from others: remove their parametrisation, or merge the adapter, first"
+            )
 
     def term(self, model: torch.nn.Module) -> torch.Tensor | None:
         if not torch.is_grad_enabled():
