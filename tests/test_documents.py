@@ -51,7 +51,11 @@ def rows_below(page, header):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the mark .* does not prove itself")
 def test_the_examples_of_the_readme_run_as_they_are_typed(tmp_path, monkeypatch, capsys):
-    embed, go_on, check, survive = examples("README.md")
+    import lightning.pytorch as lightning
+    import transformers
+    from torch.nn import functional
+
+    embed, go_on, fit, weigh, mix, split, ship, light, face, check, survive = examples("README.md")
     assert (embed.count("\n"), check.count("\n")) == (10, 5)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -66,6 +70,25 @@ def test_the_examples_of_the_readme_run_as_they_are_typed(tmp_path, monkeypatch,
     before = [mark.commitment for mark in names["emb"].watermarks()]
     exec(go_on, names)
     assert [mark.commitment for mark in names["emb"].watermarks()] == before
+    loops = {**names, "class_weights": torch.ones(10), "average": names["model"], "lightning": lightning}
+    loops["my_loss"], loops["mixup"] = functional.multi_margin_loss, lambda x, y: (x, functional.one_hot(y, 10).float())
+    exec(fit, loops)
+    loops["x"], loops["y"] = loops["emb"].mix(images[:64], labels[:64])
+    for example in (weigh, split):
+        exec(example, loops)
+        loops["loss"].backward()
+    loops["x"], loops["y"] = images[:64], labels[:64]
+    for example in (mix, ship, light):
+        exec(example, loops)
+    assert [mark.commitment for mark in loops["marks"]] == before
+    tokens = torch.randint(5, 40, (8, 12))
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    loops["bert"] = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=40, **sizes))
+    loops["ids"], loops["mask"] = tokens, torch.ones_like(tokens)
+    loops["dataset"] = [{"input_ids": row, "attention_mask": row * 0 + 1, "labels": row[0] % 2} for row in tokens]
+    loops["arguments"] = transformers.TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
+    exec(face, loops)
+    loops["trainer"].train()
     shutil.copy("model.onnx", "suspect.onnx")
     exec(check, {})
     printed = capsys.readouterr().out

@@ -150,8 +150,12 @@ def test_state_dict_resumes_the_order_of_triggers_exactly(tmp_path):
 
 def test_the_state_of_other_marks_is_refused():
     state = embedder(network(), name="another").state_dict()
-    with pytest.raises(ValueError, match="this state is of other marks"):
-        embedder(network()).load_state_dict(state)
+    emb = embedder(network())
+    for strange in (state, {}, None):
+        with pytest.raises(ValueError, match="this state is of other marks"):
+            emb.load_state_dict(strange)
+    with pytest.raises(ValueError, match="this is no state of the mark 'adi': KeyError"):
+        emb.load_state_dict({name: {} for name in emb.state_dict()})
 
 
 def test_two_embedders_share_no_state():
@@ -245,6 +249,11 @@ def test_a_message_changes_the_symbols_and_nothing_else():
         ({"chosen": ["adi", wmengine.scheme("adi", count=50)]}, ValueError, "each scheme can be embedded once"),
         ({"chosen": [wmengine.scheme("sketch", bits=4096)]}, ValueError, r"needs at least \d+ carrier values for 4096"),
         ({"chosen": [wmengine.scheme("uchida", bits=1024)]}, ValueError, "1 carriers hold 512; ask for fewer"),
+        ({"chosen": 3}, ValueError, "schemes must be a list"),
+        ({"sample": torch.zeros(4, 8, 8)}, ValueError, r"the model does not run on inputs torch.float32 \[1, 8, 8\]"),
+        ({"sample": torch.zeros(4, 1, 8, 8).double()}, ValueError, "does not run on inputs torch.float64"),
+        ({"sample": torch.zeros(4, 1, 8, 8).long()}, ValueError, "does not run on inputs torch.int64"),
+        ({"controls": ["clean.onnx"]}, TypeError, "a model must be a torch.nn.Module, and str is none"),
         ({"name": ""}, ValueError, "name"),
         ({"name": None}, ValueError, "a new mark needs key, schemes and name"),
         ({"marks": []}, ValueError, "leave key, name and message out"),
@@ -253,6 +262,32 @@ def test_a_message_changes_the_symbols_and_nothing_else():
 def test_what_cannot_work_is_refused_before_training(options, error, message):
     with pytest.raises(error, match=message):
         embedder(network(), **options)
+
+
+@pytest.mark.parametrize("model", [None, "model.onnx", lambda x: x])
+def test_what_is_no_module_is_no_model(model, tmp_path):
+    with pytest.raises(TypeError, match=r"a model must be a torch.nn.Module, and (NoneType|str|function) is none"):
+        embedder(model)
+    with pytest.raises(TypeError, match="a model must be"):
+        wmengine.export_onnx(model, batch(1)[0], tmp_path / "m.onnx")
+    with pytest.raises(TypeError, match="a model must be"):
+        embedder(network()).watermarks(model or "none")
+
+
+@pytest.mark.parametrize("key", [3, bytes(32)])
+def test_a_key_is_a_key_or_a_path_and_is_not_printed(key):
+    with pytest.raises(TypeError, match=r"key must be a Key or the path of its file, and (int|bytes) is neither"):
+        wmengine.Embedder(network(), key, small(), num_classes=CLASSES, sample=batch(64)[0], name="test-model")
+
+
+def test_a_key_or_a_mark_that_is_not_there_is_named(tmp_path):
+    options = {"num_classes": CLASSES, "sample": batch(64)[0]}
+    with pytest.raises(ValueError, match=r"none.key does not exist; give the path of a key file"):
+        wmengine.Embedder(network(), tmp_path / "none.key", small(), name="test-model", **options)
+    with pytest.raises(ValueError, match=r"none.wm does not exist; give the path of a watermark file"):
+        wmengine.Embedder(network(), marks=tmp_path / "none.wm", **options)
+    with pytest.raises(TypeError, match="marks= must hold Watermarks or paths of their files, and one is 3"):
+        wmengine.Embedder(network(), marks=[3], **options)
 
 
 def test_no_marks_to_go_on_with_are_none():

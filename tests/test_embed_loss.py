@@ -40,6 +40,15 @@ def test_a_black_box_mark_alone_adds_nothing_but_its_rows():
     assert emb.regulariser().item() == 0.0
 
 
+def test_a_mark_of_rows_that_is_more_than_rows_has_its_term_in_the_loss():
+    chosen = [wmengine.scheme("exponential_weighting", count=40)]
+    model = network()
+    emb = embedder(model, chosen, samples=batch(200, seed=3))
+    _, y = emb.mix(*batch(16))
+    emb.loss(torch.zeros(len(y), CLASSES), y).backward()
+    assert model[8].weight.grad.abs().sum() > 0
+
+
 def test_the_regulariser_follows_the_live_weights():
     """Unit filters keep nothing of a factor but its sign, and the sign moves every bit."""
     model = network()

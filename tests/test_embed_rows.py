@@ -5,7 +5,6 @@ import pytest
 import torch
 from embedding import CLASSES, batch, embedder, network, unproven
 from torch import nn
-from torch.nn import functional
 
 import wmengine
 from wmengine.suspects.adapters import to_input
@@ -100,11 +99,9 @@ def test_a_white_box_mark_alone_leaves_the_batch_as_it_is():
 @pytest.mark.parametrize(
     ("labels", "error", "message"),
     [
-        (
-            functional.one_hot(torch.zeros(16, dtype=torch.int64), CLASSES).float(),
-            TypeError,
-            "soft labels have no room",
-        ),
+        (torch.zeros(16, CLASSES, dtype=torch.int64), TypeError, r"or soft labels, floating \[n, 4\].*int64 \[16, 4\]"),
+        (torch.zeros(16, 2 * CLASSES), ValueError, r"soft labels must be \[n, 4\]"),
+        (torch.zeros(16, CLASSES + 1), TypeError, r"soft labels, floating \[n, 4\]"),
         (torch.zeros(16, dtype=torch.int32), TypeError, "labels must be int64"),
         (np.zeros(16, np.int64), TypeError, "labels must be an int64 tensor.*ndarray"),
         (torch.full((16,), CLASSES), ValueError, "labels must be from 0 to 3, and one is 4"),
@@ -131,12 +128,24 @@ def test_mix_refuses_inputs_unlike_the_sample(inputs, error, message):
         embedder(network()).mix(inputs, torch.zeros(4, dtype=torch.int64))
 
 
+def test_batches_that_a_mark_only_watches_are_looked_at_too():
+    """Without trigger rows; a scheme that runs the model again on each batch keeps what mix saw."""
+    emb = embedder(network(), [wmengine.scheme("deepipr_v2", bits=16)], num_classes=None)
+    x, y = batch(8)
+    for wrong in ((x.numpy(), y), (x, y.numpy()), (x, y.float())):
+        with pytest.raises(TypeError, match="must be"):
+            emb.mix(*wrong)
+    assert emb.mix(x, y)[0] is x
+
+
 @pytest.mark.parametrize(
     ("logits", "labels", "error", "message"),
     [
         (torch.zeros(4, 10), torch.zeros(4, dtype=torch.int64), ValueError, r"logits must be \[4, 4\].*\[4, 10\]"),
         (torch.zeros(5, CLASSES), torch.zeros(4, dtype=torch.int64), ValueError, r"logits must be \[4, 4\].*\[5, 4\]"),
-        (torch.zeros(4, CLASSES), torch.zeros(4, CLASSES), TypeError, "soft labels"),
+        (torch.zeros(4, CLASSES), torch.zeros(4, CLASSES + 1), TypeError, "soft labels"),
+        (({},), torch.zeros(4, dtype=torch.int64), TypeError, "logits must be a torch tensor.*dict"),
+        ({"scores": torch.zeros(4, CLASSES)}, torch.zeros(4, dtype=torch.int64), TypeError, "logits must be.*NoneType"),
         (np.zeros((4, CLASSES), np.float32), torch.zeros(4, dtype=torch.int64), TypeError, "logits must be a torch te"),
         (torch.zeros(4, CLASSES), np.zeros(4, np.int64), TypeError, "labels must be an int64 tensor.*ndarray"),
         (torch.zeros(4, CLASSES), torch.full((4,), 5 * CLASSES), ValueError, "group"),

@@ -92,7 +92,8 @@ def test_a_loop_that_is_compiled_runs_them_again_too(name):
     def term(wrap):
         model = network().eval()
         emb = marked(name, model)
-        return wrap(emb.loss)(torch.zeros(8, CLASSES, requires_grad=True), torch.zeros(8, dtype=torch.int64))
+        x, y = emb.mix(*batch(8))
+        return wrap(emb.loss)(model(x), y)
 
     compiled = term(lambda loss: torch.compile(loss, backend="aot_eager"))
     compiled.backward()

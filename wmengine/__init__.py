@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from wmengine.marking.emmark import emmark
     from wmengine.marking.export import export_onnx
     from wmengine.marking.fingerprint import fingerprint
+    from wmengine.marking.lightning import MarkingCallback
     from wmengine.marking.passports import passport, passport_accuracy
+    from wmengine.marking.transformers import MarkedTrainer
     from wmengine.marks.catalogue import SCHEMES, scheme
     from wmengine.marks.preset import Preset
     from wmengine.marks.watermark import Watermark
@@ -34,6 +36,8 @@ __all__ = [
     "Embedder",
     "Key",
     "Limits",
+    "MarkedTrainer",
+    "MarkingCallback",
     "Preset",
     "Verdict",
     "Watermark",
@@ -63,6 +67,8 @@ _HOMES = {
     "Embedder": "marking.embedder",
     "Key": "identity.key",
     "Limits": "sandbox",
+    "MarkedTrainer": "marking.transformers",
+    "MarkingCallback": "marking.lightning",
     "Preset": "marks.preset",
     "SCHEMES": "marks.catalogue",
     "Verdict": "judging.verdict",

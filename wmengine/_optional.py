@@ -22,6 +22,8 @@ EXTRAS = {
     "sklearn": "demo",
     "grpc": "endpoint",
     "ray": "ray",
+    "lightning": "lightning",
+    "transformers": "transformers",
 }
 
 

@@ -70,8 +70,8 @@ def train(
                 raise ValueError(
                     f"the loss is no longer finite at rate={rate:g}: choose a lower one, or give the model in float32"
                 )
-            _to_terminal(f"\repoch {epoch} of {epochs}, loss {value.item():.4f}\033[K")
-    _to_terminal("\r\033[K")
+            to_terminal(f"\repoch {epoch} of {epochs}, loss {value.item():.4f}\033[K")
+    to_terminal("\r\033[K")
     optimizer.zero_grad()
     for each, need in needed.items():
         each.requires_grad_(need)
@@ -139,7 +139,7 @@ def _device(model: torch.nn.Module) -> Any:
     return next((each.device for each in model.parameters()), None)
 
 
-def _to_terminal(message: str) -> None:
+def to_terminal(message: str) -> None:
     """Progress goes to stderr, and only to a terminal."""
     if sys.stderr is not None and sys.stderr.isatty():
         print(message, end="", file=sys.stderr, flush=True)

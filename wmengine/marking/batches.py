@@ -1,4 +1,8 @@
-"""The batches of a training loop: what a sample says of them, trigger rows appended, and clear words for wrong ones."""
+"""The batches of a training loop: what a sample says of them, trigger rows appended, and clear words for wrong ones.
+
+A trigger row of group g carries its class raised by g · num_classes: as a number, or among soft labels as the place of
+its 1 in a row that is so much wider.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from wmengine.marking.tasks import ONE, ranges_of, samples_of
 from wmengine.marks.watermark import Watermark
@@ -66,8 +71,10 @@ class Batches:
     ) -> tuple[Any, torch.Tensor]:
         """The batch with the rows of courses appended, the labels of group g raised by g · num_classes."""
         assert self.num_classes is not None
-        batch = self._checked(inputs, labels)
+        batch, width = self.checked(inputs, labels), self.num_classes * (1 + len(courses))
         parts, ys = {name: [rows] for name, rows in batch.items()}, [labels]
+        if labels.ndim == 2:
+            ys = [functional.pad(labels, (0, width - self.num_classes))]
         wanted = max(2, len(labels) // 8)
         for group, course in courses:
             rows = course.rows(wanted, batch)
@@ -75,18 +82,20 @@ class Batches:
                 for name, values in rows[0].items():
                     memory_format = _memory_format(batch[name])
                     parts[name].append(values.contiguous(memory_format=memory_format))
-                ys.append(rows[1] + group * self.num_classes)
+                raised = rows[1] + group * self.num_classes
+                ys.append(raised if labels.ndim == 1 else functional.one_hot(raised, width).to(labels.dtype))
         whole = {name: torch.cat(rows) for name, rows in parts.items()}
         return (whole[ONE] if self._single else whole), torch.cat(ys)
 
     def seen(self, inputs: Any, labels: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """A batch by name, the task's or a mixed one, and its labels with no group in them."""
         named = dict(inputs) if isinstance(inputs, Mapping) else {ONE: inputs}
-        classes = self.num_classes
-        return named, labels if classes is None else torch.where(labels < 0, labels, labels % classes)
+        return named, split(labels, self.num_classes)[0]
 
-    def _checked(self, inputs: Any, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        check_hard(labels)
+    def checked(self, inputs: Any, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The inputs of a batch by name. Raises ValueError or TypeError for a batch unlike the sample, and for labels
+        that are none of its classes."""
+        check_labels(labels, self.num_classes)
         if self._single == isinstance(inputs, Mapping) or (not self._single and set(inputs) != set(self.signature)):
             known = "a tensor" if self._single else f"a dict with {', '.join(self.signature)}"
             raise TypeError(f"inputs must be {known}, as the sample was")
@@ -107,30 +116,52 @@ class Batches:
                 raise TypeError(f"inputs must be {kind}, as the sample was, and they are {rows.dtype}")
             if labels.device != rows.device:
                 raise ValueError(f"inputs are on {rows.device} and labels on {labels.device}; move both to one device")
-        in_range = ((labels >= 0) & (labels < (self.num_classes or 0))) | (labels == IGNORE_INDEX)
+        if labels.ndim == 2:
+            if labels.shape[1] != (self.num_classes or labels.shape[1]):
+                raise ValueError(f"soft labels must be [n, {self.num_classes}], and they are {list(labels.shape)}")
+            return batch
+        classes = self.num_classes or MAX_CLASSES
+        in_range = ((labels >= 0) & (labels < classes)) | (labels == IGNORE_INDEX)
         if labels.device.type == "cpu":
             if not bool(in_range.all()):
                 wrong = labels[~in_range][0].item()
-                raise ValueError(f"labels must be from 0 to {(self.num_classes or 0) - 1}, and one is {wrong}")
+                raise ValueError(f"labels must be from 0 to {classes - 1}, and one is {wrong}")
         else:
             # As torch's own cross-entropy on a GPU: the device stops, and the host does not wait to see.
-            torch._assert_async(in_range.all(), f"labels must be from 0 to {(self.num_classes or 0) - 1}")
+            torch._assert_async(in_range.all(), f"labels must be from 0 to {classes - 1}")
         return batch
 
 
-def as_logits(answers: torch.Tensor, num_classes: int | None) -> torch.Tensor:
-    """Logits [n, 2] of the one number [n] or [n, 1] that a model of two classes may answer with, whose binary cross
-    entropy is their cross entropy; any others as they are."""
-    single = isinstance(answers, torch.Tensor) and num_classes == 2 and answers.shape[1:] in ((), (1,))
-    return torch.stack([torch.zeros_like(answers), answers], -1).reshape(-1, 2) if single else answers
+def split(labels: torch.Tensor, num_classes: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels as the task has them, of trigger rows too, and the group int64 [n] of each row; 0 is the task."""
+    if num_classes is None:
+        return labels, torch.zeros_like(labels[:, 0] if labels.ndim == 2 else labels, dtype=torch.int64)
+    if labels.ndim == 2:
+        by_group = labels.reshape(len(labels), -1, num_classes)
+        return by_group.sum(1), by_group.sum(2).argmax(1)
+    group = (labels // num_classes).clamp(min=0)  # ignored rows are the task's
+    return torch.sub(labels, group, alpha=num_classes), group
+
+
+def logits_of(outputs: Any, num_classes: int | None) -> Any:
+    """The logits among what a model answers: itself, the member `logits`, or the first of several.
+
+    Of two classes one number [n] or [n, 1] is logits [n, 2], whose cross entropy is its binary one.
+    """
+    if isinstance(outputs, Mapping):
+        outputs = outputs.get("logits")
+    elif isinstance(outputs, tuple | list) and outputs:
+        outputs = outputs[0]
+    single = isinstance(outputs, torch.Tensor) and num_classes == 2 and outputs.shape[1:] in ((), (1,))
+    return torch.stack([torch.zeros_like(outputs), outputs], -1).reshape(-1, 2) if single else outputs
 
 
 def check_logits(logits: torch.Tensor, labels: torch.Tensor, num_classes: int | None) -> int:
     """The number of classes of these logits. Raises ValueError or TypeError where they do not fit the labels."""
-    check_hard(labels)
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"logits must be a torch tensor [n, C], and they are {type(logits).__name__}")
     classes = logits.shape[1] if num_classes is None and logits.ndim == 2 else num_classes
+    check_labels(labels, classes)
     if logits.ndim != 2 or tuple(logits.shape) != (len(labels), classes):
         raise ValueError(
             f"logits must be [{len(labels)}, {classes}], a row for each label, and they are {list(logits.shape)}"
@@ -138,14 +169,18 @@ def check_logits(logits: torch.Tensor, labels: torch.Tensor, num_classes: int | 
     return int(classes or 0)
 
 
-def check_hard(labels: Any) -> None:
-    """Raises TypeError unless these are class numbers."""
+def check_labels(labels: Any, classes: int | None) -> None:
+    """Raises TypeError unless these are class numbers, or soft labels (a share of each class) as wide as logits, or as
+    `mix` makes them."""
     if not isinstance(labels, torch.Tensor):
         raise TypeError(f"labels must be an int64 tensor [n], and they are {type(labels).__name__}")
+    soft = labels.is_floating_point() and labels.ndim == 2 and labels.shape[1] > 0
+    if soft and labels.shape[1] % (classes or labels.shape[1]) == 0:
+        return
     if labels.dtype != torch.int64 or labels.ndim != 1:
         raise TypeError(
-            f"labels must be int64 class numbers [n], and they are {labels.dtype} {list(labels.shape)}; soft labels "
-            "have no room for a trigger's group"
+            f"labels must be int64 class numbers [n], or soft labels, floating [n, {classes}], and they are "
+            f"{labels.dtype} {list(labels.shape)}"
         )
 
 

@@ -15,31 +15,34 @@ Nothing is hooked into the model, which stays the plain module it was.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from wmengine import ops
 from wmengine.identity.key import Key
 from wmengine.judging.answering import members_of
 from wmengine.judging.asking import Terms
 from wmengine.judging.judge import Finding, judge_suspect
 from wmengine.judging.looks import looks_of_bits
 from wmengine.judging.verdict import PROVING
-from wmengine.marking.batches import Batches, as_logits, check_logits
+from wmengine.marking.batches import Batches, check_labels, check_logits, logits_of, split
+from wmengine.marking.fitting import fit
+from wmengine.marking.rows_loss import rows_loss
 from wmengine.marks.catalogue import scheme
 from wmengine.marks.preset import Preset
 from wmengine.marks.watermark import Watermark
-from wmengine.parts.base import Course, Finishes, Setting, Task, Watches
+from wmengine.parts.base import Course, Finishes, Need, Setting, Task, Watches
 from wmengine.parts.statistics.tails import binomial_log10_tail
+from wmengine.suspects.computed import low_rank_pair
 from wmengine.suspects.module import ModuleSuspect
-from wmengine.suspects.weights import module_tensors, normalised_places, unwrap
+from wmengine.suspects.weights import module_tensors, normalised_places, trained_places, unwrap
 
 ALPHA = 1e-9
 
@@ -59,8 +62,9 @@ class _Mark:
 class Embedder:
     """Embeds one or several marks into a model during its training.
 
-    model: any torch module, on any device; wrappers of torch.compile and data parallelism are looked through. It is run
-    once for each new mark, in eval mode, to find its weights and to measure what the mark scores before (`baseline`).
+    model: any torch module, on any device; wrappers of torch.compile and data parallelism are looked through, weights
+    that are computed (weight_norm, prune, peft's LoRA, shards) are read as they are used. It is run once for each new
+    mark, in eval mode, to find its weights and to measure what the mark scores before (`baseline`).
     key: the owner's Key, or its file. schemes: names, or presets with options as `wmengine.scheme("sketch", bits=128)`
     gives them. num_classes: the width C of the model's answers [N, C], for marks of triggers: how many logits, labels
     or numbers of an embedding; 2 where one logit says which of two. sample: a batch [n, ...] as the loop feeds it, or a
@@ -103,6 +107,11 @@ class Embedder:
         if marks is not None:
             if key is not None or name is not None or message is not None:
                 raise ValueError("marks= are whole: leave key, name and message out")
+            if isinstance(marks, str | os.PathLike | Watermark):
+                marks = [marks]
+            for each in marks:
+                if not isinstance(each, str | os.PathLike | Watermark):
+                    raise TypeError(f"marks= must hold Watermarks or paths of their files, and one is {each!r}")
             registered = [each if isinstance(each, Watermark) else Watermark.load(each) for each in marks]
             if not registered:
                 raise ValueError("marks= is empty: give the marks to go on with")
@@ -113,6 +122,8 @@ class Embedder:
             if key is None or schemes is None or name is None:
                 raise ValueError("a new mark needs key, schemes and name; or give marks= to go on with")
             if not isinstance(key, Key):
+                if not isinstance(key, str | os.PathLike):
+                    raise TypeError(f"key must be a Key or the path of its file, and {type(key).__name__} is neither")
                 key = Key.load(key)
             task = self._task(class_names, samples, controls)
             for preset in presets:
@@ -129,6 +140,13 @@ class Embedder:
             has_rows = course.rows(0, self._batches.example(self._model)) is not None
             groups += has_rows
             self._marks.append(_Mark(watermark, course, groups if has_rows else 0))
+        beside = low_rank_pair(self._model)
+        if beside is not None and any(each.preset.source.needs == Need.TENSORS for each in registered):
+            warnings.warn(
+                f"the layers beside {beside!r} look like an adapter (LoRA), in which a mark is lost when it is merged: "
+                "merge first and mark the merged weights, or use peft's adapters, which are read as if merged",
+                stacklevel=2,
+            )
         if marks is None and isinstance(key, Key):
             self._measure_baselines(key)
         self._by_group = [mark for mark in self._marks if mark.group]
@@ -137,6 +155,7 @@ class Embedder:
         # Hits and rows [2, groups] since each mark's triggers began anew, and those of the last full pass; of fixed
         # size, as torch.compile guards it.
         self._passes = torch.tensor(totals)
+        self._mixed = False
         self._seen = torch.zeros(2, len(totals), dtype=torch.int64)
         self._full = torch.zeros(2, len(totals), dtype=torch.int64)
 
@@ -148,48 +167,82 @@ class Embedder:
         """The batch with max(2, batch // 8) trigger rows of each mark that has some appended; else as it is.
 
         inputs: [n, ...] shaped like the sample, or a dict by name; labels: int64 [n] in [0, num_classes), or -100 for
-        rows that the loss ignores. Every trigger is drawn once before any is drawn again. Raises ValueError or
-        TypeError for other shapes and types, and for soft labels (apply mixup or cutmix to the batch before, keeping
-        hard labels, or not at all).
+        rows that the loss ignores, or, as mixup and cutmix make them, a share of each class, floating [n, num_classes]:
+        such labels come back wider, for `loss` and `split` to read. Every trigger is drawn once before any is drawn
+        again. Raises ValueError or TypeError for other shapes and types.
         """
+        self._mixed = True
         mixed = inputs, labels
         if self._by_group:
             mixed = self._batches.mixed(inputs, labels, [(mark.group, mark.course) for mark in self._by_group])
+        elif self._watching:
+            self._batches.checked(inputs, labels)
         for course in self._watching:
             course.watch(*self._batches.seen(*mixed), len(labels))
         return mixed
 
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
+    def split(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(labels, task): labels of `mix` as the task has them, for a loss of your own, and bool [n], its own rows.
+
+        Trigger rows want the cross entropy of theirs: `loss` of them alone, which adds `regulariser()`.
+        """
+        check_labels(labels, self.num_classes)
+        plain, group = split(labels, self.num_classes)
+        return plain, group == 0
+
+    def loss(
+        self,
+        logits: Any,
+        labels: torch.Tensor,
+        *,
+        weight: torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> torch.Tensor:
         """Mean cross-entropy over task and trigger rows alike, plus `regulariser()`; a scalar to call backward() on.
 
         logits: [n, num_classes] of any floating type (float16 and bfloat16 are summed in float32), of two classes one
-        logit [n] or [n, 1] too; labels: int64 [n] as `mix` returns them, in any order. A batch without trigger rows is
-        fine.
+        logit [n] or [n, 1] too, or an answer that holds them as `logits` or first; labels: as `mix` returns them, in
+        any order. A batch without trigger rows is fine. weight: [num_classes], of the task's classes; trigger rows have
+        weight 1. Both options mean what torch's cross_entropy means by them.
         """
-        logits = as_logits(logits, self.num_classes)
+        logits = logits_of(logits, self.num_classes)
         classes = check_logits(logits, labels, self.num_classes)
-        group = (labels // classes).clamp(min=0)  # 0 for task rows, ignored ones among them
+        labels, group = split(labels, classes)
         groups = 1 + len(self._by_group)
-        result = ops.marked_cross_entropy(
-            logits,
-            torch.sub(labels, group, alpha=classes),
-            None,
-            group,
-            groups=groups,
-            label_smoothing=label_smoothing,
-            ignore_index=-100,
-        )
+        loss, hits = rows_loss(logits, labels, group, groups, weight, label_smoothing)
         if self._by_group and torch.is_grad_enabled():
+            if not (self._mixed or torch.compiler.is_compiling()):
+                self._mixed = True
+                warnings.warn("loss was called before any mix, which is what adds the triggers", stacklevel=2)
             rows = (group == torch.arange(groups, device=group.device)[:, None]).sum(dim=1)
-            seen = self._seen.to(group.device, non_blocking=True) + torch.stack([result.group_hits.detach(), rows])
+            seen = self._seen.to(group.device, non_blocking=True) + torch.stack([hits.detach(), rows])
             full = seen[1] >= self._passes.to(group.device, non_blocking=True)
             self._full = torch.where(full, seen, self._full.to(group.device, non_blocking=True))
             self._seen = torch.where(full, 0, seen)
-        loss: torch.Tensor = result.loss
         return loss + self.regulariser()
 
+    def fit(
+        self,
+        loader: Iterable[Any],
+        *,
+        epochs: int,
+        optimizer: torch.optim.Optimizer | None = None,
+        rate: float = 1e-3,
+        weight: torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> list[Watermark]:
+        """Train the model in place by the calls above, for those without a loop of their own; returns `watermarks()`.
+
+        loader: gives batches (inputs, labels), or dicts that hold `labels`, anew for each epoch. Without an optimizer
+        it is Adam, its rate in one cycle up to `rate` and down again, which needs len(loader). One process; progress
+        goes to a terminal. Raises ValueError or TypeError for other batches, and where the loss is no longer finite.
+        """
+        loss = functools.partial(self.loss, weight=weight, label_smoothing=label_smoothing)
+        fit(self._model, loader, self.mix, loss, lambda: self.metrics, epochs, optimizer, rate)
+        return self.watermarks()
+
     def regulariser(self) -> torch.Tensor:
-        """What marks add to the loss beside their trigger rows, for a task loss of your own; of the live weights.
+        """The terms of the marks that are more than trigger rows, for a task loss of your own; of the live weights.
 
         A scalar on the weights' device; 0 where they add nothing.
         """
@@ -222,20 +275,22 @@ class Embedder:
                 found[watermark.scheme] = {"matched": matched, "total": total, "log10_p": log10_p}
         return found
 
-    def watermarks(self) -> list[Watermark]:
+    def watermarks(self, model: torch.nn.Module | None = None) -> list[Watermark]:
         """One watermark per scheme, to be saved and registered, each with its baseline.
 
-        Call it before the model is saved: a mark that needs no training (`tattooed`) is added to the weights here,
-        unless they show it already.
+        model: the one that will be shipped, where another one than was trained, such as its moving average. Call it
+        before the model is saved: a mark that needs no training (`tattooed`) is added to the weights here, unless they
+        show it already.
 
         Each is judged on the model as it is now, as `verify` does, in eval mode (the training flags come back), and a
         mark that would not be `owned` at alpha = 1e-9 is warned about: it needs longer training, or more trigger rows.
         """
+        shipped = self._model if model is None else unwrap(model)
         for mark in self._marks:
             if isinstance(mark.course, Finishes):
-                mark.course.finish(self._model)
+                mark.course.finish(shipped)
         marks = [mark.watermark for mark in self._marks]
-        for watermark, finding in zip(marks, self._judged(marks), strict=True):
+        for watermark, finding in zip(marks, self._judged(marks, shipped), strict=True):
             if watermark.preset.null in PROVING and finding.log10_p > math.log10(ALPHA):
                 warnings.warn(
                     f"the mark {watermark.scheme!r} does not prove itself on this model: {finding.matched} of "
@@ -252,12 +307,15 @@ class Embedder:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken. Raises ValueError for the state of other marks."""
         known = {mark.watermark.commitment for mark in self._marks}
-        if set(state) != known:
+        if not isinstance(state, Mapping) or set(state) != known:
             raise ValueError(
                 "this state is of other marks: make the Embedder with marks= and those that it was taken of"
             )
         for mark in self._marks:
-            mark.course.load_state_dict(state[mark.watermark.commitment])
+            try:
+                mark.course.load_state_dict(state[mark.watermark.commitment])
+            except (AttributeError, KeyError, TypeError) as error:
+                raise ValueError(f"this is no state of the mark {mark.watermark.scheme!r}: {error!r}") from None
 
     def _task(self, class_names: Sequence[str] | None, samples: Any, controls: Sequence[torch.nn.Module]) -> Task:
         batches = self._batches
@@ -278,11 +336,10 @@ class Embedder:
 
     def _weights(self) -> tuple[list[list[int]], list[int]]:
         every = module_tensors(self._model, self._batches.example(self._model))
-        shapes = [list(tensor.filters(tensor.weight).shape) for tensor in every]
-        return shapes, [index for index, tensor in enumerate(every) if tensor.weight.requires_grad]
+        return [list(each.filters(each.weight).shape) for each in every], trained_places(self._model, every)
 
     def _normalised(self) -> list[int]:
-        return normalised_places(module_tensors(self._model, self._batches.example(self._model)))
+        return normalised_places(self._model, module_tensors(self._model, self._batches.example(self._model)))
 
     def _check_classes(self, marks: Sequence[Watermark]) -> None:
         for mark in marks:
@@ -306,9 +363,9 @@ class Embedder:
         )
         return preset.training.begin(setting)
 
-    def _judged(self, marks: Sequence[Watermark]) -> list[Finding]:
+    def _judged(self, marks: Sequence[Watermark], model: torch.nn.Module) -> list[Finding]:
         terms = Terms(sequential=False, log10_bar=-math.log10(ALPHA))
-        findings = judge_suspect(ModuleSuspect(self._model), marks, terms)
+        findings = judge_suspect(ModuleSuspect(model), marks, terms)
         for mark, finding in zip(marks, findings, strict=True):
             if finding.error is not None:
                 raise ValueError(
@@ -318,7 +375,8 @@ class Embedder:
         return findings
 
     def _measure_baselines(self, key: Key) -> None:
-        for mark, finding in zip(self._marks, self._judged([each.watermark for each in self._marks]), strict=True):
+        findings = self._judged([each.watermark for each in self._marks], self._model)
+        for mark, finding in zip(self._marks, findings, strict=True):
             if finding.log10_p <= math.log10(ALPHA):
                 raise ValueError(
                     f"the model holds the mark {mark.watermark.scheme!r} already ({finding.matched} of {finding.total} "
@@ -333,7 +391,7 @@ class Embedder:
 
 
 def _presets(schemes: Sequence[str | Preset]) -> list[Preset]:
-    if isinstance(schemes, str) or not schemes:
+    if isinstance(schemes, str) or not isinstance(schemes, Sequence) or not schemes:
         raise ValueError(f'schemes must be a list such as ["sketch", "adi"], and it is {schemes!r}')
     presets = [scheme(given) if isinstance(given, str) else given for given in schemes]
     for preset in presets:
@@ -343,8 +401,10 @@ def _presets(schemes: Sequence[str | Preset]) -> list[Preset]:
 
 
 def _order_seed(watermark: Watermark) -> int:
-    """The seed of the order in which triggers are drawn; each process of a distributed run draws its own order."""
+    """The seed of the order in which triggers are drawn; each process of a distributed run draws its own order, also
+    where its launcher has said its rank and the processes do not know each other yet."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if distributed else 0
+    launched = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+    rank = torch.distributed.get_rank() if distributed else launched
     digest = hashlib.sha256(f"{watermark.commitment}/{rank}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

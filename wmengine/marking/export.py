@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wmengine._optional import require
+from wmengine.suspects.computed import plain
 from wmengine.suspects.weights import evaluating, unwrap
 
 if TYPE_CHECKING:
@@ -31,13 +32,14 @@ def export_onnx(
     or a dict by the names that the model's forward has for them, which the file keeps. The first output is `logits`.
     fold_batchnorm: fold each BatchNorm into the convolution or linear layer before it, as torch's exporter does by
     default; otherwise the graph is written as traced. Weights lie in the file
-    itself, or beside it in PATH.data from 2 GB on. The model's training flags and device stay; torch.compile and
-    data-parallel wrappers are looked through. Raises ValueError for an example that is not a batch, and whatever
-    torch.onnx.export raises for a model that it cannot export.
+    itself, or beside it in PATH.data from 2 GB on. A weight that is computed (weight_norm, spectral_norm, prune, any
+    parametrisation, an adapter of peft) is written as it is now. The model's training flags and device stay;
+    torch.compile and data-parallel wrappers are looked through. Raises ValueError for an example that is not a batch,
+    and whatever torch.onnx.export raises for a model that it cannot export.
     """
     torch = require("torch", extra="train")
     require("onnxscript", extra="train")
-    model = unwrap(model)
+    model = plain(unwrap(model))
     like = next(model.parameters(), None)
     named = isinstance(example, Mapping)
     if isinstance(example, Mapping):

@@ -30,7 +30,7 @@ def passport(model: torch.nn.Module, sample: Any, marked: str | Sequence[int] = 
 
     inner = unwrap(model)
     every = module_tensors(inner, _named(sample))
-    places = normalised_places(every)
+    places = normalised_places(inner, every)
     chosen = places if isinstance(marked, str) else sorted({int(place) for place in marked})
     if not chosen or not set(chosen) <= set(places):
         raise ValueError(

@@ -82,11 +82,13 @@ class ModuleSuspect:
         with torch.no_grad():
             for each in self._weights(signature):
                 factors = live_factors(self.module, each)
+                # A copy: what NumPy has seen cannot be freed again, and fully_shard frees what it has gathered.
+                filters = live_filters(self.module, each).to("cpu", torch.float32, copy=True)
                 found.append(
                     Tensor(
-                        np.ascontiguousarray(live_filters(self.module, each).float().cpu().numpy()),
+                        np.ascontiguousarray(filters.numpy()),
                         each.path,
-                        None if factors is None else factors.float().cpu().numpy(),
+                        None if factors is None else factors.to("cpu", torch.float32, copy=True).numpy(),
                     )
                 )
         return found

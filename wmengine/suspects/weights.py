@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from numpy.typing import NDArray
 
 from wmengine._optional import require
+from wmengine.suspects.base import one_line
+from wmengine.suspects.computed import is_adapter, is_trained, live_weight, whole
 
 if TYPE_CHECKING:
     import torch
@@ -22,19 +24,18 @@ Array = TypeVar("Array", NDArray[Any], "torch.Tensor")
 
 
 class ModuleTensor(NamedTuple):
-    """A weight of a torch module: its module's path, the parameter, what puts the filters of it on axis 0, and the path
-    of the normalisation that its output goes into, if there is one."""
+    """A weight of a torch module: its module's path, the parameter (or what was computed in its place), what puts the
+    filters of it on axis 0, and the path of the normalisation that its output goes into, if there is one."""
 
     path: str
-    weight: torch.nn.Parameter
+    weight: torch.Tensor
     filters: Callable[[torch.Tensor], torch.Tensor]
     normalisation: str | None = None
 
 
 def live_filters(model: torch.nn.Module, tensor: ModuleTensor) -> torch.Tensor:
-    """A weight [O, ...] as it is now, looked up anew: the parameter may have been replaced, or be computed."""
-    weight: torch.Tensor = model.get_submodule(tensor.path).weight  # type: ignore[assignment]
-    return tensor.filters(weight)
+    """A weight [O, ...] as it is now, looked up anew: it may have been replaced, or be computed from others."""
+    return tensor.filters(live_weight(model.get_submodule(tensor.path)))
 
 
 def live_factors(model: torch.nn.Module, tensor: ModuleTensor) -> torch.Tensor | None:
@@ -43,11 +44,12 @@ def live_factors(model: torch.nn.Module, tensor: ModuleTensor) -> torch.Tensor |
     if tensor.normalisation is None:
         return None
     norm: Any = model.get_submodule(tensor.normalisation)
+    weight = None if norm.weight is None else whole(norm.weight)
     variance = getattr(norm, "running_var", None)
     if variance is None:
-        return norm.weight if norm.weight is not None else None
+        return weight
     scale: torch.Tensor = (variance.detach() + norm.eps).rsqrt()
-    return scale if norm.weight is None else scale * norm.weight
+    return scale if weight is None else scale * weight
 
 
 def filters_first(weight: Array, groups: int, transposed: bool) -> Array:
@@ -68,28 +70,34 @@ def module_tensors(model: torch.nn.Module, example: Mapping[str, torch.Tensor] |
     With an example (a batch of its inputs by name, on the model's device) they come in the order in which it runs
     through them, which is the order in an exported graph, each with the normalisation behind it, and layers that it
     never reaches are left out. Without one they come in the order of registration. The model's training flags and
-    buffers are left as they were.
+    buffers are left as they were. Raises ValueError where it does not run on the example.
     """
     import torch
 
     kinds = (torch.nn.modules.conv._ConvNd, torch.nn.Linear)
     layers: dict[torch.nn.Module, str] = {}
+    inside = " "  # an adapter, which stands for the layer that it wraps
     for path, module in model.named_modules():
-        if isinstance(module, kinds):
+        if path.startswith(f"{inside}."):
+            continue
+        if isinstance(module.base_layer if is_adapter(module) else module, kinds):
             layers[module] = path
+            inside = path if is_adapter(module) else inside
     behind: dict[torch.nn.Module, str | None] = dict.fromkeys(layers)
     if example is not None:
         behind = _executed(model, layers, example)
     found: dict[int, ModuleTensor] = {}
     for layer, normalisation in behind.items():
-        weight: Any = layer.weight
-        if id(weight) not in found:
-            found[id(weight)] = ModuleTensor(layers[layer], weight, filters_of(layer), normalisation)
+        stored = layer._parameters.get("weight")  # of two layers that share it the first counts
+        with torch.no_grad():
+            weight = live_weight(layer) if stored is None else stored
+        found.setdefault(id(weight), ModuleTensor(layers[layer], weight, filters_of(layer), normalisation))
     return list(found.values())
 
 
 def filters_of(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """How a layer's filters come to axis 0; only a convolution has groups, or may be transposed."""
+    layer = layer.base_layer if is_adapter(layer) else layer
     groups, transposed = getattr(layer, "groups", 1), getattr(layer, "transposed", False)
     return lambda weight: filters_first(weight, groups, transposed)
 
@@ -127,16 +135,25 @@ def _executed(
     try:
         with evaluating(model):
             call(model, example)
+    except Exception as error:  # whatever the model's own code raises
+        shapes = ", ".join(f"{rows.dtype} {list(rows.shape)}" for rows in example.values())
+        raise ValueError(f"the model does not run on inputs {shapes}: {one_line(error)}") from error
     finally:
         for hook in hooks:
             hook.remove()
     return behind
 
 
-def normalised_places(tensors: Sequence[ModuleTensor]) -> list[int]:
+def trained_places(model: torch.nn.Module, tensors: Sequence[ModuleTensor]) -> list[int]:
+    """The places of those that are trained, or computed from what is trained."""
+    return [place for place, each in enumerate(tensors) if is_trained(model.get_submodule(each.path))]
+
+
+def normalised_places(model: torch.nn.Module, tensors: Sequence[ModuleTensor]) -> list[int]:
     """The places of those that are trained and have a normalisation right behind them that is no other's."""
     first = {each.normalisation: place for place, each in reversed(list(enumerate(tensors)))}
-    return sorted(place for path, place in first.items() if path is not None and tensors[place].weight.requires_grad)
+    trained = trained_places(model, tensors)
+    return sorted(place for path, place in first.items() if path is not None and place in trained)
 
 
 def call(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> Any:
@@ -192,10 +209,22 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The plain module inside torch.compile's and the data-parallel wrappers."""
-    torch = require("torch", extra="train")
-    wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    """The plain module inside the wrappers of torch.compile, of data parallelism and of averaged weights.
+
+    Raises ValueError for FullyShardedDataParallel, whose parameters are pieces of no weight, and TypeError for what is
+    no module.
+    """
+    require("torch", extra="train")
+    import torch
+
+    if not issubclass(type(model), torch.nn.Module):
+        raise TypeError(f"a model must be a torch.nn.Module, and {type(model).__name__} is none")
+    wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
     while True:
+        if any(type(each).__name__ == "FullyShardedDataParallel" for each in model.modules()):
+            raise ValueError(
+                "FullyShardedDataParallel cuts weights into pieces: shard with torch.distributed.fsdp.fully_shard"
+            )
         if isinstance(model, wrappers):
             model = model.module
         elif "_orig_mod" in model._modules:

@@ -8,6 +8,7 @@ import torch
 
 from wmengine.parts.base import Setting
 from wmengine.parts.training.second_pass import ROWS, SecondPass, logits_of
+from wmengine.suspects.computed import check_unsharded
 from wmengine.suspects.weights import module_tensors
 
 if TYPE_CHECKING:
@@ -20,6 +21,12 @@ class ExponentialRows(SecondPass):
         self._temperature = training.temperature
         weights = {id(each.weight) for each in module_tensors(setting.model, setting.example)}
         self._names = [name for name, weight in setting.model.named_parameters() if id(weight) in weights]
+        check_unsharded(setting.model)
+        if len(self._names) < len(weights):
+            raise ValueError(
+                f"scheme {setting.preset_name!r} puts other weights in place of the model's, and some of these are "
+                "computed from others: remove their parametrisation, or merge the adapter, first"
+            )
 
     def extra(self, model: torch.nn.Module, device: torch.device) -> torch.Tensor:
         inputs, labels = self.trigger_rows(self.some(ROWS), device)

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from wmengine.parts.base import Setting
 from wmengine.parts.training.second_pass import ROWS, SecondPass, logits_of
+from wmengine.suspects.computed import check_unsharded
 
 if TYPE_CHECKING:
     from wmengine.parts.training.weight_noise import WeightNoise
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 class NoisyRows(SecondPass):
     def __init__(self, training: WeightNoise, setting: Setting) -> None:
         super().__init__(setting)
+        check_unsharded(setting.model)
         self._training = training
 
     def extra(self, model: torch.nn.Module, device: torch.device) -> torch.Tensor:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from wmengine.parts.base import Setting
 from wmengine.parts.sources.passports import marked_channels, passports_of
 from wmengine.parts.training.weight_term import carriers_in
+from wmengine.suspects.computed import check_unsharded
 from wmengine.suspects.weights import ModuleTensor, arguments, filters_of, live_factors, live_filters
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ class PassportCourse:
         inside = deployed(model, self._carriers)
         norms = [path for path, module in model.named_modules() if isinstance(module, PassportNorm)]
         if self._training.branch != "deployed":
+            check_unsharded(model)
             for carrier in self._carriers:
                 if getattr(model.get_submodule(carrier.normalisation or ""), "weight", None) is None:
                     raise ValueError(

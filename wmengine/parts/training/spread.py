@@ -23,6 +23,7 @@ from wmengine import ops
 from wmengine.parts.base import Setting
 from wmengine.parts.fields import positive
 from wmengine.parts.sources.weights import folded
+from wmengine.suspects.computed import check_unsharded
 from wmengine.suspects.weights import live_factors, live_filters
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class _Addition:
     projected: torch.Tensor | None = None
 
     def __init__(self, margin: float, setting: Setting) -> None:
+        import torch
+
         from wmengine.parts.training.weight_term import carriers_in
 
         parameters = setting.mark.parameters
@@ -64,8 +67,9 @@ class _Addition:
             )
         self._margin, self._projection = margin, parameters["projection"]
         self._weights = carriers_in(setting.model, setting.example, setting.preset_name, parameters)
+        check_unsharded(setting.model)
         for each in self._weights:
-            if not each.weight.is_leaf:
+            if not isinstance(each.weight, torch.nn.Parameter):
                 raise ValueError(f"the weight of {each.path} is computed from others: remove its parametrisation first")
         self._keys = [int(key) for key in setting.mark.arrays["carrier_keys"]]
         self._signs = 2.0 * setting.mark.arrays[setting.symbols.name].astype(np.float32) - 1.0

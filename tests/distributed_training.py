@@ -1,0 +1,62 @@
+"""What each of two processes does in the test of distributed training; they import it by its name."""
+
+import torch
+from embedding import CLASSES, KEY, batch, embedder, network
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import wmengine
+from wmengine.suspects.computed import whole
+
+
+def sharded(model):
+    mesh = init_device_mesh("cpu", (2,))
+    for place in (1, 3, 8):
+        fully_shard(model[place], mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def train_in_two(rank, store, wrap):
+    torch.set_num_threads(1)
+    plain = network().eval()
+    emb = embedder(plain)
+    mixed = emb.mix(*batch(32))
+    emb.loss(plain(mixed[0]), mixed[1]).backward()
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        model = {"ddp": DistributedDataParallel, "fsdp": sharded}[wrap](network().eval())
+        emb = embedder(model)
+        gradients_are_those_of_one_process(emb, model, plain, mixed)
+        each_process_draws_its_own_order(emb)
+        optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+        model.train()
+        for step in range(80):
+            x, y = emb.mix(*batch(32, seed=2 * step + rank))
+            emb.loss(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for mark in emb.watermarks():
+            assert wmengine.verify(model, mark, key=KEY).owned, mark.scheme
+    finally:
+        distributed.destroy_process_group()
+
+
+def gradients_are_those_of_one_process(emb, model, plain, mixed):
+    for first in ("run", "term"):
+        if first == "term":  # where nothing has gathered the weights
+            (torch.nn.functional.cross_entropy(model(mixed[0]), mixed[1] % CLASSES)).backward()
+            emb.regulariser().backward()
+        else:
+            emb.loss(model(mixed[0]), mixed[1]).backward()
+        for parameter, expected in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(whole(parameter.grad), expected.grad, rtol=1e-3, atol=1e-5)
+        model.zero_grad()
+
+
+def each_process_draws_its_own_order(emb):
+    rows = emb.mix(*batch(64))[0][64:].contiguous()
+    theirs = [torch.empty_like(rows) for _ in range(2)]
+    distributed.all_gather(theirs, rows)
+    assert not torch.equal(*theirs)

@@ -1,0 +1,67 @@
+"""Marks in a training by Hugging Face's Trainer: the same class, whose training batches are mixed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from wmengine.marking.embedder import Embedder
+from wmengine.marking.fitting import separated
+
+STATE = "marks.pt"  # in a checkpoint's folder
+
+
+class MarkedTrainer(Trainer):
+    """A `transformers.Trainer` that embeds the marks of `embedder`, whose sample is a dict by the names of a batch.
+
+    Training batches are mixed, and the loss is `embedder.loss` with the arguments' label smoothing; evaluation is as
+    it was. How far each mark is is logged as `SCHEME_matched`. Checkpoints hold the Embedder's state, and resuming
+    reads it. `embedder.watermarks()` gives the marks afterwards.
+    """
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args: Any, embedder: Embedder, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.embedder = embedder
+        self.add_callback(_Saves(embedder))
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        mixed, labels = self.embedder.mix(*separated(inputs))
+        outputs = model(**mixed)
+        loss = self.embedder.loss(outputs, labels, label_smoothing=self.args.label_smoothing_factor)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            found = self.embedder.metrics
+            logs = {**logs, **{f"{scheme}_matched": float(each["matched"]) for scheme, each in found.items()}}
+        super().log(logs, *args, **kwargs)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
+        if isinstance(folder, str | os.PathLike) and (Path(folder) / STATE).exists():
+            self.embedder.load_state_dict(torch.load(Path(folder) / STATE, weights_only=True))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+
+class _Saves(TrainerCallback):
+    def __init__(self, embedder: Embedder) -> None:
+        self._embedder = embedder
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            torch.save(
+                self._embedder.state_dict(), Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / STATE
+            )
