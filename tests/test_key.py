@@ -316,7 +316,7 @@ def _write(path: Path, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\0", b"PK\3\4", b"[]", b"{}", b"7", b"null", b"{", b"\xff\xfe", b"[" * 100_000]
+    "content", [b"", b"\0", b"PK\3\4", b"[]", b"{}", b"7", b"null", b"{", b"\xff\xfe", b"[" * 60_000]
 )
 def test_what_is_no_key_is_said_to_be_none(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(KeyFileError, match=r"a\.key is not a key file; give one made by wmengine keygen"):

@@ -135,8 +135,8 @@ HUGE = {"count": 1 << 20, "inputs": [{"name": "x", "dtype": "float32", "shape": 
         ({"colour": "red"}, "has an unknown field 'colour'; use the wmengine that made it"),
         ({"salt": None}, r"is damaged \(it lacks the field 'salt'\); take it from a backup"),
         (
-            {"scheme": "blind"},
-            r"cannot be used \(this wmengine has no scheme 'blind' of version 1; it has .*\); take it",
+            {"scheme": "blend"},
+            r"cannot be used \(this wmengine has no scheme 'blend' of version 1; it has .*\); take it",
         ),
         ({"scheme": ["adi"]}, r"cannot be used \(this wmengine has no scheme \['adi'\]"),
         ({"scheme": "sketch"}, r"cannot be used \(the parameters of 'sketch' lack 'bits'\)"),
