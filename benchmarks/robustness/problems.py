@@ -139,7 +139,7 @@ DIGITS = Problem(
     presets=(
         *("sketch", "uchida", "deepmarks", "stdm", "riga", "greedy_residuals", "neuralmark", "tattooed"),
         *("deepsigns", "diction", "deepipr_v2", "passport_norm", "adi"),
-        *("zhang_content", "zhang_noise", "blind"),
+        *("zhang_content", "zhang_noise", "blind", "margin", "ewe_keyed", "certified", "class_feature", "mea_defender"),
     ),
     without=("*elsewhere",),  # a student who learned digits from photographs reads none
 )
