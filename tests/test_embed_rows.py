@@ -25,6 +25,17 @@ def test_mix_appends_an_eighth_of_the_batch_at_least_two_and_at_most_all_trigger
     assert bool(((labels[rows:] >= CLASSES) & (labels[rows:] < 2 * CLASSES)).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_labels_of_any_integer_type_are_class_numbers(dtype):
+    emb = embedder(network(), [wmengine.scheme("adi", count=10)])
+    x, y = batch(16)
+    mixed, labels = emb.mix(x, y.to(dtype))
+    assert labels.dtype == torch.int64
+    assert torch.equal(labels[:16], y)
+    logits = torch.randn(len(mixed), CLASSES, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(emb.loss(logits[:16], y.to(dtype)), emb.loss(logits[:16], y))
+
+
 def test_every_trigger_is_drawn_once_before_any_is_drawn_again():
     emb = embedder(network(), ADI)
     x, y = batch(64)
@@ -102,8 +113,8 @@ def test_a_white_box_mark_alone_leaves_the_batch_as_it_is():
         (torch.zeros(16, CLASSES, dtype=torch.int64), TypeError, r"or soft labels, floating \[n, 4\].*int64 \[16, 4\]"),
         (torch.zeros(16, 2 * CLASSES), ValueError, r"soft labels must be \[n, 4\]"),
         (torch.zeros(16, CLASSES + 1), TypeError, r"soft labels, floating \[n, 4\]"),
-        (torch.zeros(16, dtype=torch.int32), TypeError, "labels must be int64"),
-        (np.zeros(16, np.int64), TypeError, "labels must be an int64 tensor.*ndarray"),
+        (torch.zeros(16), TypeError, "labels must be class numbers, integers"),
+        (np.zeros(16, np.int64), TypeError, "labels must be a tensor.*ndarray"),
         (torch.full((16,), CLASSES), ValueError, "labels must be from 0 to 3, and one is 4"),
         (torch.full((16,), -1), ValueError, "labels must be from 0 to 3, and one is -1"),
         (torch.zeros(15, dtype=torch.int64), ValueError, "with 15 labels"),
@@ -147,7 +158,12 @@ def test_batches_that_a_mark_only_watches_are_looked_at_too():
         (({},), torch.zeros(4, dtype=torch.int64), TypeError, "logits must be a torch tensor.*dict"),
         ({"scores": torch.zeros(4, CLASSES)}, torch.zeros(4, dtype=torch.int64), TypeError, "logits must be.*NoneType"),
         (np.zeros((4, CLASSES), np.float32), torch.zeros(4, dtype=torch.int64), TypeError, "logits must be a torch te"),
-        (torch.zeros(4, CLASSES), np.zeros(4, np.int64), TypeError, "labels must be an int64 tensor.*ndarray"),
+        (
+            torch.zeros(4, CLASSES),
+            np.zeros(4, np.int64),
+            TypeError,
+            "labels must be a tensor.*ndarray",
+        ),
         (torch.zeros(4, CLASSES), torch.full((4,), 5 * CLASSES), ValueError, "group"),
     ],
 )

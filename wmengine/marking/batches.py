@@ -95,7 +95,7 @@ class Batches:
     def checked(self, inputs: Any, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """The inputs of a batch by name. Raises ValueError or TypeError for a batch unlike the sample, and for labels
         that are none of its classes."""
-        check_labels(labels, self.num_classes)
+        labels = checked_labels(labels, self.num_classes)
         if self._single == isinstance(inputs, Mapping) or (not self._single and set(inputs) != set(self.signature)):
             known = "a tensor" if self._single else f"a dict with {', '.join(self.signature)}"
             raise TypeError(f"inputs must be {known}, as the sample was")
@@ -161,7 +161,7 @@ def check_logits(logits: torch.Tensor, labels: torch.Tensor, num_classes: int | 
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"logits must be a torch tensor [n, C], and they are {type(logits).__name__}")
     classes = logits.shape[1] if num_classes is None and logits.ndim == 2 else num_classes
-    check_labels(labels, classes)
+    labels = checked_labels(labels, classes)
     if logits.ndim != 2 or tuple(logits.shape) != (len(labels), classes):
         raise ValueError(
             f"logits must be [{len(labels)}, {classes}], a row for each label, and they are {list(logits.shape)}"
@@ -169,19 +169,20 @@ def check_logits(logits: torch.Tensor, labels: torch.Tensor, num_classes: int | 
     return int(classes or 0)
 
 
-def check_labels(labels: Any, classes: int | None) -> None:
-    """Raises TypeError unless these are class numbers, or soft labels (a share of each class) as wide as logits, or as
-    `mix` makes them."""
+def checked_labels(labels: Any, classes: int | None) -> torch.Tensor:
+    """Class numbers of any integer type as int64 [n], or soft labels (a share of each class) as wide as logits, or as
+    `mix` makes them; TypeError for anything else."""
     if not isinstance(labels, torch.Tensor):
-        raise TypeError(f"labels must be an int64 tensor [n], and they are {type(labels).__name__}")
+        raise TypeError(f"labels must be a tensor of class numbers [n], and they are {type(labels).__name__}")
     soft = labels.is_floating_point() and labels.ndim == 2 and labels.shape[1] > 0
     if soft and labels.shape[1] % (classes or labels.shape[1]) == 0:
-        return
-    if labels.dtype != torch.int64 or labels.ndim != 1:
+        return labels
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool or labels.ndim != 1:
         raise TypeError(
-            f"labels must be int64 class numbers [n], or soft labels, floating [n, {classes}], and they are "
+            f"labels must be class numbers, integers [n], or soft labels, floating [n, {classes}], and they are "
             f"{labels.dtype} {list(labels.shape)}"
         )
+    return labels.long()
 
 
 def _check_sample(name: str, sample: Any, single: bool) -> None:

@@ -32,7 +32,7 @@ from wmengine.judging.asking import Terms
 from wmengine.judging.judge import Finding, judge_suspect
 from wmengine.judging.looks import looks_of_bits
 from wmengine.judging.verdict import PROVING
-from wmengine.marking.batches import Batches, check_labels, check_logits, logits_of, split
+from wmengine.marking.batches import Batches, check_logits, checked_labels, logits_of, split
 from wmengine.marking.fitting import fit
 from wmengine.marking.rows_loss import rows_loss
 from wmengine.marks.catalogue import scheme
@@ -166,14 +166,15 @@ class Embedder:
     def mix(self, inputs: Any, labels: torch.Tensor) -> tuple[Any, torch.Tensor]:
         """The batch with max(2, batch // 8) trigger rows of each mark that has some appended; else as it is.
 
-        inputs: [n, ...] shaped like the sample, or a dict by name; labels: int64 [n] in [0, num_classes), or -100 for
-        rows that the loss ignores, or, as mixup and cutmix make them, a share of each class, floating [n, num_classes]:
-        such labels come back wider, for `loss` and `split` to read. Every trigger is drawn once before any is drawn
-        again. Raises ValueError or TypeError for other shapes and types.
+        inputs: [n, ...] shaped like the sample, or a dict by name; labels: integers [n] in [0, num_classes), or -100
+        for rows that the loss ignores, which come back as int64, or, as mixup and cutmix make them, a share of each
+        class, floating [n, num_classes]: such labels come back wider, for `loss` and `split` to read. Every trigger is
+        drawn once before any is drawn again. Raises ValueError or TypeError for other shapes and types.
         """
         self._mixed = True
         mixed = inputs, labels
         if self._by_group:
+            labels = checked_labels(labels, self.num_classes)
             mixed = self._batches.mixed(inputs, labels, [(mark.group, mark.course) for mark in self._by_group])
         elif self._watching:
             self._batches.checked(inputs, labels)
@@ -186,8 +187,7 @@ class Embedder:
 
         Trigger rows want the cross entropy of theirs: `loss` of them alone, which adds `regulariser()`.
         """
-        check_labels(labels, self.num_classes)
-        plain, group = split(labels, self.num_classes)
+        plain, group = split(checked_labels(labels, self.num_classes), self.num_classes)
         return plain, group == 0
 
     def loss(
@@ -207,7 +207,7 @@ class Embedder:
         """
         logits = logits_of(logits, self.num_classes)
         classes = check_logits(logits, labels, self.num_classes)
-        labels, group = split(labels, classes)
+        labels, group = split(checked_labels(labels, classes), classes)
         groups = 1 + len(self._by_group)
         loss, hits = rows_loss(logits, labels, group, groups, weight, label_smoothing)
         if self._by_group and torch.is_grad_enabled():
