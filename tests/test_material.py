@@ -8,20 +8,23 @@ import numpy as np
 import pytest
 import torch
 
-from wmengine import Key, Watermark
+from wmengine import Key, Watermark, endpoint, scheme, verify
+from wmengine.judging.asking import Terms, Trial
 from wmengine.marking.embedder import Embedder
 from wmengine.marks.catalogue import registered
 from wmengine.marks.preset import Preset
 from wmengine.parts.base import Task
 from wmengine.parts.statistics.base import LEVELS, Look
 from wmengine.parts.statistics.either import Either
+from wmengine.parts.statistics.matches import Matches
 from wmengine.parts.statistics.rank import Rank
-from wmengine.parts.symbols import Labels
+from wmengine.parts.symbols import Given, Labels, OneOf
 from wmengine.parts.training.mixed import Mixed
 from wmengine.parts.triggers.samples import SampleTriggers, keyed_picks
 from wmengine.suspects.base import InputSpec
 from wmengine.testing import check_preset, small_network
 
+URL = "http://127.0.0.1:9/v2/models/other"
 KEY = Key("owner", bytes(range(32)))
 OWN = Preset("own_samples", 1, SampleTriggers(), Labels(40), Either(), Mixed(), "exact", "a test's own")
 RANDOM = np.random.default_rng(5)
@@ -134,3 +137,60 @@ def test_rank_falls_with_matches_and_never_below_one_among_all():
         found.append(10**test.log10_p)
     assert found == pytest.approx([1.0, 4 / 5, 2 / 5, 1 / 5])
     assert all(later < earlier for earlier, later in pairwise(found))
+
+
+def plausible(choices: np.ndarray) -> Watermark:
+    """A mark whose claimant wrote the candidates of each sample himself."""
+    preset = scheme("multi_view", count=20, choices=4)
+    material = {**preset.gather(replace(task(), controls=[small_network()])), "plausible": choices}
+    return Watermark.create(KEY, preset, preset.describe(task(), "detector", material), material=material)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [[3, 3, 3, 3], [0, 1, 2, 10], [-1, 0, 1, 2], [5, 1, 2, 5]],
+)
+def test_candidates_that_are_not_different_classes_make_no_mark(choices):
+    with pytest.raises(ValueError, match="candidates of a label must be different classes"):
+        plausible(np.tile(choices, (120, 1)))
+
+
+def test_a_sample_of_no_class_has_no_wrong_ones():
+    preset = scheme("exponential_weighting", count=20)
+    material = {**preset.gather(task()), "truth": np.full(120, 2**63 - 9)}
+    with pytest.raises(ValueError, match="must be classes from 0 to 9"):
+        Watermark.create(KEY, preset, preset.describe(task(), "detector", material), material=material)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"statistic": Rank()}, "its null is 'rank'"),
+        ({"symbols": Given(10), "statistic": Matches()}, "symbols for the nulls rank only"),
+        ({"symbols": OneOf(10), "statistic": Matches()}, "symbols for the nulls bound, rank only"),
+        ({"symbols": OneOf(10), "null": "bound"}, "only matches, or a rank"),
+    ],
+)
+def test_a_preset_that_claims_more_than_its_symbols_allow_is_none(parts, said):
+    with pytest.raises(ValueError, match=said):
+        replace(OWN, **parts)
+
+
+def test_an_order_of_names_given_at_verification_moves_nothing_that_a_source_reads():
+    preset = scheme("adi_multilabel", bits=20)
+    mark = Watermark.create(KEY, preset, preset.describe(task(), "detector"))
+    asked = endpoint(URL, labels=[f"n{number}" for number in range(10)])
+    error = Trial([mark], asked, Terms(sequential=False, log10_bar=9.0)).error
+    assert "leave labels= out" in str(error)
+    error = Trial([mark], endpoint(URL), Terms(sequential=False, log10_bar=9.0)).error
+    assert "leave labels= out" not in str(error)  # but that nobody answers there
+
+
+def test_in_a_dispute_nothing_is_sent_beside_the_triggers():
+    preset = scheme("adi", count=20)
+    mark = Watermark.create(KEY, preset, preset.describe(task(), "detector"))
+    with pytest.raises(ValueError, match="takes no inputs="):
+        verify("suspect.onnx", mark, key=KEY, adversarial=True, inputs={"flag": 1.0})
+    asked = endpoint(URL, request={"body": {"shots": [1, 2], "x": "${inputs}"}, "scores": "/y"})
+    with pytest.raises(ValueError, match="takes no request="):
+        verify(asked, mark, key=KEY, adversarial=True)

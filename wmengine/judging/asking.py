@@ -117,6 +117,11 @@ class Trial:
             self._ways += marks[0].preset.asks.ways(marks[0], suspect, terms.every_way)
         except SuspectError as error:
             self.error = error
+        if self.reader and self._names_paid:  # whose order moves what the source reads, unpaid
+            self.error = SuspectError(
+                f"the answers to {marks[0].name} are read as they stand: leave labels= out, or give those that it was "
+                "made with (class_names=)"
+            )
         self._possible = len(self._ways)
 
     def next(self) -> Ask | None:

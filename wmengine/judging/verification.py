@@ -129,7 +129,7 @@ def verify_all(
     check_derivations(marks, key, passphrase)
     if adversarial:
         alpha = min(alpha, ADVERSARIAL_ALPHA)
-        _check_dispute(suspect, marks, isolation, labels)
+        _check_dispute(suspect, marks, isolation, labels, inputs)
     terms = Terms(
         sequential=test == "sequential",
         log10_bar=-math.log10(alpha),
@@ -233,9 +233,16 @@ def caveats(
         yield fact("rank_only", null=mark.preset.null)
 
 
-def _check_dispute(suspect: Any, marks: Sequence[Watermark], isolation: str, labels: Sequence[str] | None) -> None:
+def _check_dispute(
+    suspect: Any,
+    marks: Sequence[Watermark],
+    isolation: str,
+    labels: Sequence[str] | None,
+    inputs: Mapping[str, float] | None,
+) -> None:
     """Raises ValueError for what convinces nobody else: a suspect that runs in this process, where it could read what
-    is expected, and an order of classes that no mark holds, which a claimant could have chosen by the answers."""
+    is expected; an order of classes that no mark holds, which a claimant could have chosen by the answers; and what is
+    sent beside the triggers, which could hold the answers."""
     file = isinstance(suspect, str | os.PathLike)
     if (file and isolation == "none" and not is_url(suspect)) or not (file or isinstance(suspect, Suspect)):
         raise ValueError(
@@ -243,6 +250,13 @@ def _check_dispute(suspect: Any, marks: Sequence[Watermark], isolation: str, lab
         )
     if isinstance(suspect, Suspect):
         labels = suspect.settings.get("labels")
+        if suspect.settings.get("request") is not None:
+            raise ValueError(
+                "adversarial=True takes no request= of an endpoint: what is sent beside the triggers may hold the "
+                "answers; ask a service that takes its protocol's own requests"
+            )
+    if inputs:
+        raise ValueError("adversarial=True takes no inputs=, as the claimant chooses them after marking")
     for mark in marks:
         if names_given(labels, mark):
             raise ValueError(

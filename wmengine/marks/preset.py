@@ -31,6 +31,7 @@ from wmengine.parts.base import (
 )
 from wmengine.parts.fields import check_digests, check_inputs, one_of
 from wmengine.parts.statistics.base import Statistic, Test
+from wmengine.parts.statistics.matches import Matches
 from wmengine.parts.statistics.rank import Rank, null_matches
 
 NULLS = ("exact", "bound", "exchangeable", "rank")
@@ -57,6 +58,12 @@ class Preset:
 
     def __post_init__(self) -> None:
         one_of("null", self.null, NULLS)
+        if self.null != "rank" and isinstance(self.statistic, Rank):
+            raise ValueError(f"preset {self.name!r} has the statistic rank, so its null is 'rank', not {self.null!r}")
+        if self.null not in self.symbols.nulls:
+            raise ValueError(f"preset {self.name!r} has symbols for the nulls {', '.join(self.symbols.nulls)} only")
+        if "exact" not in self.symbols.nulls and not isinstance(self.statistic, Rank | Matches):
+            raise ValueError(f"preset {self.name!r} has symbols that only matches, or a rank, can be counted of")
         names = [name for name, _ in options_of(self._parts)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

@@ -184,10 +184,13 @@ class Interprets(Protocol):
 
 class Symbols(Protocol):
     """The keyed symbols. name: of their array. classes: their values are below it; alphabet: how many values each can
-    have, all as likely. draw: arrays are all others of the mark."""
+    have, all as likely; nulls: what a p-value of theirs may be. draw: arrays are all others of the mark."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def nulls(self) -> tuple[str, ...]: ...
 
     @property
     def fields(self) -> tuple[str, ...]: ...

@@ -20,6 +20,7 @@ class Bits:
 
     bits: int = 256
 
+    nulls: ClassVar[tuple[str, ...]] = ("exact", "bound", "exchangeable", "rank")
     name = "bits"
     fields = ("bits",)
 
@@ -66,6 +67,7 @@ class Labels:
 
     count: int = 100
 
+    nulls: ClassVar[tuple[str, ...]] = ("exact", "bound", "exchangeable", "rank")
     name = "labels"
     fields: ClassVar[tuple[str, ...]] = ("count", "num_classes", "class_names")
 
@@ -112,12 +114,18 @@ class Labels:
 
 @dataclass(frozen=True)
 class OneOf(Labels):
-    """N labels, each one of the `candidates` [N, k] that its trigger has, all as likely."""
+    """N labels, each one of the `candidates` [N, k] that its trigger has, all different and as likely."""
+
+    nulls = ("bound", "rank")
 
     def alphabet(self, parameters: Parameters) -> int:
         return int(parameters["choices"])
 
     def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
+        candidates = np.sort(arrays["candidates"], axis=1)
+        inside = (candidates >= 0) & (candidates < parameters["num_classes"])
+        if not inside.all() or (candidates[:, 1:] == candidates[:, :-1]).any():  # the chance would be more than 1/k
+            raise ValueError("the candidates of a label must be different classes of the task")
         chosen = keyed_labels(subkey, parameters["count"], parameters["choices"])
         return np.asarray(arrays["candidates"][np.arange(len(chosen)), chosen])
 
@@ -126,6 +134,8 @@ class OneOf(Labels):
 class Given(Labels):
     """N labels that no key draws: what the owner's network answers. They can only rank."""
 
+    nulls = ("rank",)
+
     def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
         return np.array(arrays["own_labels"])
 
@@ -133,6 +143,8 @@ class Given(Labels):
 @dataclass(frozen=True)
 class GivenBits(Bits):
     """T bits that no key draws. They can only rank."""
+
+    nulls = ("rank",)
 
     def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]:
         return np.array(arrays["own_labels"])

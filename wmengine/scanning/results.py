@@ -14,7 +14,7 @@ from typing import Any
 from wmengine.errors import ScanError, printable
 from wmengine.facts import fact
 from wmengine.judging.judge import Finding
-from wmengine.judging.verdict import from_dict, verdict_of
+from wmengine.judging.verdict import PROVING, from_dict, verdict_of
 from wmengine.judging.verification import caveats
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.statistics.sequential import e_bh
@@ -154,7 +154,9 @@ def write_parquet(journal: Journal, plan: Plan, path: str | os.PathLike[str]) ->
 
 def _batches(journal: Journal, plan: Plan) -> Iterator[Any]:
     evidence = [
-        row["log10_e"] if row["error"] is None else -math.inf for *_, rows in journal.all_rows() for row in rows
+        row["log10_e"] if row["error"] is None and row["null"] in PROVING else -math.inf
+        for *_, rows in journal.all_rows()
+        for row in rows
     ]
     q_values = iter(e_bh(evidence, plan.tests))
     group: list[Row] = []

@@ -49,6 +49,8 @@ class WrongClasses(SampleTriggers):
         self, subkey: Draw, parameters: Parameters, total: int, material: Arrays, picked: NDArray[np.int64]
     ) -> dict[str, NDArray[Any]]:
         classes, truth = parameters["num_classes"], material["truth"][picked]
+        if not 0 <= truth.min() <= truth.max() < classes:
+            raise ValueError(f"what its samples are must be classes from 0 to {classes - 1}")
         others = (truth[:, None] + np.arange(1, classes)) % classes
         return {"triggers": material["samples"][picked], "candidates": others}
 
