@@ -81,6 +81,7 @@ def _flood(connection):
 SCORES = np.zeros((16, 10), np.float32)
 ONE = {"outputs": ["y"], "classes": [None]}  # output, of scores
 INPUTS = {"inputs": [["x", "tensor(float)", [None, 1, 4, 4], False]]}
+OPENED = {**INPUTS, "class_names": []}
 # lie → what it is an answer to, what is done instead, what the rows' errors say (None: there is none; "": whatever).
 LIES = {
     "no locations": (LIST, _header(), "no answer that can be read"),
@@ -180,8 +181,8 @@ LIES = {
         _text(json.dumps({"arrays": [["float32", [0, 1 << 62, 1 << 62]]]}).encode()),
         "an answer that cannot be read",
     ),
-    "answers to what it was not asked": (LOAD, _arrays(SCORES[:3], **INPUTS, **ONE), "answers 16 inputs"),
-    "no answers to what it was asked at once": (LOAD, _header(**INPUTS, **ONE), "no answer that can be read"),
+    "answers to what it was not asked": (LOAD, _arrays(SCORES[:3], **OPENED, **ONE), "answers 16 inputs"),
+    "no answers to what it was asked at once": (LOAD, _header(**OPENED, **ONE), "no answer that can be read"),
     "garbage": (LOAD, lambda connection: connection.sendall(b"\xff" * 4096), "at most"),
     "half an answer": (LOAD, _answer_then(_sleep, {"arrays": []}), "took longer"),
     "one byte after the other": (LOAD, _drip, "took longer|at most|cannot be read"),

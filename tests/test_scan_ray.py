@@ -304,10 +304,11 @@ def test_ctrl_c_ends_a_cluster_of_our_own_and_keeps_what_is_finished(bucket, usu
         os.killpg(process.pid, signal.SIGINT)
         rest, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    lines = said.splitlines()
-    assert len(lines) == 2, said
-    assert re.fullmatch(r"a task of the Ray cluster was lost \(.*\)", lines[0])
-    assert lines[1] == "wmengine: interrupted"
+    *lost, last = said.splitlines()
+    assert last == "wmengine: interrupted"
+    # It may be stopped before it has noticed.
+    assert all(re.fullmatch(r"a task of the Ray cluster was lost \(.*\)", line) for line in lost[:1]), said
+    assert len(lost) < 2, said
     finished |= {json.loads(line)["suspect"] for line in rest.splitlines()}  # nothing of Ray's is among the rows
     assert any("raylet" in name for name in below.values())
     wait_until(lambda: not any(map(is_alive, below)))
