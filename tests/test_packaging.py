@@ -95,8 +95,8 @@ def build_description(target: Path, *names: str) -> Path:
 def test_a_source_distribution_holds_all_that_a_build_needs(tmp_path):
     tree = build_description(tmp_path, "csrc")
     (tree / "wmengine").mkdir()
-    shutil.copy(ROOT / "wmengine" / "__init__.py", tree / "wmengine")
-    shutil.copy(ROOT / "wmengine" / "_optional.py", tree / "wmengine")
+    for name in ("__init__.py", "_optional.py", "_version.py"):
+        shutil.copy(ROOT / "wmengine" / name, tree / "wmengine")
     code = "from setuptools import build_meta; build_meta.build_sdist('dist')"
     subprocess.run([sys.executable, "-c", code], cwd=tree, check=True, capture_output=True)
     with tarfile.open(next((tree / "dist").glob("*.tar.gz"))) as archive:
@@ -121,7 +121,7 @@ def test_a_script_beside_the_clone_imports_the_package_that_was_installed_from_i
         "import sys, site; sys.path.insert(0, ''); site.addsitedir('site'); import wmengine; print(wmengine.__file__)"
     )
     done = subprocess.run(
-        [sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-IS", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == str(tree / "wmengine" / "__init__.py")
 
