@@ -98,6 +98,7 @@ def test_passports_are_standard_normal_and_another_for_each_weight_and_use():
     assert len({row.tobytes() for row in [*patches[0], *patches[1][:, :9]]}) == 4
 
 
+@pytest.mark.slow
 def test_neither_scaling_nor_flipping_nor_folding_changes_what_is_read(marked, tmp_path):
     name, model, mark = marked
     before = reading(model, mark)

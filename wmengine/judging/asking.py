@@ -114,14 +114,14 @@ class Trial:
         self._named: Labels | None = None  # of each class of the suspect the mark's of that name
         self._known: dict[int, float] = {}  # p-values since the last answers
         try:
+            if self.reader and self._names_paid:  # whose order moves what the source reads, unpaid
+                raise SuspectError(
+                    f"the answers to {marks[0].name} are read as they stand: leave labels= out, or give those that it "
+                    "was made with (class_names=)"
+                )
             self._ways += marks[0].preset.asks.ways(marks[0], suspect, terms.every_way)
         except SuspectError as error:
             self.error = error
-        if self.reader and self._names_paid:  # whose order moves what the source reads, unpaid
-            self.error = SuspectError(
-                f"the answers to {marks[0].name} are read as they stand: leave labels= out, or give those that it was "
-                "made with (class_names=)"
-            )
         self._possible = len(self._ways)
 
     def next(self) -> Ask | None:
