@@ -2,14 +2,18 @@
 
 import copy
 import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import wmengine
-from wmengine import Key, fingerprint, scheme, verify
+from wmengine import Key, Watermark, fingerprint, scheme, verify
 from wmengine.demo import build_network, load_digits, train
+from wmengine.marks.catalogue import registered
 from wmengine.testing import small_network
 
 KEY = Key("owner", bytes(range(32)))
@@ -92,3 +96,17 @@ def test_nobody_is_told_to_train_longer_for_what_only_ranks(recwarn):
     )  # fmt: skip
     assert not [each for each in recwarn if "prove itself" in str(each.message)]
     assert mark.preset.null == "rank"
+
+
+def test_a_rank_is_no_evidence_that_a_scan_shares_out_among_its_rows(tmp_path):
+    golden = Path(__file__).parent / "golden"
+    shutil.copyfile(golden / "sketch-1.wm", tmp_path / "sketch.wm")
+    (tmp_path / "sketch.wm").chmod(0o600)
+    proves = Watermark.load(tmp_path / "sketch.wm")
+    with registered(replace(proves.preset, name="ranks", null="rank")):
+        ranks = replace(proves, scheme="ranks")
+        table = wmengine.scan(golden / "sketch-1.onnx", [proves, ranks], out=tmp_path / "rows.parquet", jobs=1)
+    rows = {row["scheme"]: row for row in table.to_pylist()}
+    assert rows["ranks"]["log10_p"] == rows["sketch"]["log10_p"] < -15
+    assert (rows["ranks"]["decision"], rows["ranks"]["q_value"]) == ("not_proven", 1.0)
+    assert rows["sketch"]["q_value"] == pytest.approx(2 * 10 ** -rows["sketch"]["log10_e"])

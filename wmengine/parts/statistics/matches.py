@@ -19,9 +19,13 @@ class Matches:
         return _Sequential(chance, total) if sequential else _Fixed(chance, total)
 
 
-class _Fixed:
-    def __init__(self, chance: float, total: int) -> None:
-        self.chance, self.total = chance, total
+class Counted:
+    """How many of `total` symbols match, all of them asked."""
+
+    log10_e = None
+
+    def __init__(self, total: int) -> None:
+        self.total = total
         self.matched = self.asked = 0
 
     def add(self, look: Look) -> None:
@@ -32,11 +36,15 @@ class _Fixed:
     def decision(self) -> str | None:
         return "exhausted" if self.asked == self.total else None
 
+
+class _Fixed(Counted):
+    def __init__(self, chance: float, total: int) -> None:
+        super().__init__(total)
+        self.chance = chance
+
     @property
     def log10_p(self) -> float:
         return binomial_log10_tail(self.matched, self.total, self.chance)
-
-    log10_e = None
 
     def evidence(self, log10_share: float) -> Evidence:
         return Evidence("matches", "fixed", self.matched, self.total, self.chance, log10_share)

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.parts.statistics.base import Evidence, Look, Test
+from wmengine.parts.statistics.base import Evidence, Test
+from wmengine.parts.statistics.matches import Counted
 
 NULL_ANSWERS = "null_answers"  # the array of a mark that holds what null models [m, total] answer
 
@@ -38,25 +39,15 @@ def null_matches(arrays: Mapping[str, NDArray[Any]], symbols: str, total: int) -
     return found
 
 
-class _Rank:
+class _Rank(Counted):
     def __init__(self, null: tuple[int, ...], total: int) -> None:
-        self._null, self.total = null, total
-        self.matched = self.asked = 0
-
-    def add(self, look: Look) -> None:
-        self.matched += look.matched
-        self.asked += len(look)
-
-    @property
-    def decision(self) -> str | None:
-        return "exhausted" if self.asked == self.total else None
+        super().__init__(total)
+        self._null = null
 
     @property
     def log10_p(self) -> float:
         above = int(np.sum(np.asarray(self._null) >= self.matched)) if self.asked else len(self._null)
         return math.log10((1.0 + above) / (len(self._null) + 1.0))
-
-    log10_e = None
 
     def evidence(self, log10_share: float) -> Evidence:
         least = 1.0 / (len(self._null) + 1.0)
