@@ -5,6 +5,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,9 +140,10 @@ def wait_until(true):
         time.sleep(0.02)
 
 
-def tasks():
-    """Processes that judge, of all nodes."""
-    return [process for process, command in descendants(os.getpid()).items() if command.startswith("ray::judge_shard")]
+def tasks(process=None):
+    """Processes that judge, of all nodes below a process, this one unless told otherwise."""
+    below = descendants(process or os.getpid())
+    return [number for number, command in below.items() if command.startswith("ray::judge_shard")]
 
 
 @needs_ray
@@ -281,9 +283,11 @@ def test_a_process_that_is_connected_elsewhere_is_not_used(bucket, cluster):
 
 
 @needs_ray
-def test_ctrl_c_ends_a_cluster_of_our_own_and_keeps_what_is_finished(bucket, usual, tmp_path):
-    out = tmp_path / "rows.parquet"
-    command = [sys.executable, "-m", "wmengine", "scan", str(bucket / "models")]
+def test_ctrl_c_ends_a_cluster_of_our_own_and_keeps_what_is_finished(bucket, tmp_path):
+    """The last file holds the scan up until it is interrupted, however fast the others are."""
+    models, out = shutil.copytree(bucket / "models", tmp_path / "models"), tmp_path / "rows.parquet"
+    hanging(models / "z.onnx")
+    command = [sys.executable, "-m", "wmengine", "scan", str(models)]
     command += ["--watermarks", str(bucket / "registry"), "--out", str(out), "--json", "--jobs", "1"]
     ray = [*command, "--ray", "local"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -297,19 +301,22 @@ def test_ctrl_c_ends_a_cluster_of_our_own_and_keeps_what_is_finished(bucket, usu
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored, where we run in the background
     ) as process:
         finished = {json.loads(process.stdout.readline())["suspect"] for _ in range(2)}
-        below = descendants(process.pid)
-        os.kill(next(number for number, name in below.items() if name.startswith("ray::judge_shard")), signal.SIGKILL)
+        seen = []
+        wait_until(lambda: seen.extend(tasks(process.pid)) or seen)
+        os.kill(seen[0], signal.SIGKILL)
         finished |= {json.loads(process.stdout.readline())["suspect"] for _ in range(6)}
-        below |= descendants(process.pid)
+        below = descendants(process.pid)
         os.killpg(process.pid, signal.SIGINT)
-        rest, said = process.communicate(timeout=60)
+        rest, said = process.stdout.readlines(), process.stderr.read()
+    (models / "z.onnx").write_bytes(b"it hangs no more")
+    usual = facts(scan(models, bucket / "registry", jobs=1))
     assert process.returncode == 130
     *lost, last = said.splitlines()
     assert last == "wmengine: interrupted"
     # It may be stopped before it has noticed.
     assert all(re.fullmatch(r"a task of the Ray cluster was lost \(.*\)", line) for line in lost[:1]), said
     assert len(lost) < 2, said
-    finished |= {json.loads(line)["suspect"] for line in rest.splitlines()}  # nothing of Ray's is among the rows
+    finished |= {json.loads(line)["suspect"] for line in rest}  # nothing of Ray's is among the rows
     assert any("raylet" in name for name in below.values())
     wait_until(lambda: not any(map(is_alive, below)))
     again = subprocess.run(command, capture_output=True, text=True, check=True)
