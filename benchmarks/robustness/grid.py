@@ -129,7 +129,7 @@ LINES = (
     _line("extract then wrk", _EXTRACT, "wrk"),
     _line("copy by scores", Step("distil", {"temperature": 1.0}, recipe=True)),
     _line("copy by labels", _COPY),
-    _line("copy by labels, other architecture", Step("extract", student=True, recipe=True)),
+    _line("copy by labels to another architecture", Step("extract", student=True, recipe=True)),
     _line("copy by labels then ftal", _COPY, "ftal"),
     _line("copy by labels then wrk", _COPY, "wrk"),
     *(_line(f"stranger {number}", base=f"stranger {number}") for number in range(1, STRANGERS + 1)),

@@ -186,9 +186,9 @@ class Interprets(Protocol):
 class Pools(Protocol):
     """A source that asks a pool of inputs and reads all bits from all answers at once.
 
-    pool: equal for marks that are asked the same; size: of it; ways, inputs: as of a source that asks. likely: the
-    classes int64 [N] that a network of the task names. observed: y [T] of what a suspect says of every class, float64
-    [n, C], asked the inputs at these places [n].
+    pool: equal for marks that are asked the same; size: of it; ways, inputs: as of a source that asks. known: scores
+    [N, C] of a network of the task; likely: the classes int64 [N] that it names. observed: y [T] of what a suspect says
+    of every class, float64 [n, C], asked the inputs at these places [n].
     """
 
     def pool(self, mark: Drawn) -> str: ...
@@ -198,6 +198,8 @@ class Pools(Protocol):
     def ways(self, mark: Drawn, suspect: Suspect, every: bool) -> list[Adapter]: ...
 
     def inputs(self, mark: Drawn, way: Adapter, start: int, stop: int) -> Inputs: ...
+
+    def known(self, mark: Drawn) -> NDArray[np.float32]: ...
 
     def likely(self, mark: Drawn) -> NDArray[np.int64]: ...
 

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from wmengine.errors import SuspectError
+from wmengine.parts.responses.pattern import CLIP
 from wmengine.parts.responses.reading import log_probabilities
 from wmengine.suspects import open_suspect
 from wmengine.suspects.weights import module_tensors
 
 Rows = NDArray[np.float32]
 
-CLIP = 3.0  # of a whitened feature
 POOLED = 4  # a side of inputs of which only pooled pixels are known
 _STEP = 2.0**-8  # to which the controls' answers are rounded
 _MOST_RAW = 8192
@@ -109,7 +110,10 @@ def answers_of(networks: Sequence[Any], name: str, rows: Rows, classes: int) -> 
     """Centred log-probabilities [K, n, C] of networks, rounded. Raises ValueError where one answers otherwise."""
     found = []
     for network in networks:
-        answers = open_suspect(network).answer({name: rows}, classes)
+        try:
+            answers = open_suspect(network).answer({name: rows}, classes)
+        except SuspectError as error:
+            raise ValueError(f"model and controls must answer scores of {classes} classes: {error}") from None
         if answers.kind != "scores" or answers.values.shape != (len(rows), classes):
             raise ValueError(f"model and controls must answer scores of {classes} classes, and one answers otherwise")
         logs = log_probabilities(answers.values)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from wmengine.identity.subkeys import keyed_bits
 
+CLIP = 3.0  # of a feature, whose standard deviation is 1
 _COINS = 16  # of which a normal number is made: their number of ones, 8 ± 2
 
 Floats = NDArray[np.float64]

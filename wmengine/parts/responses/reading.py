@@ -21,12 +21,17 @@ _ROUNDING = 2.0**-40  # a y below this share of its inputs' number is rounding: 
 _CHUNK = 2048
 
 
+def are_shares(scores: NDArray[Any]) -> bool:
+    """Whether scores [n, C] are probabilities, by those rows that hold no NaN."""
+    whole = scores[~np.isnan(scores).any(axis=1)].astype(np.float64)
+    return bool(len(whole) and whole.min() >= 0.0 and np.abs(whole.sum(axis=1) - 1.0).max() < 1e-3)
+
+
 def log_probabilities(scores: NDArray[Any]) -> Floats:
     """Scores [n, C], logits or probabilities, as log-probabilities; rows that hold NaN or +Inf become NaN."""
     found = scores.astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        whole = found[~np.isnan(found).any(axis=1)]
-        if len(whole) and whole.min() >= 0.0 and np.abs(whole.sum(axis=1) - 1.0).max() < 1e-3:
+        if are_shares(found):
             found = np.log(found)
         found -= found.max(axis=1, keepdims=True)
         found -= np.log(np.exp(found).sum(axis=1, keepdims=True))

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from wmengine.identity.canonical import canonical_digest
 from wmengine.parts.base import Arrays, Draw, Drawn, Layout, Parameters, Task, inputs_of
 from wmengine.parts.fields import MAX_CLASSES, MAX_TRIGGERS, canonical_integer, integer
-from wmengine.parts.responses.pattern import keyed_normals
+from wmengine.parts.responses.pattern import CLIP, keyed_normals
 from wmengine.parts.responses.reading import projected, unexplained
 from wmengine.parts.triggers.abstract import AbstractTriggers
 from wmengine.suspects.adapters import Adapter, to_input, to_levels
 from wmengine.suspects.base import Inputs
 
-LEAST_BITS, LEAST_PROBES = 256, 256
+LEAST_BITS, LEAST_PROBES, LEAST_SAMPLES = 256, 256, 64
 _MOST_BYTES = 192 << 20  # of material, which the mark's file holds whole
 
 
@@ -65,6 +65,8 @@ class ResponsePool(AbstractTriggers):
         ((name, rows),) = task.samples.items()
         if rows.dtype.kind != "f":
             raise ValueError(f"its probes are floating inputs, and this model takes {rows.dtype}")
+        if len(rows) < LEAST_SAMPLES:
+            raise ValueError(f"it needs {LEAST_SAMPLES} samples or more to make probes of, and there are {len(rows)}")
         rows = rows.astype(np.float32)
         controls, classes = list(task.controls) or [task.model], task.num_classes
         count = min(self.probes, _MOST_BYTES // (rows[0].size + 4 * (len(controls) * classes + self.features)))
@@ -135,6 +137,14 @@ class ResponsePool(AbstractTriggers):
         (name,) = inputs_of(mark.parameters)
         return {name: to_input(mark.arrays["probes"][:count], mark.parameters["value_range"])}
 
+    def fits(self, mark: Drawn, raw: NDArray[np.float32]) -> bool:
+        """Whether raw features of the first probes are the base's, as the mark holds them."""
+        centre, matrix = mark.arrays["centre"], mark.arrays["whitening"]
+        if raw.shape[1:] != centre.shape:
+            return False
+        kept = mark.arrays["features"][: len(raw)]
+        return float(np.abs(((raw - centre) @ matrix).clip(-CLIP, CLIP) - kept).mean()) < 0.1
+
     def pool(self, mark: Drawn) -> str:
         """64 hex digits: probes, how they are put, and how many classes are asked for."""
         own = ("inputs", "value_range", "num_classes")
@@ -146,9 +156,14 @@ class ResponsePool(AbstractTriggers):
         """How many probes there are."""
         return int(mark.parameters["pool"])
 
+    def known(self, mark: Drawn) -> NDArray[np.float32]:
+        """The base's answers [P, C]."""
+        answers: NDArray[np.float32] = mark.arrays["answers"][0]
+        return answers
+
     def likely(self, mark: Drawn) -> NDArray[np.int64]:
         """The classes [P] that the base names."""
-        return np.asarray(mark.arrays["answers"][0].argmax(axis=1), np.int64)
+        return self.known(mark).argmax(axis=1)
 
     def observed(self, mark: Drawn, asked: NDArray[np.int64], said: NDArray[np.float64]) -> NDArray[np.float64]:
         """y [T] of what a suspect said [n, C] to the probes at these places [n]."""

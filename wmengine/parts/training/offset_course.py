@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional
 
 from wmengine.parts.base import Setting
-from wmengine.parts.responses.gathering import CLIP, base_of
-from wmengine.parts.responses.pattern import contrasts, directions, pattern_of
+from wmengine.parts.responses.gathering import base_of
+from wmengine.parts.responses.pattern import CLIP, contrasts, directions, pattern_of
 from wmengine.parts.training.second_pass import in_eval_mode, logits_of
 
 if TYPE_CHECKING:
@@ -84,9 +84,7 @@ class OffsetCourse:
     def _check(self, setting: Setting) -> None:
         """Raises ValueError unless the base makes of the first probes what the mark holds."""
         (probes,) = setting.source.examples(setting.mark, _PROBED).values()
-        (found, _), kept = self._base.both(torch.from_numpy(probes)), setting.mark.arrays["features"][:_PROBED]
-        fits = found.shape[1] == len(setting.mark.arrays["centre"])
-        if not fits or np.abs(self._whitened(found).cpu().numpy() - kept).mean() > 0.1:
+        if not setting.source.fits(setting.mark, self._base.both(torch.from_numpy(probes))[0].cpu().numpy()):
             raise ValueError(
                 f"the features of {setting.preset_name!r} are another network's: give controls= the networks that the "
                 "mark was made with, its base first (without controls, the model as it was before)"
