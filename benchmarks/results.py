@@ -19,6 +19,11 @@ Result = dict[str, Any]
 Row = dict[str, Any]
 
 
+def step_name(scheme: str) -> str:
+    """What the row of a scheme's training step on the digits is called."""
+    return f"training step of the demo's network with {scheme}"
+
+
 def write(
     directory: Path, operator: str, quick: bool, environment: dict[str, Any], roofs: dict[str, float], rows: list[Row]
 ) -> Path:
