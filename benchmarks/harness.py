@@ -236,10 +236,10 @@ def compare(case: Case, benchmark: Any, clock: Clock, quick: bool, device: str =
         del leaves  # it would keep alive what the case lets go
     turns = [Turn(one.run, clock, 2e-4 if quick else 0.01, case.processes) for one in contenders]
     ours, *others = turns
-    limit_s, least = (4.0, 5) if case.headline else (1.5, 3)
+    limit_s = 4.0 if case.headline else 1.5
     rounds = 3
     if not quick and not case.processes:
-        rounds = max(least, min(40, int(limit_s / sum(turn.round_s for turn in turns))))
+        rounds = max(5, min(40, int(limit_s / sum(turn.round_s for turn in turns))))
 
     def measure_others() -> None:
         done = len(others[0].seconds)
