@@ -249,6 +249,11 @@ def test_the_documented_defaults_are_those_of_the_presets():
         assert f"`{preset.statistic.identifier}`" in PAGES["schemes.md"].replace("\n", " ")
 
 
+def test_what_schemes_need_is_explained_and_nothing_else():
+    explained = {word for word, _ in rows_below("schemes.md", "| needs | what to give |")}
+    assert explained == {need for preset in SCHEMES.values() for need in preset.needs}
+
+
 def test_every_attack_is_documented_with_its_options():
     """docs/attacks.md has one table row for each attack of the page, its defaults in the second cell."""
     documented = {

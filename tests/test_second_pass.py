@@ -228,8 +228,11 @@ def test_one_target_needs_labelled_samples_of_it_and_of_others(labels):
 
 
 def test_entangling_needs_samples_that_are_known():
-    with pytest.raises(ValueError, match="'ewe_keyed' entangles triggers with samples of their classes, and there are"):
+    with pytest.raises(ValueError, match="'ewe_keyed': it needs to know what its samples are"):
         embedder(network(), [wmengine.scheme("ewe_keyed", count=24)], samples=SAMPLES[0])
+    few = SAMPLES[0][:3], torch.arange(3)
+    with pytest.raises(ValueError, match="'ewe_keyed' entangles triggers with samples of their classes, and there are"):
+        embedder(network(), [wmengine.scheme("ewe_keyed", count=3)], samples=few)
 
 
 @pytest.mark.slow

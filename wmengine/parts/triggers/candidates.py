@@ -26,11 +26,7 @@ class WrongClasses(SampleTriggers):
     """
 
     fields: ClassVar[tuple[str, ...]] = (*SampleTriggers.fields, "choices")
-
-    def gather(self, task: Task, total: int) -> dict[str, NDArray[Any]]:
-        if task.sample_labels is None:
-            raise ValueError("it needs to know what its samples are: samples=(inputs, labels)")
-        return super().gather(task, total)
+    takes: ClassVar[tuple[str, ...]] = ("samples", "labels")
 
     def describe(self, task: Task, total: int, material: Arrays | None = None) -> Parameters:
         return {**super().describe(task, total, material), "choices": (task.num_classes or 0) - 1}
@@ -66,18 +62,17 @@ class PlausibleClasses(WrongClasses):
 
     choices: int = 4
 
+    takes: ClassVar[tuple[str, ...]] = (*WrongClasses.takes, "controls")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         integer("choices", self.choices, 2, MAX_CLASSES)
 
     def gather(self, task: Task, total: int) -> dict[str, NDArray[Any]]:
         """ "plausible" int64 [P, choices] beside the samples: the likeliest first."""
-        if not task.controls:
-            raise ValueError("it needs a network that says what else a sample may be: controls=[a network of the task]")
         if self.choices >= (task.num_classes or 0):
             raise ValueError(f"choices must be below the {task.num_classes} classes, and it is {self.choices}")
-        if task.sample_labels is None:
-            raise ValueError("it needs to know what its samples are: samples=(inputs, labels)")
+        assert task.sample_labels is not None
         from wmengine.suspects.module import ModuleSuspect
 
         answers = ModuleSuspect(task.controls[0]).answer(dict(task.samples), task.num_classes)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 Rows = NDArray[np.float32]
+LABELLED = ("samples", "labels", "controls")
 _OWN, _POOLED = "own_labels", "pool_answers"
 _CANDIDATES = 2  # times as many as are picked
 _SURROGATES, _PROXIES = 2, 8
@@ -34,6 +35,7 @@ class OwnAnswers(SampleTriggers):
     """What all fingerprints share; `candidates` makes theirs."""
 
     fields: ClassVar[tuple[str, ...]] = (*SampleTriggers.fields, "controls")
+    takes: ClassVar[tuple[str, ...]] = ("samples", "controls")
 
     def candidates(self, task: Task, model: torch.nn.Module, count: int) -> tuple[Rows, NDArray[np.int64] | None]:
         """Rows [P, ...] within the value range, about `count` of them, and their labels, None for the model's own."""
@@ -42,10 +44,7 @@ class OwnAnswers(SampleTriggers):
     def gather(self, task: Task, total: int) -> dict[str, NDArray[Any]]:
         """ "samples" uint8 [P, ...]: candidates; "truth" int64 [P]: the model's answers, or what the scheme expects;
         "pool_answers" int64 [m, P]: the controls'."""
-        if task.model is None or not task.controls:
-            raise ValueError("it needs controls=, networks of the task made without this one: p is a rank among them")
-        if not task.samples:
-            raise ValueError("it needs samples=, inputs of the task, best with their labels: (inputs, labels)")
+        assert task.model is not None
         from wmengine.parts.triggers.crafting import answers_of
 
         rows, labels = self.candidates(task, task.model, min(self.pool, _CANDIDATES * self.questions(total)))
@@ -99,11 +98,11 @@ class KnownMistakes(OwnAnswers):
     Godinot et al.: "Queries, representation and detection", 2025). Needs labelled samples that it was not trained on.
     """
 
+    takes: ClassVar[tuple[str, ...]] = LABELLED
+
     def candidates(self, task: Task, model: torch.nn.Module, count: int) -> tuple[Rows, NDArray[np.int64] | None]:
         from wmengine.parts.triggers.crafting import answers_of
 
-        if task.sample_labels is None:
-            raise ValueError("it needs to know what its samples are: samples=(inputs, labels)")
         (rows,) = task.samples.values()
         rows = rows.astype(np.float32)
         wrong = answers_of(model, rows).argmax(axis=1) != task.sample_labels
@@ -225,6 +224,8 @@ class FrontierPoints(OwnAnswers):
 
     push: float = 0.05
 
+    takes: ClassVar[tuple[str, ...]] = LABELLED
+
     def __post_init__(self) -> None:
         super().__post_init__()
         positive("push", self.push)
@@ -234,8 +235,6 @@ class FrontierPoints(OwnAnswers):
 
         from wmengine.parts.triggers.crafting import answers_of, moved
 
-        if task.sample_labels is None:
-            raise ValueError("it needs to know what its samples are: samples=(inputs, labels)")
         rows, truth = self.rows_of(task, 4 * count)
         labels = torch.from_numpy(truth)
 
