@@ -209,7 +209,7 @@ def test_every_heading_the_documents_link_to_is_there():
 
 def test_the_documented_commands_have_the_options_that_they_are_typed_with(capsys):
     text = "\n".join(PAGES.values())
-    for command in ("demo", "keygen", "verify", "scan", "schemes", "info", "attack", "attacks"):
+    for command in ("demo", "keygen", "verify", "scan", "schemes", "info", "attack", "attacks", "emmark"):
         main([command, "--help"])
         known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
         for line in re.findall(rf"^    (?:\S+/)?wmengine {command}\b(.*)$", text, re.MULTILINE):
