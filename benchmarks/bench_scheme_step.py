@@ -1,19 +1,17 @@
-"""A training step with each scheme of the robustness tables' digits, and of a ResNet-18 with both marks, against plain
-steps; and what entangling costs of its step. Measured with one thread, as the tables' networks are trained."""
+"""A training step with each scheme of the robustness tables' digits, against plain steps, and what entangling costs of
+its step. Measured with one thread, as the tables' networks are trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 
-from benchmarks.bench_training_step import CLASSES, SAME_ROWS, case_of, demo_network
-from benchmarks.harness import Aim, Case, Contender, compiled, differentiate
+from benchmarks.bench_training_step import case_of, demo_network
+from benchmarks.harness import Aim, Case, Contender, differentiate
 from benchmarks.results import step_name
-from benchmarks.robustness.cifar10 import resnet
 from benchmarks.robustness.problems import DIGITS
 from wmengine import ops
 from wmengine.parts.training.second_pass import ROWS
@@ -52,20 +50,6 @@ def test_share_of_entangling(compare: Callable[[Case], None], device: str) -> No
     )
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["eager", "compiled"])
-def test_step_of_a_resnet(whole: bool, compare: Callable[[Case], None], device: str, quick: bool) -> None:
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.rand(4 if quick else 64, 3, 32, 32, generator=generator).to(device)
-    labels = torch.randint(0, CLASSES, (len(inputs),), generator=generator).to(device)
-    made = partial(resnet_18, device, (8, 16) if quick else (64, 128, 256, 512))
-    what, given = "training step of a ResNet-18 with both marks", (made, ["sketch", "adi"], (inputs, labels))
-    case = case_of("scheme_step", what, *given, aims=[Aim(SAME_ROWS, 1.03)])
-    if whole and not quick:
-        eager = Contender("not compiled", case.ours)
-        case = replace(case_of("scheme_step", f"{what}, compiled", *given, compiled, aims=case.aims), peers=[eager])
-    compare(case)
-
-
 def digits_case(scheme: str, device: str) -> Case:
     """The demo's network with one scheme, on the first digits."""
     x, y = (rows.to(device) for rows in DIGITS.load(None).owner)
@@ -79,9 +63,3 @@ def digits_case(scheme: str, device: str) -> Case:
         samples=(x, y),
         value_range=DIGITS.value_range,
     )
-
-
-def resnet_18(device: str, widths: Sequence[int]) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """For pictures of 32 × 32, with the optimizer of He et al. 2016."""
-    model = resnet(1, widths, blocks=2).to(device).train()
-    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)

@@ -12,7 +12,7 @@ FORMAT = "wmengine-benchmark/2"
 DIRECTORY = ROOT / "benchmarks" / "results"
 ORDER = (
     *("sketch", "project", "embedding_loss", "cross_entropy", "soft_nearest_neighbor"),
-    *("match_counts", "label_matches", "bit_matches", "training_step", "scheme_step", "scan"),
+    *("match_counts", "label_matches", "bit_matches", "training_step", "scheme_step", "resnet_step", "scan"),
 )
 
 Result = dict[str, Any]
