@@ -88,6 +88,23 @@ def test_without_controls_there_is_nothing_to_rank_among(name):
         )  # fmt: skip
 
 
+class Named(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = small_network()
+
+    def forward(self, x):
+        return {"logits": self.inner(x)}
+
+
+def test_a_model_that_does_not_answer_with_logits_is_said_to_be_so():
+    with pytest.raises(ValueError, match=r"answers logits \[n, C\], and this one answers dict"):
+        fingerprint(
+            Named(), KEY, "posthoc", samples=torch.rand(200, 1, 8, 8), controls=[small_network(1)], num_classes=10,
+            name="n", value_range=(0, 1),
+        )  # fmt: skip
+
+
 def test_nobody_is_told_to_train_longer_for_what_only_ranks(recwarn):
     samples = torch.from_numpy(np.random.default_rng(0).random((60, 1, 8, 8), np.float32))
     mark = fingerprint(

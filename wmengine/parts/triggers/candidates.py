@@ -57,7 +57,7 @@ class PlausibleClasses(WrongClasses):
     of the `choices` classes that it holds for the likeliest beside its own.
 
     Li, Maharana, Guo: "Not just change the labels, learn the features" (MAT), ECCV 2024: in such pictures a second
-    class is there to be seen, so that learning it costs little. Their pull of features towards that class is left out.
+    class is there to be seen, so that learning it costs little.
     """
 
     choices: int = 4
