@@ -4,6 +4,7 @@ its step. Measured with one thread, as the tables' networks are trained."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -24,7 +25,7 @@ FEATURES = (1024, 512, 128)  # that go into the last three layers of the demo's 
 def test_step_of_a_scheme(scheme: str, compare: Callable[[Case], None], device: str, quick: bool) -> None:
     if quick and scheme != ENTANGLED:
         pytest.skip("a quick run measures one scheme")
-    compare(digits_case(scheme, device))
+    compare(replace(digits_case(scheme, device), seconds=6.0))  # some differ by a few per cent only
 
 
 def test_share_of_entangling(compare: Callable[[Case], None], device: str) -> None:
