@@ -39,6 +39,7 @@ from wmengine.parts.triggers.fingerprints import (
     TransferablePoints,
 )
 from wmengine.parts.triggers.groups import GroupPoints
+from wmengine.parts.triggers.membership import MemberPairs
 from wmengine.parts.triggers.one_target import OneTarget
 from wmengine.parts.triggers.overlaid import NoisyTriggers, PatternTriggers
 from wmengine.parts.triggers.readings import Anchors, Levels, OutputBits
@@ -456,5 +457,15 @@ PRESETS = (
         training=Hamming(weight=0.5),
         null="rank",
         paper="Chen, Rouhani, Koushanfar: BlackMarks, blackbox multibit watermarking for deep neural networks, 2019",
+    ),
+    Preset(
+        name="dataset_inference",
+        version=1,
+        source=MemberPairs(),
+        symbols=GivenBits(200),
+        statistic=Rank(),
+        training=Untouched(),
+        null="rank",
+        paper="Maini, Yaghini, Papernot: Dataset inference, ownership resolution in machine learning, ICLR 2021",
     ),
 )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Rows = NDArray[np.float32]
 LABELLED = ("samples", "labels", "controls")
-_OWN, _POOLED = "own_labels", "pool_answers"
+_OWN, POOLED = "own_labels", "pool_answers"
 _CANDIDATES = 2  # times as many as are picked
 _SURROGATES, _PROXIES = 2, 8
 
@@ -52,14 +52,14 @@ class OwnAnswers(SampleTriggers):
         put = to_input(levels, task.value_range or ())
         truth = answers_of(task.model, put).argmax(axis=1) if labels is None else labels
         others = [answers_of(control, put).argmax(axis=1) for control in self.counted(task)]
-        return {"samples": levels, "truth": truth.astype(np.int64), _POOLED: np.stack(others).astype(np.int64)}
+        return {"samples": levels, "truth": truth.astype(np.int64), POOLED: np.stack(others).astype(np.int64)}
 
     def counted(self, task: Task) -> list[Any]:
         """The controls among which a suspect ranks: none that the candidates were chosen by."""
         return list(task.controls)
 
     def describe(self, task: Task, total: int, material: Arrays | None = None) -> Parameters:
-        return {**super().describe(task, total, material), "controls": len((material or {}).get(_POOLED, ()))}
+        return {**super().describe(task, total, material), "controls": len((material or {}).get(POOLED, ()))}
 
     def check(self, parameters: Parameters, total: int) -> None:
         canonical_integer("controls", parameters["controls"], 1, MAX_TRIGGERS)
@@ -67,7 +67,7 @@ class OwnAnswers(SampleTriggers):
 
     def layout(self, parameters: Parameters, total: int) -> Layout:
         controls, pool = parameters["controls"], parameters["pool"]
-        own: Layout = {_POOLED: ("int64", (controls, pool)), NULL_ANSWERS: ("int64", (controls, total))}
+        own: Layout = {POOLED: ("int64", (controls, pool)), NULL_ANSWERS: ("int64", (controls, total))}
         return {**super().layout(parameters, total), **own, _OWN: ("int64", (total,))}
 
     def composed(
@@ -76,7 +76,7 @@ class OwnAnswers(SampleTriggers):
         return {
             "triggers": material["samples"][picked],
             _OWN: material["truth"][picked],
-            NULL_ANSWERS: material[_POOLED][:, picked],
+            NULL_ANSWERS: material[POOLED][:, picked],
         }
 
     def rows_of(self, task: Task, count: int) -> tuple[Rows, NDArray[np.int64]]:
