@@ -25,7 +25,7 @@ def test_step_of_a_resnet(whole: bool, compare: Callable[[Case], None], device: 
     if whole and not quick:
         eager = Contender("not compiled", case.ours)
         case = replace(case_of("resnet_step", f"{what}, compiled", *given, compiled, aims=case.aims), peers=[eager])
-    compare(case)
+    compare(replace(case, seconds=60.0))
 
 
 def resnet_18(device: str, widths: Sequence[int]) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
