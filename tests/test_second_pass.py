@@ -245,16 +245,37 @@ def test_entangling_needs_samples_that_are_known():
 def test_triggers_come_near_the_samples_of_their_classes():
     """In what goes into the last layer, by the distance between samples of different classes."""
 
+    @torch.no_grad()
     def distance(pull):
         model = network()
         emb = marked("multi_view", model, pull=pull)
-        train(model, emb, 80)
+        with torch.enable_grad():
+            train(model, emb, 80)
         inside, (x, y) = model.eval()[:10], SAMPLES
         centres = torch.stack([inside(x[y == each]).mean(0) for each in range(CLASSES)])
         rows = [(inside(row[None])[0] - centres[label]).norm() for row, label in triggers_of(emb)]
         return float(torch.stack(rows).mean() / torch.pdist(centres).mean())
 
-    assert distance(1.0) < 0.8 * distance(1e-6)
+    assert distance(0.1) < 0.93 * distance(1e-6)
+
+
+@torch.no_grad()
+def test_the_pull_is_the_distance_from_the_mean_of_samples_in_units_of_their_size():
+    model, samples = network().eval(), batch(40, seed=7)
+    preset = wmengine.scheme("multi_view", count=16, choices=2, pull=0.5)
+    emb = embedder(model, [preset], samples=samples, controls=[network(1)])
+    (mark,) = unproven(emb)
+    pool = torch.from_numpy(to_input(mark.arrays["samples"], mark.parameters["value_range"]))
+    rows, truth = [*triggers_of(emb)], mark.arrays["truth"].tolist()
+
+    def inside(rows, label):
+        return model[:10](torch.stack([row for row, own in rows if own == label]))
+
+    found, possible = term_of(emb), []
+    for each in {label for _, label in rows}:  # the class of this step is any of them
+        own, plain = inside(rows, each), inside(zip(pool, truth, strict=True), each)
+        possible.append(0.5 * (own - plain.mean(0)).square().sum(1).mean() / plain.square().sum(1).mean())
+    assert (found / torch.stack(possible) - 1).abs().min() < 1e-4
 
 
 def test_the_hamming_term_is_the_share_of_bits_that_are_expected_wrong():
