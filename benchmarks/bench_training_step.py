@@ -66,7 +66,7 @@ def case_of(
     (inputs, labels), (model, optimizer) = batch, made()
     key = wmengine.Key("benchmark", bytes(32))
     embedder = wmengine.Embedder(model, key, schemes, num_classes=CLASSES, sample=inputs, name="benchmark", **given)
-    loss_of = together(lambda x, y: embedder.loss(model(x), y))
+    loss_of = together(lambda x, y: embedder.loss(model(x), y, inputs=x))
 
     def marked_step() -> None:
         loss = loss_of(*embedder.mix(inputs, labels))

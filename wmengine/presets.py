@@ -1,6 +1,7 @@
 """The page: every scheme of the engine is one entry. What a part does stands in the part."""
 
 from wmengine.marks.preset import Preset
+from wmengine.parts.responses.source import ResponsePool
 from wmengine.parts.sources.activations import ActivationTerm, MeanActivations
 from wmengine.parts.sources.extracted import Extracted
 from wmengine.parts.sources.integers import Elsewhere, IntegerWeights
@@ -18,6 +19,7 @@ from wmengine.parts.training.hamming import Hamming
 from wmengine.parts.training.link import Link
 from wmengine.parts.training.margin import Margin
 from wmengine.parts.training.mixed import Mixed
+from wmengine.parts.training.offset import Offset
 from wmengine.parts.training.own_pass import OwnPass
 from wmengine.parts.training.passports import PassportSigns
 from wmengine.parts.training.spread import Spread
@@ -467,5 +469,15 @@ PRESETS = (
         training=Untouched(),
         null="rank",
         paper="Maini, Yaghini, Papernot: Dataset inference, ownership resolution in machine learning, ICLR 2021",
+    ),
+    Preset(
+        name="response",
+        version=1,
+        source=ResponsePool(),
+        symbols=Bits(1024),
+        statistic=Either(),
+        training=Offset(),
+        null="exact",
+        paper="wmengine: keyed bits in how a network answers ordinary inputs, which whoever copies the answers copies",
     ),
 )

@@ -63,15 +63,21 @@ def plain_network(seed: int) -> nn.Module:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def train_on_pictures(model: Any, rows: Rows, seed: int, embedder: Embedder | None = None) -> nn.Module:
-    """Adam with a one-cycle schedule, pictures mirrored at random, under autocast."""
+def train_on_pictures(
+    model: Any, rows: Rows, seed: int, embedder: Embedder | None = None, tuned: int | None = None
+) -> nn.Module:
+    """Adam with a one-cycle schedule, pictures mirrored at random, under autocast. Labels may be shares of classes.
+
+    tuned: of a finished network, for so many epochs, at half the rate and with labels smoothed by 0.1.
+    """
     pictures, labels = rows
     optimizer = torch.optim.Adam(model.parameters())
-    steps = len(labels) // BATCH
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, epochs=EPOCHS, steps_per_epoch=steps)
+    steps, epochs, rate = len(labels) // BATCH, tuned or EPOCHS, RATE / 2 if tuned else RATE
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs=epochs, steps_per_epoch=steps)
     generator = torch.Generator().manual_seed(seed)
+    smoothing = 0.1 if tuned else 0.0
     model.train()
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         for chosen in torch.randperm(len(labels), generator=generator)[: steps * BATCH].split(BATCH):
             x, y = pictures[chosen], labels[chosen]
             mirrored = torch.rand(len(x), 1, 1, 1, generator=generator).to(x.device) < 0.5
@@ -80,7 +86,10 @@ def train_on_pictures(model: Any, rows: Rows, seed: int, embedder: Embedder | No
                 x, y = embedder.mix(x, y)
             with torch.autocast(x.device.type, torch.bfloat16):
                 logits = model(x.contiguous(memory_format=torch.channels_last))
-                loss = functional.cross_entropy(logits, y) if embedder is None else embedder.loss(logits, y)
+                if embedder is None:
+                    loss = functional.cross_entropy(logits, y, label_smoothing=smoothing)
+                else:
+                    loss = embedder.loss(logits, y, label_smoothing=smoothing, inputs=x)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -82,8 +82,8 @@ class Preset:
     @property
     def needs(self) -> tuple[str, ...]:
         """What it takes of an owner beside `mix` and `loss`: "samples" of the task, their "labels" or "targets",
-        "controls" made without the network, a "passport" in it, "regulariser" beside a loss of his own, or, in place of
-        a loop, a quantised "file"."""
+        "controls" made without the network, a "passport" in it, the batch's "inputs" for `loss` too, "regulariser"
+        beside a loss of his own, or, in place of a loop, a quantised "file"."""
         return tuple(dict.fromkeys(need for part in self._parts for need in getattr(part, "takes", ())))
 
     @property
