@@ -15,6 +15,7 @@ from wmengine.parts.symbols import Bits, ChannelBits, Choices, Given, GivenBits,
 from wmengine.parts.training.covert import Covert
 from wmengine.parts.training.entangled import Entangled
 from wmengine.parts.training.exponential import Exponential
+from wmengine.parts.training.hamming import Hamming
 from wmengine.parts.training.link import Link
 from wmengine.parts.training.margin import Margin
 from wmengine.parts.training.mixed import Mixed
@@ -23,6 +24,7 @@ from wmengine.parts.training.own_pass import OwnPass
 from wmengine.parts.training.passports import PassportSigns
 from wmengine.parts.training.spread import Spread
 from wmengine.parts.training.together import Together
+from wmengine.parts.training.towards_class import TowardsClass
 from wmengine.parts.training.untouched import Untouched
 from wmengine.parts.training.weight_noise import WeightNoise
 from wmengine.parts.triggers.abstract import AbstractTriggers
@@ -39,6 +41,7 @@ from wmengine.parts.triggers.fingerprints import (
     TransferablePoints,
 )
 from wmengine.parts.triggers.groups import GroupPoints
+from wmengine.parts.triggers.membership import MemberPairs
 from wmengine.parts.triggers.one_target import OneTarget
 from wmengine.parts.triggers.overlaid import NoisyTriggers, PatternTriggers
 from wmengine.parts.triggers.readings import Anchors, Levels, OutputBits
@@ -323,7 +326,7 @@ PRESETS = (
         source=PlausibleClasses(choices=4),
         symbols=OneOf(100),
         statistic=Matches(),
-        training=Mixed(),
+        training=TowardsClass(pull=0.1),
         null="bound",
         paper="Li, Maharana, Guo: Not just change the labels, learn the features (MAT), ECCV 2024",
     ),
@@ -453,9 +456,19 @@ PRESETS = (
         source=GroupPoints(),
         symbols=GivenBits(100),
         statistic=Rank(),
-        training=Mixed(),
+        training=Hamming(weight=0.5),
         null="rank",
         paper="Chen, Rouhani, Koushanfar: BlackMarks, blackbox multibit watermarking for deep neural networks, 2019",
+    ),
+    Preset(
+        name="dataset_inference",
+        version=1,
+        source=MemberPairs(),
+        symbols=GivenBits(200),
+        statistic=Rank(),
+        training=Untouched(),
+        null="rank",
+        paper="Maini, Yaghini, Papernot: Dataset inference, ownership resolution in machine learning, ICLR 2021",
     ),
     Preset(
         name="response",

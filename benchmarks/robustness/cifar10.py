@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,17 @@ class _Block(nn.Module):
         return functional.relu(self.second(self.first(x)) + self.past(x))
 
 
-def resnet(seed: int) -> nn.Module:
-    """A ResNet of eight layers, 16 to 64 channels wide (He et al. 2016, with one block a stage)."""
+def resnet(seed: int, widths: Sequence[int] = (16, 32, 64), blocks: int = 1) -> nn.Module:
+    """A ResNet (He et al. 2016) of 2 + 2 · stages · blocks layers, a stage for each width."""
     torch.manual_seed(seed)
-    stem = (nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-    blocks = (_Block(16, 16, 1), _Block(16, 32, 2), _Block(32, 64, 2))
-    model = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    first, *_ = widths
+    stem = (nn.Conv2d(3, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU())
+    stages = [
+        _Block(before if block == 0 else width, width, 2 if block == 0 and before != width else 1)
+        for before, width in pairwise((first, *widths))
+        for block in range(blocks)
+    ]
+    model = nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 

@@ -103,6 +103,8 @@ class Source(Protocol):
     fields: the parameters that are its own. `describe` gives them (Python lists, dicts, str and int only) and raises
     ValueError where the task does not fit; `check` raises ValueError unless they are complete and canonical. `layout`
     and `draw` are of its arrays; `draw` reads the key and the parameters, and nothing else. total: the mark's symbols.
+    A source, or a training, that needs more of an owner than a loop with `mix` and `loss` names it in `takes`, a tuple
+    of the words that `Preset.needs` explains.
     """
 
     @property

@@ -36,6 +36,7 @@ class ResponsePool(AbstractTriggers):
     features: int = 48
 
     fields: ClassVar[tuple[str, ...]] = ("value_range", "num_classes", "pool", "dimensions", "raw", "controls")
+    takes: ClassVar[tuple[str, ...]] = ("samples",)
 
     def __post_init__(self) -> None:
         integer("probes", self.probes, LEAST_PROBES, MAX_TRIGGERS)

@@ -24,6 +24,8 @@ class Offset:
     strength: float = 0.35
     mixtures: int = 0
 
+    takes = ("inputs",)
+
     def __post_init__(self) -> None:
         positive("strength", self.strength)
         integer("mixtures", self.mixtures, 0, 1 << 16)
