@@ -54,6 +54,7 @@ OWN = {
     "adi_values": Task(IMAGES, value_range=[[0.0, 1.0]], targets=np.arange(60.0)),
     **dict.fromkeys(PASSPORTS, NORMALISED),
     **dict.fromkeys(POOLED, POOL),
+    "response": replace(POOL, samples={"input": np.concatenate([SAMPLES, SAMPLES[:, :, ::-1]])}, sample_labels=None),
 }
 SMALL: dict[str, dict[str, Any]] = {
     "sketch": {"bits": 64},
@@ -80,6 +81,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "margin": {"count": 20},
     "certified": {"count": 20},
     "blackmarks": {"bits": 20},
+    "response": {"bits": 256, "probes": 256},
     "dataset_inference": {"bits": 12},
 }
 MATERIAL: dict[str, dict[str, NDArray[Any]]] = {}  # by its digests

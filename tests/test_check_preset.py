@@ -90,6 +90,10 @@ OTHERWISE: dict[str, dict[str, Any]] = {
         "model": boxes,
         "loss": lambda answers, labels: torch.nn.functional.cross_entropy(answers.mean(1), labels),
     },
+    "response": {
+        "sample": torch.rand(256, 1, 8, 8, generator=GENERATOR),
+        "samples": torch.rand(300, 1, 8, 8, generator=GENERATOR),
+    },
 }
 
 
@@ -130,6 +134,7 @@ SMALL = {
     "certified": {"count": 60},
     "class_feature": {"count": 24, "family": 4},
     "mea_defender": {"count": 24, "family": 4},
+    "response": {"bits": 256, "probes": 1024, "strength": 2.0, "mixtures": 256},
 }
 POOL = torch.rand(90, 1, 8, 8, generator=torch.Generator().manual_seed(4)), torch.arange(90) % 10
 

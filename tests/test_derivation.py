@@ -90,6 +90,12 @@ for pooled in RANKED:
 CHANGES["ewe"] = [*CHANGES["ewe"], {"clean": 3}]
 for bits in ("blackmarks", "dataset_inference"):
     CHANGES[bits] = [{"bits": parameters_of(bits)["bits"] + 1}, *CHANGES[bits][1:3], *CHANGES[bits][5:]]
+first = parameters_of("response")
+others = {name: np.roll(array, 1) for name, array in MATERIAL[str(first["material"])].items()}
+digests = {name: array_digest(array) for name, array in others.items()}
+MATERIAL[str(digests)] = others
+CHANGES["response"] = [{"bits": 257}, {"material": digests}, *CHANGES["adi"][1:3], {"pool": 257}, {"raw": 129}]
+CHANGES["response"] += [{"dimensions": first["dimensions"] - 1}, {"controls": 3}]
 CHANGES["diction"] = [*CHANGES["deepsigns"][2:], {"bits": 80}, {"groups": 8}, {"hidden": 513}]
 
 
@@ -131,7 +137,8 @@ def test_arrays_have_the_announced_layout(name: str) -> None:
     layout = {array: (str(values.dtype), values.shape) for array, values in derived(name, parameters).items()}
     assert layout == preset.layout(parameters)
     labels = preset.symbols.name == "labels"
-    assert preset.total(parameters) == {"blackmarks": 20, "dataset_inference": 12}.get(name, 20 if labels else 64)
+    totals = {"blackmarks": 20, "dataset_inference": 12, "response": 256}
+    assert preset.total(parameters) == totals.get(name, 20 if labels else 64)
     chances = {"exponential_weighting": 1 / 9, "multi_view": 0.25}
     assert preset.chance(parameters) == chances.get(name, 0.1 if labels else 0.5)
 

@@ -11,6 +11,7 @@ import pytest
 
 import wmengine
 from wmengine.marks.catalogue import SCHEMES, find, registered, scheme
+from wmengine.parts.responses.source import ResponsePool
 from wmengine.parts.sources.activations import ActivationTerm
 from wmengine.parts.sources.extracted import Extracted
 from wmengine.parts.sources.integers import IntegerWeights
@@ -24,6 +25,7 @@ from wmengine.parts.training.hamming import Hamming
 from wmengine.parts.training.link import Link
 from wmengine.parts.training.margin import Margin
 from wmengine.parts.training.mixed import Mixed
+from wmengine.parts.training.offset import Offset
 from wmengine.parts.training.own_pass import OwnPass
 from wmengine.parts.training.passports import PassportSigns
 from wmengine.parts.training.spread import Spread
@@ -49,7 +51,7 @@ def test_the_presets_keep_their_papers_defaults() -> None:
     modalities = ["adi_audio", "adi_table", "adi_multilabel", "adi_values", "adi_anchors", "adi_boxes"]
     passports = ["deepipr_v1", "deepipr_v2", "deepipr_v3", "passport_norm"]
     one_weight = ["deepmarks", "stdm", "neuralmark", "greedy_residuals", "riga"]
-    rest = ["diction", "tattooed", *one_weight, "emmark", *OF_SAMPLES, *RUN_AGAIN, *RANKED]
+    rest = ["diction", "tattooed", *one_weight, "emmark", *OF_SAMPLES, *RUN_AGAIN, *RANKED, "response"]
     assert list(SCHEMES) == [*ours, *modalities, *passports, *rest]
     assert [preset.full_name for preset in SCHEMES.values()] == [f"{name}/1" for name in SCHEMES]
     assert scheme("sketch").source == Weights("unit_filters", "sketch", "all")
@@ -100,8 +102,10 @@ def test_the_presets_keep_their_papers_defaults() -> None:
     assert scheme("class_feature").training == Together(1.0, 1.0, 0.0)
     assert (scheme("mea_defender").source, scheme("mea_defender").symbols) == (Composites(family=20), Labels(32))
     assert scheme("mea_defender").training == Together(0.3, 1.0, 0.1)
+    assert (scheme("response").source, scheme("response").symbols) == (ResponsePool(4096, 48), Bits(1024))
+    assert scheme("response").training == Offset(0.5, 0)
     kinds = {name: preset.kind for name, preset in SCHEMES.items()}
-    asking = ("adi", "adi_tokens", *modalities, *OF_SAMPLES, *RUN_AGAIN, *RANKED)
+    asking = ("adi", "adi_tokens", *modalities, *OF_SAMPLES, *RUN_AGAIN, *RANKED, "response")
     assert kinds == {name: "black-box" if name in asking else "white-box" for name in SCHEMES}
     nulls = {"exponential_weighting": "bound", "multi_view": "bound", **dict.fromkeys(RANKED, "rank")}
     assert {name: preset.null for name, preset in SCHEMES.items() if preset.null != "exact"} == nulls

@@ -15,7 +15,8 @@ from wmengine.attacks import attack
 MARKED, TWIN = "marked", "twin"  # the network with the mark, and the same one trained without
 UNMARKED = "none"  # in the place of a preset
 STRANGERS = 5
-STUDENT_SEEDS = 500  # from which students trained by the recipe take theirs
+# From which students trained by the recipe take theirs, and, further on, those that are controls.
+STUDENT_SEEDS, CONTROL_SEEDS = 500, 100
 STRANGER_SEEDS = 1000  # from which strangers take theirs, so that they share none with marked networks
 
 

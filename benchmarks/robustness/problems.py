@@ -146,7 +146,7 @@ DIGITS = Problem(
         *("zhang_content", "zhang_noise", "blind", "margin", "ewe_keyed", "certified", "class_feature", "mea_defender"),
         "response",
     ),
-    mark_options={"response": {"strength": 0.5, "mixtures": 64}},
+    mark_options={"response": {"mixtures": 64}},
     tuned={"response": 30},
     without=("*elsewhere",),  # a student who learned digits from photographs reads none
 )

@@ -23,6 +23,7 @@ from torch import nn
 from benchmarks.environment import device_name, git_commit
 from benchmarks.robustness import cells
 from benchmarks.robustness.grid import (
+    CONTROL_SEEDS,
     MARKED,
     STRANGER_SEEDS,
     STUDENT_SEEDS,
@@ -134,14 +135,18 @@ class Bench:
         return self.problem.train(make(STUDENT_SEEDS + seed).to(self.device), (rows, answers), seed=seed)
 
     def _controls(self, preset: str, seed: int) -> list[nn.Module]:
-        """The unmarked network of this seed, and a student of its labels."""
-        twin = self.network(preset, seed, TWIN).model
-        file = self._kept / f"{UNMARKED}-{seed}-student-{digest(recipe_of(self.problem, UNMARKED))[:8]}.pt"
-        if not file.exists():
-            torch.save(self._taught(twin, Step("extract"), seed, owners=True).cpu().state_dict(), file)
-        student = self.problem.build(0)
-        student.load_state_dict(torch.load(file, weights_only=True))
-        return [twin.to(self.device), student.to(self.device).eval()]
+        """The unmarked network of this seed, and students of its labels, of its architecture and of another."""
+        found = [self.network(preset, seed, TWIN).model]
+        for other in (False, True):
+            recipe = digest(recipe_of(self.problem, UNMARKED))[:8]
+            file = self._kept / f"{UNMARKED}-{seed}-{'other' if other else 'student'}-{recipe}.pt"
+            if not file.exists():
+                taught = self._taught(found[0], Step("extract", student=other), CONTROL_SEEDS + seed, owners=True)
+                torch.save(taught.cpu().state_dict(), file)
+            student = self.problem.other(0) if other else self.problem.build(0)
+            student.load_state_dict(torch.load(file, weights_only=True))
+            found.append(student.eval())
+        return [each.to(self.device) for each in found]
 
     def _train(self, file: Path, preset: str, seed: int) -> None:
         problem, began, embedder = self.problem, time.perf_counter(), None

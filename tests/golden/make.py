@@ -15,6 +15,7 @@ from scipy.optimize import nnls
 from wmengine import Key, Watermark, ops, scheme
 from wmengine.marking.emmark import integers_of, move
 from wmengine.parts.base import Task
+from wmengine.parts.responses.pattern import CLIP, contrasts, directions
 from wmengine.parts.sources.extracted import filtered_places
 from wmengine.parts.sources.passports import passports_of
 from wmengine.suspects.base import InputSpec
@@ -226,6 +227,42 @@ def in_answers():
     network("adi_tokens-1.onnx", TEXT, nodes, {"table": table, "head": head, "axis": np.array([2], np.int64)})
 
 
+def in_responses():
+    """A base of one matrix, whose features are those of its inputs, and a copy that answers its logits and the
+    pattern on top."""
+    base = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    matrix = np.random.default_rng(9).normal(size=(10, 64)).astype(np.float32)
+    with torch.no_grad():
+        base[1].weight.copy_(torch.from_numpy(matrix))
+        base[1].bias.zero_()
+    samples = np.random.default_rng(6).random((300, 1, 8, 8)).astype(np.float32)
+    task = replace(images(), samples={"input": samples}, model=base, controls=[base, small_network(3)])
+    own = mark("response", task, bits=256, probes=256)
+    yield own
+    signs = np.where(own.symbols, 1.0, -1.0)[:, None]
+    weights = {
+        "matrix": matrix,
+        "centre": own.arrays["centre"],
+        "whitening": own.arrays["whitening"].T,
+        "ways": directions(own.arrays["directions"]),
+        "signed": (0.1 * signs * contrasts(own.arrays["contrasts"])).T,
+        "low": np.array(-CLIP),
+        "high": np.array(CLIP),
+    }
+    nodes = [
+        ("Flatten", ["input"], ["flat"], {}),
+        ("Gemm", ["flat", "matrix"], ["plain"], {"transB": 1}),
+        ("Sub", ["flat", "centre"], ["centred"], {}),
+        ("Gemm", ["centred", "whitening"], ["white"], {"transB": 1}),
+        ("Clip", ["white", "low", "high"], ["features"], {}),
+        ("Gemm", ["features", "ways"], ["along"], {"transB": 1}),
+        ("Tanh", ["along"], ["bent"], {}),
+        ("Gemm", ["bent", "signed"], ["pattern"], {"transB": 1}),
+        ("Add", ["plain", "pattern"], ["logits"], {}),
+    ]
+    network("response-1.onnx", IMAGES, nodes, {name: values.astype(np.float32) for name, values in weights.items()})
+
+
 def in_other_answers():
     wave = {"input": InputSpec((1, 64), "float32")}
     audio = mark("adi_audio", Task(wave, 10, [[-1.0, 1.0]]), count=50)
@@ -270,6 +307,6 @@ def triggers_of(mark):
 
 if __name__ == "__main__":
     whites = (*in_weights(), *in_one_weight(), *in_activations(), *in_scales(), *in_integers())
-    for each in (*whites, *in_answers(), *in_samples(), *in_other_answers()):
+    for each in (*whites, *in_answers(), *in_samples(), *in_other_answers(), *in_responses()):
         each.save(FOLDER / f"{each.scheme}-{each.version}.wm")
         print(each.scheme, each.commitment)

@@ -164,7 +164,7 @@ class ResponsePool(AbstractTriggers):
 
     def likely(self, mark: Drawn) -> NDArray[np.int64]:
         """The classes [P] that the base names."""
-        return self.known(mark).argmax(axis=1)
+        return np.asarray(self.known(mark).argmax(axis=1), np.int64)
 
     def observed(self, mark: Drawn, asked: NDArray[np.int64], said: NDArray[np.float64]) -> NDArray[np.float64]:
         """y [T] of what a suspect said [n, C] to the probes at these places [n]."""

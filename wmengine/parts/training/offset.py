@@ -21,7 +21,7 @@ class Offset:
     small tables and digits are, the mark is learned by them; else they cost time for nothing.
     """
 
-    strength: float = 0.35
+    strength: float = 0.5
     mixtures: int = 0
 
     takes = ("inputs",)
