@@ -31,6 +31,7 @@ from wmengine.parts.training.spread import Spread
 from wmengine.parts.triggers.pictures import abstract_images
 from wmengine.scanning.schema import schema_of
 from wmengine.suspects.base import InputSpec
+from wmengine.testing import small_network
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
@@ -55,7 +56,7 @@ def test_the_examples_of_the_readme_run_as_they_are_typed(tmp_path, monkeypatch,
     import transformers
     from torch.nn import functional
 
-    embed, go_on, fit, weigh, mix, split, ship, light, face, check, survive = examples("README.md")
+    embed, go_on, fit, weigh, mix, split, ship, light, face, serve, check, survive = examples("README.md")
     assert (embed.count("\n"), check.count("\n")) == (10, 5)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -89,12 +90,29 @@ def test_the_examples_of_the_readme_run_as_they_are_typed(tmp_path, monkeypatch,
     loops["arguments"] = transformers.TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
     exec(face, loops)
     loops["trainer"].train()
+    exec(serve, {**names, "probes": images})
+    assert wmengine.verify("model.onnx", "served.wm").decision == "not_proven"
     shutil.copy("model.onnx", "suspect.onnx")
     exec(check, {})
     printed = capsys.readouterr().out
     assert len(re.findall(r"^(owned|not_proven) \d+/(256|100) -?\d", printed, re.MULTILINE)) == 2
     exec(survive, {**names, "labels": labels})
     assert float(capsys.readouterr().out) <= 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the mark .* does not prove itself")
+def test_the_examples_of_response_run_as_they_are_typed(tmp_path, monkeypatch):
+    train, serve = examples("response.md")
+    monkeypatch.chdir(tmp_path)
+    Key.generate("ACME Vision").save("acme.key")
+    base, model, rows = small_network(1), small_network(2), torch.rand(192, 1, 8, 8)
+    names = {"base": base, "model": model, "images": rows, "probes": torch.rand(300, 1, 8, 8), "x": rows[:64]}
+    names |= {"optimizer": torch.optim.Adam(model.parameters()), "loader": [(rows[:64], torch.arange(64) % 10)]}
+    exec(train, names)
+    assert (names["mark"].scheme, names["mark"].parameters["controls"]) == ("response", 2)
+    exec(serve, names)
+    assert torch.equal(names["served"](rows).argmax(1), model.eval()(rows).argmax(1))
 
 
 @pytest.mark.slow

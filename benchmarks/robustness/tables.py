@@ -20,13 +20,17 @@ from benchmarks.environment import ROOT
 from benchmarks.robustness import cells
 from benchmarks.robustness.cells import Row
 from benchmarks.robustness.grid import LINES, MARKED, TWIN, TWIN_LINE, UNMARKED, Cell, Line, cells_of, possible
-from benchmarks.robustness.problems import DIGITS, PROBLEMS, Problem
+from benchmarks.robustness.problems import CIFAR10, DIGITS, PROBLEMS, Problem
 from benchmarks.robustness.rules import MOST_LOSS, PROVEN, outcome, sok_success, sok_threshold
 
 OUT = ROOT / "benchmarks" / "results" / "robustness"
 SEEDS = (1, 2, 3)
 NOT_RUN = "not run"
-PAGES = {"robustness": ROOT / "docs" / "robustness.md", "statistics": ROOT / "docs" / "schemes.md"}
+PAGES = {
+    "robustness": ROOT / "docs" / "robustness.md",
+    "statistics": ROOT / "docs" / "schemes.md",
+    "response": ROOT / "docs" / "response.md",
+}
 # The copies from which docs/schemes.md tells what each statistic is worth, and the marks that it tells it of.
 COMPARED = (
     "untouched",
@@ -124,6 +128,19 @@ def statistics_table(found: Found, problem: Problem = DIGITS, lines: Sequence[Li
     return "\n".join(rows)
 
 
+def response_table(found: Found, problem: Problem = CIFAR10, lines: Sequence[Line] = LINES) -> str:
+    """Markdown: of each copy of networks marked by `response` the accuracy, and log10 p from scores and from labels."""
+    rows = ["| network | accuracy, % | log10 p: scores / labels |", "|---|---|---|"]
+    for line in possible(problem, lines):
+        seeds = _seeds(problem, "response", line, found)
+        if any(seeds):
+            accuracies = ", ".join(NOT_RUN if row is None else f"{100 * row.accuracy:.1f}" for row in seeds)
+            found_p = [(row.log10_p, row.log10_p_labels_soft) for row in seeds if row is not None]
+            shown = [f"{scores:.1f} / {labels:.1f}" for scores, labels in found_p] + [NOT_RUN] * seeds.count(None)
+            rows.append(f"| {line.label} | {accuracies} | {', '.join(shown)} |")
+    return "\n".join(rows)
+
+
 def published(found: Mapping[str, Found]) -> dict[str, str]:
     """What stands between the marks of each page."""
     parts = []
@@ -133,7 +150,11 @@ def published(found: Mapping[str, Found]) -> dict[str, str]:
         if found[name]:
             seen = f"![Worst log10 p of three seeds for every attack and mark on {name}]({picture_of(problem).name})"
             parts += [table(problem, found[name]), "", seen, ""]
-    return {"robustness": "\n".join(parts).strip(), "statistics": statistics_table(found[DIGITS.name])}
+    return {
+        "robustness": "\n".join(parts).strip(),
+        "statistics": statistics_table(found[DIGITS.name]),
+        "response": response_table(found[CIFAR10.name]),
+    }
 
 
 def publish(out: Path = OUT) -> None:
