@@ -1,4 +1,4 @@
-"""Fixtures of several files; and without a GPU, Triton's interpreter on CPU tensors, asked for before its import."""
+"""Fixtures of several files; and without a GPU, one thread for torch and Triton's interpreter, asked for before imports."""
 
 import ctypes
 import os
@@ -22,6 +22,8 @@ def gpu_is_there() -> bool:
 
 if not gpu_is_there():
     os.environ["TRITON_INTERPRET"] = "1"
+    # Steps and batches that are small spend their time waiting for the other threads; subprocesses are told so too.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(params=_cpu.instruction_sets())
