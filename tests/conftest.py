@@ -1,4 +1,4 @@
-"""Fixtures of several files; and without a GPU, one thread for torch and Triton's interpreter, asked for before imports."""
+"""Fixtures of several files; and without a GPU, one thread and Triton's interpreter, asked for before imports."""
 
 import ctypes
 import os
@@ -70,6 +70,14 @@ def bucket(tmp_path_factory):
     import scan_models
 
     return scan_models.fill(tmp_path_factory.mktemp("bucket"))
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """The files of a network that learned a mark and of its twin: see `exported.plain`."""
+    import exported
+
+    return exported.plain(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="module")

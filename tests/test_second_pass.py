@@ -275,7 +275,7 @@ def test_a_network_that_does_not_end_in_a_linear_layer_has_no_families():
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name != "exponential_weighting"])
-def test_on_the_digits_it_is_learned_in_thirty_epochs_beside_the_task(name):
+def test_on_the_digits_it_is_learned_in_twenty_epochs_beside_the_task(name):
     data = load_digits()
     model = build_network(1)
     emb = wmengine.Embedder(
@@ -288,7 +288,7 @@ def test_on_the_digits_it_is_learned_in_thirty_epochs_beside_the_task(name):
         value_range=(0, 1),
         samples=data.owner,
     )
-    digits_train(model, data.owner, 30, seed=1, embedder=emb)
+    digits_train(model, data.owner, 20, seed=1, embedder=emb)
     verdict = wmengine.verify(model, emb.watermarks()[0])
     assert verdict.owned
     assert verdict.matched >= 0.95 * verdict.total

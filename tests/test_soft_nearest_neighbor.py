@@ -138,7 +138,7 @@ def test_near_duplicates_with_large_norms_keep_their_distances(offset, noise, di
 
 def test_a_far_row_does_not_blur_the_others(differentiate):
     """One row moves the centre, so that all other pairs cancel."""
-    features, labels = batch(60, 12)
+    features, labels = batch(24, 12)
     features[7], labels[7] = 3e4, 9  # it has no loss of its own: float32 does not hold differences of 1e10 to 1
     expected = reference.soft_nearest_neighbor(features.numpy(), labels.numpy(), 5.0)
     loss, gradient, _ = differentiate(features, labels, 5.0)
