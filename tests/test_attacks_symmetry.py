@@ -12,6 +12,7 @@ from torch import nn
 import wmengine as wm
 from wmengine import demo
 
+pytestmark = pytest.mark.slow
 KEEPING = ("permute", "rescale", "flip")
 X = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -120,7 +121,6 @@ def answers(model):
     return run(model, X.numpy())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("attack", KEEPING)
 @pytest.mark.parametrize("name", NETWORKS)
@@ -137,7 +137,6 @@ def test_the_file_answers_the_same_from_other_weights(exported, tmp_path, name, 
     assert len(changed) >= sum(array.ndim > 1 for array in before.values()) // 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "attack"), [each for each in product(NETWORKS, KEEPING) if (*each, False) not in WITHOUT]
 )
@@ -147,7 +146,6 @@ def test_the_module_answers_the_same_from_other_weights(name, attack):
     assert any((value != attacked.state_dict()[key]).any() for key, value in model.state_dict().items())
 
 
-@pytest.mark.slow
 def test_permuting_moves_every_weight_of_a_plain_network_and_loses_none():
     model, attacked = network("cnn"), attacked_by("permute", "cnn")
     for (name, before), after in zip(model.state_dict().items(), attacked.state_dict().values(), strict=True):
@@ -156,7 +154,6 @@ def test_permuting_moves_every_weight_of_a_plain_network_and_loses_none():
             assert torch.equal(before.flatten().sort().values, after.flatten().sort().values)
 
 
-@pytest.mark.slow
 def test_no_layer_is_left_out_where_channels_lie_last_in_memory():
     torch.manual_seed(0)
     body = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -175,7 +172,6 @@ def test_a_residual_stream_is_permuted_as_one():
     assert torch.equal(model.blocks[0].body[4].bias[order], attacked.blocks[0].body[4].bias)
 
 
-@pytest.mark.slow
 def test_what_convolutions_in_groups_touch_keeps_its_order():
     model, attacked = network("residual"), attacked_by("permute", "residual")
     assert torch.equal(model.grouped.weight, attacked.grouped.weight)
@@ -183,7 +179,6 @@ def test_what_convolutions_in_groups_touch_keeps_its_order():
     assert not torch.equal(model.depthwise.weight, attacked.depthwise.weight)
 
 
-@pytest.mark.slow
 def test_flipping_changes_signs_only():
     model, attacked = network("cnn"), attacked_by("flip", "cnn")
     for before, after in zip(model.state_dict().values(), attacked.state_dict().values(), strict=True):
@@ -193,7 +188,6 @@ def test_flipping_changes_signs_only():
         assert 0.2 < float(share) < 0.8
 
 
-@pytest.mark.slow
 def test_factors_stay_within_their_bounds(exported, tmp_path):
     model = network("cnn")
     attacked = wm.attacks.run("rescale", model, X[:1], low=0.1, high=0.2)
@@ -207,7 +201,6 @@ def test_factors_stay_within_their_bounds(exported, tmp_path):
             wm.attacks.run("rescale", exported("cnn", False), out=tmp_path / "rescaled.onnx", low=low, high=high)
 
 
-@pytest.mark.slow
 def test_a_mark_in_the_weights_is_read_through_flips_of_filters_with_their_normalisation():
     """What docs/design.md says of (W, gamma, mean) and −(W, gamma, mean)."""
     from wmengine.testing import small_network
@@ -228,7 +221,6 @@ def test_a_mark_in_the_weights_is_read_through_flips_of_filters_with_their_norma
 # --- pruned channels ---
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_exactly_a_share_of_the_channels_falls_with_all_that_is_theirs(share):
     model = network("cnn")
@@ -243,7 +235,6 @@ def test_exactly_a_share_of_the_channels_falls_with_all_that_is_theirs(share):
     assert torch.equal(model[14].weight, pruned[14].weight)
 
 
-@pytest.mark.slow
 def test_channels_of_a_residual_stream_fall_together():
     pruned = wm.attacks.run("prune_filters", network("residual"), X[:1])
     gone = pruned.stem[1].bias == 0

@@ -88,6 +88,7 @@ def test_without_gradients_nothing_is_run_again(name):
     assert not model.modes
 
 
+@pytest.mark.slow
 def test_a_loop_that_is_compiled_runs_them_again_too(name):
     def term(wrap):
         model = network().eval()
