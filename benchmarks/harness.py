@@ -58,6 +58,7 @@ class Case:
     that a scaling curve runs over and gives its value, such as ("rows", 4096): rows with the same `what` and the same
     name form one curve. `left_out` maps the name of a peer that cannot run here to the reason. `processes`: every call
     is of a whole process, for seconds, so its memory is not this one's, and no case repeats it more than it must.
+    `seconds` to be measured for, at least.
     """
 
     operator: str
@@ -73,6 +74,7 @@ class Case:
     operations: int = 0
     axis: tuple[str, int] | None = None
     processes: bool = False
+    seconds: float = 0.0
 
 
 def device_clock(device: str) -> Clock:
@@ -236,10 +238,10 @@ def compare(case: Case, benchmark: Any, clock: Clock, quick: bool, device: str =
         del leaves  # it would keep alive what the case lets go
     turns = [Turn(one.run, clock, 2e-4 if quick else 0.01, case.processes) for one in contenders]
     ours, *others = turns
-    limit_s, least = (4.0, 5) if case.headline else (1.5, 3)
+    limit_s = max(case.seconds, 4.0 if case.headline else 1.5)
     rounds = 3
     if not quick and not case.processes:
-        rounds = max(least, min(40, int(limit_s / sum(turn.round_s for turn in turns))))
+        rounds = max(5, min(40, int(limit_s / sum(turn.round_s for turn in turns))))
 
     def measure_others() -> None:
         done = len(others[0].seconds)

@@ -41,9 +41,10 @@ STYLE: Any = {
 
 
 def drawn(measured: Sequence[Result]) -> dict[str, str]:
-    """The names of one machine's pictures with what they show; none where it was held below its best."""
+    """The names of one machine's pictures with what they show; none where it was held below its best, or where there is
+    no headline."""
     described = measured[0]["environment"]
-    if described["slug"].startswith("cpu-"):
+    if described["slug"].startswith("cpu-") or not any(row["headline"] for one in measured for row in one["rows"]):
         return {}
     return {
         f"speed-{described['slug']}.png": f"Time of floor and peers relative to ours on {described['device']}",

@@ -79,15 +79,14 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def _machines(measured: Sequence[Result]) -> dict[str, list[Result]]:
-    """The results of each machine, under a line that names it with its versions."""
+    """The results of each machine and number of threads, under a line that names them with the versions."""
     machines: dict[str, list[Result]] = {}
     for result in measured:
         described = result["environment"]
         sets = "/".join(name.upper() for name in described["instruction_sets"])
         held = "held to " if described["slug"].startswith("cpu-") else ""
-        place = (
-            f"CPU: {described['device']} ({held}{sets}), {described['threads']} threads on {described['cores']} cores"
-        )
+        threads = f"{described['threads']} thread{'s' * (described['threads'] > 1)}"
+        place = f"CPU: {described['device']} ({held}{sets}), {threads} on {described['cores']} cores"
         if "cuda" in described:
             place = f"GPU: {described['device']}, CUDA {described['cuda']}"
         versions = ", ".join(f"{name} {number}" for name, number in described["versions"].items())

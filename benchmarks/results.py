@@ -12,11 +12,16 @@ FORMAT = "wmengine-benchmark/2"
 DIRECTORY = ROOT / "benchmarks" / "results"
 ORDER = (
     *("sketch", "project", "embedding_loss", "cross_entropy", "soft_nearest_neighbor"),
-    *("match_counts", "label_matches", "bit_matches", "training_step", "scan"),
+    *("match_counts", "label_matches", "bit_matches", "training_step", "scheme_step", "resnet_step", "scan"),
 )
 
 Result = dict[str, Any]
 Row = dict[str, Any]
+
+
+def step_name(scheme: str) -> str:
+    """What the row of a scheme's training step on the digits is called."""
+    return f"training step of the demo's network with {scheme}"
 
 
 def write(

@@ -61,7 +61,7 @@ def run(
     here = Path(__file__).parent
     files = [str(here / f"bench_{name}.py") for name in results.ORDER if name in operators or not operators]
     switches = ["--benchmark-only", "--benchmark-quiet", "--no-header", "-pno:cacheprovider"]
-    switches += [f"--rootdir={environment.ROOT}"]
+    switches += [f"--rootdir={environment.ROOT}", "-ofaulthandler_timeout=0"]  # which is for tests
     switches += [f"--device={device}", f"--threads={threads}", f"--out={out}", *(["--quick"] if quick else [])]
     started = time.time()
     shown = sys.stderr if sys.stderr.isatty() else io.StringIO()

@@ -37,7 +37,7 @@ POOL = replace(
     controls=[small_network(5), small_network(6)],
     model=small_network(4),
 )
-RANKED = ("frontier", "ewe", "ipguard", "conferrable", "known_mistakes", "posthoc", "blackmarks")
+RANKED = ("frontier", "ewe", "ipguard", "conferrable", "known_mistakes", "posthoc", "blackmarks", "dataset_inference")
 OF_FAMILIES = ("class_feature", "mea_defender")
 POOLED = (
     *("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view", "blind", "ewe_keyed"),
@@ -80,6 +80,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "margin": {"count": 20},
     "certified": {"count": 20},
     "blackmarks": {"bits": 20},
+    "dataset_inference": {"bits": 12},
 }
 MATERIAL: dict[str, dict[str, NDArray[Any]]] = {}  # by its digests
 

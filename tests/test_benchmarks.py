@@ -144,6 +144,14 @@ def test_each_machine_has_its_own_tables_and_the_readme_none_of_one_that_was_hel
     assert [name in readme for name in machines] == [True, False, True]
 
 
+def test_a_machine_without_a_headline_has_tables_and_no_pictures() -> None:
+    single = [a_result(a_row(headline=False), threads=1)]
+    text = publish.performance(single)
+    assert "**CPU: Some CPU (AVX2), 1 thread on 2 cores**" in text
+    assert "![" not in text
+    assert publish.readme(single) == publish.NOTHING
+
+
 def test_rows_measured_beside_other_work_are_marked() -> None:
     for table in (publish.readme, publish.performance):
         assert "†" not in table([a_result(a_row())])

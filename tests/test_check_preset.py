@@ -155,8 +155,10 @@ def test_every_preset_of_the_page_keeps_its_promises(name: str) -> None:
     if report.watermark.preset.null == "rank":
         controls = report.watermark.parameters["controls"]
         best = -math.log10(controls + 1)
-        # Random networks share too little with their students for points that these alone answer.
-        assert report.log10_p == pytest.approx(best) if name != "conferrable" else report.log10_p >= best
+        # Random networks share too little with their students for points that these alone answer, and this one was
+        # trained on no sample.
+        rare = name in ("conferrable", "dataset_inference")
+        assert report.log10_p >= best - 1e-9 if rare else report.log10_p == pytest.approx(best)
         assert report.exported_log10_p > best  # two ways to put the questions, both paid
         return
     # Of 64 bits one may be missed: that is 10^-17.06, and all of them 10^-18.96.

@@ -373,6 +373,10 @@ def test_schemes_lists_every_preset_with_its_null(run):
     assert {name: preset["null"] for name, preset in json.loads(out).items()} == {
         name: preset.null for name, preset in SCHEMES.items()
     }
+    needs = {name: preset["needs"] for name, preset in json.loads(out).items()}
+    assert needs["sketch"] == []
+    assert needs["ewe_keyed"] == ["samples", "labels"]
+    assert needs["emmark"] == ["file"]
     text = run("schemes")[1]
     assert all(name in text and preset.paper in text for name, preset in SCHEMES.items())
 

@@ -88,7 +88,8 @@ for abstract in ("margin", "certified"):
 for pooled in RANKED:
     CHANGES[pooled] = [*CHANGES[pooled], {"controls": 3}]
 CHANGES["ewe"] = [*CHANGES["ewe"], {"clean": 3}]
-CHANGES["blackmarks"] = [{"bits": 21}, *CHANGES["blackmarks"][1:3], *CHANGES["blackmarks"][5:]]
+for bits in ("blackmarks", "dataset_inference"):
+    CHANGES[bits] = [{"bits": parameters_of(bits)["bits"] + 1}, *CHANGES[bits][1:3], *CHANGES[bits][5:]]
 CHANGES["diction"] = [*CHANGES["deepsigns"][2:], {"bits": 80}, {"groups": 8}, {"hidden": 513}]
 
 
@@ -130,7 +131,7 @@ def test_arrays_have_the_announced_layout(name: str) -> None:
     layout = {array: (str(values.dtype), values.shape) for array, values in derived(name, parameters).items()}
     assert layout == preset.layout(parameters)
     labels = preset.symbols.name == "labels"
-    assert preset.total(parameters) == (20 if labels or name == "blackmarks" else 64)
+    assert preset.total(parameters) == {"blackmarks": 20, "dataset_inference": 12}.get(name, 20 if labels else 64)
     chances = {"exponential_weighting": 1 / 9, "multi_view": 0.25}
     assert preset.chance(parameters) == chances.get(name, 0.1 if labels else 0.5)
 

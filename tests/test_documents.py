@@ -209,7 +209,7 @@ def test_every_heading_the_documents_link_to_is_there():
 
 def test_the_documented_commands_have_the_options_that_they_are_typed_with(capsys):
     text = "\n".join(PAGES.values())
-    for command in ("demo", "keygen", "verify", "scan", "schemes", "info", "attack", "attacks"):
+    for command in ("demo", "keygen", "verify", "scan", "schemes", "info", "attack", "attacks", "emmark"):
         main([command, "--help"])
         known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
         for line in re.findall(rf"^    (?:\S+/)?wmengine {command}\b(.*)$", text, re.MULTILINE):
@@ -247,6 +247,11 @@ def test_the_documented_defaults_are_those_of_the_presets():
         said = PAGES["schemes.md"].replace("\n", " ")
         assert preset.null == "exact" or f"the null `{preset.null}`" in said
         assert f"`{preset.statistic.identifier}`" in PAGES["schemes.md"].replace("\n", " ")
+
+
+def test_what_schemes_need_is_explained_and_nothing_else():
+    explained = {word for word, _ in rows_below("schemes.md", "| needs | what to give |")}
+    assert explained == {need for preset in SCHEMES.values() for need in preset.needs}
 
 
 def test_every_attack_is_documented_with_its_options():

@@ -1,5 +1,8 @@
 """A mark in the integers of a quantised file (emmark): some move one step, and are read against the owner's own."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -7,6 +10,7 @@ from embedding import KEY, batch, embedder, network
 from onnx import TensorProto, helper, numpy_helper
 
 import wmengine
+from wmengine.cli import main
 from wmengine.testing import check_mark
 
 BITS = 64
@@ -163,13 +167,61 @@ def test_what_cannot_be_marked_is_said(tmp_path):
     reference, out, _ = marked(tmp_path)
     with pytest.raises(ValueError, match=r"marked\.onnx exists already: give another path"):
         wmengine.emmark(reference, KEY, name="reader", out=out)
-    with pytest.raises(ValueError, match=r"marks a finished file whose weights are integers: use wmengine\.emmark"):
+    with pytest.raises(ValueError, match=r"f\.onnx holds no weights that are integers: quantise it first, as QDQ"):
         wmengine.emmark(dequantised(out, tmp_path / "f.onnx"), KEY, name="reader", out=tmp_path / "never.onnx")
     with pytest.raises(ValueError, match="weights can be moved a step, too few for 60000 bits"):
         wmengine.emmark(reference, KEY, name="reader", out=tmp_path / "never.onnx", bits=60000)
     with pytest.raises(ValueError, match=r"marks a finished file whose weights are integers: use wmengine\.emmark"):
         embedder(network(), ["emmark"], num_classes=None)
     assert not (tmp_path / "never.onnx").exists()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """`wmengine emmark reference.onnx` in a folder that holds it and the key: (status, printed, complained)."""
+    monkeypatch.chdir(tmp_path)
+    KEY.save("acme.key")
+    quantised(Path("reference.onnx"))
+
+    def call(*more, model="reference.onnx", key="acme.key", out="marked.onnx", mark="reader.wm"):
+        status = main(["emmark", model, "--key", key, "--name", "reader", "--out", out, "--watermark-out", mark, *more])
+        printed = capfd.readouterr()
+        return status, printed.out, printed.err
+
+    return call
+
+
+def test_the_command_writes_the_marked_file_and_its_watermark(run):
+    status, printed, complained = run("--bits", "64", "--message", "for acme", "--json")
+    assert (status, complained) == (0, "")
+    mark = wmengine.Watermark.load("reader.wm")
+    assert json.loads(printed) == {
+        **{"out": "marked.onnx", "watermark": "reader.wm"},
+        **{"bits": BITS, "commitment": mark.commitment},
+    }
+    assert mark.message == "for acme"
+    assert wmengine.verify("marked.onnx", mark, key=KEY).matched == BITS
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"model": "nowhere.onnx"}, "nowhere.onnx: No such file"),
+        ({"model": "acme.key"}, "acme.key cannot be read as an ONNX file"),
+        ({"key": "reference.onnx"}, "reference.onnx"),
+        ({"out": "reference.onnx"}, "reference.onnx exists already"),
+        ({"out": "no/folder.onnx"}, "no/folder.onnx: No such file"),
+        ({"mark": "acme.key"}, "acme.key exists already"),
+        ({"mark": "no/reader.wm"}, "No such file"),
+        ({"mark": "marked.onnx"}, "marked.onnx exists already"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong_and_leaves_nothing_behind(run, given, said):
+    before = sorted(Path().iterdir())
+    status, printed, complained = run(**given)
+    assert (status, printed, complained.count("\n")) == (2, "", 1)
+    assert said in complained
+    assert sorted(Path().iterdir()) == before
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ import wmengine
 from wmengine import Key, Watermark, fingerprint, scheme, verify
 from wmengine.demo import build_network, load_digits, train
 from wmengine.marks.catalogue import registered
+from wmengine.suspects.answers import ABSTAINED
+from wmengine.suspects.base import Answers
 from wmengine.testing import small_network
 
 KEY = Key("owner", bytes(range(32)))
@@ -59,6 +61,52 @@ def test_a_network_ranks_before_those_made_apart_and_stays_as_it_is(trained, nam
 
 
 @pytest.mark.slow
+def test_a_network_and_its_copy_are_surer_of_what_the_network_was_trained_on():
+    data = load_digits()
+    private = tuple(rows[:250] for rows in data.owner)
+    own = train(build_network(0), private, 40, seed=0)
+    apart = [train(build_network(seed), data.thief, 6, seed=seed) for seed in range(1, 9)]
+    samples = tuple(torch.cat([ours, public[:250]]) for ours, public in zip(private, data.test, strict=True))
+    mark = fingerprint(
+        own, KEY, scheme("dataset_inference", bits=150), samples=samples, controls=apart[:6], num_classes=10,
+        name="detector", value_range=(0, 1),
+    )  # fmt: skip
+    copied = train(copy.deepcopy(own), data.thief, 2, seed=9)
+    found = [verify(each, mark, key=KEY) for each in (own, copied, *apart[6:])]
+    assert {verdict.decision for verdict in found} == {"not_proven"}
+    assert [round(10**verdict.log10_p * 7) for verdict in found[:2]] == [1, 1], "first among six"
+    assert max(verdict.matched for verdict in found[2:]) < found[1].matched < found[0].matched
+
+
+def test_of_two_samples_the_surer_is_read_and_of_labels_the_only_right_one():
+    samples = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(2)), torch.arange(40) % 10
+    mark = fingerprint(
+        small_network(), KEY, scheme("dataset_inference", bits=3), samples=samples, controls=[small_network(1)],
+        num_classes=10, name="n", value_range=(0, 1),
+    )  # fmt: skip
+    (first, second, third), read = mark.arrays["classes"].reshape(3, 2), mark.preset.source.interpret
+    rows = np.arange(3)
+    scores = np.zeros((3, 2, 10), np.float32)
+    scores[rows, 0, mark.arrays["classes"][::2]], scores[rows, 1, mark.arrays["classes"][1::2]] = (1, 2, 3), (3, 2, 1)
+    margins = read(mark, rows, Answers("scores", scores.reshape(6, 10))).values
+    assert margins.tolist() == [[1, 3], [2, 2], [3, 1]]
+    labels = np.array([first[0], (first[1] + 1) % 10, *second, -1, third[1]])
+    found = read(mark, rows, Answers("labels", labels, refused={4: "gone", 2: "late", 3: "late"}))
+    assert found.values.tolist() == [0, ABSTAINED, ABSTAINED]
+    assert found.refused == {1: "late"}, "half a pair says nothing"
+    assert np.isnan(read(mark, rows[:1], Answers("scores", np.full((2, 10), np.nan))).values).all()
+
+
+def test_halves_of_the_samples_must_share_a_class():
+    samples = torch.rand(40, 1, 8, 8), torch.arange(40) // 20
+    with pytest.raises(ValueError, match=r"'dataset_inference': the first half .* no class in common"):
+        fingerprint(
+            small_network(), KEY, "dataset_inference", samples=samples, controls=[small_network(1)], num_classes=10,
+            name="n", value_range=(0, 1),
+        )  # fmt: skip
+
+
+@pytest.mark.slow
 def test_frontier_points_are_learned_and_then_rank_first(trained):
     data, own, apart, _ = trained
     model = copy.deepcopy(own)
@@ -85,6 +133,23 @@ def test_without_controls_there_is_nothing_to_rank_among(name):
         fingerprint(
             small_network(), KEY, name, samples=torch.rand(200, 1, 8, 8), controls=[], num_classes=10, name="n",
             value_range=(0, 1),
+        )  # fmt: skip
+
+
+class Named(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = small_network()
+
+    def forward(self, x):
+        return {"logits": self.inner(x)}
+
+
+def test_a_model_that_does_not_answer_with_logits_is_said_to_be_so():
+    with pytest.raises(ValueError, match=r"answers logits \[n, C\], and this one answers dict"):
+        fingerprint(
+            Named(), KEY, "posthoc", samples=torch.rand(200, 1, 8, 8), controls=[small_network(1)], num_classes=10,
+            name="n", value_range=(0, 1),
         )  # fmt: skip
 
 

@@ -59,6 +59,7 @@ COMMITMENTS = {
     "known_mistakes-1": "252c43a90c5e08ac143fd6f74bd31d4d801a2f56301da488a9a91c944a9fc8e2",
     "posthoc-1": "562471372270bda6b8a4c379e75eb79e61d3861445633fbfc9c141a753e76c53",
     "blackmarks-1": "0c22761ab986d4463ba25cc11a86690fb5a76c66d4e64889a37efad1c95df06a",
+    "dataset_inference-1": "165989433c23a2d5880a63383d0e434e8d0392b3e2f2adfa3a93f42d32210051",
 }
 LOG10_P = {
     "sketch-1": -18.96,
@@ -96,6 +97,7 @@ LOG10_P |= {
     "known_mistakes-1": 0.0,
     "posthoc-1": 0.0,
     "blackmarks-1": -0.3,
+    "dataset_inference-1": -0.3,
 }
 LOG10_P |= dict.fromkeys(("ewe_keyed-1", "margin-1", "certified-1"), -49.40)
 LOG10_P |= dict.fromkeys(("class_feature-1", "mea_defender-1"), -24.40)

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 
+import described
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from wmengine import Key, Watermark, endpoint, scheme, verify
 from wmengine.judging.asking import Terms, Trial
 from wmengine.marking.embedder import Embedder
-from wmengine.marks.catalogue import registered
+from wmengine.marks.catalogue import SCHEMES, registered
 from wmengine.marks.preset import Preset
 from wmengine.parts.base import Task
 from wmengine.parts.statistics.base import LEVELS, Look
@@ -110,6 +111,25 @@ def test_wrong_samples_get_one_clear_error(samples, error, said):
             small_network(), KEY, [OWN], num_classes=10, sample=torch.rand(4, 1, 8, 8), name="n",
             value_range=(0, 1), samples=samples,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("need", "without", "said"),
+    [
+        ("samples", {"samples": {}}, "needs samples=, inputs of the task"),
+        ("labels", {"sample_labels": None}, "needs to know what its samples are"),
+        ("targets", {"targets": None}, r"needs samples=\(inputs, targets\)"),
+        ("controls", {"controls": ()}, "needs controls=, networks of the task"),
+        ("file", {"integers": ()}, "use wmengine.emmark"),
+    ],
+)
+def test_a_scheme_says_which_of_what_it_needs_is_missing(need, without, said):
+    presets = [preset for preset in SCHEMES.values() if need in preset.needs]
+    assert presets
+    for preset in presets:
+        lacking = replace(described.OWN.get(preset.name, described.TASK), **without)
+        with pytest.raises(ValueError, match=f"'{preset.name}': .*{said}"):
+            preset.describe(lacking, "n", preset.gather(lacking))
 
 
 def test_keyed_picks_are_uniform_without_repetition():

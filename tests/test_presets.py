@@ -17,9 +17,10 @@ from wmengine.parts.sources.integers import IntegerWeights
 from wmengine.parts.sources.latent import LatentActivations
 from wmengine.parts.sources.passports import Passports
 from wmengine.parts.sources.weights import PeriodicWeights, Weights
-from wmengine.parts.symbols import Bits, ChannelBits, Choices, Labels
+from wmengine.parts.symbols import Bits, ChannelBits, Choices, GivenBits, Labels
 from wmengine.parts.training.covert import Covert
 from wmengine.parts.training.entangled import Entangled
+from wmengine.parts.training.hamming import Hamming
 from wmengine.parts.training.link import Link
 from wmengine.parts.training.margin import Margin
 from wmengine.parts.training.mixed import Mixed
@@ -27,10 +28,12 @@ from wmengine.parts.training.own_pass import OwnPass
 from wmengine.parts.training.passports import PassportSigns
 from wmengine.parts.training.spread import Spread
 from wmengine.parts.training.together import Together
+from wmengine.parts.training.towards_class import TowardsClass
 from wmengine.parts.training.weight_noise import WeightNoise
 from wmengine.parts.triggers.abstract import AbstractTriggers
 from wmengine.parts.triggers.composites import Composites
 from wmengine.parts.triggers.families import Families
+from wmengine.parts.triggers.membership import MemberPairs
 from wmengine.parts.triggers.one_target import OneTarget
 from wmengine.parts.triggers.readings import Anchors, Levels
 from wmengine.parts.triggers.tables import TableTriggers
@@ -38,7 +41,7 @@ from wmengine.parts.triggers.tokens import TokenTriggers
 
 OF_SAMPLES = ("zhang_content", "zhang_noise", "zhang_unrelated", "exponential_weighting", "multi_view", "blind")
 RUN_AGAIN = ("ewe_keyed", "margin", "certified", "class_feature", "mea_defender")
-RANKED = ("frontier", "ewe", "ipguard", "conferrable", "known_mistakes", "posthoc", "blackmarks")
+RANKED = ("frontier", "ewe", "ipguard", "conferrable", "known_mistakes", "posthoc", "blackmarks", "dataset_inference")
 
 
 def test_the_presets_keep_their_papers_defaults() -> None:
@@ -91,6 +94,9 @@ def test_the_presets_keep_their_papers_defaults() -> None:
     assert scheme("margin").training == Margin(0.1, 5)
     assert scheme("certified").training == WeightNoise(0.3, 4)
     assert (scheme("class_feature").source, scheme("class_feature").symbols) == (Families(family=20), Labels(64))
+    assert scheme("multi_view").training == TowardsClass(0.1)
+    assert (scheme("dataset_inference").source, scheme("dataset_inference").symbols) == (MemberPairs(), GivenBits(200))
+    assert scheme("blackmarks").training == Hamming(0.5)
     assert scheme("class_feature").training == Together(1.0, 1.0, 0.0)
     assert (scheme("mea_defender").source, scheme("mea_defender").symbols) == (Composites(family=20), Labels(32))
     assert scheme("mea_defender").training == Together(0.3, 1.0, 0.1)

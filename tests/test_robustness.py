@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import results
 from benchmarks.robustness import cells, cifar10, command, grid, rules, runner, tables
 from benchmarks.robustness.cells import Row
 from benchmarks.robustness.grid import LINES, MARKED, TWIN_LINE, Cell, Line, Step
@@ -284,6 +285,23 @@ def test_the_heading_names_every_commit_and_version_that_its_rows_come_from() ->
     ]
     said = tables.heading(DIGITS, {row.key: row for row in rows})
     assert "torch 2.13.0 and 2.14.0; commit abc1234, newer00, older00." in said
+
+
+def test_a_step_with_a_mark_is_shown_over_a_plain_one_where_it_was_measured() -> None:
+    measured = {"what": results.step_name("adi"), "peers": [{"ratio": {"median": 0.8}}]}
+    on_cpu = {"environment": {"slug": "cpu"}, "rows": [{**measured, "what": "another"}, measured]}
+    steps = tables.steps_over_plain([on_cpu], ("adi", "sketch"))
+    assert steps == {"adi": 1.25}
+    assert tables.steps_over_plain([{**on_cpu, "environment": {"slug": "some-gpu"}}], ("adi",)) == {}
+    row = a_row(Cell(DIGITS, "adi", 1, LINES[0]))
+    shown = {
+        line.split("|")[1].strip(): line for line in tables.heading(DIGITS, {row.key: row}, steps).splitlines()[2:]
+    }
+    assert shown["network"].endswith("| step over plain |")
+    assert shown["adi"].endswith("| 1.25 |")
+    assert shown["sketch"].endswith("| not run |")
+    assert shown["without a mark"].endswith("|  |")
+    assert "step over plain" not in tables.heading(DIGITS, {row.key: row})
 
 
 def test_a_cell_whose_copies_are_worth_nothing_is_set_apart(counted: Counted) -> None:

@@ -19,13 +19,16 @@ OPTIONS = {
     "certified": {"count": 24},
     "class_feature": {"count": 12, "family": 4},
     "mea_defender": {"count": 12, "family": 4},
+    "multi_view": {"count": 24, "choices": 2},
+    "blackmarks": {"bits": 24},
 }
 SAMPLES = batch(120, seed=7)
 
 
 def marked(name, model=None, **options):
     preset = wmengine.scheme(name, **{**OPTIONS[name], **options})
-    return embedder(network() if model is None else model, [preset], samples=SAMPLES)
+    controls = [network(1)] if "controls" in preset.needs else []
+    return embedder(network() if model is None else model, [preset], samples=SAMPLES, controls=controls)
 
 
 @pytest.fixture(params=OPTIONS)
@@ -122,13 +125,14 @@ def test_a_network_that_answers_with_something_else_is_named(name):
     class Other(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner, self.answer = network(), lambda logits: {"logits": logits}
+            self.inner, self.answer = network(), lambda logits: logits
 
         def forward(self, x):
             return self.answer(self.inner(x))
 
     model = Other()
     emb = marked(name, model)
+    model.answer = lambda logits: {"logits": logits}
     with pytest.raises(ValueError, match=r"must answer with logits \[n, C\], not dict"):
         emb.regulariser()
     model.answer = lambda logits: logits[:, :1]
@@ -229,8 +233,67 @@ def test_one_target_needs_labelled_samples_of_it_and_of_others(labels):
 
 
 def test_entangling_needs_samples_that_are_known():
-    with pytest.raises(ValueError, match="'ewe_keyed' entangles triggers with samples of their classes, and there are"):
+    with pytest.raises(ValueError, match="'ewe_keyed': it needs to know what its samples are"):
         embedder(network(), [wmengine.scheme("ewe_keyed", count=24)], samples=SAMPLES[0])
+    few = SAMPLES[0][:3], torch.arange(3)
+    with pytest.raises(
+        ValueError, match="'ewe_keyed' brings triggers near samples of their classes, and there are none"
+    ):
+        embedder(network(), [wmengine.scheme("ewe_keyed", count=3)], samples=few)
+
+
+@pytest.mark.slow
+def test_triggers_come_near_the_samples_of_their_classes():
+    """In what goes into the last layer, by the distance between samples of different classes."""
+
+    @torch.no_grad()
+    def distance(pull):
+        model = network()
+        emb = marked("multi_view", model, pull=pull)
+        with torch.enable_grad():
+            train(model, emb, 80)
+        inside, (x, y) = model.eval()[:10], SAMPLES
+        centres = torch.stack([inside(x[y == each]).mean(0) for each in range(CLASSES)])
+        rows = [(inside(row[None])[0] - centres[label]).norm() for row, label in triggers_of(emb)]
+        return float(torch.stack(rows).mean() / torch.pdist(centres).mean())
+
+    assert distance(0.1) < 0.93 * distance(1e-6)
+
+
+@torch.no_grad()
+def test_the_pull_is_the_distance_from_the_mean_of_samples_in_units_of_their_size():
+    model, samples = network().eval(), batch(40, seed=7)
+    preset = wmengine.scheme("multi_view", count=16, choices=2, pull=0.5)
+    emb = embedder(model, [preset], samples=samples, controls=[network(1)])
+    (mark,) = unproven(emb)
+    pool = torch.from_numpy(to_input(mark.arrays["samples"], mark.parameters["value_range"]))
+    rows, truth = [*triggers_of(emb)], mark.arrays["truth"].tolist()
+
+    def inside(rows, label):
+        return model[:10](torch.stack([row for row, own in rows if own == label]))
+
+    found, possible = term_of(emb), []
+    for each in {label for _, label in rows}:  # the class of this step is any of them
+        own, plain = inside(rows, each), inside(zip(pool, truth, strict=True), each)
+        possible.append(0.5 * (own - plain.mean(0)).square().sum(1).mean() / plain.square().sum(1).mean())
+    assert (found / torch.stack(possible) - 1).abs().min() < 1e-4
+
+
+def test_the_hamming_term_is_the_share_of_bits_that_are_expected_wrong():
+    model = network().eval()
+    emb = marked("blackmarks", model, bits=16, weight=1.0)
+    (mark,) = unproven(emb)
+    with torch.no_grad():
+        model[10].weight.zero_()
+        model[10].bias.zero_()
+        torch.testing.assert_close(term_of(emb), torch.tensor(0.5), msg="a class of each group is as likely")
+        model[10].bias[2] = 100.0
+        torch.testing.assert_close(term_of(emb), torch.tensor(mark.symbols.mean(), dtype=torch.float32))
+
+
+def term_of(emb):
+    with torch.enable_grad():
+        return emb.regulariser().detach()
 
 
 @pytest.mark.slow

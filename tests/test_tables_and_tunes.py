@@ -72,7 +72,7 @@ def test_what_is_no_table_is_named(samples, error):
 
 
 def test_an_embedder_says_that_a_table_is_needed():
-    with pytest.raises(ValueError, match="it needs samples=, rows of the table that the model is trained on"):
+    with pytest.raises(ValueError, match="it needs samples=, inputs of the task"):
         wmengine.Embedder(nn.Linear(3, 2), KEY, ["adi_table"], num_classes=2, sample=torch.rand(4, 3), name="churn")
 
 

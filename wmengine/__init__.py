@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from wmengine.marking.fingerprint import fingerprint
     from wmengine.marking.lightning import MarkingCallback
     from wmengine.marking.passports import passport, passport_accuracy
+    from wmengine.marking.serving import response
     from wmengine.marking.transformers import MarkedTrainer
+    from wmengine.marking.unmarked import controls
     from wmengine.marks.catalogue import SCHEMES, scheme
     from wmengine.marks.preset import Preset
     from wmengine.marks.watermark import Watermark
@@ -44,6 +46,7 @@ __all__ = [
     "__version__",
     "attacks",
     "certify",
+    "controls",
     "emmark",
     "endpoint",
     "errors",
@@ -54,6 +57,7 @@ __all__ = [
     "ops",
     "passport",
     "passport_accuracy",
+    "response",
     "scan",
     "scheme",
     "set_num_threads",
@@ -74,6 +78,7 @@ _HOMES = {
     "Verdict": "judging.verdict",
     "Watermark": "marks.watermark",
     "certify": "marking.certification",
+    "controls": "marking.unmarked",
     "emmark": "marking.emmark",
     "endpoint": "suspects.endpoint.suspect",
     "export_onnx": "marking.export",
@@ -82,6 +87,7 @@ _HOMES = {
     "mark_of": "marking.data",
     "passport": "marking.passports",
     "passport_accuracy": "marking.passports",
+    "response": "marking.serving",
     "scan": "scanning.scanner",
     "scheme": "marks.catalogue",
     "set_num_threads": "ops",

@@ -179,7 +179,7 @@ def train(
                 loss = torch.nn.functional.cross_entropy(model(x), y)
             else:
                 x, y = embedder.mix(x, y)
-                loss = embedder.loss(model(x), y)
+                loss = embedder.loss(model(x), y, inputs=x)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -47,6 +47,9 @@ SENTENCES: dict[str, str] = {
     "order_of_clean": "{moved} of {classes} classes stand elsewhere, by {count} clean inputs of which the suspect "
     "names {agreed} rightly; this is free, as long as these and their labels were chosen without the triggers' labels",
     "order_of_names": "{moved} of {classes} classes stand elsewhere, by their names in suspect and watermark",
+    "order_of_base": "{moved} of {classes} classes stand elsewhere, by the answers of the mark's unmarked base to the "
+    "same inputs, which is free",
+    "left_out": "{count} of {asked} answers hold NaN or Inf or name no class, and were left out",
     "orders_paid": "all 10^{log10_orders:.1f} orders of the classes were paid for",
     "reordered": "classes stand in another order; all 10^{log10_orders:.1f} orders were paid for",
     "orders_too_many": "{total} triggers can prove no other order of {classes} classes, as there are too many: give "
@@ -67,6 +70,8 @@ SENTENCES: dict[str, str] = {
     "were left out, as CUDA does not work under them",
     "sandbox_without": "this kernel has no {missing}: the sandbox was without",
     # what a verdict leans on
+    "learned": "the mark lives in answers to ordinary inputs: a network that was trained on answers of the marked one "
+    "holds it, by whoever's hand and whether or not that was allowed",
     "bar_of_dispute": "the bar is 2^-128, as no timestamp of the commitment is looked at",
     "leans_on_date": "p is above 2^-128: in a dispute keys may be said to have been tried until one fitted, which the "
     "date of a commitment alone does not answer; this one was made, by its owner's word, on {created}",

@@ -1,6 +1,7 @@
 """The page: every scheme of the engine is one entry. What a part does stands in the part."""
 
 from wmengine.marks.preset import Preset
+from wmengine.parts.responses.source import ResponsePool
 from wmengine.parts.sources.activations import ActivationTerm, MeanActivations
 from wmengine.parts.sources.extracted import Extracted
 from wmengine.parts.sources.integers import Elsewhere, IntegerWeights
@@ -14,13 +15,16 @@ from wmengine.parts.symbols import Bits, ChannelBits, Choices, Given, GivenBits,
 from wmengine.parts.training.covert import Covert
 from wmengine.parts.training.entangled import Entangled
 from wmengine.parts.training.exponential import Exponential
+from wmengine.parts.training.hamming import Hamming
 from wmengine.parts.training.link import Link
 from wmengine.parts.training.margin import Margin
 from wmengine.parts.training.mixed import Mixed
+from wmengine.parts.training.offset import Offset
 from wmengine.parts.training.own_pass import OwnPass
 from wmengine.parts.training.passports import PassportSigns
 from wmengine.parts.training.spread import Spread
 from wmengine.parts.training.together import Together
+from wmengine.parts.training.towards_class import TowardsClass
 from wmengine.parts.training.untouched import Untouched
 from wmengine.parts.training.weight_noise import WeightNoise
 from wmengine.parts.triggers.abstract import AbstractTriggers
@@ -37,6 +41,7 @@ from wmengine.parts.triggers.fingerprints import (
     TransferablePoints,
 )
 from wmengine.parts.triggers.groups import GroupPoints
+from wmengine.parts.triggers.membership import MemberPairs
 from wmengine.parts.triggers.one_target import OneTarget
 from wmengine.parts.triggers.overlaid import NoisyTriggers, PatternTriggers
 from wmengine.parts.triggers.readings import Anchors, Levels, OutputBits
@@ -321,7 +326,7 @@ PRESETS = (
         source=PlausibleClasses(choices=4),
         symbols=OneOf(100),
         statistic=Matches(),
-        training=Mixed(),
+        training=TowardsClass(pull=0.1),
         null="bound",
         paper="Li, Maharana, Guo: Not just change the labels, learn the features (MAT), ECCV 2024",
     ),
@@ -451,8 +456,28 @@ PRESETS = (
         source=GroupPoints(),
         symbols=GivenBits(100),
         statistic=Rank(),
-        training=Mixed(),
+        training=Hamming(weight=0.5),
         null="rank",
         paper="Chen, Rouhani, Koushanfar: BlackMarks, blackbox multibit watermarking for deep neural networks, 2019",
+    ),
+    Preset(
+        name="dataset_inference",
+        version=1,
+        source=MemberPairs(),
+        symbols=GivenBits(200),
+        statistic=Rank(),
+        training=Untouched(),
+        null="rank",
+        paper="Maini, Yaghini, Papernot: Dataset inference, ownership resolution in machine learning, ICLR 2021",
+    ),
+    Preset(
+        name="response",
+        version=1,
+        source=ResponsePool(),
+        symbols=Bits(1024),
+        statistic=Either(),
+        training=Offset(),
+        null="exact",
+        paper="wmengine: keyed bits in how a network answers ordinary inputs, which whoever copies the answers copies",
     ),
 )

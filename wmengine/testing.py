@@ -149,7 +149,7 @@ def _train(network: Any, embedder: Any, sample: Any, num_classes: int, steps: in
         inputs, targets = embedder.mix(sample, labels)
         answers = network(**inputs) if isinstance(inputs, Mapping) else network(inputs)
         if task_loss is None:
-            loss = embedder.loss(answers, targets)
+            loss = embedder.loss(answers, targets, inputs=inputs)
         else:
             loss = task_loss(answers, targets) + embedder.regulariser()
         optimizer.zero_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,17 @@ class _Block(nn.Module):
         return functional.relu(self.second(self.first(x)) + self.past(x))
 
 
-def resnet(seed: int) -> nn.Module:
-    """A ResNet of eight layers, 16 to 64 channels wide (He et al. 2016, with one block a stage)."""
+def resnet(seed: int, widths: Sequence[int] = (16, 32, 64), blocks: int = 1) -> nn.Module:
+    """A ResNet (He et al. 2016) of 2 + 2 · stages · blocks layers, a stage for each width."""
     torch.manual_seed(seed)
-    stem = (nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-    blocks = (_Block(16, 16, 1), _Block(16, 32, 2), _Block(32, 64, 2))
-    model = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    first, *_ = widths
+    stem = (nn.Conv2d(3, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU())
+    stages = [
+        _Block(before if block == 0 else width, width, 2 if block == 0 and before != width else 1)
+        for before, width in pairwise((first, *widths))
+        for block in range(blocks)
+    ]
+    model = nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
@@ -58,15 +63,21 @@ def plain_network(seed: int) -> nn.Module:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def train_on_pictures(model: Any, rows: Rows, seed: int, embedder: Embedder | None = None) -> nn.Module:
-    """Adam with a one-cycle schedule, pictures mirrored at random, under autocast."""
+def train_on_pictures(
+    model: Any, rows: Rows, seed: int, embedder: Embedder | None = None, tuned: int | None = None
+) -> nn.Module:
+    """Adam with a one-cycle schedule, pictures mirrored at random, under autocast. Labels may be shares of classes.
+
+    tuned: of a finished network, for so many epochs, at half the rate and with labels smoothed by 0.1.
+    """
     pictures, labels = rows
     optimizer = torch.optim.Adam(model.parameters())
-    steps = len(labels) // BATCH
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, epochs=EPOCHS, steps_per_epoch=steps)
+    steps, epochs, rate = len(labels) // BATCH, tuned or EPOCHS, RATE / 2 if tuned else RATE
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs=epochs, steps_per_epoch=steps)
     generator = torch.Generator().manual_seed(seed)
+    smoothing = 0.1 if tuned else 0.0
     model.train()
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         for chosen in torch.randperm(len(labels), generator=generator)[: steps * BATCH].split(BATCH):
             x, y = pictures[chosen], labels[chosen]
             mirrored = torch.rand(len(x), 1, 1, 1, generator=generator).to(x.device) < 0.5
@@ -75,7 +86,10 @@ def train_on_pictures(model: Any, rows: Rows, seed: int, embedder: Embedder | No
                 x, y = embedder.mix(x, y)
             with torch.autocast(x.device.type, torch.bfloat16):
                 logits = model(x.contiguous(memory_format=torch.channels_last))
-                loss = functional.cross_entropy(logits, y) if embedder is None else embedder.loss(logits, y)
+                if embedder is None:
+                    loss = functional.cross_entropy(logits, y, label_smoothing=smoothing)
+                else:
+                    loss = embedder.loss(logits, y, label_smoothing=smoothing, inputs=x)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

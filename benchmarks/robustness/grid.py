@@ -15,17 +15,20 @@ from wmengine.attacks import attack
 MARKED, TWIN = "marked", "twin"  # the network with the mark, and the same one trained without
 UNMARKED = "none"  # in the place of a preset
 STRANGERS = 5
+STUDENT_SEEDS = 500  # from which students trained by the recipe take theirs
 STRANGER_SEEDS = 1000  # from which strangers take theirs, so that they share none with marked networks
 
 
 @dataclass(frozen=True)
 class Step:
-    """One attack. student: another architecture's, for what trains one; elsewhere: queries that are not the task's."""
+    """One attack. student: another architecture's, for what trains one; elsewhere: queries that are not the task's;
+    recipe: the student is trained as the owner trains his networks."""
 
     attack: str
     options: Mapping[str, Any] = field(default_factory=dict)
     student: bool = False
     elsewhere: bool = False
+    recipe: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ class Cell:
 def recipe_of(problem: Problem, preset: str) -> list[Any]:
     """How the networks of a problem are made, with this preset or UNMARKED."""
     own = None if preset == UNMARKED else problem.preset(preset)
-    return [problem.name, problem.recipe, preset, own and [own.full_name, own.options]]
+    said = [problem.name, problem.recipe, preset, own and [own.full_name, own.options]]
+    return [*said, problem.tuned[preset]] if preset in problem.tuned else said
 
 
 def digest(*said: Any) -> str:
@@ -78,15 +82,16 @@ def digest(*said: Any) -> str:
 
 
 def as_json(steps: Sequence[Step]) -> str:
-    """A list of objects, with every option."""
-    return json.dumps([vars(step) for step in steps], sort_keys=True, default=str)
+    """A list of objects, with every option; `recipe` where it is so."""
+    said = [{name: value for name, value in vars(step).items() if name != "recipe" or value} for step in steps]
+    return json.dumps(said, sort_keys=True, default=str)
 
 
 def _line(label: str, *steps: Step | str, base: str = MARKED) -> Line:
     return Line(label, tuple(Step(step) if isinstance(step, str) else step for step in steps), base)
 
 
-_EXTRACT = Step("extract")
+_EXTRACT, _COPY = Step("extract"), Step("extract", recipe=True)
 
 LINES = (
     _line("untouched"),
@@ -122,6 +127,11 @@ LINES = (
     _line("extract elsewhere", Step("extract", elsewhere=True)),
     _line("extract then ftal", _EXTRACT, "ftal"),
     _line("extract then wrk", _EXTRACT, "wrk"),
+    _line("copy by scores", Step("distil", {"temperature": 1.0}, recipe=True)),
+    _line("copy by labels", _COPY),
+    _line("copy by labels to another architecture", Step("extract", student=True, recipe=True)),
+    _line("copy by labels then ftal", _COPY, "ftal"),
+    _line("copy by labels then wrk", _COPY, "wrk"),
     *(_line(f"stranger {number}", base=f"stranger {number}") for number in range(1, STRANGERS + 1)),
     _line("stranger 1 then ftal", "ftal", base="stranger 1"),
     _line("stranger 2 then distil", "distil", base="stranger 2"),

@@ -33,7 +33,8 @@ class Problem:
     seed, the owner's and one of another architecture. train: (model, rows, seed=, embedder=) → the model in eval mode.
     elsewhere: inputs that are none of the task's. presets: those that its table has. mark_options, attack_options: by
     preset and by attack, what differs from their defaults. without: patterns of the lines that its table has not. half:
-    attacks train under autocast to bfloat16.
+    attacks train under autocast to bfloat16. tuned: by preset, for how many epochs a finished network is trained on to
+    hold it, with that network and a student of its labels as controls and the test's inputs, unlabelled, as probes.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Problem:
     attack_options: Options = field(default_factory=dict)
     without: tuple[str, ...] = ()
     half: bool = False
+    tuned: Mapping[str, int] = field(default_factory=dict)
 
     def preset(self, name: str) -> Preset:
         return scheme(name).with_options(**self.mark_options.get(name, {}))
@@ -109,8 +111,10 @@ def _attentive(seed: int) -> nn.Module:
     return _Attentive()
 
 
-def _train_on_digits(model: Any, rows: Rows, seed: int, embedder: Embedder | None = None) -> nn.Module:
-    return train(model, rows, 30, seed=seed, embedder=embedder)
+def _train_on_digits(
+    model: Any, rows: Rows, seed: int, embedder: Embedder | None = None, tuned: int | None = None
+) -> nn.Module:
+    return train(model, rows, tuned or 30, seed=seed, embedder=embedder)
 
 
 def photographs(count: int, size: int, channels: int) -> torch.Tensor:
@@ -140,7 +144,10 @@ DIGITS = Problem(
         *("sketch", "uchida", "deepmarks", "stdm", "riga", "greedy_residuals", "neuralmark", "tattooed"),
         *("deepsigns", "diction", "deepipr_v2", "passport_norm", "adi"),
         *("zhang_content", "zhang_noise", "blind", "margin", "ewe_keyed", "certified", "class_feature", "mea_defender"),
+        "response",
     ),
+    mark_options={"response": {"strength": 0.5, "mixtures": 64}},
+    tuned={"response": 30},
     without=("*elsewhere",),  # a student who learned digits from photographs reads none
 )
 TOKENS = Problem(
@@ -164,12 +171,13 @@ CIFAR10 = Problem(
     other=cifar10.plain_network,
     train=cifar10.train_on_pictures,
     elsewhere=partial(photographs, 10_000, 32, 3),
-    presets=("sketch", "uchida", "deepsigns", "adi"),
+    presets=("sketch", "uchida", "deepsigns", "adi", "response"),
     attack_options={
         **{name: {"batch": cifar10.BATCH} for name in ("ftll", "ftal", "rtll", "rtal", "wrk", "overwrite")},
         **{name: {"batch": cifar10.BATCH, "epochs": cifar10.EPOCHS} for name in ("distil", "extract")},
     },
     without=("ftal 30 epochs *",),  # for tasks of a few steps an epoch
     half=True,
+    tuned={"response": 3},
 )
 PROBLEMS = {problem.name: problem for problem in (DIGITS, TOKENS, CIFAR10)}

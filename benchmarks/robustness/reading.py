@@ -15,6 +15,7 @@ from wmengine.judging.answering import classes_of, interpreted, width_of
 from wmengine.judging.looks import looks_of_bits, looks_of_labels, looks_of_scores
 from wmengine.judging.verification import verify_all
 from wmengine.marks.watermark import Watermark
+from wmengine.parts.base import Pools, inputs_of
 from wmengine.parts.statistics.base import Look, Statistic
 from wmengine.parts.statistics.matches import Matches
 from wmengine.parts.statistics.soft import Soft
@@ -53,6 +54,9 @@ def evidence(suspect: Suspect, mark: Watermark | None, key: Key) -> dict[str, An
         return dict.fromkeys(columns)
     (verdict,) = verify_all(suspect, [mark], key=key)
     chance = mark.preset.chance(mark.parameters)
+    if isinstance(mark.preset.source, Pools):
+        verified = (verdict.matched, verdict.total, chance, verdict.log10_p, verdict.decision)
+        return dict(zip(columns, (*verified, None, None, _by_labels(suspect, mark, key)), strict=True))
     looks, labels = [*_looks(suspect, mark)] if verdict.error is None else [], None
     exact = mark.preset.null == "exact"  # what soft needs: that all classes are as likely
     if mark.kind == "black-box" and looks:
@@ -62,6 +66,16 @@ def evidence(suspect: Suspect, mark: Watermark | None, key: Key) -> dict[str, An
     soft = _alone(Soft(), looks, chance, mark.total) if exact else None
     verified = (verdict.matched, verdict.total, chance, verdict.log10_p, verdict.decision)
     return dict(zip(columns, (*verified, matches, soft, labels), strict=True))
+
+
+def _by_labels(suspect: Suspect, mark: Watermark, key: Key) -> float:
+    """log10 p where the suspect says no more than its best class."""
+    (name,) = inputs_of(mark.parameters)
+
+    def labels(rows: NDArray[Any]) -> NDArray[Any]:
+        return np.asarray(suspect.answer({name: rows}, int(mark.parameters["num_classes"])).values.argmax(axis=1))
+
+    return verify_all(labels, [mark], key=key)[0].log10_p
 
 
 def _looks(suspect: Suspect, mark: Watermark) -> Iterator[tuple[float, Look]]:

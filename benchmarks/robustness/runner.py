@@ -22,7 +22,18 @@ from torch import nn
 
 from benchmarks.environment import device_name, git_commit
 from benchmarks.robustness import cells
-from benchmarks.robustness.grid import MARKED, STRANGER_SEEDS, TWIN, UNMARKED, Cell, Step, as_json, digest, recipe_of
+from benchmarks.robustness.grid import (
+    MARKED,
+    STRANGER_SEEDS,
+    STUDENT_SEEDS,
+    TWIN,
+    UNMARKED,
+    Cell,
+    Step,
+    as_json,
+    digest,
+    recipe_of,
+)
 from benchmarks.robustness.problems import Problem
 from benchmarks.robustness.reading import Correct, accuracy, correct, evidence, loss
 from wmengine.attacks import attack, run
@@ -98,6 +109,8 @@ class Bench:
         kind, options = attack(step.attack).takes, dict(step.options)
         if step.student:
             options["student"] = self.problem.other(seed)
+        if step.recipe:
+            return self._taught(model, step, seed)
         place = self.device if kind == "module" else "cpu"  # only training gains from another one
         data: Any = self.problem.elsewhere().to(place)
         if not step.elsewhere:
@@ -110,9 +123,32 @@ class Bench:
             out = next(self._files) if kind == "file" or not isinstance(model, nn.Module) else None
             return run(step.attack, model, data, out=out, seed=seed, **options)
 
+    def _taught(self, model: Any, step: Step, seed: int, owners: bool = False) -> nn.Module:
+        """A student of what a network answers, trained by the owner's recipe, on his own data or on the thief's."""
+        rows = self.data.owner[0] if owners else self.data.thief[0]
+        scores = torch.from_numpy(
+            open_suspect(model).answer({"input": rows.cpu().numpy()}, self.problem.classes).values
+        )
+        answers = (scores.float().softmax(1) if step.attack == "distil" else scores.argmax(1)).to(self.device)
+        make = self.problem.other if step.student else self.problem.build
+        return self.problem.train(make(STUDENT_SEEDS + seed).to(self.device), (rows, answers), seed=seed)
+
+    def _controls(self, preset: str, seed: int) -> list[nn.Module]:
+        """The unmarked network of this seed, and a student of its labels."""
+        twin = self.network(preset, seed, TWIN).model
+        file = self._kept / f"{UNMARKED}-{seed}-student-{digest(recipe_of(self.problem, UNMARKED))[:8]}.pt"
+        if not file.exists():
+            torch.save(self._taught(twin, Step("extract"), seed, owners=True).cpu().state_dict(), file)
+        student = self.problem.build(0)
+        student.load_state_dict(torch.load(file, weights_only=True))
+        return [twin.to(self.device), student.to(self.device).eval()]
+
     def _train(self, file: Path, preset: str, seed: int) -> None:
         problem, began, embedder = self.problem, time.perf_counter(), None
-        model = problem.build(seed).to(self.device)
+        model, tuned = problem.build(seed).to(self.device), problem.tuned.get(preset)
+        controls = [] if tuned is None else self._controls(preset, seed)
+        if controls:
+            model.load_state_dict(controls[0].state_dict())
         if preset != UNMARKED:
             embedder = Embedder(
                 model,
@@ -122,9 +158,10 @@ class Bench:
                 sample=self.data.owner[0][:64],
                 name=problem.name,
                 value_range=problem.value_range,
-                samples=self.data.owner,
+                samples=self.data.owner if tuned is None else self.data.test[0],
+                controls=controls,
             )
-        problem.train(model, self.data.owner, seed=seed, embedder=embedder)
+        problem.train(model, self.data.owner, seed=seed, embedder=embedder, tuned=tuned)
         seconds = time.perf_counter() - began
         file.parent.mkdir(parents=True, exist_ok=True)
         if embedder is not None:

@@ -15,7 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from benchmarks import plots
+from benchmarks import plots, results
 from benchmarks.environment import ROOT
 from benchmarks.robustness import cells
 from benchmarks.robustness.cells import Row
@@ -45,12 +45,22 @@ COMPARED_READINGS = (
 Found = Mapping[str, Row]
 
 
-def heading(problem: Problem, found: Found) -> str:
-    """What was measured, on what: the networks' accuracy and what the marks cost them, seed by seed."""
+def steps_over_plain(measured: Sequence[results.Result], presets: Iterable[str]) -> dict[str, float]:
+    """How long a training step on the digits takes with each preset, over a plain one, where that was measured."""
+    named = {results.step_name(preset): preset for preset in presets}
+    rows = [row for one in measured if one["environment"]["slug"] == "cpu" for row in one["rows"]]
+    return {named[row["what"]]: 1.0 / row["peers"][0]["ratio"]["median"] for row in rows if row["what"] in named}
+
+
+def heading(problem: Problem, found: Found, steps: Mapping[str, float] | None = None) -> str:
+    """What was measured, on what: the networks' accuracy and what the marks cost them, seed by seed; steps: their
+    training steps over plain ones."""
     rows = _measured(problem, found)
     if not rows:
         return f"Nothing is measured yet: `python -m benchmarks.robustness --problem {problem.name} --publish`."
     lines = ["| network | symbols | accuracy, % | the mark costs, points [95 %] |", "|---|---|---|---|"]
+    if steps:
+        lines = [f"{lines[0]} step over plain |", f"{lines[1]}---|"]
     for preset in (UNMARKED, *problem.presets):
         line = TWIN_LINE if preset == UNMARKED else LINES[0]
         seeds = _seeds(problem, preset, line, found)
@@ -67,7 +77,10 @@ def heading(problem: Problem, found: Found) -> str:
         )
         symbols = next((str(row.total) for row in seeds if row is not None and row.total), "")
         name = "without a mark" if preset == UNMARKED else preset
-        lines.append(f"| {name} | {symbols} | {accuracies} | {costs} |")
+        shown = [name, symbols, accuracies, costs]
+        if steps:
+            shown.append("" if preset == UNMARKED else f"{steps[preset]:.2f}" if preset in steps else NOT_RUN)
+        lines.append(f"| {' | '.join(shown)} |")
     versions: dict[str, set[str]] = {}
     for said in {row.versions for row in rows}:
         for package, version in json.loads(said).items():
@@ -114,8 +127,9 @@ def statistics_table(found: Found, problem: Problem = DIGITS, lines: Sequence[Li
 def published(found: Mapping[str, Found]) -> dict[str, str]:
     """What stands between the marks of each page."""
     parts = []
+    steps = {DIGITS.name: steps_over_plain(results.load(), DIGITS.presets)}
     for name, problem in PROBLEMS.items():
-        parts += [f"## {name}", "", heading(problem, found[name]), ""]
+        parts += [f"## {name}", "", heading(problem, found[name], steps.get(name)), ""]
         if found[name]:
             seen = f"![Worst log10 p of three seeds for every attack and mark on {name}]({picture_of(problem).name})"
             parts += [table(problem, found[name]), "", seen, ""]

@@ -191,6 +191,11 @@ def in_samples():
         options = {"frontier": {"push": 0.3}, "ewe": {"target": 4}}.get(name, {})
         yield answered(mark(name, task, count=20, **options))
     yield answered(mark("blackmarks", task, bits=20))
+    pairs = mark("dataset_inference", task, bits=20)
+    yield pairs
+    right = np.arange(2) == pairs.symbols[:, None]  # of the trained ones, and one class too high of the others
+    said = (pairs.arrays["classes"] + ~right.reshape(-1)) % 10
+    chain("dataset_inference-1.onnx", solved(pairs.arrays["triggers"].reshape(40, 64) / 255.0, np.eye(10)[said]).T)
 
 
 def answered(own):

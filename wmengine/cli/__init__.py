@@ -1,6 +1,6 @@
 """The command line, a file a command; `main` runs one."""
 
-from wmengine.cli import attack, bench, demo, info, keygen, scan, schemes, verify
+from wmengine.cli import attack, bench, demo, emmark, info, keygen, scan, schemes, verify
 from wmengine.cli.app import main
 
-__all__ = ["attack", "bench", "demo", "info", "keygen", "main", "scan", "schemes", "verify"]
+__all__ = ["attack", "bench", "demo", "emmark", "info", "keygen", "main", "scan", "schemes", "verify"]

@@ -9,7 +9,7 @@ from wmengine.cli.output import print_json, print_table
 
 @app.command()
 def schemes(as_json: JsonOption = False) -> int:
-    """List the schemes that can be embedded and verified."""
+    """List the schemes that can be embedded and verified, and what each needs beside a training loop."""
     from wmengine.marks.catalogue import SCHEMES
     from wmengine.marks.preset import Preset
 
@@ -21,13 +21,13 @@ def schemes(as_json: JsonOption = False) -> int:
         found = {}
         for name, preset in SCHEMES.items():
             about = {"kind": preset.kind, "name": name, "version": preset.version, "null": preset.null}
-            about |= {"paper": preset.paper, "statistic": preset.statistic.identifier}
+            about |= {"needs": list(preset.needs), "paper": preset.paper, "statistic": preset.statistic.identifier}
             found[name] = about | parts(preset) | {"options": preset.options}
         print_json(found)
         return 0
     rows = [
-        (name, preset.kind, " × ".join(parts(preset).values()), preset.null, preset.paper)
+        (name, preset.kind, " × ".join(parts(preset).values()), preset.null, ", ".join(preset.needs), preset.paper)
         for name, preset in SCHEMES.items()
     ]
-    print_table(("scheme", "kind", "parts", "null", "paper"), rows)
+    print_table(("scheme", "kind", "parts", "null", "needs", "paper"), rows)
     return 0

@@ -11,8 +11,9 @@ from wmengine.errors import OtherTask, SuspectError
 from wmengine.facts import Fact, fact
 from wmengine.judging.asking import Terms, Trial, run_trials
 from wmengine.judging.looks import looks_of_bits
+from wmengine.judging.pools import PoolTrial
 from wmengine.marks.watermark import Watermark
-from wmengine.parts.base import Need
+from wmengine.parts.base import Need, Pools
 from wmengine.parts.statistics.base import Evidence, Test
 from wmengine.suspects.base import Suspect, one_line
 
@@ -53,12 +54,18 @@ def judge_suspect(suspect: Suspect, marks: Sequence[Watermark], terms: Terms) ->
         geometries.setdefault(mark.geometry, []).append(index)
     findings: dict[int, Finding] = {}
     asking: dict[tuple[int, ...], list[Watermark]] = {}
+    pools: dict[str, dict[tuple[int, ...], list[Watermark]]] = {}
     reading: dict[tuple[int, ...], list[Watermark]] = {}
     for indices in geometries.values():
         group = [marks[index] for index in indices]
-        asks = group[0].preset.source.needs == Need.ANSWERS
-        (asking if asks else reading)[tuple(indices)] = group
+        source = group[0].preset.source
+        if isinstance(source, Pools):
+            pools.setdefault(source.pool(group[0]), {})[tuple(indices)] = group
+        else:
+            (asking if source.needs == Need.ANSWERS else reading)[tuple(indices)] = group
     findings.update(zip(chain(*asking), _asked(suspect, [*asking.values()], terms), strict=True))
+    for pool in pools.values():
+        findings.update(zip(chain(*pool), _pooled(suspect, [*pool.values()], terms), strict=True))
     for places, group in reading.items():
         findings.update(zip(places, _read(suspect, group), strict=True))
     return [findings[index] for index in range(len(marks))]
@@ -96,6 +103,30 @@ def _concluded(trial: Trial, terms: Terms) -> list[Finding]:
         )
         for number, mark in enumerate(trial.marks)
     ]
+
+
+def _pooled(suspect: Suspect, groups: Sequence[Sequence[Watermark]], terms: Terms) -> list[Finding]:
+    """Marks of one pool, which is asked once for all of them."""
+    trial = PoolTrial(groups, suspect, terms)
+    try:
+        trial.run()
+    except SuspectError as error:
+        reason = error
+    except Exception as error:  # what a suspect makes our own code do is its fault too
+        reason = SuspectError(f"{suspect.name} cannot be judged ({one_line(error)})")
+    else:
+        return [
+            Finding(
+                test.matched,
+                test.total,
+                trial.queries,
+                trial.log10_p(number),
+                facts=tuple(trial.facts),
+                evidence=test.evidence(log10_share),
+            )
+            for number, (test, log10_share) in enumerate(trial.best)
+        ]
+    return [failed(mark, reason) for mark in trial.marks]
 
 
 def _read(suspect: Suspect, marks: Sequence[Watermark]) -> list[Finding]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmengine.marks.watermark import Watermark
-from wmengine.parts.base import Interprets, inputs_of
+from wmengine.parts.base import Interprets, Pools, inputs_of
 from wmengine.suspects.adapters import Adapter
 
 CLASSES = ("same", "any")
@@ -46,6 +46,8 @@ def check_clean(clean: Any, mark: Watermark) -> CleanData:
         inputs, labels = (np.asarray(part) for part in clean)
     except (TypeError, ValueError):
         raise TypeError("clean must be a pair of arrays, inputs and labels") from None
+    if isinstance(mark.preset.source, Pools):
+        raise ValueError(f"{mark.name} finds the order of the classes by its own pool: leave clean= out")
     if isinstance(mark.preset.source, Interprets):
         raise ValueError(f"clean data are for marks of one answer a symbol, and {mark.name} asks for more")
     if "value_range" not in mark.parameters:

@@ -21,6 +21,7 @@ from wmengine.judging.judge import Finding, failed, judge_suspect
 from wmengine.judging.orders import CLASSES, check_clean, names_given
 from wmengine.judging.verdict import ADVERSARIAL_ALPHA, PROVING, Verdict, decide, verdict_of
 from wmengine.marks.watermark import Watermark
+from wmengine.parts.base import Pools
 from wmengine.sandbox import Limits
 from wmengine.suspects import Suspect, open_suspect
 from wmengine.suspects.base import is_url
@@ -229,6 +230,8 @@ def caveats(
         yield fact("chosen_here", digest=settings["digest"])
     if owned and not checked:
         yield fact("not_derived")
+    if owned and isinstance(mark.preset.source, Pools):
+        yield fact("learned")
     if finding.error is None and mark.preset.null not in PROVING:
         yield fact("rank_only", null=mark.preset.null)
 

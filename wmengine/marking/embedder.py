@@ -38,7 +38,7 @@ from wmengine.marking.rows_loss import rows_loss
 from wmengine.marks.catalogue import scheme
 from wmengine.marks.preset import Preset
 from wmengine.marks.watermark import Watermark
-from wmengine.parts.base import Course, Finishes, Need, Setting, Task, Watches
+from wmengine.parts.base import Course, Finishes, Need, Offsets, Setting, Task, Watches
 from wmengine.parts.statistics.tails import binomial_log10_tail
 from wmengine.suspects.computed import low_rank_pair
 from wmengine.suspects.module import ModuleSuspect
@@ -135,7 +135,7 @@ class Embedder:
         groups = 0
         given = {preset.name: preset for preset in presets}
         for watermark in registered:
-            course = self._course(watermark, given.get(watermark.scheme, watermark.preset))
+            course = self._course(watermark, given.get(watermark.scheme, watermark.preset), controls)
             # Some train their triggers in a pass of their own, and a batch has none of these.
             has_rows = course.rows(0, self._batches.example(self._model)) is not None
             groups += has_rows
@@ -151,6 +151,7 @@ class Embedder:
             self._measure_baselines(key)
         self._by_group = [mark for mark in self._marks if mark.group]
         self._watching = [mark.course for mark in self._marks if isinstance(mark.course, Watches)]
+        self._offsets = [mark.course for mark in self._marks if isinstance(mark.course, Offsets)]
         totals = [0, *(mark.watermark.total * members_of(mark.watermark) for mark in self._by_group)]
         # Hits and rows [2, groups] since each mark's triggers began anew, and those of the last full pass; of fixed
         # size, as torch.compile guards it.
@@ -197,17 +198,26 @@ class Embedder:
         *,
         weight: torch.Tensor | None = None,
         label_smoothing: float = 0.0,
+        inputs: Any = None,
+        features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Mean cross-entropy over task and trigger rows alike, plus `regulariser()`; a scalar to call backward() on.
 
         logits: [n, num_classes] of any floating type (float16 and bfloat16 are summed in float32), of two classes one
         logit [n] or [n, 1] too, or an answer that holds them as `logits` or first; labels: as `mix` returns them, in
         any order. A batch without trigger rows is fine. weight: [num_classes], of the task's classes; trigger rows have
-        weight 1. Both options mean what torch's cross_entropy means by them.
+        weight 1. Both options mean what torch's cross_entropy means by them. inputs: those of these logits, for a
+        mark in the answers to them (`response`); or features: what `features` makes of them, which may be kept for
+        inputs that come again. Raises ValueError where one of both is missing.
         """
         logits = logits_of(logits, self.num_classes)
         classes = check_logits(logits, labels, self.num_classes)
         labels, group = split(checked_labels(labels, classes), classes)
+        for course in self._offsets:
+            known = self.features(inputs) if features is None else features
+            if len(known) != len(logits):
+                raise ValueError(f"inputs and features are of these {len(logits)} logits, and there are {len(known)}")
+            logits = logits.float() - torch.where(group[:, None] == 0, course.offset(known), 0.0).to(logits.device)
         groups = 1 + len(self._by_group)
         loss, hits = rows_loss(logits, labels, group, groups, weight, label_smoothing)
         if self._by_group and torch.is_grad_enabled():
@@ -220,6 +230,18 @@ class Embedder:
             self._full = torch.where(full, seen, self._full.to(group.device, non_blocking=True))
             self._seen = torch.where(full, 0, seen)
         return loss + self.regulariser()
+
+    def features(self, inputs: Any) -> torch.Tensor:
+        """What `response` knows a batch by: float32 [n, D], from one forward pass of its base, the first control.
+
+        inputs: as `mix` returns them. Raises ValueError where no mark has features, or inputs are missing.
+        """
+        if not self._offsets:
+            raise ValueError("no mark here goes by features: that is for the scheme 'response'")
+        if inputs is None:
+            raise ValueError("the mark 'response' is in answers to inputs: loss(logits, labels, inputs=x)")
+        (rows,) = inputs.values() if isinstance(inputs, Mapping) else (inputs,)
+        return self._offsets[0].features(rows)
 
     def fit(
         self,
@@ -350,7 +372,7 @@ class Embedder:
         if len(set(names)) != len(names):
             raise ValueError(f"each scheme can be embedded once by an Embedder, and the schemes are {', '.join(names)}")
 
-    def _course(self, watermark: Watermark, preset: Preset) -> Course:
+    def _course(self, watermark: Watermark, preset: Preset, controls: Sequence[torch.nn.Module]) -> Course:
         self._batches.check_mark(watermark)
         setting = Setting(
             preset_name=preset.name,
@@ -360,6 +382,7 @@ class Embedder:
             model=self._model,
             example=self._batches.example(self._model),
             seed=_order_seed(watermark),
+            controls=[unwrap(control) for control in controls],
         )
         return preset.training.begin(setting)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
@@ -39,14 +40,21 @@ def emmark(
     model: your own file, in which DequantizeLinear makes the weights of convolutions and matrices from int8, uint8,
     int4 or uint4, as ONNX Runtime's static quantizer writes it ("QDQ"). It is the reference: keep it to yourself, as
     whoever compares the two sees the places. key: the owner's Key, or its file. name: the model's; message: whom this
-    copy is for. Raises ValueError for a file without such weights, or with too few, and where `out` exists.
+    copy is for. Raises ValueError for what is no ONNX file, for one without such weights, or with too few, and where
+    `out` exists.
     """
     if os.path.lexists(out):
         raise ValueError(f"{os.fspath(out)} exists already: give another path for the marked file")
     key = key if isinstance(key, Key) else Key.load(key)
-    proto = onnx.load(os.fspath(model))
+    try:
+        proto = onnx.load(os.fspath(model))
+    except (DecodeError, onnx.checker.ValidationError) as error:
+        raise ValueError(f"{os.fspath(model)} cannot be read as an ONNX file ({error})") from None
     preset = scheme("emmark", bits=bits)
-    parameters = preset.describe(Task(_inputs(proto), integers=integers_of(proto)), name)
+    integers = integers_of(proto)
+    if not integers:
+        raise ValueError(f"{os.fspath(model)} holds no weights that are integers: quantise it first, as QDQ")
+    parameters = preset.describe(Task(_inputs(proto), integers=integers), name)
     mark = Watermark.create(key, preset, parameters, message=message)
     move(proto, mark)
     onnx.save(proto, Path(out))

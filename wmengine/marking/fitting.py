@@ -19,7 +19,7 @@ def fit(
     model: torch.nn.Module,
     loader: Iterable[Any],
     mix: Callable[[Any, torch.Tensor], tuple[Any, torch.Tensor]],
-    loss: Callable[[Any, torch.Tensor], torch.Tensor],
+    loss: Callable[..., torch.Tensor],
     metrics: Callable[[], Metrics],
     epochs: int,
     optimizer: torch.optim.Optimizer | None,
@@ -44,7 +44,8 @@ def fit(
                 rows = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
                 labels = labels.to(rows.device, None if labels.is_floating_point() else torch.int64)
                 inputs, labels = mix(inputs, labels)
-                value = loss(call(model, inputs if isinstance(inputs, Mapping) else {"input": inputs}), labels)
+                answers = call(model, inputs if isinstance(inputs, Mapping) else {"input": inputs})
+                value = loss(answers, labels, inputs=inputs)
                 optimizer.zero_grad()
                 value.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()

@@ -38,7 +38,8 @@ class MarkedTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mixed, labels = self.embedder.mix(*separated(inputs))
         outputs = model(**mixed)
-        loss = self.embedder.loss(outputs, labels, label_smoothing=self.args.label_smoothing_factor)
+        smoothing = self.args.label_smoothing_factor
+        loss = self.embedder.loss(outputs, labels, label_smoothing=smoothing, inputs=mixed)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -36,6 +36,11 @@ from wmengine.parts.statistics.rank import Rank, null_matches
 
 NULLS = ("exact", "bound", "exchangeable", "rank")
 _OWN_FIELDS = ("name", "inputs", "statistic")
+_GIVEN: dict[str, tuple[Callable[[Task], bool], str]] = {
+    "samples": (lambda task: bool(task.samples), "samples=, inputs of the task, best with labels: (inputs, labels)"),
+    "labels": (lambda task: task.sample_labels is not None, "to know what its samples are: samples=(inputs, labels)"),
+    "controls": (lambda task: bool(task.controls), "controls=, networks of the task made without this one"),
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,13 @@ class Preset:
     def kind(self) -> str:
         """ "black-box" where the suspect only has to answer, else "white-box"."""
         return "black-box" if self.source.needs == Need.ANSWERS else "white-box"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What it takes of an owner beside `mix` and `loss`: "samples" of the task, their "labels" or "targets",
+        "controls" made without the network, a "passport" in it, the batch's "inputs" for `loss` too, "regulariser"
+        beside a loss of his own, or, in place of a loop, a quantised "file"."""
+        return tuple(dict.fromkeys(need for part in self._parts for need in getattr(part, "takes", ())))
 
     @property
     def asks(self) -> Asks:
@@ -113,7 +125,11 @@ class Preset:
         return replace(self, source=source, symbols=symbols, training=training)
 
     def gather(self, task: Task) -> dict[str, NDArray[Any]]:
-        """The material of a mark, none for most: what the owner gives and the key does not draw."""
+        """The material of a mark, none for most: what the owner gives and the key does not draw. ValueError where the
+        task has not what the preset needs."""
+        missing = [said for need, (has, said) in _GIVEN.items() if need in self.needs and not has(task)]
+        if missing:
+            raise ValueError(f"scheme {self.name!r}: it needs {', and it needs '.join(missing)}")
         if not isinstance(self.source, Gathers):
             return {}
         try:

@@ -103,6 +103,8 @@ class Source(Protocol):
     fields: the parameters that are its own. `describe` gives them (Python lists, dicts, str and int only) and raises
     ValueError where the task does not fit; `check` raises ValueError unless they are complete and canonical. `layout`
     and `draw` are of its arrays; `draw` reads the key and the parameters, and nothing else. total: the mark's symbols.
+    A source, or a training, that needs more of an owner than a loop with `mix` and `loss` names it in `takes`, a tuple
+    of the words that `Preset.needs` explains.
     """
 
     @property
@@ -182,6 +184,30 @@ class Interprets(Protocol):
     def interpret(self, mark: Drawn, symbols: NDArray[np.int64], answers: Answers) -> Answers: ...
 
 
+@runtime_checkable
+class Pools(Protocol):
+    """A source that asks a pool of inputs and reads all bits from all answers at once.
+
+    pool: equal for marks that are asked the same; size: of it; ways, inputs: as of a source that asks. known: scores
+    [N, C] of a network of the task; likely: the classes int64 [N] that it names. observed: y [T] of what a suspect says
+    of every class, float64 [n, C], asked the inputs at these places [n].
+    """
+
+    def pool(self, mark: Drawn) -> str: ...
+
+    def size(self, mark: Drawn) -> int: ...
+
+    def ways(self, mark: Drawn, suspect: Suspect, every: bool) -> list[Adapter]: ...
+
+    def inputs(self, mark: Drawn, way: Adapter, start: int, stop: int) -> Inputs: ...
+
+    def known(self, mark: Drawn) -> NDArray[np.float32]: ...
+
+    def likely(self, mark: Drawn) -> NDArray[np.int64]: ...
+
+    def observed(self, mark: Drawn, asked: NDArray[np.int64], said: NDArray[np.float64]) -> NDArray[np.float64]: ...
+
+
 class Symbols(Protocol):
     """The keyed symbols. name: of their array. classes: their values are below it; alphabet: how many values each can
     have, all as likely; nulls: what a p-value of theirs may be. draw: arrays are all others of the mark."""
@@ -208,6 +234,18 @@ class Symbols(Protocol):
     def layout(self, parameters: Parameters) -> Layout: ...
 
     def draw(self, subkey: bytes, parameters: Parameters, arrays: Arrays) -> NDArray[Any]: ...
+
+
+@runtime_checkable
+class Offsets(Protocol):
+    """A course that is learned on the task's own rows: `loss` is that of the logits less its offset.
+
+    features: of inputs [n, ...], float32 [n, D]; offset: of features, [n, C].
+    """
+
+    def features(self, rows: torch.Tensor) -> torch.Tensor: ...
+
+    def offset(self, features: torch.Tensor) -> torch.Tensor: ...
 
 
 class Course(Protocol):
@@ -254,7 +292,8 @@ class Training(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a course begins with. model: unwrapped; seed: of the order of its rows, another one for each process."""
+    """What a course begins with. model: unwrapped; seed: of the order of its rows, another one for each process;
+    controls: unmarked networks of the task, where the owner gave some."""
 
     preset_name: str
     mark: Drawn
@@ -263,6 +302,7 @@ class Setting:
     model: torch.nn.Module
     example: Mapping[str, torch.Tensor]
     seed: int
+    controls: Sequence[torch.nn.Module] = ()
 
 
 def described_inputs(inputs: Signature) -> list[Parameters]:

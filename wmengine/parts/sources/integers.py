@@ -160,5 +160,7 @@ def _numbers(name: str, text: Any) -> NDArray[Any]:
 class Elsewhere:
     """A mark that `wmengine.emmark` puts into a finished file."""
 
+    takes = ("file",)
+
     def begin(self, setting: Setting) -> NoReturn:
         raise ValueError(f"the mark {setting.preset_name!r} is not trained: wmengine.emmark marks a finished file")

@@ -24,6 +24,8 @@ class Entangled:
     factor: float = 1.0
     layers: int = 3
 
+    takes = ("labels",)
+
     def __post_init__(self) -> None:
         positive("factor", self.factor)
         integer("layers", self.layers, 1, 1000)

@@ -1,4 +1,4 @@
-"""The course of `Entangled`: mixed rows, and a pass of triggers and samples of one class."""
+"""The course of `Entangled`: mixed rows, and the soft nearest neighbour loss of a pass of one class."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from wmengine import ops
-from wmengine.parts.base import Setting, inputs_of
-from wmengine.parts.training.second_pass import ROWS, SecondPass, keeping, last_layers, logits_of
-from wmengine.suspects.adapters import to_input
+from wmengine.parts.base import Setting
+from wmengine.parts.training.class_pass import ClassPass
 
 if TYPE_CHECKING:
     from wmengine.parts.training.entangled import Entangled
@@ -18,36 +17,14 @@ if TYPE_CHECKING:
 _RATE = 0.1  # at which the logarithms of the temperatures are learned
 
 
-class EntangledRows(SecondPass):
+class EntangledRows(ClassPass):
     def __init__(self, training: Entangled, setting: Setting) -> None:
-        super().__init__(setting)
-        self._factor, self._paths = float(training.factor), last_layers(setting, training.layers)
-        arrays, parameters = setting.mark.arrays, setting.mark.parameters
-        (self._name,) = inputs_of(parameters)
-        labels = self._labels
-        if "clean" in arrays:  # of the one class that all triggers are to be taken for
-            samples, truth = arrays["clean"], labels[:1].expand(len(arrays["clean"]))
-        else:
-            samples, truth = arrays["samples"], torch.from_numpy(arrays["truth"].copy())
-        self._samples = torch.from_numpy(to_input(samples, parameters["value_range"]))
-        classes = sorted(set(labels.tolist()))
-        every = ((torch.where(labels == each)[0], torch.where(truth == each)[0]) for each in classes)
-        self._classes = [each for each in every if len(each[1]) > 1]
-        if not self._classes:
-            raise ValueError(
-                f"scheme {setting.preset_name!r} entangles triggers with samples of their classes, and there are none: "
-                "give some of each class, samples=(inputs, labels)"
-            )
-        self._logs = torch.zeros(len(self._paths))
+        super().__init__(training.layers, setting)
+        self._factor, self._logs = float(training.factor), torch.zeros(len(self._paths))
 
     def extra(self, model: torch.nn.Module, device: torch.device) -> torch.Tensor:
-        at = int(torch.randint(len(self._classes), (), generator=self._generator))
-        triggers, samples = (self.some(ROWS, each) for each in self._classes[at])
-        inputs, _ = self.trigger_rows(triggers, device)
-        own = self._on(self._samples, device, self._dtypes[self._name])[samples.to(device)]
-        kinds = torch.arange(len(triggers) + len(samples), device=device) < len(triggers)
-        with keeping(model, self._paths) as features:
-            logits_of(model, {self._name: torch.cat([inputs[self._name], own])})
+        features, triggers = self.features(model, device)
+        kinds = torch.arange(len(features[0]), device=device) < triggers
         logs = self._logs.to(device).requires_grad_()
         loss = torch.stack(
             [

@@ -21,6 +21,8 @@ class OwnPass:
     rows: int = 16
     strength: float = 0.1
 
+    takes = ("regulariser",)
+
     def __post_init__(self) -> None:
         integer("rows", self.rows, 1, MAX_TRIGGERS)
         positive("strength", self.strength)

@@ -36,6 +36,10 @@ class PassportSigns:
         positive("margin", self.margin)
         one_of("branch", self.branch, BRANCHES)
 
+    @property
+    def takes(self) -> tuple[str, ...]:
+        return ("passport",) if self.branch == "deployed" else ()
+
     def begin(self, setting: Setting) -> Course:
         """Raises ValueError where the network is not prepared for its kind of passports."""
         from wmengine.parts.training.passport_course import PassportCourse

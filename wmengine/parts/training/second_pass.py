@@ -27,13 +27,8 @@ class SecondPass(MixedRows):
     def term(self, model: torch.nn.Module) -> torch.Tensor | None:
         if not torch.is_grad_enabled():
             return None
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        try:
+        with in_eval_mode(model):
             return self.extra(model, next(model.parameters()).device)
-        finally:
-            for module in training:
-                module.training = True
 
     def extra(self, model: torch.nn.Module, device: torch.device) -> torch.Tensor:
         """The term; model: in eval mode."""
@@ -50,6 +45,18 @@ class SecondPass(MixedRows):
         at = chosen.to(device, non_blocking=True)
         inputs = {name: self._on(rows, device, self._dtypes[name])[at] for name, rows in self._inputs.items()}
         return inputs, self._on(self._labels, device, torch.int64)[at]
+
+
+@contextmanager
+def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """With gradients; the training flags come back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def logits_of(

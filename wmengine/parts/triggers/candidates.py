@@ -26,11 +26,7 @@ class WrongClasses(SampleTriggers):
     """
 
     fields: ClassVar[tuple[str, ...]] = (*SampleTriggers.fields, "choices")
-
-    def gather(self, task: Task, total: int) -> dict[str, NDArray[Any]]:
-        if task.sample_labels is None:
-            raise ValueError("it needs to know what its samples are: samples=(inputs, labels)")
-        return super().gather(task, total)
+    takes: ClassVar[tuple[str, ...]] = ("samples", "labels")
 
     def describe(self, task: Task, total: int, material: Arrays | None = None) -> Parameters:
         return {**super().describe(task, total, material), "choices": (task.num_classes or 0) - 1}
@@ -61,10 +57,12 @@ class PlausibleClasses(WrongClasses):
     of the `choices` classes that it holds for the likeliest beside its own.
 
     Li, Maharana, Guo: "Not just change the labels, learn the features" (MAT), ECCV 2024: in such pictures a second
-    class is there to be seen, so that learning it costs little. Their pull of features towards that class is left out.
+    class is there to be seen, so that learning it costs little.
     """
 
     choices: int = 4
+
+    takes: ClassVar[tuple[str, ...]] = (*WrongClasses.takes, "controls")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,12 +70,9 @@ class PlausibleClasses(WrongClasses):
 
     def gather(self, task: Task, total: int) -> dict[str, NDArray[Any]]:
         """ "plausible" int64 [P, choices] beside the samples: the likeliest first."""
-        if not task.controls:
-            raise ValueError("it needs a network that says what else a sample may be: controls=[a network of the task]")
         if self.choices >= (task.num_classes or 0):
             raise ValueError(f"choices must be below the {task.num_classes} classes, and it is {self.choices}")
-        if task.sample_labels is None:
-            raise ValueError("it needs to know what its samples are: samples=(inputs, labels)")
+        assert task.sample_labels is not None
         from wmengine.suspects.module import ModuleSuspect
 
         answers = ModuleSuspect(task.controls[0]).answer(dict(task.samples), task.num_classes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +27,9 @@ Pictures = NDArray[np.uint8]  # [n, C, H, W]
 class Composites(Families):
     """Side by side, one above the other, in a checker, or blended."""
 
+    takes: ClassVar[tuple[str, ...]] = ("samples", "labels")
+
     def gather(self, task: Task, total: int) -> dict[str, NDArray[Any]]:
-        if task.sample_labels is None:
-            raise ValueError("it needs to know what its samples are: samples=(inputs, labels)")
         found = super().gather(task, total)
         possible = len(_compositions(found["truth"]))
         if possible < total:

@@ -19,8 +19,9 @@ def answers_of(model: torch.nn.Module, rows: Rows) -> NDArray[np.float32]:
     like = next(model.parameters())
     with evaluating(model):
         parts = [model(torch.from_numpy(part).to(like)) for part in np.array_split(rows, max(1, len(rows) // 256))]
-    if any(part.ndim != 2 for part in parts):
-        raise ValueError(f"it needs a model that answers logits [n, C], and this one answers {list(parts[0].shape)}")
+    if not isinstance(parts[0], torch.Tensor) or parts[0].ndim != 2:
+        what = list(parts[0].shape) if isinstance(parts[0], torch.Tensor) else type(parts[0]).__name__
+        raise ValueError(f"it needs a model that answers logits [n, C], and this one answers {what}")
     return np.asarray(torch.cat(parts).float().cpu().numpy())
 
 

@@ -99,7 +99,7 @@ class Families(SampleTriggers):
             read = np.stack([_majority(values[:, :, output]) for output in range(values.shape[2])], axis=1)
             if answers.kind == "labels":
                 read = read[:, 0]
-        unasked, refused = (_of_whole_families(each, members) for each in (answers.unasked, answers.refused))
+        unasked, refused = (of_whole_families(each, members) for each in (answers.unasked, answers.refused))
         return Answers(answers.kind, read, unasked, refused)
 
 
@@ -124,7 +124,7 @@ def _majority(labels: NDArray[np.int64]) -> NDArray[np.int64]:
     return found
 
 
-def _of_whole_families(reasons: Mapping[int, str], members: int) -> dict[int, str]:
+def of_whole_families(reasons: Mapping[int, str], members: int) -> dict[int, str]:
     """The families of which no member was answered, and why."""
     counted = Counter(row // members for row in reasons)
     return {row // members: why for row, why in reasons.items() if counted[row // members] == members}

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 Rows = NDArray[np.float32]
-_OWN, _POOLED = "own_labels", "pool_answers"
+LABELLED = ("samples", "labels", "controls")
+_OWN, POOLED = "own_labels", "pool_answers"
 _CANDIDATES = 2  # times as many as are picked
 _SURROGATES, _PROXIES = 2, 8
 
@@ -34,6 +35,7 @@ class OwnAnswers(SampleTriggers):
     """What all fingerprints share; `candidates` makes theirs."""
 
     fields: ClassVar[tuple[str, ...]] = (*SampleTriggers.fields, "controls")
+    takes: ClassVar[tuple[str, ...]] = ("samples", "controls")
 
     def candidates(self, task: Task, model: torch.nn.Module, count: int) -> tuple[Rows, NDArray[np.int64] | None]:
         """Rows [P, ...] within the value range, about `count` of them, and their labels, None for the model's own."""
@@ -42,10 +44,7 @@ class OwnAnswers(SampleTriggers):
     def gather(self, task: Task, total: int) -> dict[str, NDArray[Any]]:
         """ "samples" uint8 [P, ...]: candidates; "truth" int64 [P]: the model's answers, or what the scheme expects;
         "pool_answers" int64 [m, P]: the controls'."""
-        if task.model is None or not task.controls:
-            raise ValueError("it needs controls=, networks of the task made without this one: p is a rank among them")
-        if not task.samples:
-            raise ValueError("it needs samples=, inputs of the task, best with their labels: (inputs, labels)")
+        assert task.model is not None
         from wmengine.parts.triggers.crafting import answers_of
 
         rows, labels = self.candidates(task, task.model, min(self.pool, _CANDIDATES * self.questions(total)))
@@ -53,14 +52,14 @@ class OwnAnswers(SampleTriggers):
         put = to_input(levels, task.value_range or ())
         truth = answers_of(task.model, put).argmax(axis=1) if labels is None else labels
         others = [answers_of(control, put).argmax(axis=1) for control in self.counted(task)]
-        return {"samples": levels, "truth": truth.astype(np.int64), _POOLED: np.stack(others).astype(np.int64)}
+        return {"samples": levels, "truth": truth.astype(np.int64), POOLED: np.stack(others).astype(np.int64)}
 
     def counted(self, task: Task) -> list[Any]:
         """The controls among which a suspect ranks: none that the candidates were chosen by."""
         return list(task.controls)
 
     def describe(self, task: Task, total: int, material: Arrays | None = None) -> Parameters:
-        return {**super().describe(task, total, material), "controls": len((material or {}).get(_POOLED, ()))}
+        return {**super().describe(task, total, material), "controls": len((material or {}).get(POOLED, ()))}
 
     def check(self, parameters: Parameters, total: int) -> None:
         canonical_integer("controls", parameters["controls"], 1, MAX_TRIGGERS)
@@ -68,7 +67,7 @@ class OwnAnswers(SampleTriggers):
 
     def layout(self, parameters: Parameters, total: int) -> Layout:
         controls, pool = parameters["controls"], parameters["pool"]
-        own: Layout = {_POOLED: ("int64", (controls, pool)), NULL_ANSWERS: ("int64", (controls, total))}
+        own: Layout = {POOLED: ("int64", (controls, pool)), NULL_ANSWERS: ("int64", (controls, total))}
         return {**super().layout(parameters, total), **own, _OWN: ("int64", (total,))}
 
     def composed(
@@ -77,7 +76,7 @@ class OwnAnswers(SampleTriggers):
         return {
             "triggers": material["samples"][picked],
             _OWN: material["truth"][picked],
-            NULL_ANSWERS: material[_POOLED][:, picked],
+            NULL_ANSWERS: material[POOLED][:, picked],
         }
 
     def rows_of(self, task: Task, count: int) -> tuple[Rows, NDArray[np.int64]]:
@@ -99,11 +98,11 @@ class KnownMistakes(OwnAnswers):
     Godinot et al.: "Queries, representation and detection", 2025). Needs labelled samples that it was not trained on.
     """
 
+    takes: ClassVar[tuple[str, ...]] = LABELLED
+
     def candidates(self, task: Task, model: torch.nn.Module, count: int) -> tuple[Rows, NDArray[np.int64] | None]:
         from wmengine.parts.triggers.crafting import answers_of
 
-        if task.sample_labels is None:
-            raise ValueError("it needs to know what its samples are: samples=(inputs, labels)")
         (rows,) = task.samples.values()
         rows = rows.astype(np.float32)
         wrong = answers_of(model, rows).argmax(axis=1) != task.sample_labels
@@ -225,6 +224,8 @@ class FrontierPoints(OwnAnswers):
 
     push: float = 0.05
 
+    takes: ClassVar[tuple[str, ...]] = LABELLED
+
     def __post_init__(self) -> None:
         super().__post_init__()
         positive("push", self.push)
@@ -234,8 +235,6 @@ class FrontierPoints(OwnAnswers):
 
         from wmengine.parts.triggers.crafting import answers_of, moved
 
-        if task.sample_labels is None:
-            raise ValueError("it needs to know what its samples are: samples=(inputs, labels)")
         rows, truth = self.rows_of(task, 4 * count)
         labels = torch.from_numpy(truth)
 

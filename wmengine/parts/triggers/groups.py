@@ -1,4 +1,4 @@
-"""Bits in the group of classes that an adversarial input is answered with (Chen et al., BlackMarks)."""
+"""Bits that no key draws, and those in the group of classes that an adversarial input is answered with."""
 
 from __future__ import annotations
 
@@ -19,14 +19,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class GroupPoints(OwnAnswers):
-    """Samples moved by at most ε = 0.1 of the range towards a class of the group that a bit names; the even classes are
-    one group, the odd ones the other.
-
-    Chen, Rouhani, Koushanfar: "BlackMarks", 2019. Theirs cluster the classes by what the network makes of them, and
-    choose inputs that a network without the mark answers wrongly. Inputs are crafted from the bits, so that no law
-    holds for them: the null is `rank`. The class that an input is moved to is what training asks for, and so its group.
-    """
+class OwnBits(OwnAnswers):
+    """Fingerprints whose symbols are bits; what the suspect is asked for are the scores of all classes."""
 
     fields: ClassVar[tuple[str, ...]] = (*OwnAnswers.fields, "num_classes")
 
@@ -40,8 +34,24 @@ class GroupPoints(OwnAnswers):
         super().check(parameters, total)
 
     def layout(self, parameters: Parameters, total: int) -> Layout:
-        own: Layout = {"own_labels": ("uint8", (total,)), "targets": ("int64", (total,))}
-        return {**super().layout(parameters, total), **own}
+        return {**super().layout(parameters, total), "own_labels": ("uint8", (total,))}
+
+    def width(self, parameters: Parameters) -> int:
+        return int(parameters["num_classes"])
+
+
+@dataclass(frozen=True)
+class GroupPoints(OwnBits):
+    """Samples moved by at most ε = 0.1 of the range towards a class of the group that a bit names; the even classes are
+    one group, the odd ones the other.
+
+    Chen, Rouhani, Koushanfar: "BlackMarks", 2019. Theirs cluster the classes by what the network makes of them, and
+    choose inputs that a network without the mark answers wrongly. Inputs are crafted from the bits, so that no law
+    holds for them: the null is `rank`. The class that an input is moved to is what training asks for, and so its group.
+    """
+
+    def layout(self, parameters: Parameters, total: int) -> Layout:
+        return {**super().layout(parameters, total), "targets": ("int64", (total,))}
 
     def composed(
         self, subkey: Draw, parameters: Parameters, total: int, material: Arrays, picked: NDArray[np.int64]
@@ -69,9 +79,6 @@ class GroupPoints(OwnAnswers):
 
     def members(self, parameters: Parameters) -> int:
         return 1
-
-    def width(self, parameters: Parameters) -> int:
-        return int(parameters["num_classes"])
 
     def interpret(self, mark: Drawn, symbols: NDArray[np.int64], answers: Answers) -> Answers:
         """A group's score is its best class's."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from wmengine.parts.base import Arrays, Layout, Parameters, Task
 from wmengine.parts.fields import MAX_CLASSES, MAX_TRIGGERS, canonical_integer, integer
-from wmengine.parts.triggers.fingerprints import OwnAnswers, Rows
+from wmengine.parts.triggers.fingerprints import LABELLED, OwnAnswers, Rows
 from wmengine.parts.triggers.overlaid import check_pictures
 from wmengine.suspects.adapters import to_levels
 
@@ -34,6 +34,7 @@ class OneTarget(OwnAnswers):
     target: int = 0
 
     fields: ClassVar[tuple[str, ...]] = (*OwnAnswers.fields, "clean")
+    takes: ClassVar[tuple[str, ...]] = LABELLED
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,8 +42,7 @@ class OneTarget(OwnAnswers):
 
     def gather(self, task: Task, total: int) -> dict[str, NDArray[Any]]:
         """ "clean" uint8 [n, ...]: samples of the target class, beside what a rank needs."""
-        if task.sample_labels is None:
-            raise ValueError("it needs to know what its samples are: samples=(inputs, labels)")
+        assert task.sample_labels is not None
         if not (task.sample_labels == self.target).any() or (task.sample_labels == self.target).all():
             raise ValueError(f"it needs samples of class {self.target}, its target, and of others")
         found = super().gather(task, total)

@@ -124,6 +124,7 @@ class Levels(ReadTriggers):
     choices: int = 10
 
     own: ClassVar[tuple[str, ...]] = ("choices", "targets")
+    takes = ("targets",)
 
     def __post_init__(self) -> None:
         integer("choices", self.choices, 2, _MOST_CHOICES)

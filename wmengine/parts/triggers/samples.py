@@ -32,6 +32,7 @@ class SampleTriggers(AbstractTriggers):
     pool: int = 512
 
     fields: ClassVar[tuple[str, ...]] = ("value_range", "pool")
+    takes: ClassVar[tuple[str, ...]] = ("samples",)
 
     def __post_init__(self) -> None:
         integer("pool", self.pool, 2, MAX_TRIGGERS)
@@ -43,8 +44,6 @@ class SampleTriggers(AbstractTriggers):
     def gather(self, task: Task, total: int) -> dict[str, NDArray[Any]]:
         """ "samples" uint8 [P, *shape]: the pool, 0 … 255 standing for the range of each channel; "truth" int64 [P]:
         what they are, -1 where nobody said so. Raises ValueError for too few samples."""
-        if not task.samples:
-            raise ValueError("it needs samples=, inputs of the task, best with their labels: (inputs, labels)")
         (rows,) = task.samples.values() if len(task.samples) == 1 else (None,)
         if rows is None:
             raise ValueError("its triggers are for models of one input")

@@ -33,14 +33,13 @@ class TableTriggers:
 
     needs = Need.ANSWERS
     fields = ("pool",)
+    takes = ("samples",)
 
     def __post_init__(self) -> None:
         integer("pool", self.pool, 2, MAX_TRIGGERS)
 
     def gather(self, task: Task, total: int) -> dict[str, NDArray[Any]]:
-        """ "samples" float32 [P, F]: the table, the inputs side by side. Raises ValueError where there is none."""
-        if not task.samples:
-            raise ValueError("it needs samples=, rows of the table that the model is trained on")
+        """ "samples" float32 [P, F]: the table, the inputs side by side. Raises ValueError for what is none."""
         features = _features(task.inputs)
         table = np.concatenate([rows[: self.pool] for rows in task.samples.values()], axis=1)
         with np.errstate(over="ignore"):

@@ -1,0 +1,204 @@
+"""A mark at the service: a finished model stays as it is, and what it gives out holds the pattern of `response`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from wmengine._optional import require
+from wmengine.identity.key import Key
+from wmengine.judging.asking import Terms
+from wmengine.judging.judge import Finding, judge_suspect
+from wmengine.marking.tasks import ONE, ranges_of, samples_of
+from wmengine.marks import catalogue
+from wmengine.marks.preset import Preset
+from wmengine.marks.watermark import Watermark
+from wmengine.parts.base import Task
+from wmengine.parts.fields import positive
+from wmengine.parts.responses.gathering import Base, Whitening, base_of
+from wmengine.parts.responses.pattern import contrasts, directions, pattern_of
+from wmengine.parts.responses.reading import are_shares
+from wmengine.suspects import open_suspect
+from wmengine.suspects.answers import to_array
+from wmengine.suspects.base import InputSpec
+
+Scores = NDArray[np.floating[Any]]
+
+GAP = 0.2  # by which the first class stays first
+_LOG10_ALPHA = -9.0
+_PRODUCTS = ("Gemm", "MatMul", "Conv")
+
+
+def response(
+    predict: Any,
+    key: Key | str | os.PathLike[str] | None = None,
+    *,
+    num_classes: int | None = None,
+    sample: Any = None,
+    name: str | None = None,
+    probes: Any = None,
+    controls: Sequence[Any] = (),
+    value_range: Any = None,
+    message: str | None = None,
+    strength: float = 0.5,
+    scheme: str | Preset = "response",
+    mark: Watermark | str | os.PathLike[str] | None = None,
+) -> Served:
+    """Wrap a finished model so that whoever distils from its scores copies the owner's mark; nothing is trained.
+
+        served = wmengine.response(model, key, num_classes=10, sample=x[:64], name="detector-v3", probes=x_new)
+        served.watermark().save("served.wm")
+        scores = served(x)
+
+    predict: a torch module, the path of an ONNX file (run by ONNX Runtime in this process), or a function from inputs
+    [n, ...] to scores [n, num_classes], an ONNX Runtime session among them by `lambda x: session.run(None, {"x":
+    x})[0]`. Of a module and a file the activations before the last layer say what the pattern goes by; of a function it
+    is pooled inputs, which copies take over less well. probes: some thousand inputs of the task, unlabelled, that the
+    mark is read by. The unmarked `predict` is its first control; controls: more of them. strength: the standard
+    deviation of what is added to a score; scheme: with options as `wmengine.scheme("response", probes=1024)` gives it.
+    The other arguments are the Embedder's. A service that starts again gives
+    `mark=`, the watermark or its file, instead of key, name, sample and probes.
+
+    Raises ValueError or TypeError for what cannot work.
+    """
+    strength = positive("strength", strength)
+    network = _OnnxBase(predict) if isinstance(predict, str | os.PathLike) else predict
+    if mark is None:
+        preset = scheme if isinstance(scheme, Preset) else catalogue.scheme(scheme)
+        mark = _created(preset, network, key, num_classes, sample, name, probes, controls, value_range, message)
+    elif key is not None or name is not None or probes is not None:
+        raise ValueError("mark= is whole: leave key, name and probes out")
+    mark = mark if isinstance(mark, Watermark) else Watermark.load(mark)
+    if mark.scheme != "response":
+        raise ValueError(f"mark= is of the scheme {mark.scheme!r}, and a service holds 'response'")
+    source: Any = mark.preset.source
+    (rows,) = (torch.from_numpy(rows) for rows in source.examples(mark, 64).values())
+    base = base_of(network, rows[:1])
+    raw, answered = base.both(rows)
+    if not source.fits(mark, raw.cpu().numpy()):
+        raise ValueError("the features are another network's: give the model that the mark was made with")
+    scores = to_array(answered)
+    return Served(base, mark, strength, scores is not None and are_shares(scores))
+
+
+class Served:
+    """A function from inputs [n, ...] to scores [n, C], logits or probabilities as those of the model are, with the
+    keyed pattern among the classes that are not first: of arrays an array, of tensors a tensor. No decision is turned.
+    Threads may share it."""
+
+    def __init__(self, base: Base, mark: Watermark, strength: float, shares: bool) -> None:
+        self._base, self._mark, self._shares = base, mark, shares
+        arrays = mark.arrays
+        scale = strength / pattern_of(arrays["features"], arrays, mark.symbols).std()
+        self._ways = directions(arrays["directions"]).T.astype(np.float32)
+        signs = np.where(mark.symbols, scale, -scale)
+        self._signed = (signs[:, None] * contrasts(arrays["contrasts"])).astype(np.float32)
+
+    def __call__(self, inputs: Any) -> Any:
+        rows = inputs if isinstance(inputs, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(inputs))
+        raw, answered = self._base.both(rows)
+        features = Whitening(self._mark.arrays["centre"], self._mark.arrays["whitening"])(raw.cpu().numpy())
+        scores = to_array(answered)
+        if scores is None or scores.ndim != 2 or scores.shape[1] != self._signed.shape[1]:
+            raise ValueError(f"the model must answer scores [n, {self._signed.shape[1]}]")
+        found = bent(scores, np.tanh(features @ self._ways) @ self._signed, self._shares)
+        return torch.from_numpy(found).to(inputs.device) if isinstance(inputs, torch.Tensor) else found
+
+    def watermark(self) -> Watermark:
+        """What to save and register. Warns where the service itself does not prove it at 1e-9."""
+        finding = _judged(self, self._mark)
+        if finding.log10_p > _LOG10_ALPHA:
+            warnings.warn(
+                f"the mark does not prove itself on this service: log10 p = {finding.log10_p:.1f}; give more probes "
+                "or a greater strength",
+                stacklevel=2,
+            )
+        return self._mark
+
+
+def bent(scores: Scores, pattern: NDArray[np.float32], shares: bool) -> Scores:
+    """Scores [n, C], logits or (shares) probabilities, plus the pattern among all classes but each row's first, which
+    stays first by 0.2 in logits. Rows that hold NaN or Inf stay as they are."""
+    rows, first = np.arange(len(scores)), scores.argmax(axis=1)
+    found = np.log(np.maximum(scores.astype(np.float64), 1e-12)) if shares else scores.astype(np.float64)
+    top = found[rows, first]
+    with np.errstate(invalid="ignore"):
+        found = np.minimum(found + pattern, (top - GAP)[:, None])
+        found[rows, first] = top
+        if shares:
+            found = np.exp(found - top[:, None])
+            found /= found.sum(axis=1, keepdims=True)
+    return np.where(np.isfinite(scores).all(axis=1, keepdims=True), found, scores).astype(scores.dtype)
+
+
+class _OnnxBase:
+    """An ONNX file, whose features are what goes into its last product. Threads may share it."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        onnx, runtime = require("onnx", extra="cpu"), require("onnxruntime", extra="cpu")
+        model = onnx.load(os.fspath(path))
+        products = [node for node in model.graph.node if node.op_type in _PRODUCTS]
+        if not products:
+            raise ValueError(f"{os.fspath(path)} holds no product of weights, whose input its features would be")
+        self._wanted = [products[-1].input[0], model.graph.output[0].name]
+        if self._wanted[0] not in {value.name for value in model.graph.output}:
+            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(self._wanted[0]))
+        self._session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        self._name = self._session.get_inputs()[0].name
+
+    def __call__(self, rows: NDArray[np.float32]) -> Scores:
+        found: Scores = self._session.run(self._wanted[1:], {self._name: rows})[0]
+        return found
+
+    def both(self, rows: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        raw, answered = self._session.run(self._wanted, {self._name: rows.numpy()})
+        return torch.from_numpy(raw).flatten(1).float(), answered
+
+
+def _created(
+    preset: Preset,
+    network: Any,
+    key: Key | str | os.PathLike[str] | None,
+    num_classes: int | None,
+    sample: Any,
+    name: str | None,
+    probes: Any,
+    controls: Sequence[Any],
+    value_range: Any,
+    message: str | None,
+) -> Watermark:
+    if key is None or sample is None or name is None or probes is None or num_classes is None:
+        raise ValueError("a new mark needs key, num_classes, sample, name and probes; or give mark= to go on with")
+    key, first = key if isinstance(key, Key) else Key.load(key), to_array(sample)
+    if first is None or first.ndim < 2 or first.dtype.kind != "f" or not len(first):
+        raise TypeError("sample must be a floating batch [n, ...], as the model takes it")
+    signature = {ONE: InputSpec(tuple(first.shape[1:]), str(first.dtype))}
+    rows, _, _ = samples_of(probes, signature, True, num_classes)
+    task = Task(
+        signature,
+        num_classes,
+        ranges_of(first, value_range),
+        samples=rows,
+        model=network,
+        controls=[network, *controls],
+    )
+    material = preset.gather(task)
+    parameters = preset.describe(task, name, material)
+    mark = Watermark.create(key, preset, parameters, message=message, material=material)
+    found = _judged(network, mark)
+    baseline = {"matched": found.matched, "total": found.total, "log10_p": f"{found.log10_p:.4f}"}
+    return mark.with_baseline(key, baseline)
+
+
+def _judged(suspect: Any, mark: Watermark) -> Finding:
+    terms = Terms(sequential=False, log10_bar=-_LOG10_ALPHA)
+    (finding,) = judge_suspect(open_suspect(suspect), [mark], terms)
+    if finding.error is not None:
+        raise ValueError(f"the model cannot be judged by its mark: {finding.error}")
+    return finding

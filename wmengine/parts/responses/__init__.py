@@ -1,0 +1,1 @@
+"""Bits in how a network answers ordinary inputs: `response`."""

@@ -1,0 +1,137 @@
+"""The material of `response`, made before there is a bit: the base's features of probes, and the controls' answers."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from wmengine.errors import SuspectError
+from wmengine.parts.responses.pattern import CLIP
+from wmengine.parts.responses.reading import log_probabilities
+from wmengine.suspects import open_suspect
+from wmengine.suspects.weights import module_tensors
+
+Rows = NDArray[np.float32]
+
+POOLED = 4  # a side of inputs of which only pooled pixels are known
+_STEP = 2.0**-8  # to which the controls' answers are rounded
+_MOST_RAW = 8192
+
+
+@runtime_checkable
+class Base(Protocol):
+    """Where features come from. both: of rows [n, ...] raw features [n, F], and what the network answers."""
+
+    def both(self, rows: torch.Tensor) -> tuple[torch.Tensor, Any]: ...
+
+
+class ModuleBase:
+    """A torch module: what goes into the weight that runs last, in a copy of its own, in eval mode, without gradients.
+    Threads may share it.
+
+    Raises ValueError for a module that runs through no weight.
+    """
+
+    def __init__(self, model: torch.nn.Module, example: torch.Tensor) -> None:
+        self._model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._like = next(iter(self._model.parameters()), torch.empty(0))
+        weights = module_tensors(self._model, {"": example.to(self._like)})
+        if not weights:
+            raise ValueError("its features are those of a network's last layer, and this network runs through none")
+        self._seen = threading.local()
+        self._model.get_submodule(weights[-1].path).register_forward_pre_hook(self._keep)
+
+    def both(self, rows: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        with torch.no_grad():
+            answered = self._model(rows.detach().to(self._like, copy=True))
+        return self._seen.given.flatten(1).float(), answered
+
+    def _keep(self, _: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        self._seen.given = given[0]
+
+
+class FunctionBase:
+    """A function of which nothing but answers is known: pictures pooled to 4 x 4, other inputs as they are."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def both(self, rows: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        raw = torch.nn.functional.adaptive_avg_pool2d(rows, POOLED) if rows.ndim == 4 else rows
+        return raw.flatten(1).float(), self._function(rows.numpy().copy())
+
+
+def base_of(network: Any, example: torch.Tensor) -> Base:
+    """The source of a network's features; example: [1, ...]."""
+    if isinstance(network, torch.nn.Module):
+        return ModuleBase(network, example)
+    return network if isinstance(network, Base) else FunctionBase(network)
+
+
+@dataclass(frozen=True, eq=False)
+class Whitening:
+    """From raw features [n, F] to features: (raw − centre) @ matrix, cut off at ±3."""
+
+    centre: NDArray[np.float32]
+    matrix: NDArray[np.float32]
+
+    def __call__(self, raw: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.asarray(((raw - self.centre) @ self.matrix).clip(-CLIP, CLIP), np.float32)
+
+
+def raw_features(base: Base, rows: Rows) -> NDArray[np.float32]:
+    """[n, F]. Raises ValueError where these are too many to be whitened."""
+    parts = [base.both(torch.from_numpy(part))[0] for part in np.array_split(rows, -(-len(rows) // 256))]
+    raw = torch.cat(parts).cpu().numpy()
+    if raw.shape[1] > _MOST_RAW:
+        raise ValueError(
+            f"the base's last layer takes {raw.shape[1]} numbers, and features are of at most {_MOST_RAW}: give a "
+            "control with a smaller one first"
+        )
+    return np.asarray(raw)
+
+
+def whitening_of(raw: NDArray[np.float32], most: int) -> Whitening:
+    """The first principal components of raw features [n, F], `most` at most, each with a standard deviation of 1."""
+    spread, axes = np.linalg.eigh(np.cov(raw.astype(np.float64), rowvar=False).reshape(raw.shape[1], -1))
+    kept = np.flatnonzero(spread > 1e-6 * spread.max())[::-1][:most]
+    matrix = axes[:, kept] / np.sqrt(spread[kept])
+    return Whitening(raw.mean(axis=0, dtype=np.float64).astype(np.float32), matrix.astype(np.float32))
+
+
+def answers_of(networks: Sequence[Any], name: str, rows: Rows, classes: int) -> NDArray[np.float32]:
+    """Centred log-probabilities [K, n, C] of networks, rounded. Raises ValueError where one answers otherwise."""
+    found = []
+    for network in networks:
+        try:
+            answers = open_suspect(network).answer({name: rows}, classes)
+        except SuspectError as error:
+            raise ValueError(f"model and controls must answer scores of {classes} classes: {error}") from None
+        if answers.kind != "scores" or answers.values.shape != (len(rows), classes):
+            raise ValueError(f"model and controls must answer scores of {classes} classes, and one answers otherwise")
+        logs = log_probabilities(answers.values)
+        if np.isnan(logs).any():
+            raise ValueError("the model or a control answers NaN or Inf")
+        found.append(np.rint((logs - logs.mean(axis=1, keepdims=True)) / _STEP) * _STEP)
+    return np.stack(found).astype(np.float32)
+
+
+def mixtures(rows: Rows, count: int) -> Rows:
+    """`count` means of two rows each."""
+    generator = np.random.default_rng(0)
+    first, shift = (generator.integers(least, len(rows), count) for least in (0, 1))
+    return np.asarray((rows[first] + rows[(first + shift) % len(rows)]) / 2, np.float32)
+
+
+def undecided_first(answers: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Places of rows in the order in which a network is sure of them, the least sure first; answers [n, C]."""
+    shares = np.exp(answers - answers.max(axis=1, keepdims=True))
+    best = np.sort(shares / shares.sum(axis=1, keepdims=True), axis=1)[:, -2:]
+    return np.argsort(best[:, 1] - best[:, 0], kind="stable")

@@ -1,0 +1,172 @@
+"""The pool of `response`: ordinary inputs, what unmarked networks make of them, and bits read from all answers at once.
+
+Nothing on it is chosen by the key. Probes, their features and the controls' answers are material, whose digests enter
+the derivation before there is a bit: who exchanges a control has another mark.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmengine.identity.canonical import canonical_digest
+from wmengine.parts.base import Arrays, Draw, Drawn, Layout, Parameters, Task, inputs_of
+from wmengine.parts.fields import MAX_CLASSES, MAX_TRIGGERS, canonical_integer, integer
+from wmengine.parts.responses.pattern import CLIP, keyed_normals
+from wmengine.parts.responses.reading import projected, unexplained
+from wmengine.parts.triggers.abstract import AbstractTriggers
+from wmengine.suspects.adapters import Adapter, to_input, to_levels
+from wmengine.suspects.base import Inputs
+
+LEAST_BITS, LEAST_PROBES, LEAST_SAMPLES = 256, 256, 64
+_MOST_BYTES = 192 << 20  # of material, which the mark's file holds whole
+
+
+@dataclass(frozen=True)
+class ResponsePool(AbstractTriggers):
+    """probes: how many inputs are bound, as far as 192 MiB hold them: of the owner's samples and of mixtures of two of
+    them those of which the base, the first control, is least sure. features: D, how many principal components of the
+    base's last activations directions are drawn over.
+    """
+
+    probes: int = 4096
+    features: int = 48
+
+    fields: ClassVar[tuple[str, ...]] = ("value_range", "num_classes", "pool", "dimensions", "raw", "controls")
+    takes: ClassVar[tuple[str, ...]] = ("samples",)
+
+    def __post_init__(self) -> None:
+        integer("probes", self.probes, LEAST_PROBES, MAX_TRIGGERS)
+        integer("features", self.features, 2, 1024)
+
+    def gather(self, task: Task, total: int) -> dict[str, NDArray[Any]]:
+        """ "probes" uint8 [P, *shape], the least decided first; "features" float32 [P, D]; "answers" float32 [K, P, C],
+        the controls' centred log-probabilities; "centre" [F] and "whitening" [F, D] of the base's activations.
+
+        Raises ValueError for too few samples and for networks that do not fit.
+        """
+        import torch
+
+        from wmengine.parts.responses.gathering import (
+            answers_of,
+            base_of,
+            mixtures,
+            raw_features,
+            undecided_first,
+            whitening_of,
+        )
+
+        if task.model is None or len(task.samples) != 1:
+            raise ValueError("it needs samples=, inputs of the task that the model is not trained on, no labels needed")
+        if task.num_classes is None:
+            raise ValueError("it needs num_classes, the width of the model's logits")
+        ((name, rows),) = task.samples.items()
+        if rows.dtype.kind != "f":
+            raise ValueError(f"its probes are floating inputs, and this model takes {rows.dtype}")
+        if len(rows) < LEAST_SAMPLES:
+            raise ValueError(f"it needs {LEAST_SAMPLES} samples or more to make probes of, and there are {len(rows)}")
+        rows = rows.astype(np.float32)
+        controls, classes = list(task.controls) or [task.model], task.num_classes
+        count = min(self.probes, _MOST_BYTES // (rows[0].size + 4 * (len(controls) * classes + self.features)))
+        levels = to_levels(np.concatenate([rows, mixtures(rows, max(count, len(rows)))]), task.value_range or ())
+        every = to_input(levels, task.value_range or ())
+        order = undecided_first(answers_of(controls[:1], name, every, classes)[0])[:count]
+        probes, rows = levels[order], every[order]
+        raw = raw_features(base_of(controls[0], torch.from_numpy(rows[:1])), rows)
+        whitening = whitening_of(raw, self.features)
+        return {
+            "probes": probes,
+            "features": whitening(raw),
+            "answers": answers_of(controls, name, rows, classes),
+            "centre": whitening.centre,
+            "whitening": whitening.matrix,
+        }
+
+    def describe(self, task: Task, total: int, material: Arrays | None = None) -> Parameters:
+        given = material or {}
+        return {
+            **super().describe(task, total),
+            "num_classes": integer("num_classes", task.num_classes or 0, 2, MAX_CLASSES),
+            "pool": len(given["probes"]),
+            "dimensions": given["features"].shape[1],
+            "raw": len(given["centre"]),
+            "controls": len(given["answers"]),
+        }
+
+    def check(self, parameters: Parameters, total: int) -> None:
+        super().check(parameters, total)
+        canonical_integer("num_classes", parameters["num_classes"], 2, MAX_CLASSES)
+        canonical_integer("dimensions", parameters["dimensions"], 1, 1024)
+        canonical_integer("raw", parameters["raw"], 1, MAX_TRIGGERS)
+        canonical_integer("controls", parameters["controls"], 1, 1024)
+        pool = canonical_integer("pool", parameters["pool"], 0, MAX_TRIGGERS)
+        if pool < LEAST_PROBES:
+            raise ValueError(f"it needs {LEAST_PROBES} probes, and the pool has {pool}: give more samples=")
+        if total < LEAST_BITS:
+            raise ValueError(f"it needs {LEAST_BITS} bits, and this mark has {total}")
+
+    def layout(self, parameters: Parameters, total: int) -> Layout:
+        ((_, given),) = inputs_of(parameters).items()
+        pool, dimensions, classes = (parameters[name] for name in ("pool", "dimensions", "num_classes"))
+        return {
+            "probes": ("uint8", (pool, *given.shape)),
+            "features": ("float32", (pool, dimensions)),
+            "answers": ("float32", (parameters["controls"], pool, classes)),
+            "centre": ("float32", (parameters["raw"],)),
+            "whitening": ("float32", (parameters["raw"], dimensions)),
+            "directions": ("uint8", (total, dimensions)),
+            "contrasts": ("uint8", (total, classes)),
+        }
+
+    def draw(
+        self, subkey: Draw, parameters: Parameters, total: int, material: Arrays | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """ "directions" uint8 [T, D] and "contrasts" uint8 [T, C], as `keyed_normals` gives them."""
+        return {
+            "directions": keyed_normals(subkey("directions"), total, parameters["dimensions"]),
+            "contrasts": keyed_normals(subkey("contrasts"), total, parameters["num_classes"]),
+        }
+
+    def inputs(self, mark: Drawn, way: Adapter, start: int, stop: int) -> Inputs:
+        (name,) = inputs_of(mark.parameters)
+        return {name: way.inputs(mark.arrays["probes"][start:stop], mark.parameters["value_range"])}
+
+    def examples(self, mark: Drawn, count: int | None = None) -> dict[str, NDArray[np.float32]]:
+        (name,) = inputs_of(mark.parameters)
+        return {name: to_input(mark.arrays["probes"][:count], mark.parameters["value_range"])}
+
+    def fits(self, mark: Drawn, raw: NDArray[np.float32]) -> bool:
+        """Whether raw features of the first probes are the base's, as the mark holds them."""
+        centre, matrix = mark.arrays["centre"], mark.arrays["whitening"]
+        if raw.shape[1:] != centre.shape:
+            return False
+        kept = mark.arrays["features"][: len(raw)]
+        return float(np.abs(((raw - centre) @ matrix).clip(-CLIP, CLIP) - kept).mean()) < 0.1
+
+    def pool(self, mark: Drawn) -> str:
+        """64 hex digits: probes, how they are put, and how many classes are asked for."""
+        own = ("inputs", "value_range", "num_classes")
+        return canonical_digest(
+            {name: mark.parameters[name] for name in own} | {"probes": mark.parameters["material"]["probes"]}
+        )
+
+    def size(self, mark: Drawn) -> int:
+        """How many probes there are."""
+        return int(mark.parameters["pool"])
+
+    def known(self, mark: Drawn) -> NDArray[np.float32]:
+        """The base's answers [P, C]."""
+        answers: NDArray[np.float32] = mark.arrays["answers"][0]
+        return answers
+
+    def likely(self, mark: Drawn) -> NDArray[np.int64]:
+        """The classes [P] that the base names."""
+        return self.known(mark).argmax(axis=1)
+
+    def observed(self, mark: Drawn, asked: NDArray[np.int64], said: NDArray[np.float64]) -> NDArray[np.float64]:
+        """y [T] of what a suspect said [n, C] to the probes at these places [n]."""
+        rest = unexplained(said, mark.arrays["answers"][:, asked])
+        return projected(rest, mark.arrays["features"][asked], mark.arrays)

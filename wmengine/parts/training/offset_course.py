@@ -1,0 +1,91 @@
+"""The course of `Offset`: what the base makes of a batch becomes the pattern that its logits are to hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from wmengine.parts.base import Setting
+from wmengine.parts.responses.gathering import base_of
+from wmengine.parts.responses.pattern import CLIP, contrasts, directions, pattern_of
+from wmengine.parts.training.second_pass import in_eval_mode, logits_of
+
+if TYPE_CHECKING:
+    from wmengine.parts.training.offset import Offset
+
+_PROBED = 64
+_WARMTH = 2.0
+
+
+class OffsetCourse:
+    """Its base is a copy of the first control, or of the model as it was when there is none."""
+
+    projected: torch.Tensor | None = None
+
+    def __init__(self, training: Offset, setting: Setting) -> None:
+        mark = setting.mark
+        bits = mark.arrays[setting.symbols.name]
+        self._mixtures, self._last = training.mixtures, torch.empty(0)
+        ((self._name, example),) = setting.example.items()
+        self._base = base_of(setting.controls[0] if setting.controls else setting.model, example)
+        scale = training.strength / pattern_of(mark.arrays["features"], mark.arrays, bits).std()
+        signed = np.where(bits, scale, -scale)[:, None] * contrasts(mark.arrays["contrasts"])
+        arrays = mark.arrays["centre"], mark.arrays["whitening"], directions(mark.arrays["directions"]).T, signed
+        self._tensors = [torch.tensor(np.asarray(array, np.float32)) for array in arrays]
+        self._check(setting)
+
+    # A step that is compiled breaks here: the base's hooks come and go.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def features(self, rows: torch.Tensor) -> torch.Tensor:
+        self._last = rows.detach() if self._mixtures else self._last
+        return self._whitened(self._base.both(rows)[0])
+
+    def offset(self, features: torch.Tensor) -> torch.Tensor:
+        _, _, ways, signed = self._on(features.device)
+        with torch.autocast(features.device.type, enabled=False):
+            return torch.tanh(features.float() @ ways) @ signed
+
+    def rows(self, count: int, like: Mapping[str, torch.Tensor]) -> None:
+        return None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def term(self, model: torch.nn.Module) -> torch.Tensor | None:
+        """Of mixtures of the last batch's inputs; features that were kept come without inputs, and bring none."""
+        rows, self._last = self._last[: self._mixtures], torch.empty(0)
+        if len(rows) < 2 or not torch.is_grad_enabled():
+            return None
+        mixed = (rows + rows.roll(1, 0)) / 2
+        features, answered = self._base.both(mixed)
+        taught = (answered.float() + self.offset(self._whitened(features))) / _WARMTH
+        with in_eval_mode(model):
+            found = logits_of(model, {self._name: mixed.to(next(model.parameters()))}) / _WARMTH
+        losses = found.log_softmax(1), taught.to(found.device).log_softmax(1)
+        return _WARMTH**2 * functional.kl_div(*losses, log_target=True, reduction="batchmean")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """There is no state."""
+
+    def _whitened(self, raw: torch.Tensor) -> torch.Tensor:
+        centre, whitening, _, _ = self._on(raw.device)
+        with torch.autocast(raw.device.type, enabled=False):
+            return ((raw - centre) @ whitening).clamp(-CLIP, CLIP)
+
+    def _on(self, device: torch.device) -> list[torch.Tensor]:
+        self._tensors = [each.to(device, non_blocking=True) for each in self._tensors]
+        return self._tensors
+
+    def _check(self, setting: Setting) -> None:
+        """Raises ValueError unless the base makes of the first probes what the mark holds."""
+        (probes,) = setting.source.examples(setting.mark, _PROBED).values()
+        if not setting.source.fits(setting.mark, self._base.both(torch.from_numpy(probes))[0].cpu().numpy()):
+            raise ValueError(
+                f"the features of {setting.preset_name!r} are another network's: give controls= the networks that the "
+                "mark was made with, its base first (without controls, the model as it was before)"
+            )
