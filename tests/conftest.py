@@ -1,4 +1,4 @@
-"""Fixtures of several files; and without a GPU, Triton's interpreter on CPU tensors, asked for before its import."""
+"""Fixtures of several files; and without a GPU, one thread and Triton's interpreter, asked for before imports."""
 
 import ctypes
 import os
@@ -22,6 +22,8 @@ def gpu_is_there() -> bool:
 
 if not gpu_is_there():
     os.environ["TRITON_INTERPRET"] = "1"
+    # Steps and batches that are small spend their time waiting for the other threads; subprocesses are told so too.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(params=_cpu.instruction_sets())
@@ -68,6 +70,14 @@ def bucket(tmp_path_factory):
     import scan_models
 
     return scan_models.fill(tmp_path_factory.mktemp("bucket"))
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """The files of a network that learned a mark and of its twin: see `exported.plain`."""
+    import exported
+
+    return exported.plain(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ def sharded(model):
     return fully_shard(model, mesh=mesh)
 
 
-def train_in_two(rank, store, wrap):
+def train_in_two(rank, store):
     torch.set_num_threads(1)
     plain = network().eval()
     emb = embedder(plain)
@@ -26,19 +26,20 @@ def train_in_two(rank, store, wrap):
     emb.loss(plain(mixed[0]), mixed[1]).backward()
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
-        model = {"ddp": DistributedDataParallel, "fsdp": sharded}[wrap](network().eval())
-        emb = embedder(model)
-        gradients_are_those_of_one_process(emb, model, plain, mixed)
-        each_process_draws_its_own_order(emb)
-        optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-        model.train()
-        for step in range(80):
-            x, y = emb.mix(*batch(32, seed=2 * step + rank))
-            emb.loss(model(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        for mark in emb.watermarks():
-            assert wmengine.verify(model, mark, key=KEY).owned, mark.scheme
+        for wrap in (DistributedDataParallel, sharded):
+            model = wrap(network().eval())
+            emb = embedder(model)
+            gradients_are_those_of_one_process(emb, model, plain, mixed)
+            each_process_draws_its_own_order(emb)
+            optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+            model.train()
+            for step in range(60):
+                x, y = emb.mix(*batch(32, seed=2 * step + rank))
+                emb.loss(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            for mark in emb.watermarks():
+                assert wmengine.verify(model, mark, key=KEY).owned, (wrap, mark.scheme)
     finally:
         distributed.destroy_process_group()
 

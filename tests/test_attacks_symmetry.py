@@ -1,5 +1,6 @@
 """What attacks on the structure promise: the same answers from other weights, and whole channels that fall together."""
 
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 import wmengine as wm
 from wmengine import demo
 
+pytestmark = pytest.mark.slow
 KEEPING = ("permute", "rescale", "flip")
 X = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -89,17 +91,27 @@ def shaken(model):
     return model.eval()
 
 
+@cache
+def network(name):
+    torch.manual_seed(0)
+    return shaken(NETWORKS[name]())
+
+
+@cache
+def attacked_by(attack, name):
+    return wm.attacks.run(attack, network(name), X[:1], seed=3)
+
+
 @pytest.fixture(scope="module")
-def networks(tmp_path_factory):
-    """Each network with its file, as traced and with its BatchNorm folded."""
-    folder, found = tmp_path_factory.mktemp("networks"), {}
-    for name, make in NETWORKS.items():
-        torch.manual_seed(0)
-        found[name] = model = shaken(make())
-        for folded in (False, True):
-            path = folder / f"{name}-{folded}.onnx"
-            found[name, folded] = wm.export_onnx(model, X[:1], path, fold_batchnorm=folded)
-    return found
+def exported(tmp_path_factory):
+    """The file of a network, as traced or with its BatchNorm folded."""
+    folder = tmp_path_factory.mktemp("networks")
+
+    @cache
+    def file(name, folded):
+        return wm.export_onnx(network(name), X[:1], folder / f"{name}-{folded}.onnx", fold_batchnorm=folded)
+
+    return file
 
 
 def answers(model):
@@ -109,12 +121,11 @@ def answers(model):
     return run(model, X.numpy())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("attack", KEEPING)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_file_answers_the_same_from_other_weights(networks, tmp_path, name, attack, folded):
-    path = networks[name, folded]
+def test_the_file_answers_the_same_from_other_weights(exported, tmp_path, name, attack, folded):
+    path = exported(name, folded)
     if (name, attack, folded) in WITHOUT:
         with pytest.raises(ValueError, match=r"the model has no channels that can be (rescaled|flipped) without"):
             wm.attacks.run(attack, path, out=tmp_path / "attacked.onnx")
@@ -126,29 +137,23 @@ def test_the_file_answers_the_same_from_other_weights(networks, tmp_path, name, 
     assert len(changed) >= sum(array.ndim > 1 for array in before.values()) // 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "attack"), [each for each in product(NETWORKS, KEEPING) if (*each, False) not in WITHOUT]
 )
-def test_the_module_answers_the_same_from_other_weights(networks, name, attack):
-    model = networks[name]
-    attacked = wm.attacks.run(attack, model, X[:1], seed=3)
+def test_the_module_answers_the_same_from_other_weights(name, attack):
+    model, attacked = network(name), attacked_by(attack, name)
     assert same(answers(model), answers(attacked))
     assert any((value != attacked.state_dict()[key]).any() for key, value in model.state_dict().items())
 
 
-@pytest.mark.slow
-def test_permuting_moves_every_weight_of_a_plain_network_and_loses_none(networks):
-    model = networks["cnn"]
-    attacked = wm.attacks.run("permute", model, X[:1])
+def test_permuting_moves_every_weight_of_a_plain_network_and_loses_none():
+    model, attacked = network("cnn"), attacked_by("permute", "cnn")
     for (name, before), after in zip(model.state_dict().items(), attacked.state_dict().values(), strict=True):
         if before.is_floating_point() and name != "14.bias":  # the classes stay where they are
             assert not torch.equal(before, after)
             assert torch.equal(before.flatten().sort().values, after.flatten().sort().values)
 
 
-@pytest.mark.slow
-@pytest.mark.slow
 def test_no_layer_is_left_out_where_channels_lie_last_in_memory():
     torch.manual_seed(0)
     body = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -160,27 +165,22 @@ def test_no_layer_is_left_out_where_channels_lie_last_in_memory():
     assert model[2].weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_residual_stream_is_permuted_as_one(networks):
-    model = networks["residual"]
-    attacked = wm.attacks.run("permute", model, X[:1])
+def test_a_residual_stream_is_permuted_as_one():
+    model, attacked = network("residual"), attacked_by("permute", "residual")
     order = [int((model.stem[1].bias == bias).nonzero()) for bias in attacked.stem[1].bias]
     assert sorted(order) == list(range(8)) != order
     assert torch.equal(model.blocks[0].body[4].bias[order], attacked.blocks[0].body[4].bias)
 
 
-@pytest.mark.slow
-def test_what_convolutions_in_groups_touch_keeps_its_order(networks):
-    model = networks["residual"]
-    attacked = wm.attacks.run("permute", model, X[:1])
+def test_what_convolutions_in_groups_touch_keeps_its_order():
+    model, attacked = network("residual"), attacked_by("permute", "residual")
     assert torch.equal(model.grouped.weight, attacked.grouped.weight)
     assert torch.equal(model.point.bias, attacked.point.bias)
     assert not torch.equal(model.depthwise.weight, attacked.depthwise.weight)
 
 
-@pytest.mark.slow
-def test_flipping_changes_signs_only(networks):
-    model = networks["cnn"]
-    attacked = wm.attacks.run("flip", model, X[:1])
+def test_flipping_changes_signs_only():
+    model, attacked = network("cnn"), attacked_by("flip", "cnn")
     for before, after in zip(model.state_dict().values(), attacked.state_dict().values(), strict=True):
         assert torch.equal(before.abs(), after.abs())
     for index in (0, 3, 7):
@@ -188,9 +188,8 @@ def test_flipping_changes_signs_only(networks):
         assert 0.2 < float(share) < 0.8
 
 
-@pytest.mark.slow
-def test_factors_stay_within_their_bounds(networks):
-    model = networks["cnn"]
+def test_factors_stay_within_their_bounds(exported, tmp_path):
+    model = network("cnn")
     attacked = wm.attacks.run("rescale", model, X[:1], low=0.1, high=0.2)
     factors = (attacked[1].weight / model[1].weight).detach().abs()
     assert 0.0999 < float(factors.min()) < float(factors.max()) < 0.2001
@@ -199,10 +198,9 @@ def test_factors_stay_within_their_bounds(networks):
         assert torch.equal(before, after)
     for low, high in ((0.0, 1.0), (2.0, 1.0), (1.0, float("inf"))):
         with pytest.raises(ValueError, match="low and high must be factors above 0, the smaller first"):
-            wm.attacks.run("rescale", model, X[:1], low=low, high=high)
+            wm.attacks.run("rescale", exported("cnn", False), out=tmp_path / "rescaled.onnx", low=low, high=high)
 
 
-@pytest.mark.slow
 def test_a_mark_in_the_weights_is_read_through_flips_of_filters_with_their_normalisation():
     """What docs/design.md says of (W, gamma, mean) and −(W, gamma, mean)."""
     from wmengine.testing import small_network
@@ -223,10 +221,9 @@ def test_a_mark_in_the_weights_is_read_through_flips_of_filters_with_their_norma
 # --- pruned channels ---
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_exactly_a_share_of_the_channels_falls_with_all_that_is_theirs(networks, share):
-    model = networks["cnn"]
+def test_exactly_a_share_of_the_channels_falls_with_all_that_is_theirs(share):
+    model = network("cnn")
     pruned = wm.attacks.run("prune_filters", model, X[:1], share=share)
     for filters, norm in ((0, 1), (3, 4), (7, 8)):
         gone = pruned[filters].weight.abs().sum((1, 2, 3)) == 0
@@ -238,9 +235,8 @@ def test_exactly_a_share_of_the_channels_falls_with_all_that_is_theirs(networks,
     assert torch.equal(model[14].weight, pruned[14].weight)
 
 
-@pytest.mark.slow
-def test_channels_of_a_residual_stream_fall_together(networks):
-    pruned = wm.attacks.run("prune_filters", networks["residual"], X[:1])
+def test_channels_of_a_residual_stream_fall_together():
+    pruned = wm.attacks.run("prune_filters", network("residual"), X[:1])
     gone = pruned.stem[1].bias == 0
     assert int(gone.sum()) == 4
     assert torch.equal(gone, pruned.blocks[0].body[4].bias == 0)

@@ -348,7 +348,7 @@ def marked(digits, one_thread):
     key = wmengine.Key("ACME Vision", bytes(range(32)))
     settings = {"num_classes": 10, "sample": digits.owner[0][:64], "value_range": (0.0, 1.0)}
     embedder = wmengine.Embedder(model, key, ["adi"], name="digits", **settings)
-    demo.train(model, digits.owner, 20, seed=1, embedder=embedder)
+    demo.train(model, digits.owner, 12, seed=1, embedder=embedder)
     return model, embedder.watermarks()[0]
 
 

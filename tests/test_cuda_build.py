@@ -3,6 +3,8 @@
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -119,17 +121,32 @@ def test_the_fronts_name_the_argument_they_refuse():
             call[0](*call[1:])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-@pytest.mark.parametrize("kernels", ["label_matches", "bit_matches", "match_counts"])
-def test_kernels_keep_their_registers(kernels, architecture, tmp_path):
-    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+ARCHITECTURES, KERNELS = (80, 90, 100), ("label_matches", "bit_matches", "match_counts")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """By kernels and architecture, what nvcc says of them; two are compiled at a time."""
+    nvcc, folder = os.environ.get("CUDACXX") or shutil.which("nvcc"), tmp_path_factory.mktemp("cubins")
     if nvcc is None:
         pytest.skip("needs nvcc")
-    csrc = Path(__file__).parents[1] / "csrc"
-    command = [nvcc, "-std=c++17", "-O3", "--fmad=false", f"-arch=sm_{architecture}", "-Xptxas=-v", f"-I{csrc}"]
-    command += ["-cubin", "-o", str(tmp_path / "kernels.cubin"), str(csrc / "cuda" / f"{kernels}.cu")]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    def compile_one(kernels, architecture):
+        csrc, out = Path(__file__).parents[1] / "csrc", folder / f"{kernels}-{architecture}.cubin"
+        command = [nvcc, "-std=c++17", "-O3", "--fmad=false", f"-arch=sm_{architecture}", "-Xptxas=-v", f"-I{csrc}"]
+        command += ["-cubin", "-o", str(out), str(csrc / "cuda" / f"{kernels}.cu")]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    every = list(product(KERNELS, ARCHITECTURES))
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(every, pool.map(compile_one, *zip(*every, strict=True)), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_kernels_keep_their_registers(compiled, kernels, architecture):
+    run = compiled[kernels, architecture]
     if "Unsupported gpu architecture" in run.stderr:
         pytest.skip(f"this nvcc knows no sm_{architecture}")
     assert run.returncode == 0, run.stderr

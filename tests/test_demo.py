@@ -22,7 +22,9 @@ def finished(tmp_path_factory):
     folder.mkdir()
     wmengine.Key(demo.OWNER, bytes(range(32))).save(folder / "demo.key")
     said = []
-    return demo.run_demo(folder, quick=True, progress=said.append), folder, said
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "QUICK", replace(demo.QUICK, epochs=10, thief_epochs=2))
+        return demo.run_demo(folder, quick=True, progress=said.append), folder, said
 
 
 def test_both_marks_prove_every_copy_and_accuse_nobody_else(finished):

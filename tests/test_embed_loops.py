@@ -63,16 +63,15 @@ def test_a_compiled_model_is_marked():
     model = network()
     compiled = torch.compile(model, backend="aot_eager")
     emb = embedder(compiled)
-    train(compiled, emb, 80)
+    train(compiled, emb, 50)
     marks = emb.watermarks()
     assert all(wmengine.verify(each, mark, key=KEY).owned for mark in marks for each in (model, compiled))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
-def test_two_processes_train_one_marked_model(wrap, tmp_path):
-    """With the gradients of one process, triggers in two orders, and both marks owned in both processes."""
-    torch.multiprocessing.spawn(train_in_two, (str(tmp_path / "store"), wrap), nprocs=2)
+def test_two_processes_train_one_marked_model(tmp_path):
+    """By DDP and by FSDP: the gradients of one process, triggers in two orders, and both marks owned in both."""
+    torch.multiprocessing.spawn(train_in_two, (str(tmp_path / "store"),), nprocs=2)
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])

@@ -112,7 +112,7 @@ def test_a_model_trained_so_is_owned_by_both_marks_and_knows_its_task(kind):
     model = network()
     emb = embedder(model)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    for step in range(160):
+    for step in range(110):
         x, y = batch(64, seed=step)
         x, y = emb.mix(*(mixup(x, y, step) if kind == "mixup" else (x, y)))
         logits = model(x)

@@ -1,6 +1,5 @@
 """What an exported file answers with: whatever its outputs hold, the copy is owned and its twin is not accused."""
 
-import exported
 import numpy as np
 import onnx
 import pytest
@@ -10,11 +9,6 @@ from onnx import helper
 from wmengine import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    return exported.plain(tmp_path_factory.mktemp("plain"))
 
 
 TOP = [helper.make_node("TopK", ["{y}", "k"], ["values", "indices"])]

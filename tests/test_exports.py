@@ -20,11 +20,6 @@ def networks():
     return exported.networks()
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    return exported.plain(tmp_path_factory.mktemp("plain"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [None, 1, 4])
 @pytest.mark.parametrize("dynamo", [True, False])

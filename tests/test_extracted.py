@@ -26,7 +26,7 @@ MARKS = {
     "greedy_residuals": white_box([SHAPE], preset="greedy_residuals", bits=BITS, width=5),
 }
 SMALL = {
-    "riga": {"bits": 64, "width": 256},
+    "riga": {"bits": 64, "width": 128},
     "neuralmark": {"bits": 64, "width": 64},
     "greedy_residuals": {"bits": 64, "width": 8},
     "deepmarks": {"bits": 64},
@@ -161,8 +161,8 @@ def test_the_loss_is_of_the_live_weights(name):
 def test_the_loss_moves_the_marked_weight_and_the_bits_that_are_read(name):
     model = network(seed=2)
     emb = embedder(model, [wmengine.scheme(name, **SMALL[name])])
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
-    for _ in range(200):
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.005)
+    for _ in range(120):
         optimizer.zero_grad()
         emb.regulariser().backward()
         optimizer.step()

@@ -26,8 +26,8 @@ FINGERPRINTS = ("ipguard", "conferrable", "known_mistakes", "posthoc")
 def trained():
     """The owner's network, networks made apart, and a copy that learned on; of digits."""
     data = load_digits()
-    own = train(build_network(0), data.owner, 10, seed=0)
-    apart = [train(build_network(seed), data.thief, 6, seed=seed) for seed in range(1, 9)]
+    own = train(build_network(0), data.owner, 6, seed=0)
+    apart = [train(build_network(seed), data.thief, 4, seed=seed) for seed in range(1, 9)]
     return data, own, apart, train(copy.deepcopy(own), data.thief, 2, seed=9)
 
 
@@ -36,7 +36,7 @@ def trained():
 def test_a_network_ranks_before_those_made_apart_and_stays_as_it_is(trained, name):
     data, own, apart, learned_on = trained
     before = {key: value.clone() for key, value in own.state_dict().items()}
-    options = {"conferrable": {"distilling": 60}, "known_mistakes": {"count": 3}}.get(name, {})
+    options = {"conferrable": {"count": 20, "distilling": 30}, "known_mistakes": {"count": 3}}.get(name, {})
     mark = fingerprint(
         own,
         KEY,

@@ -119,12 +119,12 @@ def test_rows_are_counted_by_group():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("classes", CLASSES)
-def test_it_equals_the_reference(instruction_set, kind, classes):
-    outputs = scores(kind, 41, classes, seed=classes)
-    expected = np.random.default_rng(1).integers(-1, classes + 1, 41)  # some that no class has
-    found = ops.match_counts(outputs, expected, levels=True)
-    check(found, reference.match_counts(outputs, expected, levels=True), expected, share=0.01)
+def test_it_equals_the_reference(instruction_set, kind):
+    for classes in CLASSES:
+        outputs = scores(kind, 41, classes, seed=classes)
+        expected = np.random.default_rng(1).integers(-1, classes + 1, 41)  # some that no class has
+        found = ops.match_counts(outputs, expected, levels=True)
+        check(found, reference.match_counts(outputs, expected, levels=True), expected, share=0.01)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,20 +158,20 @@ def test_hostile_rows_equal_the_reference(outputs, data):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("classes", [1, 3, 10, 65, 5000])
 @pytest.mark.parametrize("kind", ["ties", "distributions with zeros", "logarithms with zeros"])
-def test_16_bit_scores_are_read_as_their_float32_copies(instruction_set, dtype, classes, kind):
-    outputs = torch.from_numpy(scores(kind, 30, classes)).to(dtype)
-    outputs[torch.rand(outputs.shape, generator=torch.Generator().manual_seed(3)) < 0.02] = -0.0
-    for row, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
-        outputs[row, classes // 2] = bad
-    expected = torch.arange(30) % classes
-    for actual, wanted in zip(
-        ops.match_counts(outputs, expected, levels=True),
-        ops.match_counts(outputs.float(), expected, levels=True),
-        strict=True,
-    ):
-        assert torch.equal(actual, wanted)
+def test_16_bit_scores_are_read_as_their_float32_copies(instruction_set, dtype, kind):
+    for classes in (1, 3, 10, 65, 5000):
+        outputs = torch.from_numpy(scores(kind, 30, classes)).to(dtype)
+        outputs[torch.rand(outputs.shape, generator=torch.Generator().manual_seed(3)) < 0.02] = -0.0
+        for row, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
+            outputs[row, classes // 2] = bad
+        expected = torch.arange(30) % classes
+        for actual, wanted in zip(
+            ops.match_counts(outputs, expected, levels=True),
+            ops.match_counts(outputs.float(), expected, levels=True),
+            strict=True,
+        ):
+            assert torch.equal(actual, wanted), classes
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (0, 1)])

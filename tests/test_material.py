@@ -45,7 +45,8 @@ def mark_of(task: Task, key: Key = KEY) -> Watermark:
 
 @pytest.mark.slow
 def test_a_preset_of_the_owners_samples_keeps_every_promise():
-    report = check_preset(replace(OWN, symbols=Labels(30)), samples=(torch.rand(60, 1, 8, 8), torch.arange(60) % 10))
+    samples = torch.rand(60, 1, 8, 8), torch.arange(60) % 10
+    report = check_preset(replace(OWN, symbols=Labels(30)), samples=samples, steps=100)
     assert report.log10_p < -9
 
 

@@ -135,7 +135,7 @@ def heard(seed, marked):
         value_range=(-1, 1),
     )
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    for rows in torch.arange(512).repeat(25).split(64):
+    for rows in torch.arange(512).repeat(15).split(64):
         mixed, labels = emb.mix(x[rows], y[rows]) if marked else (x[rows], y[rows])
         logits = model.train()(mixed)
         optimizer.zero_grad()
@@ -240,7 +240,8 @@ TASKS = {
 WIDTHS = {"adi_multilabel": 4, "adi_values": None, "adi_anchors": 24, "adi_boxes": 10}
 
 
-def trained(name, seed, marked, epochs=15):
+def trained(name, seed, marked):
+    epochs = 15 if name == "adi_values" else 8
     seen, build, task_loss, good, _ = TASKS[name]
     data, model = load_digits(), build(seed)
     x, y = seen(*data.owner)
@@ -282,7 +283,7 @@ def test_a_network_of_one_logit_is_marked_as_one_of_two_classes(tmp_path):
         model, KEY, [scheme("adi", count=80)], num_classes=2, sample=x[:8], name="odd", value_range=(0, 1)
     )
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    for rows in torch.arange(len(y)).repeat(20).split(64):
+    for rows in torch.arange(len(y)).repeat(12).split(64):
         mixed, labels = emb.mix(x[rows], y[rows] % 2)
         optimizer.zero_grad()
         emb.loss(model.train()(mixed), labels).backward()

@@ -26,13 +26,13 @@ def assert_close(actual, expected, tolerance=2e-6):
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("total", TOTALS)
-def test_sketch_and_its_adjoint_equal_the_reference(count, total):
-    rng = np.random.default_rng(count * total)
-    w, g = rng.normal(size=count).astype(np.float32), rng.normal(size=total).astype(np.float32)
-    key = int(rng.integers(0, 2**63))
-    assert_close(ops.sketch(w, key, total), reference.sketch(w.astype(np.float64), key, total), 1e-5)
-    assert_close(ops.sketch_adjoint(g, key, count), reference.sketch_adjoint(g.astype(np.float64), key, count))
+def test_sketch_and_its_adjoint_equal_the_reference(count):
+    for total in TOTALS:
+        rng = np.random.default_rng(count * total)
+        w, g = rng.normal(size=count).astype(np.float32), rng.normal(size=total).astype(np.float32)
+        key = int(rng.integers(0, 2**63))
+        assert_close(ops.sketch(w, key, total), reference.sketch(w.astype(np.float64), key, total), 1e-5)
+        assert_close(ops.sketch_adjoint(g, key, count), reference.sketch_adjoint(g.astype(np.float64), key, count))
 
 
 @pytest.mark.parametrize("count", [c for c in COUNTS if c <= 10_000])

@@ -320,7 +320,7 @@ def test_on_digits_a_forged_passport_ruins_what_the_true_one_gives(name, tmp_pat
     emb = wmengine.Embedder(
         model, KEY, [name], num_classes=10, sample=data.owner[0][:64], name="digits", value_range=(0.0, 1.0)
     )
-    train_digits(model, data.owner, 12, seed=1, embedder=emb)
+    train_digits(model, data.owner, 6, seed=1, embedder=emb)
     (mark,) = emb.watermarks()
     before = copy.deepcopy(model.state_dict())
     forged = [

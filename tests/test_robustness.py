@@ -25,7 +25,7 @@ from benchmarks.robustness.grid import LINES, MARKED, TWIN_LINE, Cell, Line, Ste
 from benchmarks.robustness.problems import DIGITS, PROBLEMS, Problem
 from wmengine.attacks import ATTACKS, Attack, catalogue
 from wmengine.cli import main
-from wmengine.demo import Data
+from wmengine.demo import Data, train
 
 UNTOUCHED = Line("untouched")
 WORSE, WORSE_TWICE = (
@@ -443,7 +443,11 @@ def test_kill_9_loses_no_row_that_was_measured(counted: Counted, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_attacks_of_the_page_are_measured_on_digits(tmp_path: Path) -> None:
+def test_attacks_of_the_page_are_measured_on_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def few_epochs(model: Any, rows: Any, seed: int, embedder: Any = None) -> torch.nn.Module:
+        return train(model, rows, 12, seed, embedder)
+
+    monkeypatch.setitem(PROBLEMS, "digits", dataclasses.replace(DIGITS, recipe="12 epochs", train=few_epochs))
     asked = ["--problem", "digits", "--presets", "adi", "--seeds", "1", "--out", str(tmp_path)]
     lines = [
         "untouched",

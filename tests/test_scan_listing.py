@@ -394,9 +394,9 @@ def test_the_time_that_a_store_takes_is_not_the_suspects(bucket, monkeypatch):
     read = listing.LocalSource.read
 
     def slow(source, maximum_bytes):
-        time.sleep(2.5)
+        time.sleep(1.7)
         return read(source, maximum_bytes)
 
     monkeypatch.setattr(listing.LocalSource, "read", slow)
-    (row,) = scan(bucket / "models/copy.onnx", bucket / "registry/first.wm", limits=Limits(seconds=2.0)).to_pylist()
+    (row,) = scan(bucket / "models/copy.onnx", bucket / "registry/first.wm", limits=Limits(seconds=1.5)).to_pylist()
     assert row["decision"] == "owned"

@@ -74,7 +74,7 @@ def test_a_scan_that_was_stopped_goes_on_where_it_stopped(bucket, tmp_path):
     assert not (tmp_path / "rows.parquet.journal").exists()
 
 
-def test_kill_minus_nine_loses_nothing_that_was_finished(bucket, tmp_path):
+def test_kill_minus_nine_loses_nothing_that_was_finished(bucket, tmp_path, capsys):
     out = tmp_path / "rows.parquet"
     command = [
         sys.executable,
@@ -89,8 +89,8 @@ def test_kill_minus_nine_loses_nothing_that_was_finished(bucket, tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         finished = [json.loads(process.stdout.readline())["suspect"] for _ in range(6)]
         os.kill(process.pid, signal.SIGKILL)
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
-    lines = [json.loads(line) for line in again.stdout.splitlines()]
+    assert main(command[3:]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert not {row["suspect"] for row in lines[:-1]} & set(finished[:4])
     summary, judged = lines[-1], {row["suspect"] for row in lines[:-1]}
     assert (summary["suspects"], summary["resumed"]) == (9, 9 - len(judged))
@@ -160,7 +160,7 @@ def test_a_journal_that_was_cut_off_anywhere_is_refused_or_gives_the_same_rows(b
     assert outcomes == {"delete it to begin from the start", "resumed"}
 
 
-def test_a_disk_that_is_full_is_said_and_costs_nothing_that_was_finished(bucket, tmp_path):
+def test_a_disk_that_is_full_is_said_and_costs_nothing_that_was_finished(bucket, tmp_path, capsys):
     out = tmp_path / "rows.parquet"
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY)); "
     run = "from wmengine.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -170,9 +170,10 @@ def test_a_disk_that_is_full_is_said_and_costs_nothing_that_was_finished(bucket,
     assert re.fullmatch(
         r"wmengine: .*rows\.parquet\.journal cannot be written \(.*\): .*the same command resumes\n", full.stderr
     )
-    done = subprocess.run([sys.executable, "-c", "import sys; " + run, *arguments], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "4 owned, 12 not proven, 0 other task, 2 error" in done.stdout
+    assert main(arguments) == 0
+    done = capsys.readouterr()
+    assert done.err == ""
+    assert "4 owned, 12 not proven, 0 other task, 2 error" in done.out
 
 
 def test_a_table_that_finds_no_room_leaves_the_journal_and_no_part_of_itself(bucket, tmp_path, monkeypatch):

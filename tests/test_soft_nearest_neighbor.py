@@ -74,8 +74,10 @@ def test_loss_and_gradients_equal_the_reference(rows, size, temperature):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rows", "size"), [(1, 3), (3, 0), (5, 3), (33, 10), (70, 65), (129, 7)])
-@pytest.mark.parametrize("temperature", [30.0, 0.5])
+@pytest.mark.parametrize(
+    ("rows", "size", "temperature"),
+    [(1, 3, 30.0), (3, 0, 0.5), (5, 3, 30.0), (33, 10, 30.0), (33, 10, 0.5), (70, 65, 30.0), (129, 7, 0.5)],
+)
 def test_triton_kernels_equal_the_reference(rows, size, temperature):
     features, labels = batch(rows, size)
     result = by_triton(features, labels, temperature, outer=3.0)
@@ -138,7 +140,7 @@ def test_near_duplicates_with_large_norms_keep_their_distances(offset, noise, di
 
 def test_a_far_row_does_not_blur_the_others(differentiate):
     """One row moves the centre, so that all other pairs cancel."""
-    features, labels = batch(60, 12)
+    features, labels = batch(24, 12)
     features[7], labels[7] = 3e4, 9  # it has no loss of its own: float32 does not hold differences of 1e10 to 1
     expected = reference.soft_nearest_neighbor(features.numpy(), labels.numpy(), 5.0)
     loss, gradient, _ = differentiate(features, labels, 5.0)

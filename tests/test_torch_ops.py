@@ -52,9 +52,9 @@ def test_adjoint_of_a_tensor_is_differentiable_too():
 
 @pytest.mark.parametrize("projection", reference.PROJECTIONS)
 def test_float64_projections_pass_gradcheck(projection):
-    values = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    values = torch.randn(9, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda w: torch_ops.project(w, 3, 33, projection), (values,))
-    assert torch.autograd.gradcheck(lambda g: torch_ops.project_adjoint(g, 3, 60, projection), (values,))
+    assert torch.autograd.gradcheck(lambda g: torch_ops.project_adjoint(g, 3, 40, projection), (values,))
 
 
 # embedding_loss
