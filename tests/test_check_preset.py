@@ -136,7 +136,7 @@ SMALL = {
     "certified": {"count": 60},
     "class_feature": {"count": 24, "family": 4},
     "mea_defender": {"count": 24, "family": 4},
-    "response": {"bits": 256, "probes": 1024, "strength": 2.0, "mixtures": 256},
+    "response": {"bits": 256, "probes": 1024, "strength": 3.0, "mixtures": 256},
 }
 POOL = torch.rand(90, 1, 8, 8, generator=torch.Generator().manual_seed(4)), torch.arange(90) % 10
 

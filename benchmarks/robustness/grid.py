@@ -12,7 +12,9 @@ from typing import Any
 from benchmarks.robustness.problems import Problem
 from wmengine.attacks import attack
 
-MARKED, TWIN = "marked", "twin"  # the network with the mark, and the same one trained without
+# The network with the mark, the same one trained without, and where a finished one was marked that one trained on
+# as long without.
+MARKED, TWIN, TUNED = "marked", "twin", "tuned twin"
 UNMARKED = "none"  # in the place of a preset
 STRANGERS = 5
 # From which students trained by the recipe take theirs, and, further on, those that are controls.

@@ -27,6 +27,7 @@ from benchmarks.robustness.grid import (
     MARKED,
     STRANGER_SEEDS,
     STUDENT_SEEDS,
+    TUNED,
     TWIN,
     UNMARKED,
     Cell,
@@ -77,10 +78,12 @@ class Bench:
         """Trained now, or before and kept."""
         name = _name_of(preset, seed, base)
         if name not in self._networks:
-            preset = preset if base == MARKED else UNMARKED
+            preset = preset if base in (MARKED, TUNED) else UNMARKED
             file = self._kept / f"{name}-{digest(recipe_of(self.problem, preset))[:8]}.pt"
             if not file.exists():
-                self._train(file, preset, seed if base in (MARKED, TWIN) else STRANGER_SEEDS + int(base.split()[1]))
+                own = base in (MARKED, TWIN, TUNED)
+                seed = seed if own else STRANGER_SEEDS + int(base.split()[1])
+                self._train(file, preset, seed, marked=base == MARKED)
             self._networks[name] = self._load(file)
         return self._networks[name]
 
@@ -148,13 +151,13 @@ class Bench:
             found.append(student.eval())
         return [each.to(self.device) for each in found]
 
-    def _train(self, file: Path, preset: str, seed: int) -> None:
+    def _train(self, file: Path, preset: str, seed: int, marked: bool) -> None:
         problem, began, embedder = self.problem, time.perf_counter(), None
         model, tuned = problem.build(seed).to(self.device), problem.tuned.get(preset)
         controls = [] if tuned is None else self._controls(preset, seed)
         if controls:
             model.load_state_dict(controls[0].state_dict())
-        if preset != UNMARKED:
+        if marked and preset != UNMARKED:
             embedder = Embedder(
                 model,
                 key_of(seed),
@@ -207,7 +210,7 @@ def measure(bench: Bench, cell: Cell) -> cells.Row:
     seconds += time.perf_counter() - began if cell.steps else own.seconds
     before = marked
     if marked is own and not cell.steps:
-        before = bench.network(cell.preset, cell.seed, TWIN)
+        before = bench.network(cell.preset, cell.seed, TUNED if cell.preset in bench.problem.tuned else TWIN)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return cells.Row(
         key=cell.key,
@@ -263,4 +266,5 @@ def fill(
 
 
 def _name_of(preset: str, seed: int, base: str) -> str:
-    return f"{preset}-{seed}" if base == MARKED else f"{UNMARKED}-{seed}" if base == TWIN else base.replace(" ", "-")
+    own = {MARKED: f"{preset}-{seed}", TWIN: f"{UNMARKED}-{seed}", TUNED: f"{preset}-{seed}-plain"}
+    return own.get(base) or base.replace(" ", "-")

@@ -105,10 +105,10 @@ class PoolTrial:
         return answers
 
     def _choose(self, count: int) -> tuple[Adapter, Answers]:
-        """The way in which most of the first answers are the base's, of all that the declared inputs leave open, and
-        these; the first in which more are than of chance."""
+        """The first way, of all that the declared inputs leave open, in which more of the first answers are the base's
+        than of chance, or the likeliest that is answered at all; and these answers."""
         bar = count / self._classes + 3.0 * math.sqrt(count * (self._classes - 1)) / self._classes
-        best: tuple[int, Adapter, Answers] | None = None
+        chosen: tuple[Adapter, Answers] | None = None
         failure = SuspectError(f"{self._suspect.name} can be asked in no way")
         for way in self._source.ways(self._mark, self._suspect, self._terms.every_way):
             try:
@@ -118,14 +118,14 @@ class PoolTrial:
             except SuspectError as error:
                 failure = error
                 continue
-            agreed = self._agreed(answers, count)[0]
-            if best is None or agreed > best[0]:
-                best = agreed, way, answers
-            if agreed >= bar:
+            agreed = self._agreed(answers, count)[0] >= bar
+            if agreed or chosen is None:
+                chosen = way, answers
+            if agreed:
                 break
-        if best is None:
+        if chosen is None:
             raise failure
-        _, way, answers = best
+        way, answers = chosen
         _, self._column, self._first = self._agreed(answers, count)
         if str(way) != str(AS_RECORDED):
             self._note(fact("put_otherwise", adapter=str(way)))

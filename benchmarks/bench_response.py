@@ -1,0 +1,122 @@
+"""What `response` costs: a training step over a plain one, a served batch over the model's own, and a reading of 4,096
+probes over the model's own answers to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+import wmengine
+from benchmarks.harness import Aim, Case, Contender
+from benchmarks.robustness.cifar10 import resnet
+from wmengine.suspects import open_suspect
+
+CLASSES, BATCH, PROBES = 10, 128, 4096
+KEY = wmengine.Key("benchmark", bytes(32))
+PLAIN, MODEL, ANSWERS = "plain step", "the model itself", "the model's answers"
+
+
+def pictures(count: int) -> torch.Tensor:
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def test_step(compare: Callable[[Case], None], device: str, quick: bool) -> None:
+    x = pictures(8 if quick else BATCH).to(device)
+    y = torch.arange(len(x), device=device) % CLASSES
+    model, base = resnet(1).to(device).train(), resnet(2).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    embedder = wmengine.Embedder(
+        model,
+        KEY,
+        [wmengine.scheme("response", probes=256)],
+        num_classes=CLASSES,
+        sample=x,
+        name="benchmark",
+        samples=pictures(256),
+        controls=[base],
+    )
+    kept = embedder.features(x)
+
+    def step(loss_of: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            loss = loss_of(model(x))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+        return run
+
+    compare(
+        Case(
+            operator="response",
+            what="training step with response, features kept",
+            size=f"{len(x)} pictures",
+            bytes_moved=0,
+            ours=step(lambda logits: embedder.loss(logits, y, features=kept)),
+            floor=Contender(PLAIN, step(lambda logits: torch.nn.functional.cross_entropy(logits, y))),
+            peers=[Contender("features anew", step(lambda logits: embedder.loss(logits, y, inputs=x)))],
+            aims=[Aim(PLAIN, 1.02)],
+            seconds=10.0,
+        )
+    )
+
+
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_service(batch: int, compare: Callable[[Case], None], quick: bool) -> None:
+    if quick and batch == BATCH:
+        pytest.skip("a quick run serves one picture at a time")
+    model, x = resnet(1).eval(), pictures(batch)
+    served = wmengine.response(
+        model,
+        KEY,
+        num_classes=CLASSES,
+        sample=pictures(8),
+        name="benchmark",
+        probes=pictures(256),
+        scheme=wmengine.scheme("response", probes=256),
+    )
+
+    def plain() -> None:
+        with torch.no_grad():
+            model(x)
+
+    compare(
+        Case(
+            operator="response",
+            what="a served batch",
+            size=f"{batch} pictures",
+            bytes_moved=0,
+            ours=lambda: served(x),
+            floor=Contender(MODEL, plain),
+            seconds=4.0,
+        )
+    )
+
+
+def test_reading(compare: Callable[[Case], None], quick: bool) -> None:
+    count, model = 256 if quick else PROBES, resnet(1).eval()
+    served = wmengine.response(
+        model,
+        KEY,
+        num_classes=CLASSES,
+        sample=pictures(8),
+        name="benchmark",
+        probes=pictures(256),
+        scheme=wmengine.scheme("response", probes=count),
+    )
+    mark = served.watermark()
+    rows = np.array(next(iter(mark.preset.source.examples(mark).values())))  # type: ignore[union-attr]
+    compare(
+        Case(
+            operator="response",
+            what="verify, everything included",
+            size=f"{count} probes",
+            bytes_moved=0,
+            ours=lambda: wmengine.verify(model, mark),
+            floor=Contender(ANSWERS, lambda: open_suspect(model).answer({"input": rows}, CLASSES)),
+            seconds=10.0,
+        )
+    )
