@@ -29,7 +29,7 @@ def marked(base):
     """The base's copy after some epochs more, its controls, and the mark."""
     known = controls(base, INPUTS, students=[None, network(11)], epochs=3)
     model, labels = network(4), base(INPUTS).argmax(1)
-    preset = scheme("response", bits=256, probes=1024, mixtures=64, strength=1.5)
+    preset = scheme("response", probes=2048, mixtures=64, strength=1.5)
     emb = Embedder(
         model,
         KEY,
