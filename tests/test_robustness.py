@@ -69,15 +69,18 @@ class Counted:
         torch.manual_seed(seed)
         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
 
-    def train(self, model: Any, rows: Any, seed: int, embedder: Any = None) -> torch.nn.Module:
+    def train(
+        self, model: Any, rows: Any, seed: int, embedder: Any = None, tuned: int | None = None
+    ) -> torch.nn.Module:
         self.trained.append(seed)
         optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-        for _ in range(3):
+        for _ in range(tuned or 3):
             inputs, labels = rows if embedder is None else embedder.mix(*rows)
             logits = model(inputs)
-            loss = (
-                torch.nn.functional.cross_entropy(logits, labels) if embedder is None else embedder.loss(logits, labels)
-            )
+            if embedder is None:
+                loss = torch.nn.functional.cross_entropy(logits, labels)
+            else:
+                loss = embedder.loss(logits, labels, inputs=inputs)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -119,6 +122,30 @@ def test_each_network_is_trained_once_and_what_attacks_share_is_done_once(counte
     assert fill(problem, tmp_path, again=True) == []
     assert len(counted.trained) == 5, "networks are kept beside the rows"
     assert counted.attacked == 8
+
+
+def test_a_finished_network_is_tuned_beside_one_without_the_mark_and_copied_by_the_owners_recipe(
+    counted: Counted, tmp_path: Path
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(192) % 2
+    rows = (labels[:, None, None, None] + torch.rand(192, 1, 4, 4, generator=generator)) / 2
+    data = Data(*((rows[start : start + 64], labels[start : start + 64]) for start in (0, 64, 128)))
+    problem = counted.problem(
+        load=lambda _: data,
+        presets=("response",),
+        mark_options={"response": {"bits": 256, "probes": 256}},
+        tuned={"response": 2},
+    )
+    copied = Line("copied", (Step("worse", recipe=True),))
+    assert fill(problem, tmp_path, UNTOUCHED, copied) == []
+    # A twin, its two students, the marked network, the same without a mark, and the copy: for each of two seeds.
+    assert len(counted.trained) == 12
+    found = {(row.attack, row.preset): row for row in cells.read(tmp_path, "tiny").values() if row.seed == 1}
+    assert found["untouched", "response"].log10_p_labels_soft is not None
+    assert found["copied", "response"].loss is not None
+    names = sorted(file.name[:16] for file in (tmp_path / "tiny" / "networks").glob("*1*.pt"))
+    assert [name.partition(".")[0].rpartition("-")[0] or name for name in names][:2] == ["none-1", "none-1-other"]
 
 
 def test_a_run_that_is_interrupted_goes_on_with_the_cells_that_are_missing(
