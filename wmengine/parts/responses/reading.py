@@ -30,7 +30,7 @@ def are_shares(scores: NDArray[Any]) -> bool:
 def log_probabilities(scores: NDArray[Any]) -> Floats:
     """Scores [n, C], logits or probabilities, as log-probabilities; rows that hold NaN or +Inf become NaN."""
     found = scores.astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         if are_shares(found):
             found = np.log(found)
         found -= found.max(axis=1, keepdims=True)
@@ -55,7 +55,7 @@ def unexplained(said: Floats, controls: NDArray[Any]) -> Floats:
     """said [n, C] less what the controls' answers, centred log-probabilities [K, n, C], explain of it.
 
     A ridge regression on these and on their probabilities, warm and as they are, with an intercept: one for all
-    classes' columns, solved in float64.
+    classes' columns, solved in float64, by inputs where these are fewer than the regressors.
     """
     logs = controls.astype(np.float64)
     columns = [part for log in logs for part in (log, _softmax(log), _softmax(log / _WARMTH))]
@@ -63,7 +63,10 @@ def unexplained(said: Floats, controls: NDArray[Any]) -> Floats:
     known -= known.mean(axis=0)
     known /= known.std(axis=0) + 1e-9
     rest = said - said.mean(axis=0)
-    gram = known.T @ known + _RIDGE * len(known) * np.eye(known.shape[1])
+    ridge = _RIDGE * len(known)
+    if len(known) < known.shape[1]:
+        return np.asarray(ridge * np.linalg.solve(known @ known.T + ridge * np.eye(len(known)), rest))
+    gram = known.T @ known + ridge * np.eye(known.shape[1])
     return np.asarray(rest - known @ np.linalg.solve(gram, known.T @ rest))
 
 

@@ -147,10 +147,12 @@ class ResponsePool(AbstractTriggers):
         return float(np.abs(((raw - centre) @ matrix).clip(-CLIP, CLIP) - kept).mean()) < 0.1
 
     def pool(self, mark: Drawn) -> str:
-        """64 hex digits: probes, how they are put, and how many classes are asked for."""
-        own = ("inputs", "value_range", "num_classes")
+        """64 hex digits: probes, how they are put, how many classes are asked for, and the controls' answers. By these
+        the classes' order is chosen: a mark made later, with other answers, must not choose it for this one."""
+        own, material = ("inputs", "value_range", "num_classes"), ("probes", "answers")
         return canonical_digest(
-            {name: mark.parameters[name] for name in own} | {"probes": mark.parameters["material"]["probes"]}
+            {name: mark.parameters[name] for name in own}
+            | {name: mark.parameters["material"][name] for name in material}
         )
 
     def size(self, mark: Drawn) -> int:
@@ -168,5 +170,7 @@ class ResponsePool(AbstractTriggers):
 
     def observed(self, mark: Drawn, asked: NDArray[np.int64], said: NDArray[np.float64]) -> NDArray[np.float64]:
         """y [T] of what a suspect said [n, C] to the probes at these places [n]."""
+        if not len(asked):
+            return np.zeros(len(mark.arrays["directions"]))
         rest = unexplained(said, mark.arrays["answers"][:, asked])
         return projected(rest, mark.arrays["features"][asked], mark.arrays)
