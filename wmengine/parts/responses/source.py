@@ -59,13 +59,17 @@ class ResponsePool(AbstractTriggers):
             whitening_of,
         )
 
+        if len(task.inputs) != 1:
+            raise ValueError(f"it is for models of one input, and this one takes {', '.join(task.inputs)}")
         if task.model is None or len(task.samples) != 1:
             raise ValueError("it needs samples=, inputs of the task that the model is not trained on, no labels needed")
         if task.num_classes is None:
             raise ValueError("it needs num_classes, the width of the model's logits")
         ((name, rows),) = task.samples.items()
         if rows.dtype.kind != "f":
-            raise ValueError(f"its probes are floating inputs, and this model takes {rows.dtype}")
+            raise ValueError(f"its probes are floating inputs as the model takes them, and these are {rows.dtype}")
+        if not np.isfinite(rows).all():
+            raise ValueError("its probes hold NaN or Inf")
         if len(rows) < LEAST_SAMPLES:
             raise ValueError(f"it needs {LEAST_SAMPLES} samples or more to make probes of, and there are {len(rows)}")
         rows = rows.astype(np.float32)
