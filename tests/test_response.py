@@ -6,6 +6,7 @@ from copy import deepcopy
 from functools import cache
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from responding import KEY, PROBES, answers, bent_network, labels_of, network, served, service
@@ -142,8 +143,8 @@ def test_a_service_starts_again_from_its_file(tmp_path):
     assert np.array_equal(again(PROBES[:9]), served()(PROBES[:9]))
     with pytest.raises(ValueError, match="the features are another network's"):
         response(network(8), mark=tmp_path / "served.wm")
-    with pytest.raises(ValueError, match="leave key, name and probes out"):
-        response(network(), KEY, mark=tmp_path / "served.wm")
+    with pytest.raises(ValueError, match="leave key, name, sample, probes, controls, message and value_range out"):
+        response(network(), mark=tmp_path / "served.wm", message="to B")
 
 
 def test_an_onnx_file_serves_with_the_features_of_its_last_layer(tmp_path):
@@ -405,6 +406,14 @@ def test_a_service_takes_what_its_function_does_not():
         assert np.allclose(np.asarray(found(given)), found(rows))
 
 
+def test_an_onnx_file_of_one_batch_size_is_said(tmp_path):
+    model = onnx.load(export_onnx(network(), torch.from_numpy(PROBES[:1]), tmp_path / "model.onnx"))
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(model, tmp_path / "one.onnx")
+    with pytest.raises(ValueError, match="takes batches of 1 only"):
+        service(tmp_path / "one.onnx")
+
+
 def test_an_embedder_is_copied_with_its_base():
     model = network()
     made, x, y = embedder(model), torch.from_numpy(PROBES[:32]), torch.arange(32) % 10
@@ -438,7 +447,7 @@ class _Answering(torch.nn.Module):
 @pytest.mark.parametrize(
     ("predict", "options", "words"),
     [
-        (_Answering, {}, "scores .n, 10. alone: give a function that takes them out"),
+        (_Answering, {}, "scores .n, 10. alone: wrap it in a module that does"),
         (lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1)), {"num_classes": 2}, "one logit"),
         (network, {"probes": np.full_like(PROBES, np.nan)}, "its probes hold NaN or Inf"),
         (network, {"probes": (PROBES * 255).astype(np.uint8)}, "its probes are floating inputs"),

@@ -64,7 +64,7 @@ def response(
     mark is read by. The unmarked `predict` is its first control; controls: more of them. strength: the standard
     deviation of what is added to a score; scheme: with options as `wmengine.scheme("response", probes=1024)` gives it.
     The other arguments are the Embedder's. A service that starts again gives
-    `mark=`, the watermark or its file, instead of key, name, sample and probes.
+    `mark=`, the watermark or its file, instead of what it was made with.
 
     Raises ValueError or TypeError for what cannot work.
     """
@@ -75,8 +75,8 @@ def response(
     if mark is None:
         preset = scheme if isinstance(scheme, Preset) else catalogue.scheme(scheme)
         mark = _created(preset, network, key, num_classes, sample, name, probes, controls, value_range, message)
-    elif key is not None or name is not None or probes is not None:
-        raise ValueError("mark= is whole: leave key, name and probes out")
+    elif controls or any(given is not None for given in (key, name, sample, probes, message, value_range)):
+        raise ValueError("mark= is whole: leave key, name, sample, probes, controls, message and value_range out")
     mark = mark if isinstance(mark, Watermark) else Watermark.load(mark)
     if mark.scheme != "response":
         raise ValueError(f"mark= is of the scheme {mark.scheme!r}, and a service holds 'response'")
@@ -125,7 +125,7 @@ class Served:
 def _scores_of(answered: Any, mark: Watermark) -> Scores:
     scores, classes = to_array(answered), int(mark.parameters["num_classes"])
     if scores is None or scores.ndim != 2 or scores.shape[1] != classes:
-        raise ValueError(f"the model must answer scores [n, {classes}] alone: give a function that takes them out")
+        raise ValueError(f"the model must answer scores [n, {classes}] alone: wrap it in a module that does")
     return scores
 
 
@@ -158,6 +158,8 @@ class _OnnxBase:
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(self._wanted[0]))
         self._session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         (taken, *_) = self._session.get_inputs()
+        if taken.shape and isinstance(taken.shape[0], int):
+            raise ValueError(f"{os.fspath(path)} takes batches of {taken.shape[0]} only: export it for any")
         self._name, self._dtype = taken.name, FLOATS.get(taken.type, "float32")
 
     def __call__(self, rows: NDArray[np.float32]) -> Scores:
