@@ -377,6 +377,35 @@ def test_what_was_proven_before_a_suspect_failed_stays_proven():
     assert other.error is not None
 
 
+@pytest.mark.parametrize("then", ["fails", "is used up", "answers in another shape", "answers otherwise"])
+def test_a_suspect_that_is_asked_again_stays_owned_whatever_it_does_then(then):
+    suspect, asked = open_suspect(served()), 0
+    whole = suspect.answer
+
+    def answer(inputs, classes):
+        nonlocal asked
+        given, before = whole(inputs, classes), asked
+        asked += len(given)
+        if before < mark().parameters["pool"]:
+            return given
+        return {
+            "fails": lambda: 1 / 0,
+            "is used up": lambda: Answers(
+                "scores", given.values * np.nan, unasked=dict.fromkeys(range(len(given)), "")
+            ),
+            "answers in another shape": lambda: Answers("classes", np.zeros((len(given), 2), np.int64)),
+            "answers otherwise": lambda: Answers("scores", -given.values),
+        }[then]()
+
+    suspect.answer = answer
+    (found,) = judge_suspect(suspect, [mark()], Terms(sequential=False, log10_bar=9.0))
+    assert found.error is None
+    assert found.log10_p < -20
+    said = {"fails": {"not_again"}, "is used up": set()}.get(then, {"inconstant"})
+    assert {each.code for each in found.facts} & {"not_again", "inconstant"} == said
+    assert all(str(each) for each in found.facts)
+
+
 @pytest.mark.parametrize("options", [{}, {"classes": "any"}, {"test": "sequential"}])
 @pytest.mark.parametrize("said", ["NaN", "no class", "the largest floats"])
 def test_answers_that_say_nothing_prove_nothing(said, options):

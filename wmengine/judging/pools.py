@@ -25,6 +25,7 @@ from wmengine.parts.base import Pools
 from wmengine.parts.responses.reading import log_probabilities, told, told_by_labels
 from wmengine.parts.statistics.base import Test
 from wmengine.suspects.adapters import AS_RECORDED, Adapter
+from wmengine.suspects.answers import ABSTAINED
 from wmengine.suspects.base import Answers, Suspect
 
 Labels = NDArray[np.int64]
@@ -204,8 +205,11 @@ class PoolTrial:
                 self._suspect, {name: rows[::-1].copy() for name, rows in inputs.items()}, self._classes
             )
         except SuspectError as error:
-            self._note(fact("not_again", asked=count, reason=str(error)))
+            self._note(fact("not_again", count=count, reason=str(error)))
             return
-        changed = int((named_by(answers)[::-1] != named_by(before)[:count]).any(axis=1).sum())
+        # What is not answered this time, as a budget was used up, shows nothing.
+        again, first = named_by(answers)[::-1], named_by(before)[:count]
+        differs = (again != ABSTAINED) & (again != first) if again.shape == first.shape else np.ones((count, 1), bool)
+        changed = int(differs.any(axis=1).sum())
         if changed:
             self._note(fact("inconstant", changed=changed, asked=count))
