@@ -18,7 +18,7 @@ _RIDGE = 1e-3  # per input, of regressors with a standard deviation of 1
 _WARMTH = 2.0  # scores are read as softmax(ℓ / 2), where all classes are heard
 _LEAST = -40.0  # of a log-probability
 _ROUNDING = 2.0**-40  # a y below this share of its inputs' number is rounding: it shows no bit
-_CHUNK = 2048
+_MOST = 1 << 21  # numbers at once: 2048 inputs of 1024 bits
 
 
 def are_shares(scores: NDArray[Any]) -> bool:
@@ -74,9 +74,10 @@ def projected(rest: Floats, features: NDArray[Any], arrays: Any) -> Floats:
     """y [T] of what is unexplained [n, C], on inputs with features [n, D]: Σ_n (φ_t(u_n) − mean) (v_t · rest_n)."""
     g, v = directions(arrays["directions"]).T, contrasts(arrays["contrasts"])
     found, bent_sum = np.zeros_like(v), np.zeros(len(v))
-    for start in range(0, len(rest), _CHUNK):
-        bent = np.tanh(features[start : start + _CHUNK].astype(np.float64) @ g)
-        found += bent.T @ rest[start : start + _CHUNK]
+    chunk = min(2048, max(1, _MOST // len(v)))
+    for start in range(0, len(rest), chunk):
+        bent = np.tanh(features[start : start + chunk].astype(np.float64) @ g)
+        found += bent.T @ rest[start : start + chunk]
         bent_sum += bent.sum(axis=0)
     found -= np.outer(bent_sum, rest.mean(axis=0))
     y = (found * v).sum(axis=1)
