@@ -107,26 +107,27 @@ def _concluded(trial: Trial, terms: Terms) -> list[Finding]:
 
 def _pooled(suspect: Suspect, groups: Sequence[Sequence[Watermark]], terms: Terms) -> list[Finding]:
     """Marks of one pool, which is asked once for all of them."""
-    trial = PoolTrial(groups, suspect, terms)
+    trial, reason = PoolTrial(groups, suspect, terms), None
     try:
         trial.run()
     except SuspectError as error:
         reason = error
     except Exception as error:  # what a suspect makes our own code do is its fault too
         reason = SuspectError(f"{suspect.name} cannot be judged ({one_line(error)})")
-    else:
-        return [
-            Finding(
-                test.matched,
-                test.total,
-                trial.queries,
-                trial.log10_p(number),
-                facts=tuple(trial.facts),
-                evidence=test.evidence(log10_share),
-            )
-            for number, (test, log10_share) in enumerate(trial.best)
-        ]
-    return [failed(mark, reason) for mark in trial.marks]
+    return [
+        # What was proven before the suspect failed, while it was asked for another mark, stays proven.
+        failed(mark, reason)
+        if reason is not None and not (trial.best and trial.proven(number))
+        else Finding(
+            trial.best[number][0].matched,
+            mark.total,
+            trial.queries,
+            trial.log10_p(number),
+            facts=tuple(trial.facts),
+            evidence=trial.best[number][0].evidence(trial.best[number][1]),
+        )
+        for number, mark in enumerate(trial.marks)
+    ]
 
 
 def _read(suspect: Suspect, marks: Sequence[Watermark]) -> list[Finding]:

@@ -25,6 +25,7 @@ from wmengine.parts.base import Pools
 from wmengine.parts.responses.reading import log_probabilities, told, told_by_labels
 from wmengine.parts.statistics.base import Test
 from wmengine.suspects.adapters import AS_RECORDED, Adapter
+from wmengine.suspects.answers import ABSTAINED
 from wmengine.suspects.base import Answers, Suspect
 
 Labels = NDArray[np.int64]
@@ -62,13 +63,15 @@ class PoolTrial:
         if room < size:
             self._note(fact("room", asked=room, total=size))
         stops = [max(1, round(room * share)) for share in LOOKS] if self._terms.sequential else [room]
-        log10_share = -math.log10(len(stops))
         way, answers = self._choose(min(TRIED, stops[0]))
         parts = [answers]
         for stop in stops:
             asked = sum(map(len, parts))
             parts += [self._ask(way, start, min(stop, start + _CHUNK)) for start in range(asked, stop, _CHUNK)]
             tests = self._tests(parts)
+            # Budgets and deadlines are set by who asks: each place where they could have ended the pool is paid for.
+            cut = room < size or any(part.unasked for part in parts)
+            log10_share = -math.log10(len(stops) * (size if cut else 1))
             if not self.best:
                 self.best = [(test, log10_share) for test in tests]
             self.best = [
@@ -177,6 +180,8 @@ class PoolTrial:
 
         own, base = (log_probabilities(each) for each in (values, self._source.known(self._mark)[: len(values)]))
         there = np.isfinite(own).all(axis=1)
+        if not there.any():
+            return np.arange(self._classes)
         own, base = (
             (each[there] - each[there].mean(axis=0)) / (each[there].std(axis=0) + 1e-9) for each in (own, base)
         )
@@ -200,8 +205,11 @@ class PoolTrial:
                 self._suspect, {name: rows[::-1].copy() for name, rows in inputs.items()}, self._classes
             )
         except SuspectError as error:
-            self._note(fact("not_again", asked=count, reason=str(error)))
+            self._note(fact("not_again", count=count, reason=str(error)))
             return
-        changed = int((named_by(answers)[::-1] != named_by(before)[:count]).any(axis=1).sum())
+        # What is not answered this time, as a budget was used up, shows nothing.
+        again, first = named_by(answers)[::-1], named_by(before)[:count]
+        differs = (again != ABSTAINED) & (again != first) if again.shape == first.shape else np.ones((count, 1), bool)
+        changed = int(differs.any(axis=1).sum())
         if changed:
             self._note(fact("inconstant", changed=changed, asked=count))

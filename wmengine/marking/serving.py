@@ -25,6 +25,7 @@ from wmengine.parts.responses.gathering import Base, Whitening, base_of
 from wmengine.parts.responses.pattern import contrasts, directions, pattern_of
 from wmengine.parts.responses.reading import are_shares
 from wmengine.suspects import open_suspect
+from wmengine.suspects.adapters import FLOATS
 from wmengine.suspects.answers import to_array
 from wmengine.suspects.base import InputSpec
 
@@ -63,17 +64,19 @@ def response(
     mark is read by. The unmarked `predict` is its first control; controls: more of them. strength: the standard
     deviation of what is added to a score; scheme: with options as `wmengine.scheme("response", probes=1024)` gives it.
     The other arguments are the Embedder's. A service that starts again gives
-    `mark=`, the watermark or its file, instead of key, name, sample and probes.
+    `mark=`, the watermark or its file, instead of what it was made with.
 
     Raises ValueError or TypeError for what cannot work.
     """
     strength = positive("strength", strength)
     network = _OnnxBase(predict) if isinstance(predict, str | os.PathLike) else predict
+    if not callable(network):
+        raise TypeError(f"predict must be a torch module, a path or a function, and it is {type(predict).__name__}")
     if mark is None:
         preset = scheme if isinstance(scheme, Preset) else catalogue.scheme(scheme)
         mark = _created(preset, network, key, num_classes, sample, name, probes, controls, value_range, message)
-    elif key is not None or name is not None or probes is not None:
-        raise ValueError("mark= is whole: leave key, name and probes out")
+    elif controls or any(given is not None for given in (key, name, sample, probes, message, value_range)):
+        raise ValueError("mark= is whole: leave key, name, sample, probes, controls, message and value_range out")
     mark = mark if isinstance(mark, Watermark) else Watermark.load(mark)
     if mark.scheme != "response":
         raise ValueError(f"mark= is of the scheme {mark.scheme!r}, and a service holds 'response'")
@@ -83,8 +86,7 @@ def response(
     raw, answered = base.both(rows)
     if not source.fits(mark, raw.cpu().numpy()):
         raise ValueError("the features are another network's: give the model that the mark was made with")
-    scores = to_array(answered)
-    return Served(base, mark, strength, scores is not None and are_shares(scores))
+    return Served(base, mark, strength, are_shares(_scores_of(answered, mark)))
 
 
 class Served:
@@ -104,9 +106,7 @@ class Served:
         rows = inputs if isinstance(inputs, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(inputs))
         raw, answered = self._base.both(rows)
         features = Whitening(self._mark.arrays["centre"], self._mark.arrays["whitening"])(raw.cpu().numpy())
-        scores = to_array(answered)
-        if scores is None or scores.ndim != 2 or scores.shape[1] != self._signed.shape[1]:
-            raise ValueError(f"the model must answer scores [n, {self._signed.shape[1]}]")
+        scores = _scores_of(answered, self._mark)
         found = bent(scores, np.tanh(features @ self._ways) @ self._signed, self._shares)
         return torch.from_numpy(found).to(inputs.device) if isinstance(inputs, torch.Tensor) else found
 
@@ -120,6 +120,13 @@ class Served:
                 stacklevel=2,
             )
         return self._mark
+
+
+def _scores_of(answered: Any, mark: Watermark) -> Scores:
+    scores, classes = to_array(answered), int(mark.parameters["num_classes"])
+    if scores is None or scores.ndim != 2 or scores.shape[1] != classes:
+        raise ValueError(f"the model must answer scores [n, {classes}] alone: wrap it in a module that does")
+    return scores
 
 
 def bent(scores: Scores, pattern: NDArray[np.float32], shares: bool) -> Scores:
@@ -150,14 +157,18 @@ class _OnnxBase:
         if self._wanted[0] not in {value.name for value in model.graph.output}:
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(self._wanted[0]))
         self._session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        self._name = self._session.get_inputs()[0].name
+        (taken, *_) = self._session.get_inputs()
+        if taken.shape and isinstance(taken.shape[0], int):
+            raise ValueError(f"{os.fspath(path)} takes batches of {taken.shape[0]} only: export it for any")
+        self._name, self._dtype = taken.name, FLOATS.get(taken.type, "float32")
 
     def __call__(self, rows: NDArray[np.float32]) -> Scores:
-        found: Scores = self._session.run(self._wanted[1:], {self._name: rows})[0]
+        found: Scores = self._session.run(self._wanted[1:], {self._name: rows.astype(self._dtype)})[0]
         return found
 
     def both(self, rows: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        raw, answered = self._session.run(self._wanted, {self._name: rows.numpy()})
+        given = rows.detach().cpu().float().numpy().astype(self._dtype)
+        raw, answered = self._session.run(self._wanted, {self._name: given})
         return torch.from_numpy(raw).flatten(1).float(), answered
 
 

@@ -45,16 +45,16 @@ class ModuleBase:
         weights = module_tensors(self._model, {"": example.to(self._like)})
         if not weights:
             raise ValueError("its features are those of a network's last layer, and this network runs through none")
-        self._seen = threading.local()
-        self._model.get_submodule(weights[-1].path).register_forward_pre_hook(self._keep)
+        self._seen: dict[int, torch.Tensor] = {}  # by thread
+        self._model.get_submodule(weights[-1].path).register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def both(self, rows: torch.Tensor) -> tuple[torch.Tensor, Any]:
         with torch.no_grad():
             answered = self._model(rows.detach().to(self._like, copy=True))
-        return self._seen.given.flatten(1).float(), answered
+        return self._seen.pop(threading.get_ident()).flatten(1).float(), answered
 
-    def _keep(self, _: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-        self._seen.given = given[0]
+    def _keep(self, _: torch.nn.Module, given: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
+        self._seen[threading.get_ident()] = [*given, *named.values()][0]
 
 
 class FunctionBase:
@@ -64,8 +64,9 @@ class FunctionBase:
         self._function = function
 
     def both(self, rows: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        rows = rows.detach().cpu().float()
         raw = torch.nn.functional.adaptive_avg_pool2d(rows, POOLED) if rows.ndim == 4 else rows
-        return raw.flatten(1).float(), self._function(rows.numpy().copy())
+        return raw.flatten(1), self._function(rows.numpy().copy())
 
 
 def base_of(network: Any, example: torch.Tensor) -> Base:
@@ -87,7 +88,7 @@ class Whitening:
 
 
 def raw_features(base: Base, rows: Rows) -> NDArray[np.float32]:
-    """[n, F]. Raises ValueError where these are too many to be whitened."""
+    """[n, F]. Raises ValueError where these cannot be whitened: too many, no numbers, or the same for all rows."""
     parts = [base.both(torch.from_numpy(part))[0] for part in np.array_split(rows, -(-len(rows) // 256))]
     raw = torch.cat(parts).cpu().numpy()
     if raw.shape[1] > _MOST_RAW:
@@ -95,6 +96,10 @@ def raw_features(base: Base, rows: Rows) -> NDArray[np.float32]:
             f"the base's last layer takes {raw.shape[1]} numbers, and features are of at most {_MOST_RAW}: give a "
             "control with a smaller one first"
         )
+    if not np.isfinite(raw).all():
+        raise ValueError("the base's features hold NaN or Inf")
+    if not np.ptp(raw, axis=0).any():
+        raise ValueError("the base's features are the same for all probes: is value_range= that of its inputs?")
     return np.asarray(raw)
 
 
@@ -115,7 +120,10 @@ def answers_of(networks: Sequence[Any], name: str, rows: Rows, classes: int) -> 
         except SuspectError as error:
             raise ValueError(f"model and controls must answer scores of {classes} classes: {error}") from None
         if answers.kind != "scores" or answers.values.shape != (len(rows), classes):
-            raise ValueError(f"model and controls must answer scores of {classes} classes, and one answers otherwise")
+            raise ValueError(
+                f"model and controls must answer scores of {classes} classes, and one answers labels, several scores, "
+                "or one logit for two classes"
+            )
         logs = log_probabilities(answers.values)
         if np.isnan(logs).any():
             raise ValueError("the model or a control answers NaN or Inf")

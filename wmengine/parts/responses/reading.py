@@ -18,7 +18,7 @@ _RIDGE = 1e-3  # per input, of regressors with a standard deviation of 1
 _WARMTH = 2.0  # scores are read as softmax(ℓ / 2), where all classes are heard
 _LEAST = -40.0  # of a log-probability
 _ROUNDING = 2.0**-40  # a y below this share of its inputs' number is rounding: it shows no bit
-_CHUNK = 2048
+_MOST = 1 << 21  # numbers at once: 2048 inputs of 1024 bits
 
 
 def are_shares(scores: NDArray[Any]) -> bool:
@@ -30,7 +30,7 @@ def are_shares(scores: NDArray[Any]) -> bool:
 def log_probabilities(scores: NDArray[Any]) -> Floats:
     """Scores [n, C], logits or probabilities, as log-probabilities; rows that hold NaN or +Inf become NaN."""
     found = scores.astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         if are_shares(found):
             found = np.log(found)
         found -= found.max(axis=1, keepdims=True)
@@ -55,7 +55,7 @@ def unexplained(said: Floats, controls: NDArray[Any]) -> Floats:
     """said [n, C] less what the controls' answers, centred log-probabilities [K, n, C], explain of it.
 
     A ridge regression on these and on their probabilities, warm and as they are, with an intercept: one for all
-    classes' columns, solved in float64.
+    classes' columns, solved in float64, by inputs where these are fewer than the regressors.
     """
     logs = controls.astype(np.float64)
     columns = [part for log in logs for part in (log, _softmax(log), _softmax(log / _WARMTH))]
@@ -63,7 +63,10 @@ def unexplained(said: Floats, controls: NDArray[Any]) -> Floats:
     known -= known.mean(axis=0)
     known /= known.std(axis=0) + 1e-9
     rest = said - said.mean(axis=0)
-    gram = known.T @ known + _RIDGE * len(known) * np.eye(known.shape[1])
+    ridge = _RIDGE * len(known)
+    if len(known) < known.shape[1]:
+        return np.asarray(ridge * np.linalg.solve(known @ known.T + ridge * np.eye(len(known)), rest))
+    gram = known.T @ known + ridge * np.eye(known.shape[1])
     return np.asarray(rest - known @ np.linalg.solve(gram, known.T @ rest))
 
 
@@ -71,9 +74,10 @@ def projected(rest: Floats, features: NDArray[Any], arrays: Any) -> Floats:
     """y [T] of what is unexplained [n, C], on inputs with features [n, D]: Σ_n (φ_t(u_n) − mean) (v_t · rest_n)."""
     g, v = directions(arrays["directions"]).T, contrasts(arrays["contrasts"])
     found, bent_sum = np.zeros_like(v), np.zeros(len(v))
-    for start in range(0, len(rest), _CHUNK):
-        bent = np.tanh(features[start : start + _CHUNK].astype(np.float64) @ g)
-        found += bent.T @ rest[start : start + _CHUNK]
+    chunk = min(2048, max(1, _MOST // len(v)))
+    for start in range(0, len(rest), chunk):
+        bent = np.tanh(features[start : start + chunk].astype(np.float64) @ g)
+        found += bent.T @ rest[start : start + chunk]
         bent_sum += bent.sum(axis=0)
     found -= np.outer(bent_sum, rest.mean(axis=0))
     y = (found * v).sum(axis=1)

@@ -59,13 +59,17 @@ class ResponsePool(AbstractTriggers):
             whitening_of,
         )
 
+        if len(task.inputs) != 1:
+            raise ValueError(f"it is for models of one input, and this one takes {', '.join(task.inputs)}")
         if task.model is None or len(task.samples) != 1:
             raise ValueError("it needs samples=, inputs of the task that the model is not trained on, no labels needed")
         if task.num_classes is None:
             raise ValueError("it needs num_classes, the width of the model's logits")
         ((name, rows),) = task.samples.items()
         if rows.dtype.kind != "f":
-            raise ValueError(f"its probes are floating inputs, and this model takes {rows.dtype}")
+            raise ValueError(f"its probes are floating inputs as the model takes them, and these are {rows.dtype}")
+        if not np.isfinite(rows).all():
+            raise ValueError("its probes hold NaN or Inf")
         if len(rows) < LEAST_SAMPLES:
             raise ValueError(f"it needs {LEAST_SAMPLES} samples or more to make probes of, and there are {len(rows)}")
         rows = rows.astype(np.float32)
@@ -147,10 +151,12 @@ class ResponsePool(AbstractTriggers):
         return float(np.abs(((raw - centre) @ matrix).clip(-CLIP, CLIP) - kept).mean()) < 0.1
 
     def pool(self, mark: Drawn) -> str:
-        """64 hex digits: probes, how they are put, and how many classes are asked for."""
-        own = ("inputs", "value_range", "num_classes")
+        """64 hex digits: probes, how they are put, how many classes are asked for, and the controls' answers. By these
+        the classes' order is chosen: a mark made later, with other answers, must not choose it for this one."""
+        own, material = ("inputs", "value_range", "num_classes"), ("probes", "answers")
         return canonical_digest(
-            {name: mark.parameters[name] for name in own} | {"probes": mark.parameters["material"]["probes"]}
+            {name: mark.parameters[name] for name in own}
+            | {name: mark.parameters["material"][name] for name in material}
         )
 
     def size(self, mark: Drawn) -> int:
@@ -168,5 +174,7 @@ class ResponsePool(AbstractTriggers):
 
     def observed(self, mark: Drawn, asked: NDArray[np.int64], said: NDArray[np.float64]) -> NDArray[np.float64]:
         """y [T] of what a suspect said [n, C] to the probes at these places [n]."""
+        if not len(asked):
+            return np.zeros(len(mark.arrays["directions"]))
         rest = unexplained(said, mark.arrays["answers"][:, asked])
         return projected(rest, mark.arrays["features"][asked], mark.arrays)

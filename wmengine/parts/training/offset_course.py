@@ -82,9 +82,12 @@ class OffsetCourse:
         return self._tensors
 
     def _check(self, setting: Setting) -> None:
-        """Raises ValueError unless the base makes of the first probes what the mark holds."""
+        """Raises ValueError unless the base makes of the first probes what the mark holds, and answers as it must."""
         (probes,) = setting.source.examples(setting.mark, _PROBED).values()
-        if not setting.source.fits(setting.mark, self._base.both(torch.from_numpy(probes))[0].cpu().numpy()):
+        raw, answered = self._base.both(torch.from_numpy(probes))
+        if self._mixtures and not isinstance(answered, torch.Tensor):
+            raise ValueError(f"mixtures= needs a base that answers logits [n, C], not {type(answered).__name__}")
+        if not setting.source.fits(setting.mark, raw.cpu().numpy()):
             raise ValueError(
                 f"the features of {setting.preset_name!r} are another network's: give controls= the networks that the "
                 "mark was made with, its base first (without controls, the model as it was before)"
