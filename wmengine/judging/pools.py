@@ -75,7 +75,7 @@ class PoolTrial:
             if not self.best:
                 self.best = [(test, log10_share) for test in tests]
             self.best = [
-                min(old, (test, log10_share), key=lambda each: each[0].log10_p)
+                min(old, (test, log10_share), key=lambda each: each[0].log10_p - each[1])
                 for old, test in zip(self.best, tests, strict=True)
             ]
             if all(self.proven(number) for number in range(len(tests))):
