@@ -138,12 +138,14 @@ def test_a_finished_network_is_tuned_beside_one_without_the_mark_and_copied_by_t
         tuned={"response": 2},
     )
     copied = Line("copied", (Step("worse", recipe=True),))
-    assert fill(problem, tmp_path, UNTOUCHED, copied) == []
+    served = Line("service", base=grid.SERVED)
+    assert fill(problem, tmp_path, UNTOUCHED, copied, served) == []
     # A twin, its two students, the marked network, the same without a mark, and the copy: for each of two seeds.
     assert len(counted.trained) == 12
     found = {(row.attack, row.preset): row for row in cells.read(tmp_path, "tiny").values() if row.seed == 1}
     assert found["untouched", "response"].log10_p_labels_soft is not None
     assert found["copied", "response"].loss is not None
+    assert found["service", "response"].loss == 0.0, "no decision is turned"
     names = sorted(file.name[:16] for file in (tmp_path / "tiny" / "networks").glob("*1*.pt"))
     assert [name.partition(".")[0].rpartition("-")[0] or name for name in names][:2] == ["none-1", "none-1-other"]
 
@@ -381,7 +383,7 @@ def test_every_line_is_of_an_attack_and_of_options_that_there_are() -> None:
 
 def test_lines_are_chosen_by_label_or_by_a_pattern() -> None:
     assert [line.label for line in grid.chosen(["ftal", "noise 1*"])] == ["ftal", "noise 1/700", "noise 1"]
-    assert grid.chosen(None) == list(LINES)
+    assert grid.chosen(None) == [*LINES, *grid.SERVED_LINES]
     with pytest.raises(ValueError, match=r"'prune\*' is all that begin so"):
         grid.chosen(["prune"])
 

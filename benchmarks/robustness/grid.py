@@ -15,6 +15,7 @@ from wmengine.attacks import attack
 # The network with the mark, the same one trained without, and where a finished one was marked that one trained on
 # as long without.
 MARKED, TWIN, TUNED = "marked", "twin", "tuned twin"
+SERVED = "service"  # the twin, whose scores are marked as they are given out
 UNMARKED = "none"  # in the place of a preset
 STRANGERS = 5
 # From which students trained by the recipe take theirs, and, further on, those that are controls.
@@ -37,7 +38,7 @@ class Step:
 @dataclass(frozen=True)
 class Line:
     """A line of the table: what is done, one step after another, to `base`, a network that the problem's recipe makes:
-    MARKED, TWIN, or "stranger 1" …, trained apart from the marked one."""
+    MARKED, TWIN, SERVED, or "stranger 1" …, trained apart from the marked one."""
 
     label: str
     steps: tuple[Step, ...] = ()
@@ -140,6 +141,16 @@ LINES = (
     _line("stranger 2 then distil", "distil", base="stranger 2"),
 )
 TWIN_LINE = Line("untouched", base=TWIN)
+_COPY_SCORES = {"temperature": 1.0}
+SERVED_LINES = (  # of presets that are put into finished networks
+    _line("service", base=SERVED),
+    _line("service copied by scores", Step("distil", _COPY_SCORES, recipe=True), base=SERVED),
+    _line(
+        "service copied by scores to another architecture",
+        Step("distil", _COPY_SCORES, student=True, recipe=True),
+        base=SERVED,
+    ),
+)
 
 
 def cells_of(problem: Problem, presets: Sequence[str], seeds: Iterable[int], lines: Sequence[Line]) -> list[Cell]:
@@ -147,7 +158,12 @@ def cells_of(problem: Problem, presets: Sequence[str], seeds: Iterable[int], lin
     found, lines = [], possible(problem, lines)
     for seed in seeds:
         found.append(Cell(problem, UNMARKED, seed, TWIN_LINE))
-        found += [Cell(problem, preset, seed, line) for preset in presets for line in lines]
+        found += [
+            Cell(problem, preset, seed, line)
+            for preset in presets
+            for line in lines
+            if line.base != SERVED or preset in problem.tuned
+        ]
     return found
 
 
@@ -159,7 +175,8 @@ def possible(problem: Problem, lines: Sequence[Line]) -> list[Line]:
 def chosen(patterns: Sequence[str] | None) -> list[Line]:
     """The lines whose labels are these, or match them as the names of files do; all for None. ValueError where one
     matches none."""
+    every = (*LINES, *SERVED_LINES)
     for pattern in patterns or ():
-        if not any(fnmatchcase(line.label, pattern) for line in LINES):
+        if not any(fnmatchcase(line.label, pattern) for line in every):
             raise ValueError(f"there is no line {pattern!r}: --list shows them, and '{pattern}*' is all that begin so")
-    return [line for line in LINES if patterns is None or any(fnmatchcase(line.label, each) for each in patterns)]
+    return [line for line in every if patterns is None or any(fnmatchcase(line.label, each) for each in patterns)]

@@ -25,6 +25,7 @@ from benchmarks.robustness import cells
 from benchmarks.robustness.grid import (
     CONTROL_SEEDS,
     MARKED,
+    SERVED,
     STRANGER_SEEDS,
     STUDENT_SEEDS,
     TUNED,
@@ -42,6 +43,7 @@ from wmengine.attacks import attack, run
 from wmengine.demo import Data
 from wmengine.identity.key import Key
 from wmengine.marking.embedder import Embedder
+from wmengine.marking.serving import response
 from wmengine.marks.watermark import Watermark
 from wmengine.suspects import open_suspect
 
@@ -50,10 +52,10 @@ PACKAGES = ("wmengine", "torch", "numpy", "onnx", "onnxruntime", "scikit-learn")
 
 @dataclass(frozen=True)
 class Network:
-    """A trained network, its mark if it has one, which test inputs it answers rightly, how long it trained, and the
-    commit of the code that trained it."""
+    """A trained network or its service, its mark if it has one, which test inputs it answers rightly, how long it
+    trained, and the commit of the code that trained it."""
 
-    model: nn.Module
+    model: Any
     mark: Watermark | None
     correct: Correct
     seconds: float
@@ -77,6 +79,8 @@ class Bench:
     def network(self, preset: str, seed: int, base: str) -> Network:
         """Trained now, or before and kept."""
         name = _name_of(preset, seed, base)
+        if name not in self._networks and base == SERVED:
+            self._networks[name] = self._service(preset, seed)
         if name not in self._networks:
             preset = preset if base in (MARKED, TUNED) else UNMARKED
             file = self._kept / f"{name}-{digest(recipe_of(self.problem, preset))[:8]}.pt"
@@ -91,7 +95,9 @@ class Bench:
         """A network after all steps of the cell, a module or a file, and the seconds that they took."""
         model: Any = self.network(cell.preset, cell.seed, cell.line.base).model
         name, seconds = _name_of(cell.preset, cell.seed, cell.line.base), 0.0
-        seed = cell.seed if cell.line.base == MARKED else 0  # a stranger's copies serve the marks of all seeds
+        seed = (
+            cell.seed if cell.line.base in (MARKED, SERVED) else 0
+        )  # a stranger's copies serve the marks of all seeds
         for count, step in enumerate(cell.steps, start=1):
             place = name, as_json(cell.steps[:count])
             if place not in self._copies:
@@ -151,6 +157,25 @@ class Bench:
             found.append(student.eval())
         return [each.to(self.device) for each in found]
 
+    def _service(self, preset: str, seed: int) -> Network:
+        """The unmarked network of this seed, its scores marked as they are given out."""
+        twin, known = self.network(preset, seed, TWIN), self._controls(preset, seed)
+        file = self._kept / f"{_name_of(preset, seed, SERVED)}-{digest(recipe_of(self.problem, preset))[:8]}.wm"
+        if not file.exists():
+            made = response(
+                twin.model,
+                key_of(seed),
+                num_classes=self.problem.classes,
+                sample=self.data.owner[0][:64],
+                name=f"{self.problem.name}-service",
+                probes=self.data.test[0],
+                controls=known[1:],
+                value_range=self.problem.value_range,
+            )
+            made.watermark().save(file)
+        served = response(twin.model, mark=file)
+        return Network(served, served.watermark(), twin.correct, twin.seconds, git_commit())
+
     def _train(self, file: Path, preset: str, seed: int, marked: bool) -> None:
         problem, began, embedder = self.problem, time.perf_counter(), None
         model, tuned = problem.build(seed).to(self.device), problem.tuned.get(preset)
@@ -198,19 +223,21 @@ def key_of(seed: int) -> Key:
 def measure(bench: Bench, cell: Cell) -> cells.Row:
     """One cell."""
     own = bench.network(cell.preset, cell.seed, cell.line.base)
-    marked = None if cell.preset == UNMARKED else bench.network(cell.preset, cell.seed, MARKED)
+    served = cell.line.base == SERVED
+    marked = None if cell.preset == UNMARKED else bench.network(cell.preset, cell.seed, SERVED if served else MARKED)
     copy, seconds = bench.copy(cell)
     began = time.perf_counter()
     suspect = open_suspect(copy, isolation="none")
     try:
-        right = correct(suspect, bench.data.test, bench.problem.classes) if cell.steps else own.correct
+        right = correct(suspect, bench.data.test, bench.problem.classes) if cell.steps or served else own.correct
         found = evidence(suspect, None if marked is None else marked.mark, key_of(cell.seed))
     finally:
         suspect.close()
     seconds += time.perf_counter() - began if cell.steps else own.seconds
     before = marked
     if marked is own and not cell.steps:
-        before = bench.network(cell.preset, cell.seed, TUNED if cell.preset in bench.problem.tuned else TWIN)
+        tuned = cell.preset in bench.problem.tuned and not served
+        before = bench.network(cell.preset, cell.seed, TUNED if tuned else TWIN)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return cells.Row(
         key=cell.key,
@@ -267,4 +294,5 @@ def fill(
 
 def _name_of(preset: str, seed: int, base: str) -> str:
     own = {MARKED: f"{preset}-{seed}", TWIN: f"{UNMARKED}-{seed}", TUNED: f"{preset}-{seed}-plain"}
+    own[SERVED] = f"{preset}-{seed}-service"
     return own.get(base) or base.replace(" ", "-")

@@ -19,7 +19,18 @@ from benchmarks import plots, results
 from benchmarks.environment import ROOT
 from benchmarks.robustness import cells
 from benchmarks.robustness.cells import Row
-from benchmarks.robustness.grid import LINES, MARKED, TWIN, TWIN_LINE, UNMARKED, Cell, Line, cells_of, possible
+from benchmarks.robustness.grid import (
+    LINES,
+    MARKED,
+    SERVED_LINES,
+    TWIN,
+    TWIN_LINE,
+    UNMARKED,
+    Cell,
+    Line,
+    cells_of,
+    possible,
+)
 from benchmarks.robustness.problems import CIFAR10, DIGITS, PROBLEMS, Problem
 from benchmarks.robustness.rules import MOST_LOSS, PROVEN, outcome, sok_success, sok_threshold
 
@@ -128,17 +139,24 @@ def statistics_table(found: Found, problem: Problem = DIGITS, lines: Sequence[Li
     return "\n".join(rows)
 
 
-def response_table(found: Found, problem: Problem = CIFAR10, lines: Sequence[Line] = LINES) -> str:
+def response_table(found: Found, problem: Problem = CIFAR10) -> str:
     """Markdown: of each copy of networks marked by `response` the accuracy, and log10 p from scores and from labels."""
-    rows = ["| network | accuracy, % | log10 p: scores / labels |", "|---|---|---|"]
-    for line in possible(problem, lines):
-        seeds = _seeds(problem, "response", line, found)
-        if any(seeds):
-            accuracies = ", ".join(NOT_RUN if row is None else f"{100 * row.accuracy:.1f}" for row in seeds)
-            found_p = [(row.log10_p, row.log10_p_labels_soft) for row in seeds if row is not None]
-            shown = [f"{scores:.1f} / {labels:.1f}" for scores, labels in found_p] + [NOT_RUN] * seeds.count(None)
-            rows.append(f"| {line.label} | {accuracies} | {', '.join(shown)} |")
+    rows = ["| network | accuracy, % | points lost [95 %] | log10 p: scores / labels |", "|---|---|---|---|"]
+    for line in possible(problem, (*LINES, *SERVED_LINES)):
+        seeds = [row for row in _seeds(problem, "response", line, found) if row is not None]
+        if seeds:
+            cells_of_row = [
+                ", ".join(f"{100 * row.accuracy:.1f}" for row in seeds),
+                ", ".join(_lost(row) for row in seeds),
+                ", ".join(f"{row.log10_p:.1f} / {row.log10_p_labels_soft:.1f}" for row in seeds),
+            ]
+            missing = len(SEEDS) - len(seeds)
+            rows.append(f"| {line.label} | {' | '.join(each + f', {NOT_RUN}' * missing for each in cells_of_row)} |")
     return "\n".join(rows)
+
+
+def _lost(row: Row) -> str:
+    return "" if row.loss is None else f"{row.loss:.1f} [{row.loss_low:.1f}, {row.loss_high:.1f}]"
 
 
 def published(found: Mapping[str, Found]) -> dict[str, str]:
