@@ -40,8 +40,8 @@ def main(folder: Path) -> None:
         copy, _ = bench.copy(Cell(CIFAR10, "response", SEED, copied))
         networks = {"marked": marked.model, "copy of its labels": copy}
         networks["stranger"] = bench.network("response", SEED, "stranger 1").model
-    figure = Figure(figsize=(9.6, 5.2), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1.0, 1.05))
+    figure = Figure(figsize=(9.6, 5.6), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1.0, 1.0))
     pattern = 0.5 * (raw := pattern_of(mark.arrays["features"], mark.arrays, mark.symbols)) / raw.std()
     logs = mark.arrays["answers"][0]
     for axes, place in zip(
@@ -59,8 +59,8 @@ def answers(axes: Any, picture: Any, logs: Any, added: Any) -> None:
     axes[0].set_axis_off()
     plain, bent = (np.exp(each - each.max()) / np.exp(each - each.max()).sum() for each in (logs, logs + added))
     rows = np.arange(len(KINDS))
-    axes[1].barh(rows - 0.2, plain, 0.4, color=GREY, label="base")
-    axes[1].barh(rows + 0.2, bent, 0.4, color=BLUE, label="with the pattern")
+    axes[1].barh(rows - 0.2, plain, 0.4, color=GREY, label="what the base answers")
+    axes[1].barh(rows + 0.2, bent, 0.4, color=BLUE, label="with the pattern on top")
     axes[1].set_yticks(rows, KINDS, fontsize=6)
     axes[1].tick_params(axis="x", labelsize=6)
     axes[1].invert_yaxis()
@@ -86,7 +86,8 @@ def bits(axes: Axes, name: str, found: dict[str, Any], symbols: Any) -> None:
     axes.hist(y[symbols == 0], edges, color=RED, alpha=0.55, label="bit 0")
     axes.hist(y[symbols == 1], edges, color=BLUE, alpha=0.55, label="bit 1")
     right = {read: float(((each > 0) == symbols).mean()) for read, each in found.items()}
-    axes.set_title(f"{name}: {right['labels']:.0%} of bits from labels, {right['scores']:.0%} from scores", fontsize=8)
+    said = f"{right['labels']:.0%} of bits right from labels, {right['scores']:.0%} from scores"
+    axes.set_title(f"{name}\n{said}", fontsize=8)
     axes.set_xlabel("y, from labels, in its standard deviations", fontsize=7)
     axes.tick_params(labelsize=7)
     axes.legend(fontsize=7, frameon=False)
