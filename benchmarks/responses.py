@@ -44,10 +44,11 @@ def main(folder: Path) -> None:
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.0, 1.0))
     pattern = 0.5 * (raw := pattern_of(mark.arrays["features"], mark.arrays, mark.symbols)) / raw.std()
     logs = mark.arrays["answers"][0]
-    for axes, place in zip(
-        upper.subplots(1, 2 * SHOWN, width_ratios=(0.8, 1.3) * SHOWN).reshape(-1, 2), range(SHOWN), strict=True
-    ):
+    pairs = upper.subplots(1, 2 * SHOWN, width_ratios=(0.8, 1.3) * SHOWN).reshape(-1, 2)
+    for place, axes in enumerate(pairs):
         answers(axes, mark.arrays["probes"][place], logs[place], pattern[place])
+    known = pairs[0][1].get_legend_handles_labels()
+    upper.legend(*known, loc="outside upper center", ncols=2, fontsize=8, frameon=False)
     for axes, (name, network) in zip(lower.subplots(1, 3, sharey=True), networks.items(), strict=True):
         bits(axes, name, readings(network, mark), mark.symbols)
     figure.savefig(PICTURE, dpi=80)
