@@ -146,6 +146,13 @@ def tasks(process=None):
     return [number for number, command in below.items() if command.startswith("ray::judge_shard")]
 
 
+def a_task(process=None):
+    """One of them, as soon as there is one: between two shards there may be none."""
+    seen = []
+    wait_until(lambda: seen.extend(tasks(process)) or seen)
+    return seen[0]
+
+
 @needs_ray
 def test_the_rows_are_those_of_a_local_scan(bucket, cluster, usual, tmp_path):
     told, seen = [], set()
@@ -175,8 +182,7 @@ def test_a_task_that_is_killed_costs_what_it_had_not_sent(bucket, cluster, usual
     def kill_one(done, total, rows):
         judged.append(rows[0]["suspect"])
         if done in (4, 12):
-            wait_until(tasks)
-            killed.append(tasks()[0])
+            killed.append(a_task())
             os.kill(killed[-1], signal.SIGKILL)
 
     assert facts(scan(bucket / "models", bucket / "registry", ray=cluster.address, progress=kill_one)) == usual
@@ -301,9 +307,7 @@ def test_ctrl_c_ends_a_cluster_of_our_own_and_keeps_what_is_finished(bucket, tmp
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored, where we run in the background
     ) as process:
         finished = {json.loads(process.stdout.readline())["suspect"] for _ in range(2)}
-        seen = []
-        wait_until(lambda: seen.extend(tasks(process.pid)) or seen)
-        os.kill(seen[0], signal.SIGKILL)
+        os.kill(a_task(process.pid), signal.SIGKILL)
         finished |= {json.loads(process.stdout.readline())["suspect"] for _ in range(6)}
         below = descendants(process.pid)
         os.killpg(process.pid, signal.SIGINT)

@@ -274,7 +274,7 @@ class Embedder:
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
         """How far each mark is, by scheme: `matched` of `total` symbols, and log10_p, what that is worth; nothing of
-        triggers that have a pass of their own.
+        triggers that have a pass of their own, nor of `response`.
 
         Of bits those at the last loss, of triggers those of the last pass through all of them (the rows as they were
         trained on, in training mode); empty for marks that no loss has seen so far. Only reading this waits for the
