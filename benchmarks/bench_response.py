@@ -91,6 +91,7 @@ def test_service(batch: int, compare: Callable[[Case], None], quick: bool) -> No
             bytes_moved=0,
             ours=lambda: served(x),
             floor=Contender(MODEL, plain),
+            peers=[Contender("features by a pass of their own", lambda: (plain(), plain()))],
             seconds=4.0,
         )
     )
@@ -109,6 +110,12 @@ def test_reading(compare: Callable[[Case], None], quick: bool) -> None:
     )
     mark = served.watermark()
     rows = np.array(next(iter(mark.preset.source.examples(mark).values())))  # type: ignore[union-attr]
+
+    def one_by_one() -> None:
+        with torch.no_grad():
+            for row in torch.from_numpy(rows).split(1):
+                model(row)
+
     compare(
         Case(
             operator="response",
@@ -117,6 +124,7 @@ def test_reading(compare: Callable[[Case], None], quick: bool) -> None:
             bytes_moved=0,
             ours=lambda: wmengine.verify(model, mark),
             floor=Contender(ANSWERS, lambda: open_suspect(model).answer({"input": rows}, CLASSES)),
+            peers=[Contender("the model asked one by one", one_by_one)],
             seconds=10.0,
         )
     )

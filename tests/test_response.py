@@ -23,6 +23,7 @@ from wmengine.parts.responses.pattern import contrasts, directions, keyed_normal
 from wmengine.parts.responses.reading import projected, told, told_by_labels, unexplained
 from wmengine.suspects import open_suspect
 from wmengine.suspects.base import Answers
+from wmengine.testing import small_network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -519,3 +520,12 @@ def test_a_model_of_several_inputs_is_said():
     rows = {"left": torch.rand(80, 4), "right": torch.rand(80, 4)}
     with pytest.raises(ValueError, match="it is for models of one input, and this one takes left, right"):
         Embedder(Two(), KEY, ["response"], num_classes=10, sample=rows, name="d", samples=rows)
+
+
+def test_where_the_base_favours_a_class_no_other_way_of_asking_is_taken_for_it(tmp_path):
+    """An untrained base names one class for nearly all probes, so that agreement says nothing."""
+    plain = small_network(0).eval()
+    found = service(plain)
+    export_onnx(plain, torch.from_numpy(PROBES[:1]), tmp_path / "plain.onnx")
+    verdict = verify(tmp_path / "plain.onnx", found.watermark(), key=KEY)
+    assert not any(each.code == "put_otherwise" for each in verdict.facts)

@@ -473,7 +473,7 @@ def test_kill_9_loses_no_row_that_was_measured(counted: Counted, tmp_path: Path)
 
 @pytest.mark.slow
 def test_attacks_of_the_page_are_measured_on_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def few_epochs(model: Any, rows: Any, seed: int, embedder: Any = None) -> torch.nn.Module:
+    def few_epochs(model: Any, rows: Any, seed: int, embedder: Any = None, tuned: int | None = None) -> torch.nn.Module:
         return train(model, rows, 12, seed, embedder)
 
     monkeypatch.setitem(PROBLEMS, "digits", dataclasses.replace(DIGITS, recipe="12 epochs", train=few_epochs))

@@ -110,7 +110,6 @@ class PoolTrial:
     def _choose(self, count: int) -> tuple[Adapter, Answers]:
         """The first way, of all that the declared inputs leave open, in which more of the first answers are the base's
         than of chance, or the likeliest that is answered at all; and these answers."""
-        bar = count / self._classes + 3.0 * math.sqrt(count * (self._classes - 1)) / self._classes
         chosen: tuple[Adapter, Answers] | None = None
         failure = SuspectError(f"{self._suspect.name} can be asked in no way")
         for way in self._source.ways(self._mark, self._suspect, self._terms.every_way):
@@ -121,7 +120,9 @@ class PoolTrial:
             except SuspectError as error:
                 failure = error
                 continue
-            agreed = self._agreed(answers, count)[0] >= bar
+            found, column, first = self._agreed(answers, count)
+            by_chance = self._by_chance(named_by(answers)[:, column] - first, count)
+            agreed = found > by_chance + 3.0 * math.sqrt(max(by_chance, 1.0))
             if agreed or chosen is None:
                 chosen = way, answers
             if agreed:
@@ -145,6 +146,14 @@ class PoolTrial:
             for first in ((0, 1) if answers.kind == "labels" else (0,))
         ]
         return max(readings, key=lambda each: each[0])
+
+    def _by_chance(self, labels: Labels, count: int) -> float:
+        """How many of so many answers would be the base's if neither looked at the inputs: both may favour a class."""
+        own, base = (
+            np.bincount(each[(each >= 0) & (each < self._classes)], minlength=self._classes)
+            for each in (labels, self._source.likely(self._mark)[:count])
+        )
+        return float(own @ base) / count
 
     def _tests(self, parts: Sequence[Answers]) -> list[Test]:
         """What all answers so far say of each mark. Rows that name no class are left out: no bit says which."""
