@@ -4,6 +4,7 @@ probes over the model's own answers to them."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,20 +65,24 @@ def test_step(compare: Callable[[Case], None], device: str, quick: bool) -> None
     )
 
 
-@pytest.mark.parametrize("batch", [1, BATCH])
-def test_service(batch: int, compare: Callable[[Case], None], quick: bool) -> None:
-    if quick and batch == BATCH:
-        pytest.skip("a quick run serves one picture at a time")
-    model, x = resnet(1).eval(), pictures(batch)
-    served = wmengine.response(
+def service(model: torch.nn.Module, probes: int) -> Any:
+    return wmengine.response(
         model,
         KEY,
         num_classes=CLASSES,
         sample=pictures(8),
         name="benchmark",
         probes=pictures(256),
-        scheme=wmengine.scheme("response", probes=256),
+        scheme=wmengine.scheme("response", probes=probes),
     )
+
+
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_service(batch: int, compare: Callable[[Case], None], quick: bool) -> None:
+    if quick and batch == BATCH:
+        pytest.skip("a quick run serves one picture at a time")
+    model, x = resnet(1).eval(), pictures(batch)
+    served = service(model, 256)
 
     def plain() -> None:
         with torch.no_grad():
@@ -99,17 +104,8 @@ def test_service(batch: int, compare: Callable[[Case], None], quick: bool) -> No
 
 def test_reading(compare: Callable[[Case], None], quick: bool) -> None:
     count, model = 256 if quick else PROBES, resnet(1).eval()
-    served = wmengine.response(
-        model,
-        KEY,
-        num_classes=CLASSES,
-        sample=pictures(8),
-        name="benchmark",
-        probes=pictures(256),
-        scheme=wmengine.scheme("response", probes=count),
-    )
-    mark = served.watermark()
-    rows = np.array(next(iter(mark.preset.source.examples(mark).values())))  # type: ignore[union-attr]
+    mark = service(model, count).watermark()
+    rows = np.array(next(iter(mark.preset.source.examples(mark).values())))
 
     def one_by_one() -> None:
         with torch.no_grad():

@@ -1,29 +1,22 @@
 """`response`: bits in the answers to ordinary inputs, at a service and in a network, proven exactly."""
 
 import math
-import threading
 from copy import deepcopy
 from functools import cache
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from responding import KEY, PROBES, answers, bent_network, labels_of, network, served, service
+from responding import KEY, PROBES, answers, bent_network, labels_of, network, served
 
-from wmengine import Embedder, Key, Watermark, export_onnx, response, scheme, verify, verify_all
+from wmengine import Embedder, Key, Watermark, scheme, verify
 from wmengine.errors import WatermarkError
 from wmengine.judging.asking import Terms
 from wmengine.judging.judge import judge_suspect
 from wmengine.judging.looks import looks_of_bits
-from wmengine.marking.serving import GAP, bent
-from wmengine.marks.preset import array_digest
-from wmengine.parts.responses.gathering import base_of
 from wmengine.parts.responses.pattern import contrasts, directions, keyed_normals, pattern_of
 from wmengine.parts.responses.reading import projected, told, told_by_labels, unexplained
 from wmengine.suspects import open_suspect
-from wmengine.suspects.base import Answers
-from wmengine.testing import small_network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,76 +94,6 @@ def test_bits_are_the_signs_of_what_follows_their_direction_and_contrast():
         )
     ]
     assert np.allclose(y, exact)
-
-
-# the service
-
-
-def test_no_decision_of_a_service_is_turned():
-    rows = np.random.default_rng(5).random((500, 1, 8, 8)).astype(np.float32)
-    plain, given = answers(network())(rows), served()(rows)
-    assert np.array_equal(plain.argmax(axis=1), given.argmax(axis=1))
-    second = np.sort(given, axis=1)[:, -2:]
-    assert (second[:, 1] - second[:, 0] >= GAP - 1e-4).all()
-    assert (np.abs(given - plain).max(axis=1) > 0).all()
-
-
-def test_a_service_of_probabilities_gives_probabilities_and_tensors_stay_tensors():
-    rows = PROBES[:40]
-    soft = torch.nn.Sequential(network(), torch.nn.Softmax(dim=1))
-    given = service(soft)(torch.from_numpy(rows))
-    assert isinstance(given, torch.Tensor)
-    assert torch.allclose(given.sum(dim=1), torch.ones(40))
-    logits = served()(rows).astype(np.float64)
-    expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    assert np.array_equal(given.numpy().argmax(axis=1), expected.argmax(axis=1))
-
-
-def test_rows_that_hold_no_numbers_are_given_out_as_they_are():
-    scores = np.array([[1.0, np.nan, 0.0], [np.inf, 1.0, 0.0], [3.0, 1.0, -np.inf]], np.float32)
-    assert np.array_equal(bent(scores, np.ones((3, 3), np.float32), False), scores, equal_nan=True)
-
-
-def test_a_service_is_proven_by_scores_and_by_labels_of_students_only():
-    """Its own labels are those of the unmarked network, and hold nothing."""
-    assert verify(served(), mark(), key=KEY).log10_p < -20
-    assert verify(labels_of(served()), mark(), key=KEY).decision == "not_proven"
-    assert verify(network(), mark(), key=KEY).decision == "not_proven"
-
-
-def test_a_service_starts_again_from_its_file(tmp_path):
-    mark().save(tmp_path / "served.wm")
-    again = response(network(), mark=tmp_path / "served.wm")
-    assert np.array_equal(again(PROBES[:9]), served()(PROBES[:9]))
-    with pytest.raises(ValueError, match="the features are another network's"):
-        response(network(8), mark=tmp_path / "served.wm")
-    with pytest.raises(ValueError, match="leave key, name, sample, probes, controls, message and value_range out"):
-        response(network(), mark=tmp_path / "served.wm", message="to B")
-
-
-def test_an_onnx_file_serves_with_the_features_of_its_last_layer(tmp_path):
-    export_onnx(network(), torch.from_numpy(PROBES[:1]), tmp_path / "model.onnx")
-    found = service(tmp_path / "model.onnx")
-    assert np.array_equal(found.watermark().parameters["raw"], mark().parameters["raw"])
-    assert verify(found, found.watermark(), key=KEY).owned
-    assert np.array_equal(found(PROBES[:50]).argmax(axis=1), answers(network())(PROBES[:50]).argmax(axis=1))
-
-
-def test_of_a_function_pooled_inputs_say_what_the_pattern_goes_by():
-    found = service(answers(network()))
-    assert found.watermark().parameters["raw"] == 16
-    assert verify(found, found.watermark(), key=KEY).owned
-
-
-def test_threads_share_a_service():
-    parts = [np.random.default_rng(n).random((20, 1, 8, 8)).astype(np.float32) for n in range(8)]
-    expected, found = [served()(part) for part in parts], {}
-    threads = [threading.Thread(target=lambda n=n: found.update({n: served()(parts[n])})) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(np.array_equal(found[n], expected[n]) for n in range(8))
 
 
 # what is bound, and what p is
@@ -325,207 +248,7 @@ def test_marks_go_on_with_their_base_and_with_no_other_network():
         Embedder(network(6), marks=[made], sample=sample)
 
 
-# what others could try
-
-
-def test_a_mark_made_later_does_not_choose_the_order_of_the_classes_for_another():
-    """Its own controls' answers are its maker's word, and could be made to suit bits that are known by then."""
-    held = mark()
-    material = {name: held.arrays[name] for name in held.parameters["material"]}
-    material["answers"] = np.roll(material["answers"], 1, axis=2)
-    digests = {**held.parameters["material"], "answers": array_digest(material["answers"])}
-    later = Watermark.create(KEY, held.preset, {**held.parameters, "material": digests}, material=material)
-    found = verify_all(served(), [later, held], key=KEY, classes="any")
-    assert found[1].log10_p == pytest.approx(verify(served(), held, key=KEY).log10_p)
-
-
-@pytest.mark.parametrize("sequential", [False, True])
-def test_whoever_sets_how_many_probes_are_asked_pays_for_all_that_he_could_have_set(sequential):
-    suspect, size = open_suspect(served()), mark().parameters["pool"]
-    suspect.limit = lambda inputs, count: count // 2
-    (found,) = judge_suspect(suspect, [mark()], Terms(sequential=sequential, log10_bar=50.0))
-    looks = 4 if sequential else 1
-    assert found.evidence.log10_share == pytest.approx(math.log10(0.5 / (looks * size)))
-    assert found.queries <= size // 2
-
-
-def test_a_deadline_that_ends_the_pool_is_paid_for_like_a_budget():
-    suspect = open_suspect(served())
-    whole = suspect.answer
-
-    def answer(inputs, classes):
-        given = whole(inputs, classes)
-        return Answers(given.kind, given.values, unasked={len(given) - 1: "the time is up"})
-
-    suspect.answer = answer
-    (found,) = judge_suspect(suspect, [mark()], Terms(sequential=False, log10_bar=50.0))
-    assert found.evidence.log10_share == pytest.approx(math.log10(0.5 / mark().parameters["pool"]))
-
-
-def test_what_was_proven_before_a_suspect_failed_stays_proven():
-    asked = 0
-
-    def failing(rows):
-        nonlocal asked
-        asked += len(rows)
-        return served()(rows) if asked <= 600 else 1 / 0
-
-    copy = mark().with_message(KEY, "a")
-    terms = Terms(sequential=True, log10_bar=6.0)
-    proven, other = judge_suspect(open_suspect(failing), [mark(), copy], terms)
-    assert proven.error is None
-    assert proven.log10_p < -6
-    assert other.error is not None
-
-
-@pytest.mark.parametrize("then", ["fails", "is used up", "answers in another shape", "answers otherwise"])
-def test_a_suspect_that_is_asked_again_stays_owned_whatever_it_does_then(then):
-    suspect, asked = open_suspect(served()), 0
-    whole = suspect.answer
-
-    def answer(inputs, classes):
-        nonlocal asked
-        given, before = whole(inputs, classes), asked
-        asked += len(given)
-        if before < mark().parameters["pool"]:
-            return given
-        return {
-            "fails": lambda: 1 / 0,
-            "is used up": lambda: Answers(
-                "scores", given.values * np.nan, unasked=dict.fromkeys(range(len(given)), "")
-            ),
-            "answers in another shape": lambda: Answers("classes", np.zeros((len(given), 2), np.int64)),
-            "answers otherwise": lambda: Answers("scores", -given.values),
-        }[then]()
-
-    suspect.answer = answer
-    (found,) = judge_suspect(suspect, [mark()], Terms(sequential=False, log10_bar=9.0))
-    assert found.error is None
-    assert found.log10_p < -20
-    said = {"fails": {"not_again"}, "is used up": set()}.get(then, {"inconstant"})
-    assert {each.code for each in found.facts} & {"not_again", "inconstant"} == said
-    assert all(str(each) for each in found.facts)
-
-
-@pytest.mark.parametrize("options", [{}, {"classes": "any"}, {"test": "sequential"}])
-@pytest.mark.parametrize("said", ["NaN", "no class", "the largest floats"])
-def test_answers_that_say_nothing_prove_nothing(said, options):
-    suspect = {
-        "NaN": lambda rows: np.full((len(rows), 10), np.nan),
-        "no class": lambda rows: np.full(len(rows), 1000),
-        "the largest floats": lambda rows: np.tile([1.7e308, -1.7e308], (len(rows), 5)),
-    }[said]
-    found = verify(suspect, mark(), key=KEY, **options)
-    assert (found.decision, found.log10_p) == ("not_proven", 0.0)
-    assert said == "the largest floats" or any(each.code == "left_out" for each in found.facts)
-
-
-def test_a_regression_on_more_answers_than_inputs_is_the_same():
-    logs, said = np.random.default_rng(0).normal(size=(2, 50, 10)), np.random.default_rng(1).random((50, 10))
-    twice = unexplained(np.tile(said, (2, 1)), np.tile(logs, (1, 2, 1)))
-    assert np.allclose(unexplained(said, logs), twice[:50])
-
-
-# what users give
-
-
-def test_a_service_takes_what_its_function_does_not():
-    found = service(answers(network()))
-    rows = PROBES[:5]
-    for given in (rows.astype(np.float64), torch.from_numpy(rows).requires_grad_()):
-        assert np.allclose(np.asarray(found(given)), found(rows))
-
-
-def test_an_onnx_file_of_one_batch_size_is_said(tmp_path):
-    model = onnx.load(export_onnx(network(), torch.from_numpy(PROBES[:1]), tmp_path / "model.onnx"))
-    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
-    onnx.save(model, tmp_path / "one.onnx")
-    with pytest.raises(ValueError, match="takes batches of 1 only"):
-        service(tmp_path / "one.onnx")
-
-
 def test_an_embedder_is_copied_with_its_base():
     model = network()
     made, x, y = embedder(model), torch.from_numpy(PROBES[:32]), torch.arange(32) % 10
     assert torch.equal(deepcopy(made).loss(model(x), y, inputs=x), made.loss(model(x), y, inputs=x))
-
-
-def test_a_last_layer_may_be_called_by_keyword():
-    class ByKeyword(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = torch.nn.Linear(64, 10)
-
-        def forward(self, rows):
-            return self.head(input=rows.flatten(1))
-
-    x = torch.from_numpy(PROBES[:9])
-    assert torch.equal(base_of(ByKeyword(), x[:1]).both(x)[0], x.flatten(1))
-
-
-class _Answering(torch.nn.Module):
-    """Answers a tuple."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = network()
-
-    def forward(self, rows):
-        return self.network(rows), rows
-
-
-@pytest.mark.parametrize(
-    ("predict", "options", "words"),
-    [
-        (_Answering, {}, "scores .n, 10. alone: wrap it in a module that does"),
-        (lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1)), {"num_classes": 2}, "one logit"),
-        (network, {"probes": np.full_like(PROBES, np.nan)}, "its probes hold NaN or Inf"),
-        (network, {"probes": (PROBES * 255).astype(np.uint8)}, "its probes are floating inputs"),
-        (network, {"value_range": (5, 6)}, "the same for all probes: is value_range="),
-    ],
-)
-def test_what_cannot_serve_is_said(predict, options, words):
-    with pytest.raises(ValueError, match=words):
-        service(predict(), **options)
-
-
-def test_what_is_no_network_is_said():
-    with pytest.raises(TypeError, match="predict must be a torch module, a path or a function"):
-        response(None, KEY, num_classes=10, sample=PROBES[:8], name="d", probes=PROBES)
-
-
-def test_mixtures_want_a_base_that_answers_logits_alone():
-    with pytest.raises(ValueError, match="mixtures= needs a base that answers logits"):
-        Embedder(
-            _Answering(),
-            KEY,
-            [scheme("response", probes=256, mixtures=8)],
-            num_classes=10,
-            sample=torch.from_numpy(PROBES[:8]),
-            name="d",
-            value_range=(0, 1),
-            samples=PROBES,
-        )
-
-
-def test_a_model_of_several_inputs_is_said():
-    class Two(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.left, self.right = torch.nn.Linear(4, 10), torch.nn.Linear(4, 10)
-
-        def forward(self, left, right):
-            return self.left(left) + self.right(right)
-
-    rows = {"left": torch.rand(80, 4), "right": torch.rand(80, 4)}
-    with pytest.raises(ValueError, match="it is for models of one input, and this one takes left, right"):
-        Embedder(Two(), KEY, ["response"], num_classes=10, sample=rows, name="d", samples=rows)
-
-
-def test_where_the_base_favours_a_class_no_other_way_of_asking_is_taken_for_it(tmp_path):
-    """An untrained base names one class for nearly all probes, so that agreement says nothing."""
-    plain = small_network(0).eval()
-    found = service(plain)
-    export_onnx(plain, torch.from_numpy(PROBES[:1]), tmp_path / "plain.onnx")
-    verdict = verify(tmp_path / "plain.onnx", found.watermark(), key=KEY)
-    assert not any(each.code == "put_otherwise" for each in verdict.facts)

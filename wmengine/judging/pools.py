@@ -38,8 +38,8 @@ _CHUNK = 512
 
 
 class PoolTrial:
-    """One suspect, and the marks of one pool: groups of those that share their geometry too. tests: of each mark, in
-    their order, at the look that said most, and log10 of this look's share."""
+    """One suspect, and the marks of one pool: groups of those that share their geometry too. best: of each mark, in
+    their order, the test at the look that said most, and log10 of this look's share."""
 
     def __init__(self, groups: Sequence[Sequence[Watermark]], suspect: Suspect, terms: Terms) -> None:
         self.marks, self.facts, self.queries = list(chain(*groups)), dict[Fact, None](), 0

@@ -60,7 +60,7 @@ def response(
     predict: a torch module, the path of an ONNX file (run by ONNX Runtime in this process), or a function from inputs
     [n, ...] to scores [n, num_classes], an ONNX Runtime session among them by `lambda x: session.run(None, {"x":
     x})[0]`. Of a module and a file the activations before the last layer say what the pattern goes by; of a function it
-    is pooled inputs, which copies take over less well. probes: some thousand inputs of the task, unlabelled, that the
+    is pooled inputs. probes: some thousand inputs of the task, unlabelled, that the
     mark is read by. The unmarked `predict` is its first control; controls: more of them. strength: the standard
     deviation of what is added to a score; scheme: with options as `wmengine.scheme("response", probes=1024)` gives it.
     The other arguments are the Embedder's. A service that starts again gives

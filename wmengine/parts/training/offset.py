@@ -13,8 +13,8 @@ from wmengine.parts.fields import integer, positive
 
 @dataclass(frozen=True)
 class Offset:
-    """strength: the standard deviation over inputs of one logit's δ. The accuracy that it costs grows with its square,
-    and so does what the mark says. `loss` wants the batch's inputs, and label_smoothing=0.1 serves the mark.
+    """strength: the standard deviation over inputs of one logit's δ. The greater, the more accuracy it costs and the
+    more the mark says. `loss` wants the batch's inputs; what the tables show was trained with label_smoothing=0.1.
 
     mixtures: of so many mixtures of two of a batch's inputs the network is also taught, in a pass of its own, what the
     base answers them and the pattern on top. Where a task is so easy that its own inputs leave nothing undecided, as

@@ -38,7 +38,7 @@ class OffsetCourse:
         self._tensors = [torch.tensor(np.asarray(array, np.float32)) for array in arrays]
         self._check(setting)
 
-    # A step that is compiled breaks here: the base's hooks come and go.
+    # A step that is compiled breaks here: the base is a network of its own, and a hook shows what it makes of a batch.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def features(self, rows: torch.Tensor) -> torch.Tensor:
         self._last = rows.detach() if self._mixtures else self._last
