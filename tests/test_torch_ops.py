@@ -177,6 +177,36 @@ def test_low_precision_weights_are_computed_in_float32(dtype):
         torch.testing.assert_close(low.grad, wide.grad.to(dtype))
 
 
+@pytest.mark.parametrize("shape", [(6, 5, 3, 3), (3, 17, 5, 5), (9, 64, 3, 3), (2, 700, 3, 3), (5, 8, 2, 1)], ids=str)
+@pytest.mark.parametrize("carrier", reference.CARRIERS)
+def test_weights_with_channels_last_have_the_same_loss_and_gradients_in_their_own_layout(shape, carrier):
+    (weight,) = layers(shape)
+    last = weight.detach().to(memory_format=torch.channels_last).requires_grad_()
+    bits, what = torch.arange(40) % 2, {"carrier": carrier, "projection": "sketch", "link": "bce"}
+    loss, y = ops.embedding_loss([last], [5], bits, **what)
+    loss.backward()
+    _, expected, (gradient,) = reference.embedding_loss([weight.detach().numpy()], [5], bits.numpy(), **what)
+    assert_close(y, expected)
+    assert_close(last.grad, gradient)
+    assert last.grad.stride() == last.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("projection", reference.PROJECTIONS)
+@pytest.mark.parametrize("carrier", ["unit_filters", "unit_filter_mean"])
+def test_signs_turn_filters_around(carrier, projection, dtype):
+    weights, bits = layers(*SHAPES, dtype=dtype), torch.arange(40) % 2
+    signs = [torch.tensor([1.0, -1.0, 0.0] * len(w))[: len(w)] for w in weights]
+    what = {"carrier": carrier, "projection": projection, "link": "mse"}
+    loss, y = ops.embedding_loss(weights, KEYS, bits, **what, signs=torch.cat(signs))
+    loss.backward()
+    turned = [(w.detach().flatten(1) * s[:, None]).reshape(w.shape) for w, s in zip(weights, signs, strict=True)]
+    _, expected, gradients = reference.embedding_loss([w.numpy() for w in turned], KEYS, bits.numpy(), **what)
+    assert_close(y, expected)
+    for weight, sign, gradient in zip(weights, signs, gradients, strict=True):
+        assert_close(weight.grad, (torch.from_numpy(gradient).flatten(1) * sign[:, None]).reshape(weight.shape))
+
+
 def test_embedding_loss_takes_transposed_weights():
     (base,) = layers((30, 20))
     view = base.t()
@@ -195,7 +225,8 @@ def test_embedding_loss_passes_opcheck(carrier):
     weights = [w.detach() for w in layers((4, 3, 2), (5, 7))]
     bits = torch.ones(33, dtype=torch.uint8)
     torch.library.opcheck(
-        torch.ops.wmengine.embedding_loss.default, (weights, bits, [1, -2], carrier, "sketch", 0.5, "bce", 1.0)
+        torch.ops.wmengine.embedding_loss.default,
+        (weights, bits, [1, -2], carrier, "sketch", 0.5, "bce", 1.0, torch.ones(9) if "unit" in carrier else None),
     )
     norms = torch.ones(9 if "unit" in carrier else 0)
     torch.library.opcheck(

@@ -125,6 +125,20 @@ def bits_of(total):
     return (torch.arange(total, device=DEVICE) * 7 % 5 % 2).to(torch.uint8)
 
 
+@pytest.mark.parametrize("carrier", ["unit_filters", "unit_filter_mean"])
+def test_signs_turn_filters_around(carrier):
+    weights, bits = layers(), bits_of(50)
+    signs = [torch.tensor([1.0, -1.0] * len(w))[: len(w)].to(DEVICE) for w in weights]
+    settings = (KEYS[: len(weights)], carrier, "sketch", 0.05)
+    _, y, residual, norms = embedding_loss.forward(weights, bits, *settings, "bce", 0.8, torch.cat(signs))
+    gradients = embedding_loss.backward(torch.tensor(1.0, device=DEVICE), weights, residual, norms, *settings)
+    turned = [w * s.reshape(-1, *[1] * (w.ndim - 1)) for w, s in zip(weights, signs, strict=True)]
+    _, expected, wanted = embed_reference(turned, bits, carrier, "sketch")
+    assert_close(y, expected)
+    for gradient, sign, by_turned in zip(gradients, signs, wanted, strict=True):
+        assert_close(gradient, by_turned * sign.cpu().numpy().reshape(-1, *[1] * (by_turned.ndim - 1)))
+
+
 @pytest.mark.parametrize("carrier", reference.CARRIERS)
 @pytest.mark.parametrize(("projection", "total"), [("sketch", 50), ("rademacher", 5), ("gaussian", 3)])
 def test_every_carrier_and_projection_equals_the_reference(carrier, projection, total):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 # (address of the values, address of the gradient or 0, filters, size of a filter, Philox key)
-Weight = tuple[int, int, int, int, int]
+Weight = tuple[int, int, int, int, int, int]
 
 def instruction_set() -> str: ...
 def instruction_sets() -> list[str]: ...
@@ -11,7 +11,14 @@ def set_instruction_set(name: str) -> None: ...
 def thread_count() -> int: ...
 def set_thread_count(count: int) -> None: ...
 def carrier_projection(
-    weights: Sequence[Weight], carrier: int, projection: int, total: int, scale: float, inverse_norms: int, y: int
+    weights: Sequence[Weight],
+    carrier: int,
+    projection: int,
+    total: int,
+    scale: float,
+    signs: int,
+    inverse_norms: int,
+    y: int,
 ) -> None: ...
 def link_loss(y: int, bits: int, total: int, link: int, margin: float, residual: int) -> float: ...
 def embedding_backward(

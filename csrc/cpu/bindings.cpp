@@ -26,14 +26,14 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// (values, gradient, filters, size, key); a bare vector of M weights is one filter of size M.
-using WeightTuple = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, uint64_t>;
+// (values, gradient, filters, size, channels, key); a bare vector of M weights is one filter of size M.
+using WeightTuple = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t, uint64_t>;
 
 std::vector<Weight> weights_of(const std::vector<WeightTuple>& tuples) {
     std::vector<Weight> weights;
     weights.reserve(tuples.size());
-    for (const auto& [values, gradient, filters, size, key] : tuples) {
-        weights.push_back({pointer<const float>(values), pointer<float>(gradient), filters, size, key});
+    for (const auto& [values, gradient, filters, size, channels, key] : tuples) {
+        weights.push_back({pointer<const float>(values), pointer<float>(gradient), filters, size, channels, key});
     }
     return weights;
 }
@@ -114,14 +114,14 @@ PYBIND11_MODULE(_cpu, m) {
     m.def(
         "carrier_projection",
         [](const std::vector<WeightTuple>& weights, int carrier, int projection, int64_t total, double scale,
-           uintptr_t inverse_norms, uintptr_t y) {
+           uintptr_t signs, uintptr_t inverse_norms, uintptr_t y) {
             const std::vector<Weight> list = weights_of(weights);
             py::gil_scoped_release release;
             carrier_projection(list, static_cast<Carrier>(carrier), static_cast<Projection>(projection), total, scale,
-                               pointer<float>(inverse_norms), pointer<float>(y));
+                               pointer<const float>(signs), pointer<float>(inverse_norms), pointer<float>(y));
         },
         py::arg("weights"), py::arg("carrier"), py::arg("projection"), py::arg("total"), py::arg("scale"),
-        py::arg("inverse_norms"), py::arg("y"));
+        py::arg("signs"), py::arg("inverse_norms"), py::arg("y"));
     m.def(
         "link_loss",
         [](uintptr_t y, uintptr_t bits, int64_t total, int link, double margin, uintptr_t residual) {

@@ -102,14 +102,81 @@ void unit_row_gradient(const float* row, const float* g, float inverse, float fa
     dispatch<UnitRowGradient>(row, g, inverse, factor, size, out);
 }
 
+// out[c, r] = in[r, c] of eight by eight numbers, whose rows begin every in_step and out_step.
+WM_INLINE void transpose_tile(const float* in, int64_t in_step, float* out, int64_t out_step) {
+    Float8 low[8], mixed[8];
+    for (int r = 0; r < 8; ++r) {
+        low[r] = load<Float8>(in + r * in_step);
+    }
+    for (int r = 0; r < 8; r += 2) {
+        mixed[r] = __builtin_shufflevector(low[r], low[r + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+        mixed[r + 1] = __builtin_shufflevector(low[r], low[r + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+    }
+    for (int r = 0; r < 8; r += 4) {
+        for (int i = r; i < r + 2; ++i) {
+            low[i] = __builtin_shufflevector(mixed[i], mixed[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            low[i + 2] = __builtin_shufflevector(mixed[i], mixed[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    }
+    for (int r = 0; r < 4; ++r) {
+        store(out + r * out_step, __builtin_shufflevector(low[r], low[r + 4], 0, 1, 2, 3, 8, 9, 10, 11));
+        store(out + (r + 4) * out_step, __builtin_shufflevector(low[r], low[r + 4], 4, 5, 6, 7, 12, 13, 14, 15));
+    }
+}
+
+struct Transpose {
+    template <Level>
+    WM_INLINE void run(const float* in, int64_t rows, int64_t columns, float* out) {
+        const int64_t tiled_rows = rows / 8 * 8, tiled_columns = columns / 8 * 8;
+        for (int64_t c = 0; c < tiled_columns; c += 8) {
+            for (int64_t r = 0; r < tiled_rows; r += 8) {
+                transpose_tile(in + r * columns + c, columns, out + c * rows + r, rows);
+            }
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t c = r < tiled_rows ? tiled_columns : 0; c < columns; ++c) {
+                out[c * rows + r] = in[r * columns + c];
+            }
+        }
+    }
+};
+
+// out[c, r] = in[r, c]: a row with channels last in the order of its values, or back.
+void transpose_row(const float* in, int64_t rows, int64_t columns, float* out) {
+    dispatch<Transpose>(in, rows, columns, out);
+}
+
+// Rows of a weight in the order of their values: where they lie, or the last one asked for, put into order.
+class Rows {
+public:
+    explicit Rows(const Weight& weight) : weight_(weight), ordered_(weight.channels > 1 ? weight.size : 0) {}
+
+    const float* row(int64_t o) {
+        const float* stored = weight_.values + o * weight_.size;
+        if (weight_.channels == 1) {
+            return stored;
+        }
+        if (o != held_) {
+            transpose_row(stored, weight_.size / weight_.channels, weight_.channels, ordered_.data());
+            held_ = o;
+        }
+        return ordered_.data();
+    }
+
+private:
+    const Weight& weight_;
+    std::vector<float> ordered_;
+    int64_t held_ = -1;
+};
+
 // Weights first … first + count of a carrier with unit filters, each row divided by its norm; `inverse` begins at row
 // `from`.
-void read_unit_rows(const Weight& weight, const std::vector<float>& inverse, int64_t from, int64_t first, int64_t count,
-                    float* out) {
-    int64_t o = first / weight.size, begin = first;
+void read_unit_rows(Rows* rows, int64_t size, const std::vector<float>& inverse, int64_t from, int64_t first,
+                    int64_t count, float* out) {
+    int64_t o = first / size, begin = first;
     while (begin < first + count) {
-        const int64_t end = std::min((o + 1) * weight.size, first + count);
-        scale_row(weight.values + begin, inverse[o - from], end - begin, out + (begin - first));
+        const int64_t end = std::min((o + 1) * size, first + count);
+        scale_row(rows->row(o) + (begin - o * size), inverse[o - from], end - begin, out + (begin - first));
         begin = end;
         ++o;
     }
@@ -137,7 +204,8 @@ struct Task {
 }  // namespace
 
 void carrier_projection(const std::vector<Weight>& weights, Carrier carrier, Projection projection, int64_t total,
-                        double scale, float* inverse_norms, float* y) {
+                        double scale, const float* signs, float* inverse_norms, float* y) {
+    const auto sign = [signs](int64_t filter) { return signs == nullptr ? 1.0f : signs[filter]; };
     const bool sketch = projection == Projection::kSketch, unit = has_unit_rows(carrier);
     const int64_t width = sketch ? padded_buckets(total) : total;
 
@@ -160,8 +228,8 @@ void carrier_projection(const std::vector<Weight>& weights, Carrier carrier, Pro
                 const Part& part = parts[index];
                 const Weight& weight = weights[part.weight];
                 for (int64_t o = part.begin; o < part.end; ++o) {
-                    inverse_norms[norm_at[part.weight] + o] =
-                        inverse_norm(weight.values + o * weight.size, weight.size);
+                    const int64_t at = norm_at[part.weight] + o;
+                    inverse_norms[at] = sign(at) * inverse_norm(weight.values + o * weight.size, weight.size);
                 }
             });
         }
@@ -217,15 +285,17 @@ void carrier_projection(const std::vector<Weight>& weights, Carrier carrier, Pro
         const int64_t from = task.first / weight.size, to = (task.first + task.count - 1) / weight.size;
         std::vector<float> inverse(to - from + 1);
         for (int64_t o = from; o <= to; ++o) {
-            inverse[o - from] = inverse_norm(weight.values + o * weight.size, weight.size);
+            const int64_t at = norm_at[task.weight] + o;
+            inverse[o - from] = sign(at) * inverse_norm(weight.values + o * weight.size, weight.size);
             if (o * weight.size >= task.first) {
-                inverse_norms[norm_at[task.weight] + o] = inverse[o - from];
+                inverse_norms[at] = inverse[o - from];
             }
         }
+        Rows rows(weight);
         float block[kBlock];
         for (int64_t begin = task.first; begin < task.first + task.count; begin += kBlock) {
             const int64_t count = std::min<int64_t>(kBlock, task.first + task.count - begin);
-            read_unit_rows(weight, inverse, from, begin, count, block);
+            read_unit_rows(&rows, weight.size, inverse, from, begin, count, block);
             run(block, begin, count);
         }
     });
@@ -357,13 +427,20 @@ void embedding_backward(const std::vector<Weight>& weights, Carrier carrier, Pro
             tile.reset(new float[count]);
             adjoint_run(scaled, first, count, weight.key, projection, false, tile.get());
         }
+        const bool last = weight.channels > 1;
+        std::vector<float> ordered(last ? weight.size : 0);
+        Rows rows(weight);
         for (int64_t o = part.begin; o < part.end; ++o) {
             const int64_t at = o * weight.size;
+            float* gradient = weight.gradient + at;
             if (carrier == Carrier::kFilterMean) {
-                scale_row(g, share, weight.size, weight.gradient + at);
-            } else {
-                unit_row_gradient(weight.values + at, is_mean(carrier) ? g : tile.get() + (at - first),
-                                  inverse[part.weight][o], share, weight.size, weight.gradient + at);
+                scale_row(g, share, weight.size, gradient);
+                continue;
+            }
+            unit_row_gradient(rows.row(o), is_mean(carrier) ? g : tile.get() + (at - first), inverse[part.weight][o],
+                              share, weight.size, last ? ordered.data() : gradient);
+            if (last) {
+                transpose_row(ordered.data(), weight.channels, weight.size / weight.channels, gradient);
             }
         }
     });

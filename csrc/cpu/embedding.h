@@ -11,18 +11,20 @@ namespace wmengine {
 enum class Carrier : int { kFlat = 0, kUnitFilters = 1, kFilterMean = 2, kUnitFilterMean = 3 };
 enum class Link : int { kBce = 0, kHinge = 1, kMse = 2, kStdm = 3 };
 
-// One weight W[filters, size] and the key of its signs; `gradient` is written by embedding_backward.
+// One weight W[filters, size] and the key of its signs; `gradient` is written by embedding_backward. A filter holds its
+// values in order, or for unit filters with channels last: value c·(size/channels) + k at k·channels + c; its gradient
+// does likewise. channels is 1 for the first.
 struct Weight {
     const float* values;
     float* gradient;
-    int64_t filters, size;
+    int64_t filters, size, channels;
     uint64_t key;
 };
 
 // y[t] = scale * Σ over weights of P(key) v, for t < total. inverse_norms (Σ filters floats, or null where the carrier
-// has no unit filters) receives 1/‖row‖, 0 for a zero row.
+// has no unit filters) receives 1/‖row‖, 0 for a zero row, times the row's sign where `signs` is not null.
 void carrier_projection(const std::vector<Weight>& weights, Carrier carrier, Projection projection, int64_t total,
-                        double scale, float* inverse_norms, float* y);
+                        double scale, const float* signs, float* inverse_norms, float* y);
 
 // Σ_t link(y_t, bit_t), and its derivative by y.
 double link_loss(const float* y, const uint8_t* bits, int64_t total, Link link, double margin, float* residual);

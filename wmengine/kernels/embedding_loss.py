@@ -164,8 +164,8 @@ class _Call:
         kernel = "sketch_adjoint" if self.projection == layers.SKETCH.value else "dense_adjoint"
         launches.run(kernel, batch.blocks * layers.BLOCK.value, batch.dtype, self.device, call)
 
-    def sums(self) -> tuple[Tensor, Tensor]:
-        """(y[T] = scale · Σ P(key) v, inverse norms[Σ filters], empty for carriers without)."""
+    def sums(self, signs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(y[T] = scale · Σ P(key) v, inverse norms[Σ filters] times signs, empty for carriers without)."""
         plan, total = self.plan, self.total
         y = self.floats(total)
         norms = self.floats(plan.filters if self.unit else 0)
@@ -174,13 +174,21 @@ class _Call:
         groups = sum(batch.groups for batch in plan.batches)
         partials = self.floats(groups, width)
         first = 0
-        for batch in plan.batches:
-            pointers = self.addresses(batch, self.weights)
-            shared = {"LAYERS": batch.layers, "DTYPE": _TYPES[batch.dtype]}
+        every = [self.addresses(batch, self.weights) for batch in plan.batches]
+        for batch, pointers in zip(plan.batches, every, strict=True):
             if self.unit and batch.filter_tiles:
                 carriers.inverse_norms_kernel[(batch.filter_tiles,)](
-                    pointers, batch.table, norms, **shared, **launches.chosen("inverse_norms").options()
+                    pointers,
+                    batch.table,
+                    norms,
+                    LAYERS=batch.layers,
+                    DTYPE=_TYPES[batch.dtype],
+                    **launches.chosen("inverse_norms").options(),
                 )
+        if signs is not None:
+            norms *= signs
+        for batch, pointers in zip(plan.batches, every, strict=True):
+            shared = {"LAYERS": batch.layers, "DTYPE": _TYPES[batch.dtype]}
             if self.mean and batch.column_tiles:
                 carriers.column_means_kernel[(batch.column_tiles,)](
                     pointers,
@@ -239,6 +247,7 @@ def forward(
     scale: float,
     link: str,
     margin: float,
+    signs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, y[T], residual[T] = dloss/dy, inverse norms[Σ filters], empty for carriers without); all float32.
 
@@ -247,7 +256,7 @@ def forward(
     total = bits.numel()
     bits = (bits != 0).to(torch.uint8).contiguous()  # looking for other values would wait for the device
     call = _Call(weights, keys, total, carrier, projection, scale)
-    y, norms = call.sums()
+    y, norms = call.sums(signs)
     loss, residual = call.floats(), call.floats(total)
     link_kernel[(1,)](y, bits, residual, loss, total, margin, LINK=_LINKS[link], **launches.chosen("link").options())
     return loss, y, residual, norms

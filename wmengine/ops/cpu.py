@@ -68,11 +68,12 @@ def _sums(weight: Floats, key: int, total: int, carrier: str, projection: str, s
     inverse_norms = np.empty(filters, dtype=np.float32)
     y = np.empty(total, dtype=np.float32)
     _cpu.carrier_projection(
-        [(weight.ctypes.data, 0, filters, size, key)],
+        [(weight.ctypes.data, 0, filters, size, 1, key)],
         CARRIERS.index(carrier),
         PROJECTIONS.index(projection),
         total,
         scale,
+        0,
         inverse_norms.ctypes.data,
         y.ctypes.data,
     )

@@ -12,7 +12,7 @@ from wmengine import _cpu
 from wmengine.ops import torch_reference
 from wmengine.ops.cpu import check_choice
 from wmengine.ops.reference import CARRIERS, LINKS, PROJECTIONS, projection_scale
-from wmengine.ops.torch_library import Tensor, check_tensor, define, kernel, schema, signed, unsigned
+from wmengine.ops.torch_library import Tensor, check_length, check_tensor, define, kernel, schema, signed, unsigned
 
 _UNIT_CARRIERS = ("unit_filters", "unit_filter_mean")
 _MEAN_CARRIERS = ("filter_mean", "unit_filter_mean")
@@ -25,16 +25,36 @@ def carrier_size(weights: Sequence[Tensor], carrier: str) -> int:
     return sum(w.numel() for w in weights)
 
 
+def _has_channels_last(weight: Tensor, carrier: str) -> bool:
+    """Whether an operator for CPUs reads the weight so as it is."""
+    return (
+        carrier == "unit_filters"
+        and weight.ndim == 4
+        and not weight.is_contiguous()
+        and weight.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _in_order(weights: Sequence[Tensor], carrier: str) -> list[Tensor]:
+    return [w if _has_channels_last(w, carrier) else w.contiguous() for w in weights]
+
+
+def _gradients(weights: Sequence[Tensor], carrier: str) -> list[Tensor]:
+    """Empty ones, laid out as `_in_order` lays out their weights."""
+    return [torch.empty_like(w) if _has_channels_last(w, carrier) else w.new_empty(w.shape) for w in weights]
+
+
 def _tuples(
-    weights: Sequence[Tensor], keys: Sequence[int], gradients: Sequence[Tensor] | None = None
-) -> list[tuple[int, int, int, int, int]]:
-    """The weights, contiguous, as csrc/cpu/bindings.cpp takes them."""
+    weights: Sequence[Tensor], keys: Sequence[int], carrier: str, gradients: Sequence[Tensor] | None = None
+) -> list[tuple[int, int, int, int, int, int]]:
+    """The weights, in order, as csrc/cpu/bindings.cpp takes them."""
     result = []
     for index, (weight, key) in enumerate(zip(weights, keys, strict=True)):
         filters = weight.shape[0]
         size = weight.numel() // filters if filters else 0
         target = 0 if gradients is None else gradients[index].data_ptr()
-        result.append((weight.data_ptr(), target, filters, size, unsigned(key)))
+        channels = weight.shape[1] if _has_channels_last(weight, carrier) else 1
+        result.append((weight.data_ptr(), target, filters, size, channels, unsigned(key)))
     return result
 
 
@@ -58,19 +78,22 @@ def _on_cpu(
     scale: float,
     link: str,
     margin: float,
+    signs: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights = [w.contiguous() for w in weights]
+    weights = _in_order(weights, carrier)
+    signs = None if signs is None else signs.contiguous()
     if bits.dtype not in (torch.bool, torch.uint8) and bool(((bits != 0) & (bits != 1)).any()):
         raise ValueError("bits must hold 0 and 1 only")
     bits = bits.to(torch.uint8).contiguous()
     loss, y, residual, norms = _results(weights, bits, keys, carrier)
     total = bits.numel()
     _cpu.carrier_projection(
-        _tuples(weights, keys),
+        _tuples(weights, keys, carrier),
         CARRIERS.index(carrier),
         PROJECTIONS.index(projection),
         total,
         scale,
+        0 if signs is None else signs.data_ptr(),
         norms.data_ptr(),
         y.data_ptr(),
     )
@@ -91,11 +114,10 @@ def _backward_on_cpu(
     projection: str,
     scale: float,
 ) -> list[Tensor]:
-    weights = [w.contiguous() for w in weights]
-    residual = residual.contiguous()
-    out = [torch.empty(w.shape, dtype=torch.float32) for w in weights]
+    weights, residual = _in_order(weights, carrier), residual.contiguous()
+    out = _gradients(weights, carrier)
     _cpu.embedding_backward(
-        _tuples(weights, keys, out),
+        _tuples(weights, keys, carrier, out),
         CARRIERS.index(carrier),
         PROJECTIONS.index(projection),
         residual.numel(),
@@ -106,18 +128,33 @@ def _backward_on_cpu(
     return out
 
 
+def _backward_traced(
+    gradient: Tensor,
+    weights: Sequence[Tensor],
+    residual: Tensor,
+    norms: Tensor,
+    keys: Sequence[int],
+    carrier: str,
+    *_: Any,
+) -> list[Tensor]:
+    return _gradients(weights, carrier if gradient.device.type == "cpu" else "")
+
+
 define(
     schema("embedding_loss_backward", _backward_on_cpu),
     _backward_on_cpu,
     kernel("embedding_loss", "backward"),
-    lambda gradient, weights, *_: [w.new_empty(w.shape) for w in weights],
+    _backward_traced,
 )
 
 
 class _EmbeddingLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, bits: Tensor, settings: tuple[Sequence[int], str, str, float, str, float], *weights: Tensor
+        ctx: Any,
+        bits: Tensor,
+        settings: tuple[Sequence[int], str, str, float, str, float, Tensor | None],
+        *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
         loss, y, residual, norms = torch.ops.wmengine.embedding_loss(weights, bits, *settings)
         ctx.save_for_backward(residual, norms, *weights)
@@ -143,11 +180,13 @@ def embedding_loss(
     link: str,
     margin: float = 1.0,
     scale: float | None = None,
+    signs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Watermark regulariser over many layers: carrier → projection → link against bits[T] → (loss, y[T]).
 
     `weights` are live tensors [filters, …], each with its own key; y = scale · Σ_l P(key_l) v_l. Carriers: ``flat``,
-    ``unit_filters`` (each filter over its norm), ``filter_mean``, ``unit_filter_mean``. Projections: ``sketch``,
+    ``unit_filters`` (each filter over its norm), ``filter_mean``, ``unit_filter_mean``; the filters of unit carriers
+    are taken times `signs`, float32 [filters of all weights], where these are given. Projections: ``sketch``,
     ``rademacher``, ``gaussian``. Links, with s = 2b−1, summed over the bits: ``bce`` softplus(−s·y), ``hinge``
     relu(margin − s·y), ``mse`` (y − margin·s)², ``stdm`` softplus(−10·s·sin(10·y)). `scale` defaults to √(P/M) for a
     sketch and 1/√M for a dense projection, M the carrier's values in all. Differentiable by the weights; y is not.
@@ -173,7 +212,11 @@ def embedding_loss(
         raise ValueError(f"bits are on {bits.device}, the weights on {weights[0].device}: move the bits")
     if scale is None:
         scale = projection_scale(bits.numel(), carrier_size(weights, carrier), projection)
-    settings = ([signed(key) for key in keys], carrier, projection, float(scale), link, float(margin))
+    if signs is not None:
+        if carrier not in _UNIT_CARRIERS:
+            raise ValueError(f"signs go with unit filters, and the carrier is {carrier!r}")
+        signs = check_length("signs", signs, sum(w.shape[0] for w in weights), weights[0].device).float()
+    settings = ([signed(key) for key in keys], carrier, projection, float(scale), link, float(margin), signs)
     if any(w.dtype == torch.float64 for w in weights):
         return torch_reference.embedding_loss(weights, bits, *settings)
     if weights[0].device.type == "cpu":

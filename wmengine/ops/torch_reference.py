@@ -12,13 +12,15 @@ from wmengine.ops.torch_library import Tensor, unsigned
 from wmengine.ops.torch_projection import project
 
 
-def carrier_values(weight: Tensor, carrier: str) -> Tensor:
+def carrier_values(weight: Tensor, carrier: str, signs: Tensor | None) -> Tensor:
     """What a carrier reads from one weight [filters, …]."""
     rows = weight.double().reshape(weight.shape[0], weight.numel() // weight.shape[0] if weight.shape[0] else 0)
     if carrier in ("unit_filters", "unit_filter_mean"):
-        norms = torch.sqrt((rows * rows).sum(dim=1, keepdim=True))
-        large = norms > reference.SMALLEST_NORM
-        rows = torch.where(large, rows / torch.where(large, norms, 1.0), torch.zeros_like(rows))
+        large = torch.linalg.vector_norm(rows.detach(), dim=1, keepdim=True) > reference.SMALLEST_NORM
+        # A norm of 0 has no derivative, not even one that is masked.
+        norms = torch.sqrt(torch.where(large, rows * rows, 1.0).sum(dim=1, keepdim=True))
+        rows = torch.where(large, rows / norms, torch.zeros_like(rows))
+        rows = rows if signs is None else rows * signs[:, None]
     return rows.mean(dim=0) if carrier in ("filter_mean", "unit_filter_mean") else rows.reshape(-1)
 
 
@@ -31,13 +33,15 @@ def embedding_loss(
     scale: float,
     link: str,
     margin: float,
+    signs: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, y) of the operator of the same name, in float64."""
     if not bool(((bits == 0) | (bits == 1)).all()):
         raise ValueError("bits must hold 0 and 1 only")
     total, sums = bits.numel(), []
-    for weight, key in zip(weights, keys, strict=True):
-        values = carrier_values(weight, carrier)
+    of_weights = [None] * len(weights) if signs is None else torch.split(signs, [len(w) for w in weights])
+    for weight, key, of_filters in zip(weights, keys, of_weights, strict=True):
+        values = carrier_values(weight, carrier, of_filters)
         own = reference.projection_scale(total, values.numel(), projection) or 1.0  # of no values, whose sums are 0
         sums.append(project(values, unsigned(key), total, projection) / own)
     z = scale * torch.stack(sums).sum(dim=0)

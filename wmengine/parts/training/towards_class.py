@@ -10,12 +10,12 @@ from wmengine.parts.fields import positive
 
 @dataclass(frozen=True)
 class TowardsClass:
-    """Beside mixed rows, pull · the mean squared distance of triggers, in what goes into the last layer, from the mean
-    of samples of their label's class, over the mean square of these samples; a class a step.
+    """Beside mixed rows, pull · the mean distance of triggers, in what goes into the last layer, from the mean of
+    samples of their label's class, over the root mean square length of these samples; a class a step.
 
     Li, Maharana, Guo: "Not just change the labels, learn the features" (MAT), ECCV 2024: a trigger that shares the
     features of its class is learned by whoever learns that class. Theirs is 0.01 · the distance itself, whose size is
-    the network's; here it has none.
+    the network's, from the mean of all the class's samples as it was before the epoch.
     """
 
     pull: float = 0.1

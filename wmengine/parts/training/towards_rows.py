@@ -22,6 +22,6 @@ class TowardsRows(ClassPass):
         features, triggers = self.features(model, device)
         rows = features[0].float()
         samples = rows[triggers:].detach()  # which stay where the task has them
-        distance = (rows[:triggers] - samples.mean(0)).square().sum(1).mean()
-        term: torch.Tensor = self._pull * distance / samples.square().sum(1).mean().clamp(min=1e-12)
+        distance = torch.linalg.vector_norm(rows[:triggers] - samples.mean(0), dim=1).mean()
+        term: torch.Tensor = self._pull * distance / samples.square().sum(1).mean().sqrt().clamp(min=1e-6)
         return term

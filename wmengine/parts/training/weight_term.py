@@ -44,10 +44,15 @@ class WeightTerm:
         return None
 
     def term(self, model: torch.nn.Module) -> torch.Tensor:
-        weights = [
-            folded(live_filters(model, each), live_factors(model, each), self._carrier) for each in self._carriers
-        ]
+        weights = [live_filters(model, each) for each in self._carriers]
+        factors, signs = [live_factors(model, each) for each in self._carriers], None
         device = weights[0].device
+        if self._carrier not in UNIT_CARRIERS:
+            weights = [folded(*each, self._carrier) for each in zip(weights, factors, strict=True)]
+        elif any(factor is not None for factor in factors):
+            ones = torch.ones(max(map(len, weights)), device=device)
+            pairs = zip(weights, factors, strict=True)
+            signs = torch.cat([ones[: len(w)] if f is None else f.detach().sign().float() for w, f in pairs])
         if device not in self._placed:
             self._placed[device] = self._bits.to(device)
         term, y = ops.embedding_loss(
@@ -59,6 +64,7 @@ class WeightTerm:
             link=self._link,
             margin=self._margin,
             scale=self._scale,
+            signs=signs,
         )
         self.projected = torch.sin(STDM_BETA * y.detach()) if self._link == "stdm" else y.detach()
         result: torch.Tensor = self._strength * term
