@@ -123,6 +123,19 @@ def test_extreme_temperatures_neither_underflow_nor_overflow(temperature, differ
     assert np.abs(gradient.double().numpy() - expected.gradient).max() <= 1e-4 * np.abs(expected.gradient).max()
 
 
+@pytest.mark.parametrize("distance", ["squared_euclidean", "cosine"])
+def test_inside_autocast_nothing_is_rounded(distance):
+    features, labels = batch(20, 6)
+    found = []
+    for half in (False, True):
+        rows = torch.as_tensor(features, dtype=torch.float32).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = ops.soft_nearest_neighbor(rows, torch.as_tensor(labels), 0.5, distance=distance)
+        loss.backward()
+        found.append((loss, rows.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 @pytest.mark.parametrize("noise", [0.0, 1e-3])
 def test_near_duplicates_with_large_norms_keep_their_distances(offset, noise, differentiate):

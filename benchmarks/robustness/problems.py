@@ -172,7 +172,7 @@ CIFAR10 = Problem(
     other=cifar10.plain_network,
     train=cifar10.train_on_pictures,
     elsewhere=partial(photographs, 10_000, 32, 3),
-    presets=("sketch", "uchida", "deepsigns", "adi", "response"),
+    presets=(*("sketch", "adi", "response", "zhang_content", "margin", "ewe_keyed", "class_feature", "mea_defender"),),
     attack_options={
         **{name: {"batch": cifar10.BATCH} for name in ("ftll", "ftal", "rtll", "rtal", "wrk", "overwrite")},
         **{name: {"batch": cifar10.BATCH, "epochs": cifar10.EPOCHS} for name in ("distil", "extract")},

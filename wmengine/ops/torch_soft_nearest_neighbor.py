@@ -104,7 +104,8 @@ define(
 class _SoftNearestNeighbor(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, labels: Tensor, temperature: Tensor, by_features: bool) -> Tensor:
-        loss, *gradients = torch.ops.wmengine.soft_nearest_neighbor(features, labels, temperature, by_features)
+        with torch.autocast(features.device.type, enabled=False):  # whose products would be of other types
+            loss, *gradients = torch.ops.wmengine.soft_nearest_neighbor(features, labels, temperature, by_features)
         ctx.save_for_backward(*gradients)
         return loss  # type: ignore[no-any-return]
 
