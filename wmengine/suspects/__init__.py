@@ -25,7 +25,7 @@ def open_suspect(
 ) -> Suspect:
     """A suspect from a path, a URL, a torch module, a function, or a suspect that is open already.
 
-    A file that begins as a safetensors file or a torch checkpoint does, and is not named .onnx, is one. isolation,
+    A file that begins as safetensors, GGUF or a torch checkpoint do, and is not named .onnx, is a checkpoint. isolation,
     limits, device, inputs and labels are for ONNX files: see OnnxSuspect. A URL is asked as `endpoint` does without
     options.
 

@@ -1,9 +1,9 @@
-"""A checkpoint as a suspect: the weights of a safetensors file or of a torch state dict, which hold no graph.
+"""A checkpoint as a suspect: the weights of a safetensors or GGUF file or of a torch state dict, which hold no graph.
 
-Nothing of it is run: names and places are read from a safetensors file's header or from the pickle of a torch archive,
-by a machine that can call nothing, and of the numbers only those of weights that a mark's carriers could be, one weight
-at a time, however large the file is. No graph tells the order of execution: both the order of the file and that of the
-names, numbers in them by their size, are tried and paid for.
+Nothing of it is run: names and places are read from the header of a safetensors or GGUF file or from the pickle of a
+torch archive, by a machine that can call nothing, and of the numbers only those of weights that a mark's carriers could
+be, one weight at a time, however large the file is. No graph tells the order of execution: both the order of the file
+and that of the names, numbers in them by their size, are tried and paid for.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _INDEX = ".index.json"
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether a regular file begins as a safetensors file or as a torch archive does, or is an index of such files.
+    """Whether a regular file begins as safetensors, GGUF or a torch archive do, or is an index of such files.
 
     One that is named .onnx is none: a model can begin with any bytes, as numbers that ONNX Runtime does not know.
     """
@@ -49,8 +49,8 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 
 
 class CheckpointSuspect:
-    """A safetensors file, or what torch.save wrote: a state dict, a dict that has one in it, or a module; or the index
-    (.index.json) of several such files beside it.
+    """A file of safetensors or GGUF, or what torch.save wrote: a state dict, a dict that has one in it, or a module; or
+    the index (.index.json) of several such files beside it.
 
     It shows its weights and gives no answers. Raises FileNotFoundError for a path that does not exist, SuspectError for
     what is no such file.
