@@ -24,6 +24,7 @@ from wmengine.suspects.torch_pickle import StoredTensor, tensors_of
 
 # A hundred thousand tensors take a tenth of these; what they list may take twenty times as much memory.
 MAXIMUM_HEADER = MAXIMUM_PICKLE = MAXIMUM_DIRECTORY = 32 << 20
+_SPREAD = 16  # numbers that are read or unpacked for each one of a tensor's, at most
 _ZIP, _GGUF = b"PK\x03\x04", b"GGUF"
 _BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9"  # torch before 1.6
 _SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -167,7 +168,7 @@ def _torch_entries(file: Any) -> Iterator[tuple[str, Entry]]:
         count = last + 1 if math.prod(tensor.shape) else 0
         if count * _dtype(kind).itemsize > stored.file_size or math.prod(tensor.shape) > count:
             raise UnreadableError(f"{name[:100]} is longer than its numbers")
-        yield name, Entry(tensor.shape, kind, partial(_view, archive, stored, tensor, kind, count))
+        yield name, Entry(tensor.shape, kind, partial(_view, file, archive, stored, tensor, kind, count))
 
 
 def _directory_bytes(file: Any) -> int:
@@ -182,14 +183,27 @@ def _directory_bytes(file: Any) -> int:
     return max(length, long) if locator[:4] == b"PK\x06\x07" else int(length)
 
 
-def _view(archive: Any, stored: Any, tensor: StoredTensor, kind: str, count: int) -> Array:
-    dtype = _dtype(kind)
-    data = archive.open(stored).read(count * dtype.itemsize)
-    if len(data) != count * dtype.itemsize:
-        raise UnreadableError("the archive says more of its sizes than it holds")
-    flat = np.frombuffer(data, dtype)[tensor.offset :]
+def _view(file: Any, archive: Any, stored: Any, tensor: StoredTensor, kind: str, count: int) -> Array:
+    dtype, plain = _dtype(kind), stored.compress_type == zipfile.ZIP_STORED
+    first = tensor.offset if plain else 0
+    if count - first > _SPREAD * math.prod(tensor.shape):
+        raise UnreadableError("it is a few numbers of very many; save a copy of its tensors")
+    length = (count - first) * dtype.itemsize
+    if plain:
+        data = _bytes(file, _begin(file, stored) + first * dtype.itemsize, length)
+    else:
+        data = archive.open(stored).read(length)
+        if len(data) != length:
+            raise UnreadableError("the archive says more of its sizes than it holds")
+    flat = np.frombuffer(data, dtype)[tensor.offset - first :]
     steps = [step * dtype.itemsize for step in tensor.strides]
     return np.lib.stride_tricks.as_strided(flat, tensor.shape, steps, writeable=False).astype(np.float32, copy=False)
+
+
+def _begin(file: Any, stored: Any) -> int:
+    """Where an archive's file begins: behind a header of 30 bytes, its name and what a writer put there."""
+    name, extra = struct.unpack_from("<HH", _bytes(file, stored.header_offset, 30), 26)
+    return int(stored.header_offset + 30 + name + extra)
 
 
 def _dtype(kind: str) -> np.dtype[Any]:
