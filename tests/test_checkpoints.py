@@ -8,6 +8,7 @@ import pickle
 import struct
 import tracemalloc
 import zipfile
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -135,6 +136,23 @@ def test_a_mark_is_found_in_a_checkpoint_under_other_names_and_at_half_precision
     stranger = {f"renamed.{number}": torch.randn(shape, generator=generator) for number in range(3)}
     save_file(stranger, tmp_path / "m.safetensors")
     assert wm.verify(tmp_path / "m.safetensors", mark).decision == "not_proven"
+
+
+def test_a_mark_that_knows_its_modules_finds_them_whatever_the_order(tmp_path):
+    """Neither the file nor the alphabet has the order in which they run."""
+    shape, names = (64, 64), ("b", "c", "a")
+    mark = replace(white_box([shape] * 3, shape=SHAPE), names=names)
+    signs = (2.0 * mark.arrays["bits"] - 1.0).astype(np.float32)
+    generator = np.random.default_rng(0)
+    state = {}
+    for name, key in zip(names, mark.arrays["carrier_keys"], strict=True):
+        held = ops.sketch_adjoint(signs, int(key), math.prod(shape)).reshape(shape)
+        state[f"{name}.weight"] = torch.from_numpy(held / held.std() + generator.normal(size=shape)).float()
+    torch.save({"model": {name: state[name] for name in sorted(state, reverse=True)}}, tmp_path / "m.pt")
+    verdict = wm.verify(tmp_path / "m.pt", mark)
+    assert verdict.decision == "owned"
+    assert any("3 of the 3 possible orders" in note for note in verdict.notes)
+    assert wm.verify(tmp_path / "m.pt", replace(mark, names=None)).log10_p > verdict.log10_p
 
 
 def test_weights_that_their_layer_computes_are_composed(tmp_path):
