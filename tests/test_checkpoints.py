@@ -8,6 +8,7 @@ import pickle
 import struct
 import tracemalloc
 import zipfile
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -137,6 +138,23 @@ def test_a_mark_is_found_in_a_checkpoint_under_other_names_and_at_half_precision
     assert wm.verify(tmp_path / "m.safetensors", mark).decision == "not_proven"
 
 
+def test_a_mark_that_knows_its_modules_finds_them_whatever_the_order(tmp_path):
+    """Neither the file nor the alphabet has the order in which they run."""
+    shape, names = (64, 64), ("b", "c", "a")
+    mark = replace(white_box([shape] * 3, shape=SHAPE), names=names)
+    signs = (2.0 * mark.arrays["bits"] - 1.0).astype(np.float32)
+    generator = np.random.default_rng(0)
+    state = {}
+    for name, key in zip(names, mark.arrays["carrier_keys"], strict=True):
+        held = ops.sketch_adjoint(signs, int(key), math.prod(shape)).reshape(shape)
+        state[f"{name}.weight"] = torch.from_numpy(held / held.std() + generator.normal(size=shape)).float()
+    torch.save({"model": {name: state[name] for name in sorted(state, reverse=True)}}, tmp_path / "m.pt")
+    verdict = wm.verify(tmp_path / "m.pt", mark)
+    assert verdict.decision == "owned"
+    assert any("3 of the 3 possible orders" in note for note in verdict.notes)
+    assert wm.verify(tmp_path / "m.pt", replace(mark, names=None)).log10_p > verdict.log10_p
+
+
 def test_weights_that_their_layer_computes_are_composed(tmp_path):
     torch.manual_seed(0)
 
@@ -211,6 +229,33 @@ def test_only_what_a_carrier_may_be_is_read(tmp_path):
     assert wm.verify(suspect, mark).decision == "not_proven"
 
 
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_few_numbers_of_very_many_take_no_memory(tmp_path, compression):
+    """A megabyte of zeros in the archive is a gigabyte of them; the place of a view in a large storage is no matter."""
+    count = 1 << 23
+    views = {"apart": tensor_pickle(shape=(64, 64), strides=(1 << 17, 1))}
+    if compression == zipfile.ZIP_DEFLATED:
+        views["far behind"] = tensor_pickle(offset=count - 4096, shape=(64, 64), strides=(64, 1))
+    for view in views.values():
+        (weight,) = open_suspect(archive(tmp_path / "m.pt", view, bytes(4 * count), compression)).tensors()
+        tracemalloc.start()
+        with pytest.raises(SuspectError, match="a few numbers of very many"):
+            weight.read()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < count
+
+
+def test_a_part_of_a_large_storage_is_read_where_it_lies(tmp_path):
+    whole = torch.randn(1 << 20)
+    torch.save({"w": whole[1 << 19 :][:4096].view(64, 64), "all": whole}, tmp_path / "m.pt")
+    (weight,) = open_suspect(tmp_path / "m.pt").tensors()
+    tracemalloc.start()
+    assert np.array_equal(weight.values.ravel(), whole[1 << 19 :][:4096])
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
 @pytest.mark.slow
 def test_memory_is_that_of_a_weight_however_large_the_file(tmp_path):
     """Half a gigabyte, of which each of the 128 weights may be one of the carriers."""
@@ -240,8 +285,8 @@ class Runs:
         return os.mkdir, ("/tmp/this-must-not-be-made-by-a-pickle",)
 
 
-def archive(path, content, numbers=b""):
-    with zipfile.ZipFile(path, "w") as file:
+def archive(path, content, numbers=b"", compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as file:
         file.writestr("archive/data.pkl", content)
         file.writestr("archive/data/0", numbers)
     return path
@@ -391,6 +436,22 @@ def test_an_index_names_files_beside_it_and_no_others(tmp_path):
         index.write_text(json.dumps({"weight_map": {"w0": name}}))
         with pytest.raises(SuspectError, match="is no checkpoint that can be read"):
             open_suspect(index)
+
+
+def test_the_files_of_an_index_may_be_a_caches_own_blobs_and_nobody_elses(tmp_path):
+    """As Hugging Face's cache has them: links to files named by their hash."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "revision"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    save_file({"w": torch.ones(4, 4)}, blobs / ("a" * 64))
+    (blobs / ("b" * 40)).write_text(json.dumps({"weight_map": {"w": "m.safetensors"}}))
+    (snapshot / "m.safetensors").symlink_to(f"../../blobs/{'a' * 64}")
+    (snapshot / "m.index.json").symlink_to(f"../../blobs/{'b' * 40}")
+    (tensor,) = open_suspect(snapshot / "m.index.json").tensors()
+    assert np.array_equal(tensor.values, np.ones((4, 4)))
+    (tmp_path / "mine").hardlink_to(blobs / ("a" * 64))
+    with pytest.raises(SuspectError, match="also linked from elsewhere"):
+        open_suspect(snapshot / "m.index.json")
 
 
 def test_a_file_that_changes_while_it_is_judged_is_refused(tmp_path):

@@ -58,6 +58,7 @@ def test_uchidas_scheme_embeds_its_bits_in_one_weight():
         optimizer.step()
     (mark,) = emb.watermarks()
     assert mark.parameters["carriers"] == [[64, 512]]
+    assert mark.names == ("8",)
     assert wmengine.verify(model, mark).matched == 64
 
 

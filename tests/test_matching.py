@@ -120,3 +120,22 @@ def test_without_a_graph_both_orders_are_tried():
     assert len(many.tries) <= MAXIMUM_TRIES
     assert {many.tries[0], many.tries[-1]} >= {(0, 1)}
     assert (79, 78) in many.tries
+
+
+def test_recorded_names_are_tried_first_and_paid_where_no_graph_tells_the_order():
+    """Behind a prefix, too, which is the same for all of them."""
+    shapes = [(4, 3), (4, 3), (5, 4)]
+
+    def listed(*names, graph=False):
+        sizes = [(5, 4) if name.endswith("out") else (4, 3) for name in names]
+        return [
+            Tensor.unread(size, f"{name}.weight", lambda: None, None if graph else place)
+            for place, (name, size) in enumerate(zip(names, sizes, strict=True))
+        ]
+
+    names = ("second", "first", "out")
+    plain = ("first", "second", "out")
+    assert match_tensors(shapes, listed(*plain), None, names).tries == ((1, 0, 2), (0, 1, 2))
+    assert match_tensors(shapes, listed("a.first", "b.second", "b.first", "b.out"), None, names).tries[0] == (1, 2, 3)
+    for other in (listed(*plain, graph=True), listed("first", "third", "out"), listed("out", "xsecond", "first")):
+        assert match_tensors(shapes, other, None, names).tries == match_tensors(shapes, other).tries

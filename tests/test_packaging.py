@@ -34,7 +34,7 @@ def pins() -> dict[str, str]:
 def declared() -> list[Requirement]:
     extras = PROJECT["project"]["optional-dependencies"]
     wanted = [*PROJECT["project"]["dependencies"]]
-    for name in ("cpu", "train", "endpoint", "lightning", "transformers", "demo", "dev", "bench", "ray"):
+    for name in ("cpu", "train", "endpoint", "gguf", "lightning", "transformers", "demo", "dev", "bench", "ray"):
         wanted += extras[name]
     return [one for one in map(Requirement, wanted) if one.name != "wmengine"]
 

@@ -39,10 +39,11 @@ def test_the_commitment_binds_all_that_scoring_reads_and_the_salt_but_neither_da
         replace(sketch, message="a"),
         replace(sketch, salt="00" * 32),
         replace(sketch, owner="Mallory"),
+        replace(sketch, names=["module"] * len(SKETCH_PARAMETERS["carriers"])),
         replace(sketch, arrays={**sketch.arrays, "bits": 1 - sketch.symbols}),
         replace(sketch, arrays={**sketch.arrays, "carrier_keys": sketch.arrays["carrier_keys"] + np.uint64(1)}),
     ]
-    assert len({mark.commitment for mark in [sketch, *others]}) == 11
+    assert len({mark.commitment for mark in [sketch, *others]}) == 12
     assert replace(sketch, baseline=None, created="2001-02-03").commitment == sketch.commitment
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,21 @@ def test_any_mark_survives_its_file(
     mark = Watermark.create(Key(owner, seed), preset, preset.describe(task, owner), message=message)
     mark.save(folder / "any.wm", overwrite=True)
     assert content(Watermark.load(folder / "any.wm")) == content(mark)
+
+
+def test_names_of_carriers_survive_their_file_and_may_be_missing(tmp_path: Path) -> None:
+    plain = marks()[0]
+    named = replace(plain, names=["a", "b.c", ""])
+    for mark in (plain, named):
+        mark.save(tmp_path / "a.wm", overwrite=True)
+        loaded = Watermark.load(tmp_path / "a.wm")
+        assert (loaded.names, loaded.commitment, loaded.geometry) == (mark.names, mark.commitment, mark.geometry)
+        assert loaded.with_message(KEY, "to Ada").names == mark.names
+        loaded.check_derivation(KEY)
+    assert plain.geometry != named.geometry
+    for wrong in ("abc", [], ["a", "b"], [7] * 3, ["x" * 1001] * 3):
+        with pytest.raises(ValueError, match="names must be"):
+            replace(plain, names=wrong)
 
 
 def test_the_file_holds_this_mark_s_secrets_only_and_no_pickle(tmp_path: Path) -> None:
@@ -161,6 +177,7 @@ HUGE = {"count": 1 << 20, "inputs": [{"name": "x", "dtype": "float32", "shape": 
         ({"message": "to Ada"}, "does not match its own commitment"),
         ({"message": 7}, "message must be a str"),
         ({"message": "a\u200b"}, "message must be of visible characters"),
+        ({"names": ["module"]}, "names must be one for each carrier"),
         ({"record": None}, r"is damaged \(it lacks the field 'record'\)"),
         ({"record": "x" * 64}, "cannot be used"),
         ({"arrays": {}}, "its arrays must be triggers, labels"),

@@ -21,6 +21,7 @@ EXTRAS = {
     "onnxscript": "train",
     "sklearn": "demo",
     "grpc": "endpoint",
+    "gguf": "gguf",
     "ray": "ray",
     "lightning": "lightning",
     "transformers": "transformers",

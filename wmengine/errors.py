@@ -25,8 +25,8 @@ class SuspectError(WmengineError):
 
 
 class OtherTask(SuspectError):
-    """It takes other inputs than the watermark's, or answers no classes of its task: a model of another task, or a copy
-    made to look like one."""
+    """It takes other inputs than the watermark's, or answers no classes of its task, or nothing at all: a model of
+    another task, a checkpoint, or a copy made to look like one."""
 
 
 class SuspectGone(SuspectError):

@@ -25,6 +25,7 @@ EXTRAS = {
     "train": ("torch", "onnxscript"),
     "demo": ("onnxruntime", "torch", "onnxscript", "sklearn"),
     "endpoint": ("grpc",),
+    "gguf": ("gguf",),
     "ray": ("ray",),
 }
 

@@ -25,7 +25,7 @@ from wmengine.cli.options import (
 def scan(
     paths: Annotated[
         list[str],
-        typer.Argument(metavar="PATHS...", help="ONNX files, folders, patterns, or URLs of object stores."),
+        typer.Argument(metavar="PATHS...", help="ONNX files, checkpoints, folders, patterns, or URLs."),
     ],
     watermarks: Annotated[
         list[Path],

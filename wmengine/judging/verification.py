@@ -46,9 +46,9 @@ def verify(
 ) -> Verdict:
     """Judge whether a suspect depends on material made with a watermark's key.
 
-    suspect: the path of an ONNX file (its external weights beside it), or for white-box marks of a safetensors file or
-    a torch checkpoint; the URL of an endpoint or what `endpoint` made of it, a torch module, or a function from the
-    inputs [N, ...] to scores [N, C] or labels [N]. watermark: a Watermark or its file. key: the owner's Key or its
+    suspect: the path of an ONNX file (its external weights beside it), or for white-box marks of a checkpoint
+    (safetensors, GGUF, torch); the URL of an endpoint or what `endpoint` made of it, a torch module, or a function from
+    the inputs [N, ...] to scores [N, C] or labels [N]. watermark: a Watermark or its file. key: the owner's Key or its
     file; the watermark is then derived from it again and compared. alpha: owned at a p-value of at most this.
     adversarial: for evidence against others: needs the key, takes a file in its sandbox or an endpoint, and the bar is
     2^-128, as no timestamp of a commitment is looked at yet. passphrase opens sealed files. test: "fixed" asks every

@@ -129,7 +129,10 @@ class Embedder:
             for preset in presets:
                 material = preset.gather(task)
                 parameters = preset.describe(task, name, material)
-                registered.append(Watermark.create(key, preset, parameters, message=message, material=material))
+                names = self._carrier_names(parameters)
+                registered.append(
+                    Watermark.create(key, preset, parameters, message=message, material=material, names=names)
+                )
         self._check_classes(registered)
         self._marks: list[_Mark] = []
         groups = 0
@@ -359,6 +362,12 @@ class Embedder:
     def _weights(self) -> tuple[list[list[int]], list[int]]:
         every = module_tensors(self._model, self._batches.example(self._model))
         return [list(each.filters(each.weight).shape) for each in every], trained_places(self._model, every)
+
+    def _carrier_names(self, parameters: Mapping[str, Any]) -> list[str] | None:
+        if "carrier_indices" not in parameters:
+            return None
+        every = module_tensors(self._model, self._batches.example(self._model))
+        return [every[place].path for place in parameters["carrier_indices"]]
 
     def _normalised(self) -> list[int]:
         return normalised_places(self._model, module_tensors(self._model, self._batches.example(self._model)))

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from functools import cached_property
@@ -36,7 +36,8 @@ _REQUIRED = {
     *("arrays", "commitment", "created", "digest", "format", "kind"),
     *("owner", "parameters", "record", "salt", "scheme", "version"),
 }
-_OPTIONAL = {"baseline", "message"}
+_OPTIONAL = {"baseline", "message", "names"}
+_MAXIMUM_NAME = 1000  # characters
 _BASELINE = {"matched": int, "total": int, "log10_p": str}
 # The arrays of marks that were read: what those of all customers of a model share is in memory once.
 _held: WeakValueDictionary[tuple[str, str, tuple[int, ...]], NDArray[Any]] = WeakValueDictionary()
@@ -48,8 +49,10 @@ class Watermark:
     """One mark. `Watermark.create` derives it from a key, `load` reads it from a file; both validate every field.
 
     arrays: what the preset derives (read-only). message: who a copy is for, None where there is no such thing. salt: 64
-    hex digits that blind the commitment. created: ISO date (UTC); baseline: what the mark scored on the model before it
-    was embedded: both are the key holder's word, and `record`, which only the key makes, shows that it was his.
+    hex digits that blind the commitment. names: what the modules of its carriers were called, where it was made for a
+    torch module, by which they are looked for in checkpoints. created: ISO date (UTC); baseline: what the mark scored
+    on the model before it was embedded: both are the key holder's word, and `record`, which only the key makes, shows
+    that it was his.
     """
 
     scheme: str
@@ -62,6 +65,7 @@ class Watermark:
     record: str
     message: str | None = None
     baseline: dict[str, Any] | None = None
+    names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         preset = find(self.scheme, self.version)
@@ -78,6 +82,9 @@ class Watermark:
             raise ValueError(f"created is {self.created}, which is still to come")
         if self.baseline is not None:
             _check_baseline(self.baseline, preset.total(self.parameters))
+        if self.names is not None:
+            _check_names(self.names, self.parameters)
+            object.__setattr__(self, "names", tuple(self.names))
         # Own copies: a caller's later change must not reach a mark that was checked.
         object.__setattr__(self, "parameters", json.loads(canonical_json(self.parameters)))
         if self.baseline is not None:
@@ -95,6 +102,7 @@ class Watermark:
         baseline: dict[str, Any] | None = None,
         created: str | None = None,
         material: Mapping[str, NDArray[Any]] | None = None,
+        names: Sequence[str] | None = None,
     ) -> Watermark:
         """The mark that this key makes with these parameters (of `Preset.describe`), material and message.
 
@@ -117,6 +125,7 @@ class Watermark:
             record=subkeys.record(_recorded(created, baseline)),
             message=message,
             baseline=baseline,
+            names=names,
         )
 
     @cached_property
@@ -162,14 +171,17 @@ class Watermark:
         }
         if self.message is not None:
             statement["message"] = self.message
+        if self.names is not None:
+            statement["names"] = list(self.names)
         return hashlib.sha256(_COMMITMENT_PREFIX + canonical_json(statement) + bytes.fromhex(self.salt)).hexdigest()
 
     @cached_property
     def geometry(self) -> str:
         """64 hex digits, equal for marks that one observation of a suspect serves: all but the symbols are the same."""
         arrays = {name: digest for name, digest in self._digests.items() if name != self.preset.symbols.name}
+        names = {} if self.names is None else {"names": list(self.names)}
         return canonical_digest(
-            {"arrays": arrays, "parameters": self.parameters, "scheme": self.scheme, "version": self.version}
+            {"arrays": arrays, "parameters": self.parameters, "scheme": self.scheme, "version": self.version} | names
         )
 
     @cached_property
@@ -259,8 +271,8 @@ class Watermark:
             "version": self.version,
         }
         for name in _OPTIONAL:
-            if getattr(self, name) is not None:
-                content[name] = getattr(self, name)
+            if (value := getattr(self, name)) is not None:
+                content[name] = list(value) if name == "names" else value
         document = canonical_json({**content, "digest": canonical_digest(content)}).decode("ascii")
         data = serialize(self.arrays, metadata={"wmengine": document})
         write_file(path, data if passphrase is None else seal(data, passphrase), WatermarkError, overwrite=overwrite)
@@ -291,6 +303,7 @@ class Watermark:
                 record=document["record"],
                 message=document.get("message"),
                 baseline=document.get("baseline"),
+                names=document.get("names"),
             )
         except (KeyError, TypeError, ValueError, AttributeError, SafetensorError, RecursionError) as cause:
             what = f"it lacks {cause}" if isinstance(cause, KeyError) else cause
@@ -318,6 +331,13 @@ def _check_baseline(baseline: Any, total: int) -> None:
         raise ValueError(f"baseline must be matches of at most {total} symbols, and it is {baseline}")
     if not _LOG10_P.fullmatch(baseline["log10_p"]) or float(baseline["log10_p"]) > 0.0:
         raise ValueError(f"baseline's log10_p must be at most 0, with four decimals, not {baseline['log10_p'][:40]!r}")
+
+
+def _check_names(names: Any, parameters: Mapping[str, Any]) -> None:
+    if not isinstance(names, list | tuple) or not names or len(names) != len(parameters.get("carriers", ())):
+        raise ValueError("names must be one for each carrier")
+    if not all(isinstance(name, str) and len(name) <= _MAXIMUM_NAME for name in names):
+        raise ValueError(f"names must be texts of at most {_MAXIMUM_NAME} characters")
 
 
 def _document(name: str, data: bytes) -> dict[str, Any]:

@@ -40,6 +40,9 @@ class Drawn(Protocol):
     @property
     def arrays(self) -> Arrays: ...
 
+    @property
+    def names(self) -> Sequence[str] | None: ...
+
 
 @dataclass(frozen=True, eq=False)
 class Integers:

@@ -1,7 +1,8 @@
 """How a mark's carriers are found again in a suspect: by shape and by place in the order of execution, not by name.
 
-Exporters rename, fold and transpose. What survives is a tensor's shape and its place in the order of execution. Where
-several pairings are possible, each one is a hypothesis that the p-value pays for.
+Exporters rename, fold and transpose. What survives is a tensor's shape and its place in the order of execution; names
+count in files without a graph only, which seldom passed an exporter. Where several pairings are possible, each one is a
+hypothesis that the p-value pays for.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Matching:
     """Carriers paired with tensors: one tuple per try, its entry l the index of carrier l's tensor, or None.
 
     `found` carriers have a tensor, whatever the try; `possible` counts the pairings there are, of which at most
-    MAXIMUM_TRIES are tried, and the one that the mark recorded; `facts` say what was assumed.
+    MAXIMUM_TRIES are tried, and those that the mark recorded; `facts` say what was assumed.
     """
 
     tries: tuple[tuple[int | None, ...], ...]
@@ -36,7 +37,12 @@ class Matching:
     facts: tuple[Fact, ...]
 
 
-def match_tensors(shapes: Sequence[Shape], tensors: Sequence[Tensor], indices: Sequence[int] | None = None) -> Matching:
+def match_tensors(
+    shapes: Sequence[Shape],
+    tensors: Sequence[Tensor],
+    indices: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+) -> Matching:
     """Pair a mark's carriers (their shapes, in order of execution) with a suspect's tensors (in order of execution).
 
     Carriers of one shape and tensors of that shape are paired in order. As many of the one as of the other leave one
@@ -46,13 +52,16 @@ def match_tensors(shapes: Sequence[Shape], tensors: Sequence[Tensor], indices: S
     length 1 (a Linear [O, I] rewritten as a 1x1 convolution [O, I, 1, 1], a Conv1d as a Conv2d). indices: the carriers'
     recorded places among all weights of their network, increasing; where the suspect has a tensor of the right shape at
     every one of them, that pairing is the first try, beyond MAXIMUM_TRIES where it is not among the others. Tensors
-    without a graph are paired in their own order and in that of their names, half of the tries each. All of it depends
+    without a graph are paired in their own order and in that of their names, half of the tries each; names: what the
+    carriers' modules were called, by which these are tried before all else. All of it depends
     on shapes, places and names alone, never on the symbols; verification pays for every try.
     """
     orders = [list(range(len(tensors)))]
     if any(tensor.by_name is not None for tensor in tensors):
         orders.append(sorted(orders[0], key=lambda number: tensors[number].by_name or 0))
     tries: dict[tuple[int | None, ...], None] = {}
+    if names is not None and len(orders) > 1 and (named := _named(names, shapes, tensors)):
+        tries[named] = None
     if indices is not None and _fits(indices, shapes, tensors):
         tries[tuple(indices)] = None
     possible = 0
@@ -140,11 +149,26 @@ def _pairings(
 
 
 def _fits(indices: Sequence[int], shapes: Sequence[Shape], tensors: Sequence[Tensor]) -> bool:
-    """Whether the tensor at each carrier's recorded place has that carrier's shape."""
+    """Whether there is a place for each carrier, and the tensor there has that carrier's shape."""
     return len(indices) == len(shapes) and all(
         index < len(tensors) and tensors[index].shape == tuple(shape)
         for index, shape in zip(indices, shapes, strict=True)
     )
+
+
+def _named(names: Sequence[str], shapes: Sequence[Shape], tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """The tensors of these modules, all behind one prefix, as of a module that holds the network: the shortest there
+    is; None where one of them is not there."""
+    places: dict[str, int] = {}
+    for number, tensor in enumerate(tensors):
+        places.setdefault(tensor.source.rpartition(".")[0], number)
+    first = names[0]
+    before = {path[: len(path) - len(first)] for path in places if f".{path}".endswith(f".{first}")}
+    for prefix in sorted(before, key=len):
+        found = [places.get(prefix + name) for name in names]
+        if _fits([place for place in found if place is not None], shapes, tensors):
+            return tuple(place for place in found if place is not None)
+    return None
 
 
 def _facts(carriers: int, found: int, possible: int, tried: int) -> Iterator[Fact]:

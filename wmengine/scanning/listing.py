@@ -22,6 +22,7 @@ from urllib.parse import quote
 from wmengine.errors import SuspectError, WatermarkError
 from wmengine.judging.verification import load_watermark
 from wmengine.marks.watermark import Watermark
+from wmengine.suspects.checkpoint import SUFFIXES, is_checkpoint, is_index
 from wmengine.suspects.model_file import MAXIMUM_BYTES, LocalSource, Source
 from wmengine.suspects.onnx_engine import may_name_files
 
@@ -69,19 +70,22 @@ class _Found(NamedTuple):
     other: bool = False
 
 
-def list_suspects(paths: Iterable[str | os.PathLike[str]]) -> Listing:
+def list_suspects(paths: Iterable[str | os.PathLike[str]], checkpoints: bool = False) -> Listing:
     """Every suspect below the paths, sorted, each once.
 
     A file is taken whatever it is called, and if it is empty; a folder or a prefix of an object store gives all files
     below it that end in .onnx, in capitals or not, and hold something; a pattern (`*`, `?`, `[…]`, `**`) gives the
-    files and folders that it matches. Links to folders are followed only where a path names one itself. A folder below
-    that cannot be listed is a suspect, of which its row will say that it cannot be read. URLs (`s3://bucket/prefix`) go
-    through fsspec. Raises FileNotFoundError for a path that names nothing, SuspectError for a folder or a store of the
-    caller's that cannot be listed, ValueError where there is no suspect in all.
+    files and folders that it matches. checkpoints: folders give these, too, by what they are called; of `.bin` files,
+    which hold ONNX's external weights as often, those that begin as one. Links to folders are followed only where a
+    path names one itself. A folder below that cannot be listed is a suspect, of which its row will say that it cannot
+    be read. URLs (`s3://bucket/prefix`) go through fsspec. Raises FileNotFoundError for a path that names nothing,
+    SuspectError for a folder or a store of the caller's that cannot be listed, ValueError where there is no suspect in
+    all.
     """
     found: dict[str, _Found] = {}
+    suffixes = (SUFFIX, *SUFFIXES) if checkpoints else (SUFFIX,)
     for path in map(_without_protocol, map(os.fsdecode, paths)):
-        for each in _remote(path) if "://" in path else _local(path):
+        for each in _remote(path) if "://" in path else _local(path, suffixes):
             if each.name not in found or found[each.name].empty or found[each.name].other:
                 found[each.name] = each
     files: dict[tuple[Any, ...], list[_Found]] = {}
@@ -91,13 +95,13 @@ def list_suspects(paths: Iterable[str | os.PathLike[str]]) -> Listing:
     empty, others = sum(each.empty for each in found.values()), sum(each.other for each in found.values())
     if not files:
         raise ValueError(
-            f"there is no {SUFFIX} file to scan, but {empty} that are empty and {others} called otherwise: give files, "
-            "folders, patterns or URLs that hold some"
+            f"there is no {SUFFIX} file {'or checkpoint ' * checkpoints}to scan, but {empty} that are empty and "
+            f"{others} called otherwise: give files, folders, patterns or URLs that hold some"
         )
     suspects = [
         Listed(tuple(each.name for each in names), names[0].store, names[0].path, names[0].inode * (len(names) > 1))
         for same in files.values()
-        for names in _with_the_same_weights(same)
+        for names in _of_one_model(same)
     ]
     return Listing(tuple(sorted(suspects, key=lambda each: each.name)), empty, others)
 
@@ -138,7 +142,9 @@ def watermark_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     files: list[Path] = []
     for path in map(os.fsdecode, paths):
         several = os.path.isdir(path) or (glob.has_magic(path) and not os.path.lexists(path))
-        files += sorted(Path(each.name) for each in _local(path, ".wm") if not each.other) if several else [Path(path)]
+        files += (
+            sorted(Path(each.name) for each in _local(path, (".wm",)) if not each.other) if several else [Path(path)]
+        )
     return files
 
 
@@ -149,25 +155,25 @@ def _without_protocol(path: str) -> str:
     return path
 
 
-def _local(path: str, suffix: str = SUFFIX) -> Iterator[_Found]:
+def _local(path: str, suffixes: tuple[str, ...]) -> Iterator[_Found]:
     if os.path.isdir(path):
-        yield from _below(path, (), suffix)
+        yield from _below(path, (), suffixes)
     elif os.path.lexists(path):
         yield _look_at(path)._replace(empty=False)
     elif glob.has_magic(path):
         parts = Path(path).parts
         plain = next(place for place, part in enumerate(parts) if glob.has_magic(part))
-        matches = list(_below(os.path.join("", *parts[:plain]), parts[plain:], suffix))
+        matches = list(_below(os.path.join("", *parts[:plain]), parts[plain:], suffixes))
         if not matches:
             raise FileNotFoundError(f"{path} matches no file")
         yield from matches
     else:
-        raise FileNotFoundError(f"{path} does not exist; give ONNX files, folders, patterns or URLs")
+        raise FileNotFoundError(f"{path} does not exist; give files, folders, patterns or URLs")
 
 
-def _below(root: str, parts: Sequence[str], suffix: str) -> Iterator[_Found]:
-    """What the parts of a pattern match below a folder, and what ends in `suffix` below folders that they match; all
-    else that lies there is `other`.
+def _below(root: str, parts: Sequence[str], suffixes: tuple[str, ...]) -> Iterator[_Found]:
+    """What the parts of a pattern match below a folder, and what ends in one of `suffixes` below folders that they
+    match; all else that lies there is `other`.
 
     Strangers nest folders as deep as they like, and link them into circles: nothing here is recursive, and no link is
     followed. Each folder comes with the places in the pattern that its own name may have led to.
@@ -203,12 +209,17 @@ def _below(root: str, parts: Sequence[str], suffix: str) -> Iterator[_Found]:
             }
             if _is_folder(entry):
                 waiting.append((name, reached(matched)))
-            elif len(parts) in reached(matched) and (not whole or name.lower().endswith(suffix)):
+            elif len(parts) in reached(matched) and (not whole or _is_called(name, suffixes)):
                 found = _look_at(name)
                 if found.file:
                     yield found
             elif whole and not _is_folder(entry, linked=True):
                 yield _Found(name, "", name, (name,), other=True)
+
+
+def _is_called(name: str, suffixes: tuple[str, ...]) -> bool:
+    called = name.lower()
+    return called.endswith(suffixes) and (not called.endswith(".bin") or is_checkpoint(name))
 
 
 def _is_folder(entry: os.DirEntry[str], linked: bool = False) -> bool:
@@ -234,14 +245,28 @@ def _look_at(name: str) -> _Found:
     return _Found(name, "", path, file, status.st_size == 0, link, status.st_ino)
 
 
+def _of_one_model(names: list[_Found]) -> list[list[_Found]]:
+    """Names of one file that are one model: its name can make it a checkpoint, or the index of some."""
+    if len(names) == 1:
+        return [names]
+    forms: dict[tuple[bool, bool], list[_Found]] = {}
+    for each in names:
+        forms.setdefault((is_checkpoint(each.path), is_index(each.path)), []).append(each)
+    return [
+        some
+        for form, same in forms.items()
+        for some in ([same] if form == (True, False) else _with_the_same_weights(same))
+    ]
+
+
 def _with_the_same_weights(names: list[_Found]) -> list[list[_Found]]:
-    """Names of one file that are one model: in several folders, other weights may lie beside each of them."""
+    """In several folders, other weights may lie beside each of them."""
     folders: dict[str, list[_Found]] = {}
     for each in names:
         folders.setdefault(os.path.dirname(each.path), []).append(each)
     if len(folders) > 1:
         try:
-            if may_name_files(LocalSource(names[0].path).read(MAXIMUM_BYTES)):
+            if is_index(names[0].path) or may_name_files(LocalSource(names[0].path).read(MAXIMUM_BYTES)):
                 return list(folders.values())
         except (SuspectError, OSError, MemoryError):
             return list(folders.values())

@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,8 @@ from wmengine.scanning.journal import Plan
 from wmengine.scanning.listing import Listed, open_source
 from wmengine.scanning.results import THIS, rows_of
 from wmengine.suspects.base import one_line
-from wmengine.suspects.model_file import MAXIMUM_BYTES, ModelFile, read_model
+from wmengine.suspects.checkpoint import CheckpointSuspect, is_checkpoint
+from wmengine.suspects.model_file import MAXIMUM_BYTES, LocalSource, ModelFile, read_model
 from wmengine.suspects.onnx_file import Engine, NoWorker, OnnxSuspect, open_engine
 
 PATIENCE = 5.0  # seconds
@@ -38,7 +40,10 @@ SUSPECTS_A_WORKER = 256  # then a fresh one: what models leave behind in a proce
 
 @dataclass(frozen=True)
 class Judged:
-    """A suspect that is done: its rows, or the place of the suspect with the same bytes that has them."""
+    """A suspect that is done: its rows, or the place of the suspect with the same bytes that has them.
+
+    sha256: of these bytes, with a word before it where they were read as a checkpoint: as a model they may be another.
+    """
 
     place: int
     sha256: str | None
@@ -69,6 +74,8 @@ class Judge:
         Raises ScanError where there is no sandboxed worker to be had.
         """
         suspect, started = self._plan.suspects[place], time.monotonic()
+        if not suspect.store and is_checkpoint(suspect.path):
+            return self._judge_checkpoint(place, started)
         file: ModelFile | None = None
         for left in reversed(range(TRIES)):
             try:
@@ -90,9 +97,26 @@ class Judge:
                 findings = [failed(mark, _said(error)) for mark in self._marks]
             if not left or self._engine is None or not self._engine.abandoned:
                 break
-        sha256 = None if file is None else file.sha256
-        rows = rows_of(suspect.name, sha256, self._marks, findings, time.monotonic() - started, self._plan)
-        return Judged(place, sha256, rows)
+        return self._done(place, None if file is None else file.sha256, findings, started)
+
+    def _judge_checkpoint(self, place: int, started: float) -> Judged:
+        """Nothing of it is run, so no worker has a part in it: this process reads its weights, bounded by their sizes,
+        as `verify` does."""
+        suspect, sha256, same = self._plan.suspects[place], None, None
+        try:
+            with closing(CheckpointSuspect(LocalSource(suspect.path, THIS, suspect.inode))) as opened:
+                sha256, same = opened.sha256, f"checkpoint {opened.sha256}"
+                first = self._hashes.claim(same, place)
+                if first != place:
+                    return Judged(place, same, [], first)
+                findings = judge_suspect(opened, self._marks, self._terms)
+        except Exception as error:  # as above
+            findings = [failed(mark, _said(error)) for mark in self._marks]
+        return replace(self._done(place, sha256, findings, started), sha256=same)
+
+    def _done(self, place: int, sha256: str | None, findings: Sequence[Finding], started: float) -> Judged:
+        name, seconds = self._plan.suspects[place].name, time.monotonic() - started
+        return Judged(place, sha256, rows_of(name, sha256, self._marks, findings, seconds, self._plan))
 
     def interrupt(self) -> None:
         """From another thread: what the suspect of the moment is asked has no answer any more."""

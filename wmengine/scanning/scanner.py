@@ -15,6 +15,7 @@ from wmengine.judging.asking import TESTS
 from wmengine.judging.orders import CLASSES
 from wmengine.judging.verification import check_choice, check_derivations
 from wmengine.marks.watermark import Watermark
+from wmengine.parts.base import Need
 from wmengine.sandbox import Limits
 from wmengine.scanning.journal import Journal, Plan
 from wmengine.scanning.listing import Listing, held_anywhere, list_suspects, load_watermarks
@@ -50,7 +51,8 @@ def scan(
 ) -> Any:
     """Judge every suspect with every watermark → pyarrow.Table, a row for each pair.
 
-    paths: ONNX files, folders, patterns, URLs of object stores (through fsspec). watermarks: Watermarks, .wm files or
+    paths: ONNX files, checkpoints, folders, patterns, URLs of object stores (through fsspec), where only ONNX files are
+    read; below folders checkpoints are listed where a mark lies in weights. watermarks: Watermarks, .wm files or
     folders of them. out: a Parquet file; finished suspects go to a journal beside it (`<out>.journal`) as they are
     done, and the same call resumes after an interruption. force: a table that is finished is overwritten. jobs:
     suspects at a time, by default the cores. alpha: of the whole scan: a pair is "owned" where its p-value times the
@@ -101,7 +103,8 @@ def scan(
     try:
         stored = journal.plan
         resumes = stored is not None and stored.paths == asked
-        found: Plan | Listing = stored if resumes and stored else list_suspects(_several(paths))
+        reads = any(mark.preset.source.needs == Need.TENSORS for mark in marks)
+        found: Plan | Listing = stored if resumes and stored else list_suspects(_several(paths), checkpoints=reads)
         plan = Plan(
             suspects=found.suspects,
             watermarks=tuple(mark.commitment for mark in marks),

@@ -25,9 +25,9 @@ def open_suspect(
 ) -> Suspect:
     """A suspect from a path, a URL, a torch module, a function, or a suspect that is open already.
 
-    A file that begins as a safetensors file or a torch checkpoint does, and is not named .onnx, is one. isolation,
-    limits, device, inputs and labels are for ONNX files: see OnnxSuspect. A URL is asked as `endpoint` does without
-    options.
+    A file that begins as safetensors, GGUF or torch's checkpoints do, and is not named .onnx, is a checkpoint.
+    isolation, limits, device, inputs and labels are for ONNX files: see OnnxSuspect. A URL is asked as `endpoint` does
+    without options.
 
     Raises FileNotFoundError for a path that does not exist, ValueError for a URL that is no endpoint's and for another
     device than the CPU, inputs or labels with what is no file, TypeError for what is none of these, and SuspectError

@@ -1,9 +1,9 @@
-"""A checkpoint as a suspect: the weights of a safetensors file or of a torch state dict, which hold no graph.
+"""A checkpoint as a suspect: the weights of a safetensors or GGUF file or of a torch state dict, which hold no graph.
 
-Nothing of it is run: names and places are read from a safetensors file's header or from the pickle of a torch archive,
-by a machine that can call nothing, and of the numbers only those of weights that a mark's carriers could be, one weight
-at a time, however large the file is. No graph tells the order of execution: both the order of the file and that of the
-names, numbers in them by their size, are tried and paid for.
+Nothing of it is run: names and places are read from the header of a safetensors or GGUF file or from the pickle of a
+torch archive, by a machine that can call nothing, and of the numbers only those of weights that a mark's carriers could
+be, one weight at a time, however large the file is. No graph tells the order of execution: both the order of the file
+and that of the names, numbers in them by their size, are tried and paid for.
 """
 
 from __future__ import annotations
@@ -20,37 +20,48 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from wmengine.errors import SuspectError, printable
+from wmengine.errors import OtherTask, SuspectError, printable
 from wmengine.facts import Fact, fact
 from wmengine.suspects.adapters import Adapter, Range
 from wmengine.suspects.base import Answers, Inputs, Signature, Tensor, Weight, one_line
 from wmengine.suspects.checkpoint_files import MAXIMUM_HEADER, UnreadableError, begins_as_checkpoint, entries_of
 from wmengine.suspects.checkpoint_weights import Entry, weights_of
+from wmengine.suspects.model_file import LocalSource
 
 MAXIMUM_BYTES = 64 << 30  # all are hashed
 MAXIMUM_FILES = 1000
 _BLOCK = 1 << 22
 _INDEX = ".index.json"
+# What they are called; torch's are called anything.
+SUFFIXES = (".safetensors", ".gguf", ".pt", ".pth", ".bin", ".ckpt", _INDEX)
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether a regular file begins as a safetensors file or as a torch archive does, or is an index of such files.
+    """Whether a regular file begins as safetensors, GGUF or a torch archive do, or is an index of such files.
 
     One that is named .onnx is none: a model can begin with any bytes, as numbers that ONNX Runtime does not know.
     """
-    name = os.fsdecode(path).lower()
     try:
-        if name.endswith(".onnx") or not stat.S_ISREG(os.stat(path).st_mode):
+        if os.fsdecode(path).lower().endswith(".onnx") or not stat.S_ISREG(os.stat(path).st_mode):
             return False
-        with open(path, "rb") as file:
-            return begins_as_checkpoint(file.read(9)) or name.endswith(_INDEX)
+        with open(path, "rb", opener=_at_once) as file:
+            return is_index(path) or begins_as_checkpoint(file.read(9))
     except OSError:
         return False
 
 
+def is_index(path: str | os.PathLike[str]) -> bool:
+    """Whether a file by its name is an index, and so speaks for files beside it."""
+    return os.fsdecode(path).lower().endswith(_INDEX)
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # what has just become a pipe must not hold us up
+
+
 class CheckpointSuspect:
-    """A safetensors file, or what torch.save wrote: a state dict, a dict that has one in it, or a module; or the index
-    (.index.json) of several such files beside it.
+    """A file of safetensors or GGUF, or what torch.save wrote: a state dict, a dict that has one in it, or a module; or
+    the index (.index.json) of several such files beside it.
 
     It shows its weights and gives no answers. Raises FileNotFoundError for a path that does not exist, SuspectError for
     what is no such file.
@@ -58,15 +69,17 @@ class CheckpointSuspect:
 
     settings: Mapping[str, Any] = {}
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.name = os.fsdecode(path)
+    def __init__(self, source: str | os.PathLike[str] | LocalSource) -> None:
+        if not isinstance(source, LocalSource):
+            source = LocalSource(source, sparse=True)
+        self.name = source.name
         self.facts: list[Fact] = []
-        self._files = [_opened(path)]
+        self._files = [source.open(MAXIMUM_BYTES)]
         self._entries: dict[str, Entry] = {}
         try:
-            shards = _shards(self._files[0]) if self.name.lower().endswith(_INDEX) else []
-            folder = os.path.dirname(self.name)
-            self._files += [_opened(os.path.join(folder, shard), os.O_NOFOLLOW) for shard in shards]
+            shards = _shards(self._files[0]) if is_index(source.path) else []
+            for shard in shards:
+                self._files.append(source.open_beside(shard, MAXIMUM_BYTES))
             self._status = [*map(_status, self._files)]
             if sum(size for size, _ in self._status) > MAXIMUM_BYTES:
                 raise UnreadableError(f"it is larger than {MAXIMUM_BYTES} bytes")
@@ -122,7 +135,7 @@ class CheckpointSuspect:
             file.close()
 
     def _refuse(self) -> NoReturn:
-        raise SuspectError(f"{self.name} holds weights and no network that could answer; export it to ONNX")
+        raise OtherTask(f"{self.name} holds weights and no network that could answer; export it to ONNX")
 
 
 def _by_size(name: str) -> list[tuple[int, str]]:
@@ -134,14 +147,6 @@ def _by_size(name: str) -> list[tuple[int, str]]:
 def _status(file: Any) -> tuple[int, int]:
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns
-
-
-def _opened(path: str | os.PathLike[str], flags: int = 0) -> Any:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)  # O_NONBLOCK: a pipe must not hold us up
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise SuspectError(f"{os.fsdecode(path)} is no regular file; copy it to one")
-    return os.fdopen(descriptor, "rb")
 
 
 def _shards(index: Any) -> list[str]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from wmengine.errors import SuspectError
 
@@ -90,17 +90,26 @@ def read_model(
 class LocalSource:
     """A file on this machine, shown by its path or another name. FileNotFoundError for a path that does not exist.
 
-    inode: the number of the file that it must be, 0 for any.
+    inode: the number of the file that it must be, 0 for any. sparse: a file that is holes for the most part is read.
     """
 
-    def __init__(self, path: str | os.PathLike[str], name: str | None = None, inode: int = 0) -> None:
-        self._path, self._inode = os.fsdecode(path), inode
-        self.name = self._path if name is None else name
+    def __init__(
+        self, path: str | os.PathLike[str], name: str | None = None, inode: int = 0, sparse: bool = False
+    ) -> None:
+        self.path, self._inode, self._sparse = os.fsdecode(path), inode, sparse
+        self.name = self.path if name is None else name
 
     def read(self, maximum_bytes: int) -> bytes:
+        return _all_of(self.open(maximum_bytes), self.name, maximum_bytes)
+
+    def read_beside(self, location: str, maximum_bytes: int) -> bytes:
+        return _all_of(self.open_beside(location, maximum_bytes), self._beside(location), maximum_bytes)
+
+    def open(self, maximum_bytes: int) -> BinaryIO:
+        """The file itself, for what is read in parts."""
         try:
             # O_NONBLOCK: a pipe must not hold us up. A path that ends in a slash names the folder itself.
-            file = os.path.basename(self._path) or "."
+            file = os.path.basename(self.path) or "."
             descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK, dir_fd=self._folder)
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.name} does not exist; give the path of an ONNX file") from None
@@ -111,11 +120,11 @@ class LocalSource:
         if self._inode not in (0, os.fstat(descriptor).st_ino):
             os.close(descriptor)
             raise SuspectError(f"{self.name} is another file than the one that was listed; scan it again")
-        return _read(descriptor, self.name, maximum_bytes, links_allowed=True)
+        return self._checked(descriptor, self.name, maximum_bytes, links_allowed=True)
 
-    def read_beside(self, location: str, maximum_bytes: int) -> bytes:
-        """Opened part by part below the model's directory, no part of it through a symbolic link."""
-        name = f"the file {location!r} beside {self.name}"
+    def open_beside(self, location: str, maximum_bytes: int) -> BinaryIO:
+        """Part by part below the model's directory, no part of it through a symbolic link."""
+        name = self._beside(location)
         parts = self._in_cache(location) or PurePosixPath(location).parts
         descriptor = os.dup(self._folder)
         try:
@@ -129,12 +138,33 @@ class LocalSource:
         except (OSError, ValueError):
             os.close(descriptor)
             raise SuspectError(f"{name} must be a regular file and no link; copy the weights there") from None
-        return _read(descriptor, name, maximum_bytes, links_allowed=False)
+        return self._checked(descriptor, name, maximum_bytes, links_allowed=False)
+
+    def _beside(self, location: str) -> str:
+        return f"the file {location!r} beside {self.name}"
+
+    def _checked(self, descriptor: int, name: str, maximum_bytes: int, links_allowed: bool) -> BinaryIO:
+        status = os.fstat(descriptor)
+        regular, single = stat.S_ISREG(status.st_mode), status.st_nlink == 1
+        if not regular:
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            wrong = f"is {kind}; give an ONNX file, its weights beside it"
+        elif not (single or links_allowed):
+            wrong = "is also linked from elsewhere; copy the weights beside the model"
+        elif status.st_size > maximum_bytes:  # a hole of a terabyte costs its sender nothing
+            wrong = f"is larger than the {maximum_bytes} bytes that a model and its weights may have"
+        elif (holes := 0 if self._sparse else _holes(descriptor, status.st_size)) > max(HOLES, status.st_size // 2):
+            # gigabytes that cost their sender nothing, and us many seconds
+            wrong = f"holds no data in {holes} of its {status.st_size} bytes; copy it again, whole"
+        else:
+            return os.fdopen(descriptor, "rb")
+        os.close(descriptor)
+        raise SuspectError(f"{name} {wrong}")
 
     @cached_property
     def _folder(self) -> int:
         """Opened once: whatever is led elsewhere after that, model and weights are of one folder."""
-        descriptor = os.open(os.path.dirname(self._path) or ".", os.O_PATH | os.O_DIRECTORY)
+        descriptor = os.open(os.path.dirname(self.path) or ".", os.O_PATH | os.O_DIRECTORY)
         weakref.finalize(self, os.close, descriptor)
         return descriptor
 
@@ -143,7 +173,7 @@ class LocalSource:
 
         There snapshots/REVISION/… are links to ../…/blobs/HASH of the same model. No other link is followed.
         """
-        _, found, below = os.path.dirname(os.path.abspath(self._path)).rpartition("/snapshots/")
+        _, found, below = os.path.dirname(os.path.abspath(self.path)).rpartition("/snapshots/")
         try:
             target = os.readlink(location, dir_fd=self._folder) if found else ""
         except (OSError, ValueError):  # no link
@@ -153,26 +183,14 @@ class LocalSource:
         return None if blob is None else (*[".."] * up, "blobs", blob[1])
 
 
-def _read(descriptor: int, name: str, maximum_bytes: int, links_allowed: bool) -> bytes:
-    status = os.fstat(descriptor)
-    regular, single = stat.S_ISREG(status.st_mode), status.st_nlink == 1
-    if not regular or not (single or links_allowed):
-        os.close(descriptor)
-        if regular:
-            raise SuspectError(f"{name} is also linked from elsewhere; copy the weights beside the model")
-        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-        raise SuspectError(f"{name} is {kind}; give an ONNX file, its weights beside it")
-    with os.fdopen(descriptor, "rb") as file:
-        if status.st_size > maximum_bytes:  # a hole of a terabyte costs its sender nothing
-            raise SuspectError(f"{name} is larger than the {maximum_bytes} bytes that a model and its weights may have")
-        holes = _holes(descriptor, status.st_size)
-        if holes > max(HOLES, status.st_size // 2):  # gigabytes that cost their sender nothing, and us many seconds
-            raise SuspectError(f"{name} holds no data in {holes} of its {status.st_size} bytes; copy it again, whole")
+def _all_of(file: BinaryIO, name: str, maximum_bytes: int) -> bytes:
+    with file:
+        size = min(maximum_bytes, os.fstat(file.fileno()).st_size)
         try:
-            data = file.read(status.st_size + 1)
+            data = file.read(size + 1)
         except OSError as error:
             raise SuspectError(f"{name} cannot be read to its end ({error.strerror}); copy it again") from None
-    if data is None or len(data) != status.st_size:  # None: nothing yet, from a file that waits for its writer
+    if data is None or len(data) != size:  # None: nothing yet, from a file that waits for its writer
         raise SuspectError(f"{name} changes while it is read; copy it first")
     return data
 

@@ -171,7 +171,7 @@ def observed(
     parameters = mark.parameters
     shapes = [tuple(sizes) for sizes in parameters["carriers"]]
     tensors = fitted(shapes, suspect.tensors(inputs_of(parameters)))
-    matching = match_tensors(shapes, tensors, parameters["carrier_indices"])
+    matching = match_tensors(shapes, tensors, parameters["carrier_indices"], mark.names)
     facts = [*suspect.facts, *matching.facts]
     if matching.found == 0:
         return Observations(facts=[*facts, fact("no_carrier")])
