@@ -1,4 +1,4 @@
-"""The demo: mark a small network that reads digits, make the copies a thief would make, and prove whose every copy is.
+"""The demo: mark a small network that reads digits, make the copies a thief would make, and prove whose they are.
 
 Everything is real and small: the 1,797 handwritten digits that scikit-learn ships, one network with a white-box and a
 black-box mark, one without, and every copy an ONNX file that `wmengine.verify` judges as it would judge a stranger's.
@@ -29,7 +29,7 @@ from wmengine.judging.verification import verify_all
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.statistics.tails import paired_difference_interval
 from wmengine.report import html
-from wmengine.report.demo import DemoResult, Row, page, print_table
+from wmengine.report.demo import DemoResult, Kind, Row, page, print_table
 from wmengine.suspects import open_suspect
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class _Suspect(NamedTuple):
     model: str
     made: str
     path: Path
-    is_copy: bool = True
+    kind: Kind = "copy"
 
 
 def _demo_key(path: Path) -> Key:
@@ -241,7 +241,7 @@ def _make_suspects(
     original = export(marked, "marked")
     yield _Suspect("marked network", "the owner's, as trained with both marks", original)
     made = "the same recipe and data with another seed, and no marks"
-    yield _Suspect("independent network", made, export(independent, "independent"), is_copy=False)
+    yield _Suspect("independent network", made, export(independent, "independent"), "stranger")
     tuned = attacks.run("ftal", marked, data.thief, epochs=effort.thief_epochs, seed=3)
     made = f"all layers trained for {effort.thief_epochs} epochs on {ELSEWHERE} digits that the owner never used"
     yield _Suspect("fine-tuned", made, export(tuned, "fine-tuned"))
@@ -255,6 +255,12 @@ def _make_suspects(
     yield _Suspect("BatchNorm folded", "the exporter folds each BatchNorm into the convolution before it", folded)
     made = "every tensor, node, input and output of the file has a new name"
     yield _Suspect("tensors renamed", made, run("rename", original, out=folder / "renamed.onnx", overwrite=True))
+    taught = attacks.run("distil", marked, data.thief, epochs=effort.epochs, seed=4)
+    made = f"a new network, trained on the scores that the marked one gives to those {ELSEWHERE} digits"
+    yield _Suspect("distilled", made, export(taught, "distilled"), "student")
+    taught = attacks.run("extract", marked, data.thief[0], epochs=effort.epochs, seed=4)
+    made = "the same, from its labels alone"
+    yield _Suspect("extracted by labels", made, export(taught, "extracted"), "student")
 
 
 def _predictions(path: Path, images: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -270,7 +276,7 @@ def _judge(
         model=suspect.model,
         made=suspect.made,
         file=f"models/{suspect.path.name}",
-        is_copy=suspect.is_copy,
+        kind=suspect.kind,
         accuracy=float((predicted == labels).mean()),
         white_box=white_box,
         black_box=black_box,

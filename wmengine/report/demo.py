@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +19,20 @@ from wmengine.marks.watermark import Watermark
 from wmengine.parts.statistics.tails import threshold
 from wmengine.report import html, pictures
 
+Kind = Literal["copy", "student", "stranger"]
+
 
 @dataclass(frozen=True)
 class Row:
-    """One model of the table: what it is, its file, its test accuracy in [0, 1], and what each mark says of it."""
+    """One model of the table: what it is, its file, its test accuracy in [0, 1], and what each mark says of it.
+
+    kind: a copy of the marked network, a student that learned from its answers, or a stranger.
+    """
 
     model: str
     made: str
     file: str
-    is_copy: bool
+    kind: Kind
     accuracy: float
     white_box: Verdict
     black_box: Verdict
@@ -54,7 +59,12 @@ class DemoResult:
     @property
     def proven(self) -> bool:
         """Both marks prove every copy, and neither claims the independent network."""
-        return all((row.white_box.owned, row.black_box.owned) == (row.is_copy, row.is_copy) for row in self.rows)
+        return all(
+            verdict.owned == (row.kind == "copy")
+            for row in self.rows
+            if row.kind != "student"
+            for verdict in (row.white_box, row.black_box)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The table as JSON: one object per model, with both verdicts under the names of `Verdict.to_json`."""
@@ -62,7 +72,7 @@ class DemoResult:
             {
                 "model": row.model,
                 "file": row.file,
-                "is_copy": row.is_copy,
+                "kind": row.kind,
                 "test_accuracy": row.accuracy,
                 "white_box": json.loads(row.white_box.to_json()),
                 "black_box": json.loads(row.black_box.to_json()),
@@ -98,7 +108,7 @@ def print_table(result: DemoResult, file: IO[str] | None = None) -> None:
         table.add_column("\nlog10 p", justify="right")
         table.add_column("\nverdict", no_wrap=True)
     for row in result.rows:
-        cells = [f"[bold]{row.model}[/]" if row.is_copy else row.model, html.percent(row.accuracy)]
+        cells = [f"[bold]{row.model}[/]" if row.kind == "copy" else row.model, html.percent(row.accuracy)]
         for verdict in (row.white_box, row.black_box):
             style = {"owned": "green", "error": "red"}.get(verdict.decision, "default")
             decision = f"[{style}]{html.DECISIONS[verdict.decision]}[/]"
@@ -108,6 +118,8 @@ def print_table(result: DemoResult, file: IO[str] | None = None) -> None:
     console.print()
     difference, low, high = (html.points(value) for value in result.accuracy_cost)
     console.print(f"Accuracy cost of both marks: {difference} points, 95 % interval {low} … {high}.", soft_wrap=True)
+    said = "A student of the marked network's answers shares no weight with it: for that there is the scheme response."
+    console.print(said, soft_wrap=True)
     console.print(f"Report: {result.report}   table: {result.table}   {result.seconds:.0f} s", soft_wrap=True)
 
 
