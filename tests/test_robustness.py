@@ -54,6 +54,7 @@ class Counted:
             presets=("adi",),
             classes=2,
             mark_options={"adi": {"count": 8}},
+            planned={},
         )
         return dataclasses.replace(tiny, **changes)
 
@@ -292,7 +293,8 @@ def a_table(counted: Counted, **changes: Any) -> list[list[str]]:
             found[null.key] = a_row(null, matched=10 + seed, log10_p=-0.25 * seed)
     missing = Cell(problem, "sketch", 3, WORSE)
     found[missing.key] = a_row(missing, log10_p=0.0)
-    text = tables.table(problem, found, (UNTOUCHED, WORSE, STRANGER, Line("stranger 2", base="stranger 2")))
+    lines = (UNTOUCHED, WORSE, STRANGER, Line("stranger 2", base="stranger 2"))
+    text = tables.table(problem, problem.presets, found, lines)
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
 
 
@@ -302,7 +304,7 @@ def test_the_table_shows_every_seed_the_worst_marked_and_what_is_missing(counted
     assert untouched == ["untouched", "not run", "not run"]
     assert worse[1] == "-30.0 **-7.2** -8.0 ✗<br>loss 0.5, SoK 3/3"
     assert worse[2] == "not run not run **0.0** ✗<br>loss 0.5, SoK not run"
-    assert strangers == ["2 models without the mark", "least of 6: -0.8", "not run"]
+    assert strangers == ["models without the mark", "least of 6: -0.8", "not run"]
 
 
 def test_the_heading_names_every_commit_and_version_that_its_rows_come_from() -> None:
@@ -351,7 +353,7 @@ def test_the_table_of_statistics_reads_answers_as_scores_and_as_labels(counted: 
 def test_the_picture_is_1200_pixels_wide_and_holds_what_it_was_drawn_from(counted: Counted, tmp_path: Path) -> None:
     problem = counted.problem()
     row = a_row(Cell(problem, "adi", 1, WORSE), loss=9.0)
-    (tmp_path / "picture.png").write_bytes(tables.picture(problem, {row.key: row}, [UNTOUCHED, WORSE]))
+    (tmp_path / "picture.png").write_bytes(tables.picture(problem, problem.presets, {row.key: row}, [UNTOUCHED, WORSE]))
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.width == 1200
         assert picture.info["Source"] == tables.source_of({row.key: row})
@@ -362,11 +364,33 @@ def test_published_pages_and_pictures_are_those_of_the_rows() -> None:
     for name, text in tables.published(found).items():
         assert f"<!-- {name}:begin -->\n{text}\n<!-- {name}:end -->" in tables.PAGES[name].read_text(encoding="utf-8")
     for name, problem in PROBLEMS.items():
-        picture = tables.picture_of(problem)
-        assert picture.exists() == bool(found[name])
-        if found[name]:
-            with Image.open(picture) as drawn:
-                assert drawn.info["Source"] == tables.source_of(found[name])
+        for group in tables.groups_of(problem):
+            picture = tables.picture_of(problem, group)
+            assert picture.exists() == bool(found[name])
+            if found[name]:
+                with Image.open(picture) as drawn:
+                    assert drawn.info["Source"] == tables.source_of(found[name])
+
+
+def test_a_preset_has_the_lines_that_are_planned_for_it_and_a_line_that_nobody_has_is_not_shown(
+    counted: Counted,
+) -> None:
+    problem = counted.problem(presets=("adi", "sketch"), planned={"sketch": ("untouched",), "adi": ("unt*", "worse")})
+    cells_of_seed = [cell for cell in every(problem, seeds=(1,)) if cell.preset != "none"]
+    assert [(cell.preset, cell.line.label) for cell in cells_of_seed] == [
+        ("adi", "untouched"),
+        ("adi", "worse"),
+        ("sketch", "untouched"),
+    ]
+    rows = tables.table(problem, problem.presets, {}, (UNTOUCHED, WORSE, WORSE_TWICE)).splitlines()[2:]
+    assert rows == ["| untouched | not run | not run |", "| worse | not run |  |"]
+
+
+def test_many_presets_have_a_table_for_each_place_where_a_mark_may_lie(counted: Counted) -> None:
+    assert tables.groups_of(counted.problem(presets=("adi", "sketch"))) == {"": ("adi", "sketch")}
+    groups = tables.groups_of(DIGITS)
+    assert set(groups) == {"white-box", "black-box"}
+    assert sorted(preset for presets in groups.values() for preset in presets) == sorted(DIGITS.presets)
 
 
 def test_every_line_is_of_an_attack_and_of_options_that_there_are() -> None:

@@ -155,21 +155,26 @@ SERVED_LINES = (  # of presets that are put into finished networks
 
 def cells_of(problem: Problem, presets: Sequence[str], seeds: Iterable[int], lines: Sequence[Line]) -> list[Cell]:
     """Seed by seed and preset by preset, so that what was begun is whole early; the unmarked twin comes first."""
-    found, lines = [], possible(problem, lines)
+    found = []
     for seed in seeds:
         found.append(Cell(problem, UNMARKED, seed, TWIN_LINE))
         found += [
             Cell(problem, preset, seed, line)
             for preset in presets
-            for line in lines
+            for line in possible(problem, lines, preset)
             if line.base != SERVED or preset in problem.tuned
         ]
     return found
 
 
-def possible(problem: Problem, lines: Sequence[Line]) -> list[Line]:
-    """The lines without those that the problem rules out."""
-    return [line for line in lines if not any(fnmatchcase(line.label, each) for each in problem.without)]
+def possible(problem: Problem, lines: Sequence[Line], preset: str) -> list[Line]:
+    """The lines that a preset is measured on."""
+    planned = problem.planned.get(preset, ("*",))
+    return [line for line in lines if _is_one(line, planned) and not _is_one(line, problem.without)]
+
+
+def _is_one(line: Line, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(line.label, each) for each in patterns)
 
 
 def chosen(patterns: Sequence[str] | None) -> list[Line]:
@@ -177,6 +182,6 @@ def chosen(patterns: Sequence[str] | None) -> list[Line]:
     matches none."""
     every = (*LINES, *SERVED_LINES)
     for pattern in patterns or ():
-        if not any(fnmatchcase(line.label, pattern) for line in every):
+        if not any(_is_one(line, [pattern]) for line in every):
             raise ValueError(f"there is no line {pattern!r}: --list shows them, and '{pattern}*' is all that begin so")
-    return [line for line in every if patterns is None or any(fnmatchcase(line.label, each) for each in patterns)]
+    return [line for line in every if patterns is None or _is_one(line, patterns)]

@@ -32,9 +32,10 @@ class Problem:
     load: the data's folder → owner, thief and test, [n, ...] inputs and int64 labels. build, other: a network from a
     seed, the owner's and one of another architecture. train: (model, rows, seed=, embedder=) → the model in eval mode.
     elsewhere: inputs that are none of the task's. presets: those that its table has. mark_options, attack_options: by
-    preset and by attack, what differs from their defaults. without: patterns of the lines that its table has not. half:
-    attacks train under autocast to bfloat16. tuned: by preset, for how many epochs a finished network is trained on to
-    hold it, with that network and a student of its labels as controls and the test's inputs, unlabelled, as probes.
+    preset and by attack, what differs from their defaults. without: patterns of the lines that its table has not;
+    planned: by preset, the lines that it is measured on, where these are not all. half: attacks train under autocast to
+    bfloat16. tuned: by preset, for how many epochs a finished network is trained on to hold it, with that network and a
+    student of its labels as controls and the test's inputs, unlabelled, as probes.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Problem:
     mark_options: Options = field(default_factory=dict)
     attack_options: Options = field(default_factory=dict)
     without: tuple[str, ...] = ()
+    planned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     half: bool = False
     tuned: Mapping[str, int] = field(default_factory=dict)
 
@@ -130,6 +132,19 @@ def photographs(count: int, size: int, channels: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(found).transpose(0, 3, 1, 2).astype(np.float32) / 255.0)
 
 
+# What removes a mark, and what makes a copy, once each: for presets that share their parts with one that is measured on
+# every line.
+_CHOSEN = (
+    *("untouched", "ftal", "rtal", "prune 90%", "int8 qdq", "distil", "extract", "extract then wrk"),
+    *("stranger 1", "stranger 2"),
+)
+_TRIGGERS = ("zhang_content", "margin", "ewe_keyed", "class_feature", "mea_defender")
+_PICTURES_LINES = (  # of CIFAR-10: networks take minutes there
+    *("untouched", "ftll", "ftal", "rtal", "prune 50%", "prune 80%", "prune 90%", "prune filters 25%"),
+    *("prune 90% then ftal", "noise 1/700", "noise 0.2", "noise 0.5", "permute rescale flip", "fp16", "rename"),
+    *("int8 qdq", "int8 dynamic", "overwrite", "distil", "distil other architecture", "extract", "extract then wrk"),
+    *("stranger 1", "stranger 2"),
+)
 DIGITS = Problem(
     name="digits",
     recipe="897 digits, 30 epochs, Adam, one cycle to 3e-3, batches of 64",
@@ -148,6 +163,7 @@ DIGITS = Problem(
     ),
     mark_options={"response": {"mixtures": 64}},
     tuned={"response": 30},
+    planned=dict.fromkeys((*_TRIGGERS, "zhang_noise", "blind", "certified", "response"), _CHOSEN),
     # A student who learned digits from photographs reads none; those that `distil` and `extract` make are good ones.
     without=("*elsewhere", "copy by *"),
 )
@@ -177,7 +193,15 @@ CIFAR10 = Problem(
         **{name: {"batch": cifar10.BATCH} for name in ("ftll", "ftal", "rtll", "rtal", "wrk", "overwrite")},
         **{name: {"batch": cifar10.BATCH, "epochs": cifar10.EPOCHS} for name in ("distil", "extract")},
     },
-    without=("ftal 30 epochs *",),  # for tasks of a few steps an epoch
+    planned={
+        "sketch": _PICTURES_LINES,
+        "adi": (*_PICTURES_LINES, "copy by labels"),
+        **dict.fromkeys(
+            _TRIGGERS,
+            ("untouched", "ftal", "prune 50%", "noise 0.2", "fp16", "int8 qdq", "copy by labels", "stranger 1"),
+        ),
+        "response": ("untouched", "ftal", "int8 qdq", "copy by *", "stranger 1", "service*"),
+    },
     half=True,
     tuned={"response": 3},
 )

@@ -107,20 +107,34 @@ def heading(problem: Problem, found: Found, steps: Mapping[str, float] | None = 
     return "\n".join([measured, "", *lines])
 
 
-def table(problem: Problem, found: Found, lines: Sequence[Line] = LINES) -> str:
+def groups_of(problem: Problem) -> dict[str, tuple[str, ...]]:
+    """The presets that share a table, by its name: few all of them, many by where the mark lies."""
+    if len(problem.presets) < 10:
+        return {"": problem.presets}
+    kinds = {preset: problem.preset(preset).kind for preset in problem.presets}
+    return {kind: tuple(each for each in kinds if kinds[each] == kind) for kind in ("white-box", "black-box")}
+
+
+def table(problem: Problem, presets: Sequence[str], found: Found, lines: Sequence[Line] = LINES) -> str:
     """Markdown: a row for each attack, a column for each preset; what a cell shows stands in docs/robustness.md."""
-    head = f"| attack | {' | '.join(problem.presets)} |"
-    rows = [head, "|---" * (1 + len(problem.presets)) + "|"]
-    thresholds = {preset: sok_threshold(_nulls(problem, preset, lines, found)) for preset in problem.presets}
-    for line in possible(problem, lines):
-        if line.base == MARKED:
-            shown = (_shown(_seeds(problem, each, line, found), thresholds[each]) for each in problem.presets)
-            rows.append(f"| {line.label} | {' | '.join(shown)} |")
-    strangers = [line for line in lines if line.base != MARKED]
-    if strangers:
-        shown = (_strangers(_nulls(problem, each, lines, found)) for each in problem.presets)
-        rows.append(f"| {len(strangers)} models without the mark | {' | '.join(shown)} |")
+    rows = [f"| attack | {' | '.join(presets)} |", "|---" * (1 + len(presets)) + "|"]
+    thresholds = {preset: sok_threshold(_nulls(problem, preset, lines, found)) for preset in presets}
+    for line, planned in _planned(problem, presets, lines):
+        shown = (
+            _shown(_seeds(problem, each, line, found), thresholds[each]) if each in planned else "" for each in presets
+        )
+        rows.append(f"| {line.label} | {' | '.join(shown)} |")
+    if any(line.base != MARKED for line in lines):
+        shown = (_strangers(_nulls(problem, each, lines, found)) for each in presets)
+        rows.append(f"| models without the mark | {' | '.join(shown)} |")
     return "\n".join(rows)
+
+
+def _planned(problem: Problem, presets: Sequence[str], lines: Sequence[Line]) -> list[tuple[Line, set[str]]]:
+    """The attacks on marked networks, each with those of the presets that are measured on it."""
+    lines_of = {preset: possible(problem, lines, preset) for preset in presets}
+    every = [(line, {preset for preset in presets if line in lines_of[preset]}) for line in lines]
+    return [(line, planned) for line, planned in every if planned and line.base == MARKED]
 
 
 def statistics_table(found: Found, problem: Problem = DIGITS, lines: Sequence[Line] = LINES) -> str:
@@ -142,7 +156,7 @@ def statistics_table(found: Found, problem: Problem = DIGITS, lines: Sequence[Li
 def response_table(found: Found, problem: Problem = CIFAR10) -> str:
     """Markdown: of each copy of networks marked by `response` the accuracy, and log10 p from scores and from labels."""
     rows = ["| network | accuracy, % | points lost [95 %] | log10 p: scores / labels |", "|---|---|---|---|"]
-    for line in possible(problem, (*LINES, *SERVED_LINES)):
+    for line in possible(problem, (*LINES, *SERVED_LINES), "response"):
         seeds = [row for row in _seeds(problem, "response", line, found) if row is not None]
         if seeds:
             cells_of_row = [
@@ -165,9 +179,10 @@ def published(found: Mapping[str, Found]) -> dict[str, str]:
     steps = {DIGITS.name: steps_over_plain(results.load(), DIGITS.presets)}
     for name, problem in PROBLEMS.items():
         parts += [f"## {name}", "", heading(problem, found[name], steps.get(name)), ""]
-        if found[name]:
-            seen = f"![Worst log10 p of three seeds for every attack and mark on {name}]({picture_of(problem).name})"
-            parts += [table(problem, found[name]), "", seen, ""]
+        for group, presets in groups_of(problem).items() if found[name] else ():
+            seen = f"Worst log10 p of three seeds for every attack and {group} mark on {name}".replace("  ", " ")
+            parts += [f"### {name}, {group}", ""] if group else []
+            parts += [table(problem, presets, found[name]), "", f"![{seen}]({picture_of(problem, group).name})", ""]
     return {
         "robustness": "\n".join(parts).strip(),
         "statistics": statistics_table(found[DIGITS.name]),
@@ -184,12 +199,12 @@ def publish(out: Path = OUT) -> None:
         before, _, rest = page.partition(begin)
         PAGES[name].write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
     for name, problem in PROBLEMS.items():
-        if found[name]:
-            picture_of(problem).write_bytes(picture(problem, found[name]))
+        for group, presets in groups_of(problem).items() if found[name] else ():
+            picture_of(problem, group).write_bytes(picture(problem, presets, found[name]))
 
 
-def picture_of(problem: Problem) -> Path:
-    return ROOT / "docs" / f"robustness-{problem.name}.png"
+def picture_of(problem: Problem, group: str) -> Path:
+    return ROOT / "docs" / f"robustness-{problem.name}{group and '-'}{group}.png"
 
 
 def source_of(found: Found) -> str:
@@ -198,22 +213,21 @@ def source_of(found: Found) -> str:
     return hashlib.sha256("\n".join(shown).encode()).hexdigest()
 
 
-def picture(problem: Problem, found: Found, lines: Sequence[Line] = LINES) -> bytes:
+def picture(problem: Problem, presets: Sequence[str], found: Found, lines: Sequence[Line] = LINES) -> bytes:
     """A PNG, 1200 pixels wide or more: attacks × presets, what it came to in colour, the worst log10 p of the seeds and
     the mean loss in points in digits; hatched on the left where the loss leaves no product."""
-    shown = [line for line in possible(problem, lines) if line.base == MARKED]
+    shown = _planned(problem, presets, lines)
     with rc_context(plots.STYLE | {"axes.grid": False, "font.size": 10, "hatch.linewidth": 0.7}):
-        width = max(1200, 300 + 130 * len(problem.presets))
+        width = max(1200, 300 + 130 * len(presets))
         figure = Figure(figsize=(width / plots.DPI, 0.25 * len(shown) + 0.9), layout="constrained")
         axes = figure.subplots()
-        for y, line in enumerate(shown):
-            for x, preset in enumerate(problem.presets):
-                _square(axes, x, y, [row for row in _seeds(problem, preset, line, found) if row is not None])
-        axes.set(xlim=(0, len(problem.presets)), ylim=(len(shown), 0))
-        axes.set_xticks(
-            [x + 0.5 for x in range(len(problem.presets))], [f"{preset}\nlog10 p    loss" for preset in problem.presets]
-        )
-        axes.set_yticks([y + 0.5 for y in range(len(shown))], [line.label for line in shown])
+        for y, (line, planned) in enumerate(shown):
+            for x, preset in enumerate(presets):
+                if preset in planned:
+                    _square(axes, x, y, [row for row in _seeds(problem, preset, line, found) if row is not None])
+        axes.set(xlim=(0, len(presets)), ylim=(len(shown), 0))
+        axes.set_xticks([x + 0.5 for x in range(len(presets))], [f"{preset}\nlog10 p    loss" for preset in presets])
+        axes.set_yticks([y + 0.5 for y in range(len(shown))], [line.label for line, _ in shown])
         axes.xaxis.tick_top()
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
