@@ -64,21 +64,11 @@ def _unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     return np.stack(parts, axis=-1).reshape(*packed.shape[:-1], -1)
 
 
-def unblocked(stored: Factors, block: int) -> Factors:
-    """An NCHWc convolution's weight as [O, I/groups, *kernel], without the zeros that fill up its last blocks."""
-    filters, channels, *kernel = stored.shape
-    inner = block if channels % block == 0 else 1  # fewer channels than a block has are not blocked
-    parts = stored.reshape(filters // block, channels // inner, *kernel, inner, block)
+def unblocked(stored: Factors, block: int, filters: int | None = None, channels: int | None = None) -> Factors:
+    """An NCHWc convolution's weight as [O, I/groups, *kernel], its first filters and channels, or all there are."""
+    size, inputs, *kernel = stored.shape
+    inner = block if inputs % block == 0 else 1  # fewer channels than a block has are not blocked
+    parts = stored.reshape(size // block, inputs // inner, *kernel, inner, block)
     last = parts.ndim - 1
     moved = parts.transpose(0, last, 1, last - 1, *range(2, last - 1)).reshape(stored.shape)
-    moved = moved[: filters - _filling(moved.reshape(filters, -1), block)]
-    if inner == 1:
-        return moved
-    across = moved.swapaxes(0, 1)
-    return moved[:, : channels - _filling(across.reshape(channels, -1), block)]
-
-
-def _filling(rows: Factors, block: int) -> int:
-    """How many of the last rows hold nothing but zeros, fewer than a block."""
-    nonzero = np.flatnonzero(rows[-block:].any(axis=1))
-    return min(block - 1, block - 1 - int(nonzero[-1])) if len(nonzero) else block - 1
+    return moved[:filters, :channels]

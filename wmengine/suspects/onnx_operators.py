@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from wmengine.suspects.onnx_blocked import DOMAIN, Blocked
 from wmengine.suspects.onnx_graph import DOMAINS, Graph
 from wmengine.suspects.onnx_layouts import unblocked
 from wmengine.suspects.onnx_sources import Unreadable, attribute, input_of
@@ -73,7 +74,7 @@ _ALWAYS_WEIGHTS = ("Gemm", "FusedGemm", "QGemm")
 
 def operands_of(graph: Graph, node: Any) -> list[Operand]:
     """A node's operands that are weights, or would be if they did not depend on the input."""
-    if node.domain == "com.microsoft.nchwc":
+    if node.domain == DOMAIN:
         return [BLOCKED] if node.op_type == "Conv" else []
     if node.domain not in DOMAINS:
         return []
@@ -103,7 +104,7 @@ def is_weight(graph: Graph, node: Any, operand: Operand) -> bool:
     raise Unreadable
 
 
-def turning(node: Any, operand: Operand, block: int) -> Callable[[Array], Array]:
+def turning(node: Any, operand: Operand, blocked: Blocked | None) -> Callable[[Array], Array]:
     """What turns a node's operand to [O, I/groups, *kernel], filters on axis 0; values are moved and not changed, and
     but for those in blocks only viewed."""
     if operand.layout == "matrix":
@@ -122,7 +123,9 @@ def turning(node: Any, operand: Operand, block: int) -> Callable[[Array], Array]
     if operand.layout == "channels last":
         return lambda values: np.moveaxis(values, -1, 1)
     if operand is BLOCKED:
-        return partial(unblocked, block=block)
+        if blocked is None:
+            raise Unreadable
+        return partial(unblocked, **blocked._asdict())
     groups, transposed = attribute(node, "group", 1), operand.layout == "transposed"
     return lambda values: filters_first(values, groups, transposed) if values.ndim > 2 else values
 
@@ -139,13 +142,17 @@ def of_direction(node: Any, operand: Operand, factors: Array | None) -> Array | 
     if factors is None or operand.direction is None:
         return factors
     directions = 2 if _text(node, "direction") == "bidirectional" else 1
-    return factors.reshape(directions, -1)[operand.direction]
+    own: Array = factors.reshape(directions, -1)[operand.direction]
+    return own
 
 
 def gates_as_torch(node: Any, rows: Array) -> Array:
     """A turned operand's rows in the order that torch has them in: a recurrent one's gates are in another."""
     order = _GATES.get(node.op_type, (0,))
-    return rows if order == (0,) else np.concatenate([np.split(rows, len(order))[gate] for gate in order])
+    if order == (0,):
+        return rows
+    gates = np.split(rows, len(order))
+    return np.concatenate([gates[gate] for gate in order])
 
 
 def alpha(node: Any) -> float:

@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ValueInfoProto, helper, numpy_helper
+from onnx import ValueInfoProto
 
 from wmengine.errors import OtherTask, SuspectError
 from wmengine.facts import Fact, fact
 from wmengine.suspects.base import Tensor, Weight, one_line
-from wmengine.suspects.onnx_graph import DOMAINS, MAXIMUM_CHAIN, Graph, inlined, run_constants
+from wmengine.suspects.onnx_blocked import Blocked, blocked_convolutions
+from wmengine.suspects.onnx_graph import DOMAINS, MAXIMUM_CHAIN, Graph, inlined
 from wmengine.suspects.onnx_layouts import PACKED_BITS, from_bits, per_axis
 from wmengine.suspects.onnx_operators import (
-    BLOCKED,
     Operand,
     alpha,
     axes_fit,
@@ -83,12 +83,12 @@ def _walk(name: str, model: Any, external: Mapping[str, bytes]) -> tuple[list[_F
         graph = Graph(model, external)
         users = [(node, operand) for node in graph.nodes() for operand in operands_of(graph, node)]
         graph.computed(value for node, operand in users for value in _expressions(graph, node, operand))
-        block = _block(graph, [node for node, operand in users if operand is BLOCKED])
+        blocked = blocked_convolutions(graph)
         found: dict[Any, _Found] = {}
         unread = 0
         for node, operand in users:
             try:
-                read = _weight(name, graph, node, operand, block) if is_weight(graph, node, operand) else None
+                read = _weight(name, graph, node, operand, blocked) if is_weight(graph, node, operand) else None
                 if read is not None:
                     found.setdefault(*read)
             except MemoryError:
@@ -112,16 +112,14 @@ def _expressions(graph: Graph, node: Any, operand: Operand) -> Iterator[Any]:
             yield value
 
 
-def _weight(name: str, graph: Graph, node: Any, operand: Operand, block: int) -> tuple[Any, _Found] | None:
+def _weight(
+    name: str, graph: Graph, node: Any, operand: Operand, blocked: Mapping[Any, Blocked]
+) -> tuple[Any, _Found] | None:
     """A weight of a node, with what tells it from others; None where it has no weight's axes."""
     source = source_of(graph, input_of(node, operand.weight))
-    turn = turning(node, operand, block)
+    turn = turning(node, operand, blocked.get(node))
     if operand.layout == "bits":
         shape = _shape_of_bits(graph, node, source)
-    elif operand is BLOCKED:
-        if len(source.shape) != 4 or source.shape[0] % block or 0 in source.shape:
-            raise Unreadable
-        shape = turn(source.read()).shape  # how many channels fill up a block can only be seen
     else:
         shape = turn(np.broadcast_to(np.float32(0), source.shape)).shape
         if 0 in shape or not axes_fit(operand, shape):
@@ -176,20 +174,6 @@ def _from_bits(graph: Graph, node: Any, source: Source) -> Array:
         raise ValueError("MatMulNBits has no scales that can be computed")
     packed = source.read().astype(np.uint8)
     return from_bits(packed, scales, zero_points, attribute(node, "bits", 4), attribute(node, "K", 0))
-
-
-def _block(graph: Graph, convolutions: list[Any]) -> int:
-    """In how many channels blocked convolutions lie: 8 where it shows, else as ONNX Runtime blocks on this machine."""
-    if not convolutions:
-        return 0
-    sources = [source_of(graph, value) for node in convolutions if graph.is_constant(value := input_of(node, 1))]
-    if any(source.shape and source.shape[0] % 16 for source in sources):
-        return 8
-    node = helper.make_node("ReorderInput", ["x"], ["y"], domain="com.microsoft.nchwc")
-    pixel = numpy_helper.from_array(np.zeros((1, 4, 1, 1), np.float32), "x")
-    imports = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft.nchwc", 1)]
-    made = helper.make_graph([node], "block", [], [ValueInfoProto(name="y")], [pixel])
-    return int(run_constants(helper.make_model(made, opset_imports=imports, ir_version=8))[0].shape[1])
 
 
 def _factors(graph: Graph, node: Any, filters: int) -> Array | None:

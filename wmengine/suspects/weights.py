@@ -100,12 +100,14 @@ def module_tensors(model: torch.nn.Module, example: Mapping[str, torch.Tensor] |
 
 
 def _names(layer: Any) -> list[str]:
-    """What a layer's weights are called."""
+    """What a layer's weights are called, in the order in which it multiplies by them."""
     import torch
 
     if isinstance(layer, torch.nn.RNNBase):
         return [name for names in layer._all_weights for name in names if name.startswith("weight")]
-    return ["weight_ih", "weight_hh"] if isinstance(layer, torch.nn.RNNCellBase) else ["weight"]
+    if isinstance(layer, torch.nn.GRUCell):
+        return ["weight_ih", "weight_hh"]
+    return ["weight_hh", "weight_ih"] if isinstance(layer, torch.nn.RNNCellBase) else ["weight"]
 
 
 def filters_of(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
