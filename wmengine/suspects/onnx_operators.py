@@ -97,6 +97,9 @@ def is_weight(graph: Graph, node: Any, operand: Operand) -> bool:
     """Whether a node's operand is one; Unreadable where it should be and is not constant, or no reader knows it."""
     if operand.layout == "unknown":
         raise Unreadable
+    if operand.layout == "einsum":
+        own, other, result = _terms(node, operand)
+        return not set(own) <= set(other) & set(result)  # else it only scales
     if graph.is_constant(input_of(node, operand.weight)):
         return True
     if operand.layout == "matrix" and node.op_type not in _ALWAYS_WEIGHTS:
@@ -117,7 +120,7 @@ def turning(node: Any, operand: Operand, blocked: Blocked | None) -> Callable[[A
 
         return matrix
     if operand.layout == "einsum":
-        return _of_einsum(_text(node, "equation"), operand.weight, len(node.inputs))
+        return _of_einsum(*_terms(node, operand))
     if operand.layout in ("gates", "gates last"):
         return partial(_of_gates, node, operand)
     if operand.layout == "channels last":
@@ -169,14 +172,18 @@ def _of_gates(node: Any, operand: Operand, values: Array) -> Array:
     return rows
 
 
-def _of_einsum(equation: str, place: int, count: int) -> Callable[[Array], Array]:
-    """What turns the operand at `place` to a matrix, where the equation is x·Wᵀ of it: each of its axes is summed with
-    one of the other's, or is one of the result's."""
-    terms, _, result = equation.replace(" ", "").partition("->")
+def _terms(node: Any, operand: Operand) -> tuple[str, str, str]:
+    """The axes of an Einsum's operand, of the other and of the result; Unreadable where there are more operands."""
+    terms, _, result = _text(node, "equation").replace(" ", "").partition("->")
     operands = terms.split(",")
-    if count != 2 or len(operands) != 2 or not result:
+    if len(node.inputs) != 2 or len(operands) != 2 or not result:
         raise Unreadable
-    own, other = operands[place], operands[1 - place]
+    return operands[operand.weight], operands[1 - operand.weight], result
+
+
+def _of_einsum(own: str, other: str, result: str) -> Callable[[Array], Array]:
+    """What turns an operand to a matrix where the equation is x·Wᵀ of it: each of its axes is summed with one of the
+    other's, or is one of the result's."""
     rows = [axis for axis in result if axis in own and axis not in other]
     columns = [axis for axis in other if axis in own and axis not in result]
     if not rows or not columns or sorted(rows + columns) != sorted(own):
