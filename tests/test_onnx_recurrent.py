@@ -136,7 +136,7 @@ def test_only_recurrent_weights_that_are_trained_are_marked():
     model = NETWORKS["RNN"]()
     model.layer.weight_hh_l0.requires_grad_(False)
     emb = wmengine.Embedder(
-        model, KEY, [wmengine.scheme("sketch", bits=4)], num_classes=3, sample=SAMPLE, name="recurrent"
+        model, KEY, [wmengine.scheme("sketch", bits=2)], num_classes=3, sample=SAMPLE, name="recurrent"
     )
     with pytest.warns(UserWarning, match="does not prove itself"):
         (mark,) = emb.watermarks()
