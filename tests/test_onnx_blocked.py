@@ -12,9 +12,9 @@ NCHWC = "com.microsoft.nchwc"
 
 
 def kernel(filters, channels, size=3, seed=0):
-    """As a trained one: its filters differ in their norms."""
+    """As a trained one: its filters and its input channels differ in their norms."""
     generator = np.random.default_rng(seed)
-    norms = np.exp(generator.normal(size=(filters, 1, 1, 1)))
+    norms = np.exp(generator.normal(0, 0.5, (filters, 1, 1, 1)) + generator.normal(0, 0.5, (channels, 1, 1)))
     return (norms * generator.normal(size=(filters, channels, size, size))).astype(np.float32)
 
 

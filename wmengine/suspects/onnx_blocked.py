@@ -20,7 +20,7 @@ from wmengine.suspects.onnx_sources import Source, attribute, floats, input_of, 
 
 DOMAIN = "com.microsoft.nchwc"
 _BLOCKS = (8, 16)
-# Standard deviations by which filters must differ more in one reading than in the other.
+# By how many standard deviations filters must differ more in one reading than in the other.
 _CLEARLY = 3.0
 
 
@@ -71,23 +71,23 @@ def _fits(node: Any, shape: tuple[int, ...], block: int) -> bool:
 
 
 def _told_apart(sources: Iterable[Source]) -> int:
-    """The block under which filters differ more in their norms: the wrong one mixes pairs of them. Where that is not
-    clear, as in a network that was never trained, the block of the machine that reads.
+    """The block under which filters, and input channels, differ more in their norms: the wrong one mixes pairs of them.
+    Where that is not clear, as in a network that was never trained, the block of the machine that reads.
 
-    Filters' energies in units of their mean have a variance V_b. (V_8 − V_16) / (V_8 + V_16) is about normal with
-    variance 1/O where no filter differs from another, and about ± 1/3 where they do.
+    The energies of n filters, in units of their mean, have a variance V_b. (V_8 − V_16) / (V_8 + V_16) is about normal
+    with variance 1/n where no filter differs from another, and about ± 1/3 where they do.
     """
-    total, filters = 0.0, 0
+    total, count = 0.0, 0
     for source in sources:
         stored = source.read()
-        spread = []
-        for block in _BLOCKS:
-            energies = np.square(unblocked(stored, block).reshape(len(stored), -1), dtype=np.float64).sum(1)
-            spread.append(float(np.var(energies / energies.mean())) if energies.any() else 0.0)
-        if math.isfinite(sum(spread)) and sum(spread) > 0:
-            total += len(stored) * (spread[0] - spread[1]) / sum(spread)
-            filters += len(stored)
-    if abs(total) > _CLEARLY * math.sqrt(filters):
+        squares = [np.square(unblocked(stored, block), dtype=np.float64) for block in _BLOCKS]
+        for axis in (0, 1):
+            energies = [each.swapaxes(0, axis).reshape(stored.shape[axis], -1).sum(1) for each in squares]
+            spread = [float(np.var(each / each.mean())) if each.any() else 0.0 for each in energies]
+            if math.isfinite(sum(spread)) and sum(spread) > 0:
+                total += stored.shape[axis] * (spread[0] - spread[1]) / sum(spread)
+                count += stored.shape[axis]
+    if abs(total) > _CLEARLY * math.sqrt(count):
         return _BLOCKS[0] if total > 0 else _BLOCKS[1]
     return _of_this_machine()
 
