@@ -114,13 +114,19 @@ def marked():
 
 
 @pytest.mark.filterwarnings(*QUIET)
-@pytest.mark.parametrize("copy", ["module", "new", "old", "int8 by channel", "int8 by tensor"])
+@pytest.mark.parametrize("copy", ["module", "new", "old", "int8 by channel", "int8 by tensor", "checkpoint"])
 def test_a_mark_in_recurrent_layers_is_proven(tmp_path, marked, copy):
     from onnxruntime import quantization
 
     model, mark = marked
     assert len(mark.parameters["carriers"]) == 9
-    suspect = model if copy == "module" else exported(model, tmp_path / "m.onnx", dynamo=copy == "new")
+    if copy == "module":
+        suspect = model
+    elif copy == "checkpoint":
+        suspect = tmp_path / "m.pt"
+        torch.save(model.state_dict(), suspect)
+    else:
+        suspect = exported(model, tmp_path / "m.onnx", dynamo=copy == "new")
     if copy.startswith("int8"):
         logging.disable(logging.WARNING)
         quantization.quantize_dynamic(suspect, tmp_path / "q.onnx", per_channel="channel" in copy)
@@ -130,6 +136,15 @@ def test_a_mark_in_recurrent_layers_is_proven(tmp_path, marked, copy):
     verdict = wmengine.verify(suspect, mark)
     assert (verdict.decision, verdict.matched) == ("owned", 64)
     assert any("9 of 9 carriers" in note for note in verdict.notes)
+
+
+def test_a_normalisation_behind_a_recurrent_layer_is_of_its_state(tmp_path):
+    """Neither a module nor its checkpoint folds it into the weights."""
+    model = Cell("RNNCell")
+    nn.init.normal_(model.norm.weight)
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    for suspect in (model, tmp_path / "m.pt"):
+        assert [tensor.factors for tensor in open_suspect(suspect).tensors(SIGNATURE)] == [None] * 3
 
 
 def test_only_recurrent_weights_that_are_trained_are_marked():

@@ -66,6 +66,7 @@ _GATES = {"RNN": (0,), "GRU": (1, 0, 2), "LSTM": (0, 2, 3, 1), "DynamicQuantizeL
 BLOCKED = Operand(1, None, None, "blocked")
 # What holds weights in ways of its own.
 _UNREADABLE = ("MatMulBnb4", "MatMulFpQ4", "MoE", "QMoE", "QOrderedMatMul", "QOrderedAttention", "AttnLSTM")
+_AXES = 64  # that an array may have
 # What multiplies by its weight from the right, x·Wᵀ, but may as well hold one on the left.
 _EITHER_SIDE = ("Gemm", "FusedGemm", "MatMul", "FusedMatMul")
 # Those of matrices that attention does not multiply two computed values with.
@@ -134,9 +135,12 @@ def turning(node: Any, operand: Operand, blocked: Blocked | None) -> Callable[[A
 
 
 def axes_fit(operand: Operand, shape: tuple[int, ...]) -> bool:
-    """Whether a turned operand has the axes of a weight, which a vector that is multiplied by has not."""
+    """Whether a turned operand has the axes of a weight, which a vector that is multiplied by has not; Unreadable where
+    it is many matrices."""
     if operand.layout in ("conv", "transposed", "channels last", "blocked"):
         return len(shape) > 2
+    if len(shape) > 2:
+        raise Unreadable
     return len(shape) == 2
 
 
@@ -176,7 +180,7 @@ def _terms(node: Any, operand: Operand) -> tuple[str, str, str]:
     """The axes of an Einsum's operand, of the other and of the result; Unreadable where there are more operands."""
     terms, _, result = _text(node, "equation").replace(" ", "").partition("->")
     operands = terms.split(",")
-    if len(node.inputs) != 2 or len(operands) != 2 or not result:
+    if len(node.inputs) != 2 or len(operands) != 2 or not result or max(map(len, (*operands, result))) > _AXES:
         raise Unreadable
     return operands[operand.weight], operands[1 - operand.weight], result
 
