@@ -210,21 +210,45 @@ def test_projections_are_found_in_other_kinds_of_attention(tmp_path, kind):
     assert np.array_equal(np.concatenate([part.values for part in parts]), first.T)
 
 
-def test_weights_in_an_encoding_that_is_not_read_are_counted(tmp_path):
+@pytest.mark.parametrize("kind", ["FP4", "NF4"])
+def test_weights_in_codes_of_four_bits_are_what_they_multiply_by(tmp_path, kind):
+    """The last block is not full, and half of the last byte is none of a value's."""
     from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
 
+    values = GENERATOR.normal(size=(35, 9)).astype(np.float32)
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["y"])],
         "g",
-        [helper.make_tensor_value_info("x", FLOAT, ["N", 64])],
-        [helper.make_tensor_value_info("y", FLOAT, ["N", 32])],
-        [numpy_helper.from_array(GENERATOR.normal(size=(64, 32)).astype(np.float32), "w")],
+        [helper.make_tensor_value_info("x", FLOAT, ["N", 35])],
+        [helper.make_tensor_value_info("y", FLOAT, ["N", 9])],
+        [numpy_helper.from_array(values, "w")],
     )
-    tool = MatMulBnb4Quantizer(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), 1, 64
-    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    tool = MatMulBnb4Quantizer(model, getattr(MatMulBnb4Quantizer, kind), 32)
     tool.process()
     tool.model.save_model_to_file(str(tmp_path / "m.onnx"))
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    (expected,) = session.run(None, {"x": np.eye(35, dtype=np.float32)})
+    suspect = open_suspect(tmp_path / "m.onnx")
+    (tensor,) = suspect.tensors()
+    np.testing.assert_allclose(tensor.values, expected.T, atol=1e-6)
+    assert [*map(str, suspect.facts)] == ["1 of 1 weights are quantised to integers"]
+
+
+@pytest.mark.parametrize("operator", ["MoE", "MatMul"])
+def test_many_matrices_in_one_tensor_are_counted(tmp_path, operator):
+    experts = numpy_helper.from_array(np.ones((3, 6, 6), np.float32), "w")
+    inputs = ["x", "w"] if operator == "MatMul" else ["x", "x", "w"]
+    domain = "" if operator == "MatMul" else "com.microsoft"
+    graph = helper.make_graph(
+        [helper.make_node(operator, inputs, ["y"], domain=domain)],
+        "g",
+        [helper.make_tensor_value_info("x", FLOAT, None)],
+        [helper.make_tensor_value_info("y", FLOAT, None)],
+        [experts],
+    )
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=8), tmp_path / "m.onnx")
     suspect = open_suspect(tmp_path / "m.onnx")
     assert suspect.tensors() == []
     assert ["could not be read" in str(fact) for fact in suspect.facts] == [True]

@@ -6,6 +6,7 @@ where there are enough of them input channels, in blocks of 8 or 16, the last on
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,14 @@ from numpy.typing import NDArray
 
 Factors = NDArray[np.float32]
 PACKED_BITS = (2, 4, 8)
+# What the 16 numbers of four bits stand for, of two kinds: FP4, sign first, and NF4 (Dettmers et al., QLoRA, 2023).
+_FP4 = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+CODES = np.array([(*_FP4, *(-each for each in _FP4)), _NF4], np.float32)
 
 
 def per_axis(factor: NDArray[Any], shape: tuple[int, ...], axis: int) -> NDArray[Any]:
@@ -56,6 +65,15 @@ def from_bits(
         zeros = zero_points.astype(np.float32).reshape(rows, blocks, 1)
     steps = _unpacked(packed, bits).astype(np.float32) - np.float32(zeros)
     return np.asarray((steps * scales.reshape(rows, blocks, 1)).reshape(rows, -1)[:, :columns])
+
+
+def from_codes(packed: NDArray[np.uint8], largest: Factors, shape: tuple[int, int], block: int, kind: int) -> Factors:
+    """MatMulBnb4's weight as [N, K]: codes of its values one behind the other, two in a byte, the high bits first, each
+    to be multiplied by the largest value of its block."""
+    count = math.prod(shape)
+    codes = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)[:count]
+    factors = largest.reshape(-1)[np.arange(count) // block]
+    return np.asarray((CODES[kind][codes] * factors).reshape(shape), np.float32)
 
 
 def _unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

@@ -51,6 +51,7 @@ _OPERANDS = {
     "DynamicQuantizeMatMul": [Operand(1, 2, 3, "matrix")],
     "MatMulIntegerToFloat": [Operand(1, 3, 5, "matrix")],
     "MatMulNBits": [Operand(1, 2, 3, "bits")],
+    "MatMulBnb4": [Operand(1, 2, None, "codes")],
     "Attention": [_MATRIX],
     "PackedAttention": [_MATRIX],
     "DecoderMaskedSelfAttention": [_MATRIX],
@@ -65,7 +66,7 @@ _QUANTISED = [Operand(1, 8, 9, "gates last"), Operand(2, 10, 11, "gates last", N
 _GATES = {"RNN": (0,), "GRU": (1, 0, 2), "LSTM": (0, 2, 3, 1), "DynamicQuantizeLSTM": (0, 2, 3, 1)}
 BLOCKED = Operand(1, None, None, "blocked")
 # What holds weights in ways of its own.
-_UNREADABLE = ("MatMulBnb4", "MatMulFpQ4", "MoE", "QMoE", "QOrderedMatMul", "QOrderedAttention", "AttnLSTM")
+_UNREADABLE = ("MatMulFpQ4", "MoE", "QMoE", "QOrderedMatMul", "QOrderedAttention", "AttnLSTM")
 _AXES = 64  # that an array may have
 # What multiplies by its weight from the right, x·Wᵀ, but may as well hold one on the left.
 _EITHER_SIDE = ("Gemm", "FusedGemm", "MatMul", "FusedMatMul")

@@ -8,7 +8,8 @@ to the orientation that torch has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from wmengine.facts import Fact, fact
 from wmengine.suspects.base import Tensor, Weight, one_line
 from wmengine.suspects.onnx_blocked import Blocked, blocked_convolutions
 from wmengine.suspects.onnx_graph import DOMAINS, MAXIMUM_CHAIN, Graph, inlined
-from wmengine.suspects.onnx_layouts import PACKED_BITS, from_bits, per_axis
+from wmengine.suspects.onnx_layouts import PACKED_BITS, from_bits, from_codes, per_axis
 from wmengine.suspects.onnx_operators import (
     Operand,
     alpha,
@@ -118,8 +119,8 @@ def _weight(
     """A weight of a node, with what tells it from others; None where it has no weight's axes."""
     source = source_of(graph, input_of(node, operand.weight))
     turn = turning(node, operand, blocked.get(node))
-    if operand.layout == "bits":
-        shape = _shape_of_bits(graph, node, source)
+    if operand.layout in _PACKED:
+        shape = _packed_shape(graph, node, source)
     else:
         shape = turn(np.broadcast_to(np.float32(0), source.shape)).shape
         if 0 in shape or not axes_fit(operand, shape):
@@ -127,8 +128,8 @@ def _weight(
 
     def read() -> Weight:
         try:
-            if operand.layout == "bits":
-                rows = _from_bits(graph, node, source)
+            if operand.layout in _PACKED:
+                rows = _PACKED[operand.layout](graph, node, source)
             else:
                 rows = gates_as_torch(node, _rescaled(graph, node, operand, turn(source.read())))
             factors = None if operand.direction is not None else _factors(graph, node, len(rows))
@@ -138,7 +139,7 @@ def _weight(
         except Exception as error:  # a hostile tensor can fail anywhere in there
             raise SuspectError(f"{name} has a weight that cannot be read ({one_line(error)})") from None
 
-    quantised = operand.layout == "bits" or _scale(graph, node, operand) is not None
+    quantised = operand.layout in _PACKED or _scale(graph, node, operand) is not None
     tensor = Tensor.unread(shape, str(source.root.name), read)
     stored = "quantised to integers" if quantised else source.stored
     return (source.root, operand.direction), _Found(tensor, stored, input_of(node, operand.given))
@@ -155,13 +156,19 @@ def _rescaled(graph: Graph, node: Any, operand: Operand, rows: NDArray[Any]) -> 
     return rows if alpha(node) == 1.0 else rows * np.float32(alpha(node))
 
 
-def _shape_of_bits(graph: Graph, node: Any, source: Source) -> tuple[int, int]:
-    """[N, K] of a MatMulNBits whose operands are as its attributes say."""
+def _packed_shape(graph: Graph, node: Any, source: Source) -> tuple[int, int]:
+    """[N, K] of a MatMulNBits or a MatMulBnb4 whose operands are as its attributes say."""
     rows, columns = attribute(node, "N", 0), attribute(node, "K", 0)
     bits, block = attribute(node, "bits", 4), attribute(node, "block_size", 0)
     scales = input_of(node, 2)
+    if min(rows, columns, block) < 1 or not graph.is_constant(scales):
+        raise Unreadable
+    if node.op_type == "MatMulBnb4":
+        if math.prod(source.shape) != -(-rows * columns // 2) or attribute(node, "quant_type", 0) not in (0, 1):
+            raise Unreadable
+        return rows, columns
     permuted = input_of(node, 4) is not None
-    if permuted or bits not in PACKED_BITS or min(rows, columns, block) < 1 or not graph.is_constant(scales):
+    if permuted or bits not in PACKED_BITS:
         raise Unreadable
     if source.shape != (rows, -(-columns // block), block * bits // 8):
         raise Unreadable
@@ -174,6 +181,18 @@ def _from_bits(graph: Graph, node: Any, source: Source) -> Array:
         raise ValueError("MatMulNBits has no scales that can be computed")
     packed = source.read().astype(np.uint8)
     return from_bits(packed, scales, zero_points, attribute(node, "bits", 4), attribute(node, "K", 0))
+
+
+def _from_codes(graph: Graph, node: Any, source: Source) -> Array:
+    rows, columns = shape = attribute(node, "N", 0), attribute(node, "K", 0)
+    largest, block = floats(graph, input_of(node, 2)), attribute(node, "block_size", 0)
+    if largest is None or largest.size != -(-rows * columns // block):
+        raise ValueError("MatMulBnb4 has no scales that can be computed")
+    packed = source.read().astype(np.uint8).reshape(-1)
+    return from_codes(packed, largest, shape, block, attribute(node, "quant_type", 0))
+
+
+_PACKED: dict[str, Callable[[Graph, Any, Source], Array]] = {"bits": _from_bits, "codes": _from_codes}
 
 
 def _factors(graph: Graph, node: Any, filters: int) -> Array | None:
