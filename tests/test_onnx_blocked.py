@@ -91,6 +91,24 @@ def test_a_pruned_filter_fills_no_block(tmp_path, shown_by):
     check(saved(weights, 16, tmp_path / "m.onnx", biases=biases), weights)
 
 
+def test_one_that_cannot_be_read_keeps_none_of_the_others_from_being_read(tmp_path):
+    weights = [kernel(20, 3), kernel(36, 20, seed=1)]
+    model = onnx.load(saved(weights, 16, tmp_path / "m.onnx"))
+    model.graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.ones((16, 3, 3, 3), np.int8), "bad"),
+            numpy_helper.from_array(np.ones(5, np.float32), "scale"),  # of another length than any axis
+        ]
+    )
+    model.graph.node.append(helper.make_node("DequantizeLinear", ["bad", "scale"], ["v"]))
+    model.graph.node.append(helper.make_node("Conv", ["x", "v"], ["z"], domain=NCHWC))
+    model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, None))
+    onnx.save(model, tmp_path / "m.onnx")
+    suspect = open_suspect(tmp_path / "m.onnx")
+    assert [tensor.shape for tensor in suspect.tensors()] == [weight.shape for weight in weights]
+    assert ["could not be read" in str(fact) for fact in suspect.facts] == [True]
+
+
 def test_the_layout_is_the_one_that_onnx_runtime_writes(tmp_path):
     weights = [kernel(20, 3), kernel(36, 20, seed=1), kernel(20, 36, size=1, seed=2)]
     nodes = [

@@ -34,16 +34,21 @@ class Blocked(NamedTuple):
 
 def blocked_convolutions(graph: Graph) -> dict[Any, Blocked]:
     """The convolutions of a graph that lie in blocks, without those whose weight cannot be read."""
-    sources = {}
+    sources: dict[Any, Source] = {}
+    roots: set[Any] = set()
     for node in graph.nodes():
         if (node.domain, node.op_type) == (DOMAIN, "Conv") and graph.is_constant(input_of(node, 1)):
             try:
                 source = source_of(graph, input_of(node, 1))
+                if source.root not in roots:
+                    source.read()  # so that one that cannot be read keeps none of the others from being read
+                    roots.add(source.root)
+                readable = len(source.shape) == 4 and 0 not in source.shape and node.inputs[0] is not None
             except MemoryError:
                 raise
             except Exception:  # Unreadable, or a chain that ONNX Runtime would not run through either
                 continue
-            if len(source.shape) == 4 and 0 not in source.shape:
+            if readable:
                 sources[node] = source
     possible = [block for block in _BLOCKS if all(_fits(node, each.shape, block) for node, each in sources.items())]
     if not sources or not possible:
@@ -80,16 +85,21 @@ def _told_apart(sources: Iterable[Source]) -> int:
     total, count = 0.0, 0
     for source in sources:
         stored = source.read()
-        squares = [np.square(unblocked(stored, block), dtype=np.float64) for block in _BLOCKS]
         for axis in (0, 1):
-            energies = [each.swapaxes(0, axis).reshape(stored.shape[axis], -1).sum(1) for each in squares]
-            spread = [float(np.var(each / each.mean())) if each.any() else 0.0 for each in energies]
+            with np.errstate(over="ignore", invalid="ignore"):
+                spread = [_spread(unblocked(stored, block), axis) for block in _BLOCKS]
             if math.isfinite(sum(spread)) and sum(spread) > 0:
                 total += stored.shape[axis] * (spread[0] - spread[1]) / sum(spread)
                 count += stored.shape[axis]
     if abs(total) > _CLEARLY * math.sqrt(count):
         return _BLOCKS[0] if total > 0 else _BLOCKS[1]
     return _of_this_machine()
+
+
+def _spread(rows: NDArray[np.float32], axis: int) -> float:
+    """The variance of energies along an axis, in units of their mean."""
+    energies = np.square(rows).sum((1 - axis, 2, 3), np.float64)
+    return float(np.var(energies / energies.mean())) if energies.any() else 0.0
 
 
 def _of_this_machine() -> int:
