@@ -114,6 +114,12 @@ def a_quarter_of_a_million_nodes():
 
 
 @hostile("answers 16 inputs with no scores")
+def a_quarter_of_a_million_nodes_that_nothing_needs():
+    chain = [node("Relu", f"n{index}" if index else "x", f"n{index + 1}") for index in range(250_000)]
+    return model([*chain, node("Relu", "x", "y")])
+
+
+@hostile("answers 16 inputs with no scores")
 def nodes_in_one_long_chain():
     """As many as are let through: what walks them by recursion must not run out of stack."""
     chain = [node("Relu", f"n{index}" if index else "x", f"n{index + 1}") for index in range(20_000)]

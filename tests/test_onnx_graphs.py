@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from test_onnx_tensors import CLASSES, FEATURES, FLOAT, INPUTS, WEIGHT, graph, save, weight
 
-from wmengine.suspects import open_suspect
+from wmengine.suspects import graph_limits, open_suspect
 
 node = helper.make_node
 MATRIX = np.ascontiguousarray(WEIGHT.T)
@@ -96,6 +96,21 @@ def check(made, folder, expected=MATRIX):
     assert tensor.shape == expected.shape
     np.testing.assert_allclose(tensor.values, expected, rtol=1e-5, atol=1e-6)
     return [*map(str, suspect.facts)]
+
+
+def test_what_nothing_needs_counts_for_no_limit(tmp_path, monkeypatch):
+    """However much of it a thief adds; what only a branch needs stays."""
+    monkeypatch.setattr(graph_limits, "MAXIMUM_NODES", 8)
+    nodes = [node("Identity", ["w"], ["inside"]), node("IsNaN", ["x"], ["n"]), node("Cast", ["n"], ["m"], to=FLOAT)]
+    nodes += [node("ReduceMax", ["m"], ["most"], keepdims=0), node("Cast", ["most"], ["c"], to=TensorProto.BOOL)]
+    product = [node("MatMul", ["x", "inside"], ["o"])]
+    nodes += [node("If", ["c"], ["y"], then_branch=branch("t", product, "o"), else_branch=branch("e", product, "o"))]
+    unused = [node("Relu", [f"u{number}" if number else "x"], [f"u{number + 1}"]) for number in range(20)]
+    path = save(graph([*unused, *nodes[::-1]], [weight()]), tmp_path / "m.onnx")
+    suspect = open_suspect(path, isolation="none")
+    (tensor,) = suspect.tensors()
+    assert np.array_equal(tensor.values, MATRIX)
+    np.testing.assert_allclose(suspect.answer({"x": INPUTS}, CLASSES).values, INPUTS @ WEIGHT, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
@@ -302,7 +317,7 @@ def test_weights_that_cannot_be_read_are_counted(tmp_path, made):
     products = [node("Gemm", ["x", "v"], ["a"]), node("MatMul", ["a", "w"], ["y"])]
     suspect = open_suspect(save(graph([*made, *products], constants), tmp_path / "m.onnx"))
     assert [tensor.source for tensor in suspect.tensors()] == ["w"]
-    assert "1 convolutions and matrix products have a weight that could not be read" in str(suspect.facts[0])
+    assert "1 operators have a weight that could not be read" in str(suspect.facts[0])
 
 
 def test_one_expression_that_fails_does_not_take_the_others_with_it(tmp_path):
@@ -321,7 +336,7 @@ def test_one_expression_that_fails_does_not_take_the_others_with_it(tmp_path):
     suspect = open_suspect(save(graph(nodes, constants), tmp_path / "m.onnx"))
     (tensor,) = suspect.tensors()
     np.testing.assert_array_equal(tensor.values, MATRIX)
-    assert "1 convolutions and matrix products" in " ".join(map(str, suspect.facts))
+    assert "1 operators have a weight" in " ".join(map(str, suspect.facts))
 
 
 def test_an_optimised_copy_of_any_of_these_shows_the_same_weight(tmp_path):

@@ -41,7 +41,7 @@ LAYERS = [
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
 def test_filter_o_makes_output_channel_o_and_no_other(layer):
     """The definition of a filter, checked on the layer itself: without row o, output channel o alone is silent."""
-    ((path, weight, filters, _),) = module_tensors(nn.Sequential(layer))
+    ((path, weight, filters, *_),) = module_tensors(nn.Sequential(layer))
     rows = filters(weight.detach())
     spatial = () if isinstance(layer, nn.Linear) else (4,) * (weight.ndim - 2)
     x = torch.ones(1, getattr(layer, "in_channels", 5), *spatial)

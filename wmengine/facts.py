@@ -61,8 +61,8 @@ SENTENCES: dict[str, str] = {
     "pairings": "{tried} of the {possible} possible orders of tensors of equal shape were tried and paid for",
     "no_carrier": "no tensor of the suspect has the shape of a carrier: nothing to read",
     "stored_as": "{count} of {of} weights are {kind}",
-    "unread": "{count} convolutions and matrix products have a weight that could not be read: it depends on the input, "
-    "or cannot be computed",
+    "unread": "{count} operators have a weight that could not be read: it depends on the input, cannot be computed, or "
+    "lies in a way that is not known",
     "no_graph": "the file holds no graph: its weights were paired in its own order and in that of their names",
     "registration_order": "weights were read in order of registration, as {reason}",
     # where it ran

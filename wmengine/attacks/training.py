@@ -125,7 +125,8 @@ def placed(model: torch.nn.Module, inputs: Inputs) -> Inputs:
 def last_layer(model: torch.nn.Module, data: Data) -> Any:
     """The convolution or linear layer that runs last. Raises ValueError for a model without one."""
     example = placed(model, data.example())
-    found = module_tensors(model, example if isinstance(example, Mapping) else {"": example})
+    every = module_tensors(model, example if isinstance(example, Mapping) else {"": example})
+    found = [each for each in every if each.name == "weight"]
     if not found:
         raise ValueError("the model runs through no convolution and no linear layer, so it has no last layer")
     return model.get_submodule(found[-1].path)

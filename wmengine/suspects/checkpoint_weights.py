@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
+_RECURRENT = re.compile(r"weight_[ih]h(_l\d+)?")  # a normalisation behind such a layer is of its state
 _EPSILON = 1e-5  # torch's own; a checkpoint does not say
 
 
@@ -56,7 +57,8 @@ def weights_of(entries: Mapping[str, Entry]) -> list[Stored]:
         else:
             weights[name] = entry
     weights = {name: each for name, each in weights.items() if name not in parts and len(each.shape) > 1}
-    behind = _normalisations(entries, {_path(name): each.shape[0] for name, each in weights.items()})
+    layers = {_path(name): each.shape[0] for name, each in weights.items() if not _RECURRENT.search(name)}
+    behind = _normalisations(entries, layers)
     return [
         Stored(name, each.shape, each.kind, partial(_folded, each, entries, behind.get(_path(name))))
         for name, each in weights.items()

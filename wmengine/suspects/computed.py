@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     import torch
 
 
-def live_weight(layer: Any) -> torch.Tensor:
+def live_weight(layer: Any, name: str = "weight") -> torch.Tensor:
     """A layer's weight as it is now, differentiable by what it is computed from, with nothing of the layer changed.
 
     Of an adapter of peft the weight that merging makes; of shards (fully_shard) the whole. Raises ValueError for an
     adapter that is not merged by addition.
     """
-    return whole(_computed(layer))
+    return whole(_computed(layer, name))
 
 
 def whole(tensor: Any) -> torch.Tensor:
@@ -24,12 +24,12 @@ def whole(tensor: Any) -> torch.Tensor:
     return found
 
 
-def is_trained(layer: torch.nn.Module) -> bool:
+def is_trained(layer: torch.nn.Module, name: str = "weight") -> bool:
     """Whether a layer's weight is trained, or anything that it is computed from."""
-    stored = layer._parameters.get("weight")
+    stored = layer._parameters.get(name)
     if stored is not None:
         return stored.requires_grad
-    return any(each.requires_grad for name, each in layer.named_parameters() if "bias" not in name)
+    return any(each.requires_grad for part, each in layer.named_parameters() if "bias" not in part)
 
 
 def is_adapter(layer: torch.nn.Module) -> bool:
@@ -101,7 +101,7 @@ def low_rank_pair(model: torch.nn.Module) -> str | None:
     return None
 
 
-def _computed(layer: Any) -> Any:
+def _computed(layer: Any, weight: str) -> Any:
     import torch
     from torch.nn.utils import parametrize
     from torch.nn.utils.prune import BasePruningMethod
@@ -109,25 +109,25 @@ def _computed(layer: Any) -> Any:
 
     if is_adapter(layer):
         return _merged(layer)
-    if parametrize.is_parametrized(layer, "weight"):
-        training = [each for each in layer.parametrizations.weight.modules() if each.training]
+    if parametrize.is_parametrized(layer, weight):
+        training = [each for each in layer.parametrizations[weight].modules() if each.training]
         try:
-            layer.parametrizations.weight.eval()  # read in training a spectral norm would go on with its estimate
-            return layer.weight
+            layer.parametrizations[weight].eval()  # read in training a spectral norm would go on with its estimate
+            return getattr(layer, weight)
         finally:
             for each in training:
                 each.training = True
     for _, name, hook in _hooks(layer):
-        if name != "weight":
+        if name != weight:
             continue
         if isinstance(hook, WeightNorm):
             return hook.compute_weight(layer)
         if isinstance(hook, BasePruningMethod):
             return hook.apply_mask(layer)  # type: ignore[no-untyped-call]
-        matrix = hook.reshape_weight_to_matrix(layer.weight_orig)
+        stored, left, right = (getattr(layer, f"{weight}_{part}") for part in ("orig", "u", "v"))
         # Copies: its next forward pass writes into both.
-        return layer.weight_orig / torch.dot(layer.weight_u.clone(), matrix.mv(layer.weight_v.clone()))
-    return layer.weight
+        return stored / torch.dot(left.clone(), hook.reshape_weight_to_matrix(stored).mv(right.clone()))
+    return getattr(layer, weight)
 
 
 def _merged(layer: Any) -> Any:

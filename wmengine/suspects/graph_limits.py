@@ -1,11 +1,13 @@
 """What a graph may be before it is read, and before ONNX Runtime sees it: how large, and of which operators.
 
 Nodes inside a function count as often as the function is used, because ONNX Runtime inlines it there: a kilobyte of
-functions that call each other twice would otherwise keep it busy for ever.
+functions that call each other twice would otherwise keep it busy for ever. What no output needs is no part of a graph
+that is too large with it: whoever adds that to a copy would otherwise have taken it out of judgement.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
@@ -64,6 +66,35 @@ def check_graph(name: str, model: Any) -> set[tuple[str, str]]:
 
     count(model.graph.node, 0, ())
     return operators
+
+
+def without_unused(model: Any) -> bool:
+    """Take the nodes that no output needs out of an onnx.ModelProto of too many, in place; whether there were any."""
+    nodes = model.graph.node
+    if len(nodes) <= MAXIMUM_NODES:
+        return False
+    makers = {name: number for number, node in enumerate(nodes) for name in node.output if name}
+    needed: set[int] = set()
+    left = [each.name for each in model.graph.output]
+    while left:
+        number = makers.get(left.pop())
+        if number is not None and number not in needed:
+            needed.add(number)
+            left += _taken(nodes[number])
+    places = itertools.count()
+    nodes.sort(key=lambda _: next(places) not in needed)  # nothing is copied: a node may hold a large constant
+    unused = len(needed) < len(nodes)
+    del nodes[len(needed) :]
+    return unused
+
+
+def _taken(node: Any) -> Iterator[str]:
+    """The names that a node takes, or that graphs inside it may take from outside."""
+    yield from node.input
+    for graph in _subgraphs(node):
+        yield from (each.name for each in graph.output)
+        for inner in graph.node:
+            yield from _taken(inner)
 
 
 def _called(domain: str, name: str, overload: str) -> Called:

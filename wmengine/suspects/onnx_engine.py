@@ -31,7 +31,7 @@ from wmengine.suspects.devices import (
     run_rounded,
     session_providers,
 )
-from wmengine.suspects.graph_limits import check_graph, check_operators
+from wmengine.suspects.graph_limits import check_graph, check_operators, without_unused
 
 # A directory that cannot exist, on any machine: whatever ONNX Runtime still looks for on disk, it does not find.
 NO_DIRECTORY = os.path.join(os.devnull, "none")
@@ -97,6 +97,8 @@ class OnnxEngine:
         model = parse(name, data)
         if external and named_locations(name, model) != sorted(external):
             raise SuspectError(f"{name} names other external files than were read for it")
+        if without_unused(model):
+            self._data = model.SerializeToString()
         self._operators = check_graph(name, model)
         self._rescaled = rescaled_inputs(model)
         self.class_names = names_in(model)

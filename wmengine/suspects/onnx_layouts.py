@@ -6,6 +6,7 @@ where there are enough of them input channels, in blocks of 8 or 16, the last on
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,14 @@ from numpy.typing import NDArray
 
 Factors = NDArray[np.float32]
 PACKED_BITS = (2, 4, 8)
+# What the 16 numbers of four bits stand for, of two kinds: FP4, sign first, and NF4 (Dettmers et al., QLoRA, 2023).
+_FP4 = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+CODES = np.array([(*_FP4, *(-each for each in _FP4)), _NF4], np.float32)
 
 
 def per_axis(factor: NDArray[Any], shape: tuple[int, ...], axis: int) -> NDArray[Any]:
@@ -58,27 +67,26 @@ def from_bits(
     return np.asarray((steps * scales.reshape(rows, blocks, 1)).reshape(rows, -1)[:, :columns])
 
 
+def from_codes(packed: NDArray[np.uint8], largest: Factors, shape: tuple[int, int], block: int, kind: int) -> Factors:
+    """MatMulBnb4's weight as [N, K]: codes of its values one behind the other, two in a byte, the high bits first, each
+    to be multiplied by the largest value of its block."""
+    count = math.prod(shape)
+    codes = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)[:count]
+    factors = largest.reshape(-1)[np.arange(count) // block]
+    return np.asarray((CODES[kind][codes] * factors).reshape(shape), np.float32)
+
+
 def _unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """The numbers of so many bits along the last axis, the lowest bits first."""
     parts = [packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
     return np.stack(parts, axis=-1).reshape(*packed.shape[:-1], -1)
 
 
-def unblocked(stored: Factors, block: int) -> Factors:
-    """An NCHWc convolution's weight as [O, I/groups, *kernel], without the zeros that fill up its last blocks."""
-    filters, channels, *kernel = stored.shape
-    inner = block if channels % block == 0 else 1  # fewer channels than a block has are not blocked
-    parts = stored.reshape(filters // block, channels // inner, *kernel, inner, block)
+def unblocked(stored: Factors, block: int, filters: int | None = None, channels: int | None = None) -> Factors:
+    """An NCHWc convolution's weight as [O, I/groups, *kernel], its first filters and channels, or all there are."""
+    size, inputs, *kernel = stored.shape
+    inner = block if inputs % block == 0 else 1  # fewer channels than a block has are not blocked
+    parts = stored.reshape(size // block, inputs // inner, *kernel, inner, block)
     last = parts.ndim - 1
     moved = parts.transpose(0, last, 1, last - 1, *range(2, last - 1)).reshape(stored.shape)
-    moved = moved[: filters - _filling(moved.reshape(filters, -1), block)]
-    if inner == 1:
-        return moved
-    across = moved.swapaxes(0, 1)
-    return moved[:, : channels - _filling(across.reshape(channels, -1), block)]
-
-
-def _filling(rows: Factors, block: int) -> int:
-    """How many of the last rows hold nothing but zeros, fewer than a block."""
-    nonzero = np.flatnonzero(rows[-block:].any(axis=1))
-    return min(block - 1, block - 1 - int(nonzero[-1])) if len(nonzero) else block - 1
+    return moved[:filters, :channels]

@@ -8,60 +8,33 @@ to the orientation that torch has.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ValueInfoProto, helper, numpy_helper
+from onnx import ValueInfoProto
 
 from wmengine.errors import OtherTask, SuspectError
 from wmengine.facts import Fact, fact
 from wmengine.suspects.base import Tensor, Weight, one_line
-from wmengine.suspects.onnx_graph import DOMAINS, MAXIMUM_CHAIN, Graph, inlined, run_constants
-from wmengine.suspects.onnx_layouts import PACKED_BITS, from_bits, per_axis, unblocked
+from wmengine.suspects.onnx_blocked import Blocked, blocked_convolutions
+from wmengine.suspects.onnx_graph import DOMAINS, MAXIMUM_CHAIN, Graph, inlined
+from wmengine.suspects.onnx_layouts import PACKED_BITS, from_bits, from_codes, per_axis
+from wmengine.suspects.onnx_operators import (
+    Operand,
+    alpha,
+    axes_fit,
+    gates_as_torch,
+    is_weight,
+    of_direction,
+    operands_of,
+    turning,
+)
 from wmengine.suspects.onnx_sources import Source, Unreadable, attribute, chain_of, floats, input_of, source_of
-from wmengine.suspects.weights import filters_first
 
 Array = NDArray[np.float32]
-
-
-class _Operand(NamedTuple):
-    """Where an operator takes its weight, that weight's scale and zero point, and how the weight lies."""
-
-    weight: int
-    scale: int | None
-    zero_point: int | None
-    layout: str
-
-
-# Of the default domain and of com.microsoft, which holds what ONNX Runtime's optimiser and quantizer write.
-OPERATORS = {
-    "Conv": _Operand(1, None, None, "conv"),
-    "FusedConv": _Operand(1, None, None, "conv"),
-    "NhwcConv": _Operand(1, None, None, "channels last"),
-    "ConvTranspose": _Operand(1, None, None, "transposed"),
-    "ConvInteger": _Operand(1, None, 3, "conv"),
-    "QLinearConv": _Operand(3, 4, 5, "conv"),
-    "Gemm": _Operand(1, None, None, "matrix"),
-    "FusedGemm": _Operand(1, None, None, "matrix"),
-    "QGemm": _Operand(3, 4, 5, "matrix"),
-    "MatMul": _Operand(1, None, None, "matrix"),
-    "FusedMatMul": _Operand(1, None, None, "matrix"),
-    "QLinearMatMul": _Operand(3, 4, 5, "matrix"),
-    "MatMulInteger": _Operand(1, None, 3, "matrix"),
-    "DynamicQuantizeMatMul": _Operand(1, 2, 3, "matrix"),
-    "MatMulIntegerToFloat": _Operand(1, 3, 5, "matrix"),
-    "MatMulNBits": _Operand(1, 2, 3, "bits"),
-    "Attention": _Operand(1, None, None, "matrix"),
-    "QAttention": _Operand(1, 4, 7, "matrix"),
-}
-_BLOCKED = _Operand(1, None, None, "blocked")
-# What multiplies by its weight from the right, x·Wᵀ, but may as well hold one on the left.
-_EITHER_SIDE = ("Gemm", "FusedGemm", "MatMul", "FusedMatMul")
-# Those of matrices that attention does not multiply two computed values with.
-_ALWAYS_WEIGHTS = ("Gemm", "FusedGemm", "QGemm")
 
 
 class _Found(NamedTuple):
@@ -109,15 +82,16 @@ def _walk(name: str, model: Any, external: Mapping[str, bytes]) -> tuple[list[_F
     """Every weight once, in order of execution, and how many operators have one that cannot be read."""
     try:
         graph = Graph(model, external)
-        users = [(node, operand) for node in graph.nodes() if (operand := _operand(node)) is not None]
+        users = [(node, operand) for node in graph.nodes() for operand in operands_of(graph, node)]
         graph.computed(value for node, operand in users for value in _expressions(graph, node, operand))
-        block = _block(graph, [node for node, operand in users if operand is _BLOCKED])
+        blocked = blocked_convolutions(graph)
         found: dict[Any, _Found] = {}
         unread = 0
         for node, operand in users:
             try:
-                for root, each in _weights(name, graph, node, operand, block):
-                    found.setdefault(root, each)
+                read = _weight(name, graph, node, operand, blocked) if is_weight(graph, node, operand) else None
+                if read is not None:
+                    found.setdefault(*read)
             except MemoryError:
                 raise
             except Exception:  # Unreadable, or a chain that ONNX Runtime would not run through either
@@ -129,16 +103,9 @@ def _walk(name: str, model: Any, external: Mapping[str, bytes]) -> tuple[list[_F
     return list(found.values()), unread
 
 
-def _operand(node: Any) -> _Operand | None:
-    if node.domain == "com.microsoft.nchwc":
-        return _BLOCKED if node.op_type == "Conv" else None
-    return OPERATORS.get(node.op_type) if node.domain in DOMAINS else None
-
-
-def _expressions(graph: Graph, node: Any, operand: _Operand) -> Iterator[Any]:
+def _expressions(graph: Graph, node: Any, operand: Operand) -> Iterator[Any]:
     """The constants that reading a node's weight takes and that must be computed."""
-    places = (operand.weight, operand.scale, operand.zero_point, 0 if node.op_type in _EITHER_SIDE else None)
-    values = [input_of(node, place) for place in places]
+    values = [input_of(node, place) for place in (operand.weight, operand.scale, operand.zero_point)]
     for consumer in _consumers(graph, node):
         values += [input_of(consumer, 1), input_of(consumer, 4)]
     for value in values:
@@ -146,85 +113,62 @@ def _expressions(graph: Graph, node: Any, operand: _Operand) -> Iterator[Any]:
             yield value
 
 
-def _weights(name: str, graph: Graph, node: Any, operand: _Operand, block: int) -> Iterator[tuple[Any, _Found]]:
-    """The weight of a node, with its root; none where it multiplies two computed values, or by no weight's shape."""
-    left = node.op_type in _EITHER_SIDE and not graph.is_constant(input_of(node, 1))
-    value = input_of(node, 0 if left else operand.weight)
-    if not graph.is_constant(value):
-        if operand.layout == "matrix" and node.op_type not in _ALWAYS_WEIGHTS:
-            return
-        raise Unreadable
-    source = source_of(graph, value)
-    turn = _turn(node, operand, left, block)
-    if operand.layout == "bits":
-        shape = _shape_of_bits(graph, node, source)
-    elif operand is _BLOCKED:
-        if len(source.shape) != 4 or source.shape[0] % block or 0 in source.shape:
-            raise Unreadable
-        shape = turn(source.read()).shape  # how many channels fill up a block can only be seen
+def _weight(
+    name: str, graph: Graph, node: Any, operand: Operand, blocked: Mapping[Any, Blocked]
+) -> tuple[Any, _Found] | None:
+    """A weight of a node, with what tells it from others; None where it has no weight's axes."""
+    source = source_of(graph, input_of(node, operand.weight))
+    turn = turning(node, operand, blocked.get(node))
+    if operand.layout in _PACKED:
+        shape = _packed_shape(graph, node, source)
     else:
         shape = turn(np.broadcast_to(np.float32(0), source.shape)).shape
-        if 0 in shape or (len(shape) != 2 if operand.layout == "matrix" else len(shape) < 3):
-            return
+        if 0 in shape or not axes_fit(operand, shape):
+            return None
 
     def read() -> Weight:
         try:
-            if operand.layout == "bits":
-                rows = _from_bits(graph, node, source)
+            if operand.layout in _PACKED:
+                rows = _PACKED[operand.layout](graph, node, source)
             else:
-                rows = _rescaled(graph, node, operand, turn(source.read()))
-            return np.ascontiguousarray(rows, np.float32), _factors(graph, node, len(rows))
+                rows = gates_as_torch(node, _rescaled(graph, node, operand, turn(source.read())))
+            factors = None if operand.direction is not None else _factors(graph, node, len(rows))
+            return np.ascontiguousarray(rows, np.float32), factors
         except MemoryError:
             raise
         except Exception as error:  # a hostile tensor can fail anywhere in there
             raise SuspectError(f"{name} has a weight that cannot be read ({one_line(error)})") from None
 
-    quantised = operand.layout == "bits" or _scale(graph, node, operand) is not None
+    quantised = operand.layout in _PACKED or _scale(graph, node, operand) is not None
     tensor = Tensor.unread(shape, str(source.root.name), read)
-    yield (
-        source.root,
-        _Found(tensor, "quantised to integers" if quantised else source.stored, input_of(node, int(left))),
-    )
+    stored = "quantised to integers" if quantised else source.stored
+    return (source.root, operand.direction), _Found(tensor, stored, input_of(node, operand.given))
 
 
-def _turn(node: Any, operand: _Operand, left: bool, block: int) -> Callable[[Array], Array]:
-    """What turns a node's operand to [O, I/groups, *kernel], filters on axis 0; values are moved and not changed."""
-    if operand.layout == "matrix":
-        turned = bool(attribute(node, "transA", 0)) if left else not attribute(node, "transB", 0)
-
-        def matrix(values: Array) -> Array:
-            if values.ndim > 2 and set(values.shape[:-2]) == {1}:
-                values = values.reshape(values.shape[-2:])
-            return values.T if turned else values
-
-        return matrix
-    if operand.layout == "channels last":
-        return lambda values: np.moveaxis(values, -1, 1)
-    if operand is _BLOCKED:
-        return partial(unblocked, block=block)
-    groups, transposed = attribute(node, "group", 1), operand.layout == "transposed"
-    return lambda values: filters_first(values, groups, transposed) if values.ndim > 2 else values
-
-
-def _rescaled(graph: Graph, node: Any, operand: _Operand, rows: NDArray[Any]) -> NDArray[Any]:
+def _rescaled(graph: Graph, node: Any, operand: Operand, rows: NDArray[Any]) -> NDArray[Any]:
     """Rows as the operator multiplies by them. A quantised one has one scale, or one for each filter."""
-    zero_point = floats(graph, input_of(node, operand.zero_point))
+    zero_point = of_direction(node, operand, floats(graph, input_of(node, operand.zero_point)))
     if zero_point is not None:
         rows = rows - per_axis(zero_point, rows.shape, 0)
-    scale = _scale(graph, node, operand)
+    scale = of_direction(node, operand, _scale(graph, node, operand))
     if scale is not None:
         rows = rows * per_axis(scale, rows.shape, 0)
-    alpha = node.attributes["alpha"].value if node.op_type in _EITHER_SIDE and "alpha" in node.attributes else 1.0
-    return rows if alpha == 1.0 else rows * np.float32(alpha)
+    return rows if alpha(node) == 1.0 else rows * np.float32(alpha(node))
 
 
-def _shape_of_bits(graph: Graph, node: Any, source: Source) -> tuple[int, int]:
-    """[N, K] of a MatMulNBits whose operands are as its attributes say."""
+def _packed_shape(graph: Graph, node: Any, source: Source) -> tuple[int, int]:
+    """[N, K] of a MatMulNBits or a MatMulBnb4 whose operands are as its attributes say."""
     rows, columns = attribute(node, "N", 0), attribute(node, "K", 0)
     bits, block = attribute(node, "bits", 4), attribute(node, "block_size", 0)
     scales = input_of(node, 2)
+    if min(rows, columns, block) < 1 or not graph.is_constant(scales):
+        raise Unreadable
+    if node.op_type == "MatMulBnb4":
+        if math.prod(source.shape) != -(-rows * columns // 2) or attribute(node, "quant_type", 0) not in (0, 1):
+            raise Unreadable
+        return rows, columns
     permuted = input_of(node, 4) is not None
-    if permuted or bits not in PACKED_BITS or min(rows, columns, block) < 1 or not graph.is_constant(scales):
+    if permuted or bits not in PACKED_BITS:
         raise Unreadable
     if source.shape != (rows, -(-columns // block), block * bits // 8):
         raise Unreadable
@@ -239,18 +183,16 @@ def _from_bits(graph: Graph, node: Any, source: Source) -> Array:
     return from_bits(packed, scales, zero_points, attribute(node, "bits", 4), attribute(node, "K", 0))
 
 
-def _block(graph: Graph, convolutions: list[Any]) -> int:
-    """In how many channels blocked convolutions lie: 8 where it shows, else as ONNX Runtime blocks on this machine."""
-    if not convolutions:
-        return 0
-    sources = [source_of(graph, value) for node in convolutions if graph.is_constant(value := input_of(node, 1))]
-    if any(source.shape and source.shape[0] % 16 for source in sources):
-        return 8
-    node = helper.make_node("ReorderInput", ["x"], ["y"], domain="com.microsoft.nchwc")
-    pixel = numpy_helper.from_array(np.zeros((1, 4, 1, 1), np.float32), "x")
-    imports = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft.nchwc", 1)]
-    made = helper.make_graph([node], "block", [], [ValueInfoProto(name="y")], [pixel])
-    return int(run_constants(helper.make_model(made, opset_imports=imports, ir_version=8))[0].shape[1])
+def _from_codes(graph: Graph, node: Any, source: Source) -> Array:
+    rows, columns = shape = attribute(node, "N", 0), attribute(node, "K", 0)
+    largest, block = floats(graph, input_of(node, 2)), attribute(node, "block_size", 0)
+    if largest is None or largest.size != -(-rows * columns // block):
+        raise ValueError("MatMulBnb4 has no scales that can be computed")
+    packed = source.read().astype(np.uint8).reshape(-1)
+    return from_codes(packed, largest, shape, block, attribute(node, "quant_type", 0))
+
+
+_PACKED: dict[str, Callable[[Graph, Any, Source], Array]] = {"bits": _from_bits, "codes": _from_codes}
 
 
 def _factors(graph: Graph, node: Any, filters: int) -> Array | None:
@@ -298,7 +240,7 @@ def _consumers(graph: Graph, node: Any, left: int = 2) -> list[Any]:
     return found
 
 
-def _scale(graph: Graph, node: Any, operand: _Operand) -> Array | None:
+def _scale(graph: Graph, node: Any, operand: Operand) -> Array | None:
     """The scale of a quantised operator's weight: an input of it, or for ConvInteger and MatMulInteger, which have
     none, what their Cast is multiplied by: Mul(input's scale, weight's scale)."""
     if operand.scale is not None:

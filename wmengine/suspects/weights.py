@@ -25,17 +25,19 @@ Array = TypeVar("Array", NDArray[Any], "torch.Tensor")
 
 class ModuleTensor(NamedTuple):
     """A weight of a torch module: its module's path, the parameter (or what was computed in its place), what puts the
-    filters of it on axis 0, and the path of the normalisation that its output goes into, if there is one."""
+    filters of it on axis 0, the path of the normalisation that its output goes into, if there is one, and its name in
+    its module."""
 
     path: str
     weight: torch.Tensor
     filters: Callable[[torch.Tensor], torch.Tensor]
     normalisation: str | None = None
+    name: str = "weight"
 
 
 def live_filters(model: torch.nn.Module, tensor: ModuleTensor) -> torch.Tensor:
     """A weight [O, ...] as it is now, looked up anew: it may have been replaced, or be computed from others."""
-    return tensor.filters(live_weight(model.get_submodule(tensor.path)))
+    return tensor.filters(live_weight(model.get_submodule(tensor.path), tensor.name))
 
 
 def live_factors(model: torch.nn.Module, tensor: ModuleTensor) -> torch.Tensor | None:
@@ -65,16 +67,17 @@ def filters_first(weight: Array, groups: int, transposed: bool) -> Array:
 
 
 def module_tensors(model: torch.nn.Module, example: Mapping[str, torch.Tensor] | None = None) -> list[ModuleTensor]:
-    """The weights of a model's convolutions, transposed convolutions and linear layers, each once.
+    """The weights of a model's convolutions, transposed convolutions, linear and recurrent layers, each once.
 
     With an example (a batch of its inputs by name, on the model's device) they come in the order in which it runs
     through them, which is the order in an exported graph, each with the normalisation behind it, and layers that it
-    never reaches are left out. Without one they come in the order of registration. The model's training flags and
-    buffers are left as they were. Raises ValueError where it does not run on the example.
+    never reaches are left out. Without one they come in the order of registration. A recurrent layer has several, for
+    its input and for its state, by layer and direction, as torch holds them: [G·H, ...], all gates of one in one. The
+    model's training flags and buffers are left as they were. Raises ValueError where it does not run on the example.
     """
     import torch
 
-    kinds = (torch.nn.modules.conv._ConvNd, torch.nn.Linear)
+    kinds = (torch.nn.modules.conv._ConvNd, torch.nn.Linear, torch.nn.RNNBase, torch.nn.RNNCellBase)
     layers: dict[torch.nn.Module, str] = {}
     inside = " "  # an adapter, which stands for the layer that it wraps
     for path, module in model.named_modules():
@@ -88,11 +91,23 @@ def module_tensors(model: torch.nn.Module, example: Mapping[str, torch.Tensor] |
         behind = _executed(model, layers, example)
     found: dict[int, ModuleTensor] = {}
     for layer, normalisation in behind.items():
-        stored = layer._parameters.get("weight")  # of two layers that share it the first counts
-        with torch.no_grad():
-            weight = live_weight(layer) if stored is None else stored
-        found.setdefault(id(weight), ModuleTensor(layers[layer], weight, filters_of(layer), normalisation))
+        for name in _names(layer):
+            stored = layer._parameters.get(name)  # of two layers that share it the first counts
+            with torch.no_grad():
+                weight = live_weight(layer, name) if stored is None else stored
+            found.setdefault(id(weight), ModuleTensor(layers[layer], weight, filters_of(layer), normalisation, name))
     return list(found.values())
+
+
+def _names(layer: Any) -> list[str]:
+    """What a layer's weights are called, in the order in which it multiplies by them."""
+    import torch
+
+    if isinstance(layer, torch.nn.RNNBase):
+        return [name for names in layer._all_weights for name in names if name.startswith("weight")]
+    if isinstance(layer, torch.nn.GRUCell):
+        return ["weight_ih", "weight_hh"]
+    return ["weight_hh", "weight_ih"] if isinstance(layer, torch.nn.RNNCellBase) else ["weight"]
 
 
 def filters_of(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -121,7 +136,7 @@ def _executed(
         if layer in behind:  # what is behind its first run counts, as in a graph its first use does
             return
         behind[layer] = None
-        if isinstance(output, torch.Tensor):
+        if isinstance(output, torch.Tensor) and _names(layer) == ["weight"]:  # of a recurrent one it is a state
             outputs[id(output)] = layer, output, output._version
 
     def normalises(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -146,7 +161,7 @@ def _executed(
 
 def trained_places(model: torch.nn.Module, tensors: Sequence[ModuleTensor]) -> list[int]:
     """The places of those that are trained, or computed from what is trained."""
-    return [place for place, each in enumerate(tensors) if is_trained(model.get_submodule(each.path))]
+    return [place for place, each in enumerate(tensors) if is_trained(model.get_submodule(each.path), each.name)]
 
 
 def normalised_places(model: torch.nn.Module, tensors: Sequence[ModuleTensor]) -> list[int]:

@@ -134,6 +134,10 @@ class _Term:
             raise ValueError(
                 f"the mark {setting.preset_name!r} is of a model with other weights: go on with the model it is for"
             )
+        if at.name != "weight":
+            raise ValueError(
+                "it marks what goes into a linear layer at the network's end, and there a recurrent one is"
+            )
         self._path = at.path
         self._inputs = {name: torch.tensor(rows) for name, rows in setting.source.examples(setting.mark).items()}
         self._bits = torch.tensor(setting.mark.arrays[setting.symbols.name]).float()

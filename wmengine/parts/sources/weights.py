@@ -132,7 +132,9 @@ def marked_carriers(task: Task, marked: str | int) -> Parameters:
     shapes, allowed = task.weights()
     every = [shape(f"shapes[{index}]", sizes, least=2) for index, sizes in enumerate(shapes)]
     if not allowed:
-        raise ValueError("it marks the weights of convolutions and linear layers, and this network trains none")
+        raise ValueError(
+            "it marks the weights of convolutions, linear and recurrent layers, and this network trains none"
+        )
     if marked == "all":
         indices = allowed
     elif marked == "widest":

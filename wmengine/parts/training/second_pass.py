@@ -97,4 +97,4 @@ def keeping(model: torch.nn.Module, paths: Sequence[str]) -> Iterator[list[torch
 
 def last_layers(setting: Setting, count: int) -> list[str]:
     """Paths of the last `count` layers with weights, in the order of execution; of all where there are fewer."""
-    return [each.path for each in module_tensors(setting.model, setting.example)][-count:]
+    return list(dict.fromkeys(each.path for each in module_tensors(setting.model, setting.example)))[-count:]
