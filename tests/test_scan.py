@@ -20,7 +20,7 @@ import pyarrow.parquet as parquet
 import pytest
 from judged import KEY, black_box, images
 from processes import template_of
-from scan_models import CLASSES, COUNT, by_pair, copy_of, facts, hanging, mark, save, stranger, weights_mark
+from scan_models import CLASSES, COUNT, SHAPE, by_pair, copy_of, facts, hanging, mark, save, stranger, weights_mark
 
 from wmengine.cli import main
 from wmengine.errors import ScanError, WatermarkError
@@ -222,8 +222,24 @@ def test_a_row_is_a_verdict_wherever_it_is_written(bucket, tmp_path, capsys):
         assert row == {name: value for name, value in line.items() if name != "q_value"}
 
 
-def test_what_a_decision_leans_on_stands_in_its_row(bucket):
-    given = bucket / "models" / "copy.onnx", bucket / "registry" / "first.wm"
+def test_who_is_owned_is_asked_every_trigger_and_the_sequential_number_stays_beside(bucket):
+    copy, own = bucket / "models" / "deep" / "worn.onnx", bucket / "registry" / "first.wm"
+    whole = verify(copy, own)
+    for isolation in ("persistent", "none"):
+        (row,) = scan(copy, own, isolation=isolation).to_pylist()
+        assert (row["queries"], row["matched"], row["total"]) == (COUNT, whole.matched, COUNT)
+        assert row["log10_p"] == pytest.approx(whole.log10_p, abs=0.31)
+        (said,) = [each["values"] for each in row["facts"] if each["code"] == "asked_whole"]
+        first = dict(said) if not isinstance(said, str) else json.loads(said)
+        assert first["queries"] < COUNT
+        assert -9 > first["log10_p"] > row["log10_p"]
+
+
+def test_what_a_decision_leans_on_stands_in_its_row(bucket, tmp_path):
+    short = black_box(SHAPE, CLASSES, 25, name="short")
+    short.save(tmp_path / "short.wm")
+    copy_of(short, tmp_path / "copy.onnx")
+    given = tmp_path / "copy.onnx", tmp_path / "short.wm"
     for key, derivation in ((None, "not_checked"), (KEY, "checked")):
         (row,) = scan(*given, key=key).to_pylist()
         assert (row["decision"], row["derivation"]) == ("owned", derivation)

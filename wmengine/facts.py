@@ -28,6 +28,8 @@ SENTENCES: dict[str, str] = {
     "classes otherwise, and these are misses",
     "given_up": "given up after {queries} queries: the suspect answers as a stranger does",
     "stopped": "stopped after {queries} queries, as the answer was clear: what was not asked is no miss",
+    "asked_whole": "the sequential test was clear after {queries} queries, at log10 p = {log10_p:.1f}; then every "
+    "trigger was asked, and that counts",
     "inconstant": "{changed} of {asked} answers change when the batch does, or from one time to the next",
     "not_again": "asked {count} triggers once more, the suspect brings no answers: {reason}",
     "shared": "{marks} watermarks share these triggers or carriers: they were observed once",

@@ -18,6 +18,7 @@ from typing import Any
 
 from wmengine._processors import available, keep_to
 from wmengine.errors import ScanError, SuspectError
+from wmengine.facts import fact
 from wmengine.judging.asking import Terms
 from wmengine.judging.judge import Finding, failed, judge_suspect
 from wmengine.judging.verdict import PROVING, decide
@@ -86,11 +87,7 @@ class Judge:
                 first = self._hashes.claim(file.sha256, place)
                 if first != place:
                     return Judged(place, file.sha256, [], first)
-                findings = self._judged(file, self._first_terms)
-                if self._plan.isolation == "persistent" and any(map(self._is_owned, findings, self._marks)):
-                    self._discard()
-                    self._ready_engine()
-                    findings = self._judged(file, self._terms)
+                findings = self._confirmed(file, self._judged(file, self._marks, self._first_terms))
             except NoWorker as error:
                 raise ScanError(f"{error}; what is finished is kept, and the same command resumes") from None
             except Exception as error:  # whatever a stranger's file brings about: it is that file's own row
@@ -136,8 +133,36 @@ class Judge:
 
         return read_model(open_source(suspect, THIS), locations, most)
 
-    def _judged(self, file: ModelFile, terms: Terms) -> list[Finding]:
-        return judge_suspect(OnnxSuspect(file, engine=self._engine), self._marks, terms)
+    def _judged(self, file: ModelFile, marks: Sequence[Watermark], terms: Terms) -> list[Finding]:
+        return judge_suspect(OnnxSuspect(file, engine=self._engine), marks, terms)
+
+    def _confirmed(self, file: ModelFile, findings: list[Finding]) -> list[Finding]:
+        """The findings, of pairs that are owned those of asking again: every trigger, and in a fresh worker.
+
+        p of all triggers where the sequential one is below the bar, and else that one, is a p-value: whatever its level
+        below the bar, it is at most that of all triggers, and above no more often than the sequential one. No such
+        thing is true of e-values, so the first one stays.
+        """
+        owned = [number for number, mark in enumerate(self._marks) if self._is_owned(findings[number], mark)]
+        fresh = self._plan.isolation == "persistent"
+        if not owned or not (fresh or self._terms.sequential):
+            return findings
+        if fresh:
+            self._discard()
+            self._ready_engine()
+        marks = [self._marks[number] for number in owned]
+        again = self._judged(file, marks, replace(self._terms, sequential=False))
+        if self._terms.sequential and any(each.error is not None for each in again):  # what it proves before it fails
+            again = self._judged(file, marks, self._terms)
+        for number, second in zip(owned, again, strict=True):
+            first = findings[number]
+            shared = [each for each in first.facts if each.code == "shared"]  # by those that are not asked again
+            second = replace(second, facts=tuple(dict.fromkeys([*second.facts, *shared])))
+            if second.queries > first.queries and second.error is None:
+                said = fact("asked_whole", queries=first.queries, log10_p=first.log10_p)
+                second = replace(second, facts=(*second.facts, said))
+            findings[number] = replace(second, log10_e=first.log10_e)
+        return findings
 
     def _is_owned(self, finding: Finding, mark: Watermark) -> bool:
         return decide(finding, mark, self._plan.alpha, self._plan.tests) == "owned"
