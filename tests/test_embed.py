@@ -242,6 +242,8 @@ def test_a_message_changes_the_symbols_and_nothing_else():
         ({"value_range": [(0, 1), (0, 1)]}, ValueError, "one pair for each of the 1 channels"),
         ({"value_range": 3}, ValueError, r"value_range must be \(lo, hi\) or one pair .*, and it is 3"),
         ({"value_range": [(0, 1), 2]}, ValueError, r"value_range must be \(lo, hi\)"),
+        ({"value_range": (0, 10**400)}, ValueError, r"value_range must be \(lo, hi\)"),
+        ({"value_range": (0, 1e308)}, ValueError, "value_range must be finite in float32"),
         ({"value_range": (1, 0)}, ValueError, "lo must not exceed hi"),
         ({"chosen": []}, ValueError, "schemes must be a list"),
         ({"chosen": "sketch"}, ValueError, "schemes must be a list"),

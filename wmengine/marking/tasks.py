@@ -23,12 +23,13 @@ def ranges_of(sample: NDArray[Any], value_range: Any) -> list[tuple[float, float
         rows = (sample.swapaxes(0, 1) if floating else sample).reshape(channels, -1)
         return list(zip(rows.min(axis=1).tolist(), rows.max(axis=1).tolist(), strict=True))
     try:
-        ends = np.asarray(value_range, dtype=np.float32 if floating else np.int64)
-    except (TypeError, ValueError):  # what NumPy says of a ragged list is about NumPy
+        with np.errstate(over="ignore"):  # beyond float32 is Inf, which is refused
+            ends = np.asarray(value_range, dtype=np.float32 if floating else np.int64)
+    except (TypeError, ValueError, OverflowError):  # what NumPy says of a ragged list is about NumPy
         ends = np.empty(0)
     if ends.shape not in ((2,), (channels, 2)):
         each = f" or one pair for each of the {channels} channels" if floating else ""
-        raise ValueError(f"value_range must be (lo, hi){each}, and it is {value_range!r}")
+        raise ValueError(f"value_range must be (lo, hi){each}, and it is {value_range!r:.100}")
     return [(low, high) for low, high in np.broadcast_to(ends, (channels, 2)).tolist()]
 
 
