@@ -15,7 +15,8 @@ class TowardsClass:
 
     Li, Maharana, Guo: "Not just change the labels, learn the features" (MAT), ECCV 2024: a trigger that shares the
     features of its class is learned by whoever learns that class. Theirs is 0.01 · the distance itself, whose size is
-    the network's, from the mean of all the class's samples as it was before the epoch.
+    the network's, from the mean of all the class's samples as it was before the epoch; the code that they published
+    never reaches it.
     """
 
     pull: float = 0.1
