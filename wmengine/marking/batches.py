@@ -22,6 +22,7 @@ from wmengine.suspects.answers import to_array
 from wmengine.suspects.base import InputSpec
 
 IGNORE_INDEX = -100
+_ROUNDING = 0.02  # of many small shares in bfloat16
 
 
 class Batches:
@@ -143,19 +144,6 @@ def split(labels: torch.Tensor, num_classes: int | None) -> tuple[torch.Tensor, 
     return torch.sub(labels, group, alpha=num_classes), group
 
 
-def logits_of(outputs: Any, num_classes: int | None) -> Any:
-    """The logits among what a model answers: itself, the member `logits`, or the first of several.
-
-    Of two classes one number [n] or [n, 1] is logits [n, 2], whose cross entropy is its binary one.
-    """
-    if isinstance(outputs, Mapping):
-        outputs = outputs.get("logits")
-    elif isinstance(outputs, tuple | list) and outputs:
-        outputs = outputs[0]
-    single = isinstance(outputs, torch.Tensor) and num_classes == 2 and outputs.shape[1:] in ((), (1,))
-    return torch.stack([torch.zeros_like(outputs), outputs], -1).reshape(-1, 2) if single else outputs
-
-
 def check_logits(logits: torch.Tensor, labels: torch.Tensor, num_classes: int | None) -> int:
     """The number of classes of these logits. Raises ValueError or TypeError where they do not fit the labels."""
     if not isinstance(logits, torch.Tensor):
@@ -176,6 +164,13 @@ def checked_labels(labels: Any, classes: int | None) -> torch.Tensor:
         raise TypeError(f"labels must be a tensor of class numbers [n], and they are {type(labels).__name__}")
     soft = labels.is_floating_point() and labels.ndim == 2 and labels.shape[1] > 0
     if soft and labels.shape[1] % (classes or labels.shape[1]) == 0:
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = (labels.detach().double().sum(1) - 1.0).abs() > _ROUNDING
+            if bool(wrong.any()):
+                raise ValueError(
+                    "soft labels must be shares of the classes that add up to 1, and a row of them does not: for "
+                    "several labels at once there is 'adi_multilabel', beside a loss of your own"
+                )
         return labels
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool or labels.ndim != 1:
         raise TypeError(

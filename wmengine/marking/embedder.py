@@ -32,7 +32,7 @@ from wmengine.judging.asking import Terms
 from wmengine.judging.judge import Finding, judge_suspect
 from wmengine.judging.looks import looks_of_bits
 from wmengine.judging.verdict import PROVING
-from wmengine.marking.batches import Batches, check_logits, checked_labels, logits_of, split
+from wmengine.marking.batches import Batches, check_logits, checked_labels, split
 from wmengine.marking.fitting import fit
 from wmengine.marking.rows_loss import rows_loss
 from wmengine.marks.catalogue import scheme
@@ -40,8 +40,10 @@ from wmengine.marks.preset import Preset
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Course, Finishes, Need, Offsets, Setting, Task, Watches
 from wmengine.parts.statistics.tails import binomial_log10_tail
+from wmengine.parts.triggers.readings import ReadTriggers
 from wmengine.suspects.computed import low_rank_pair
 from wmengine.suspects.module import ModuleSuspect
+from wmengine.suspects.outputs import logits_of
 from wmengine.suspects.weights import module_tensors, normalised_places, trained_places, unwrap
 
 ALPHA = 1e-9
@@ -157,6 +159,8 @@ class Embedder:
         # size, as torch.compile guards it.
         self._passes = torch.tensor(totals)
         self._mixed = False
+        read = [each.watermark.scheme for each in self._marks if isinstance(each.watermark.preset.source, ReadTriggers)]
+        self._reads = read[0] if read else None
         self._seen = torch.zeros(2, len(totals), dtype=torch.int64)
         self._full = torch.zeros(2, len(totals), dtype=torch.int64)
 
@@ -204,12 +208,17 @@ class Embedder:
         """Mean cross-entropy over task and trigger rows alike, plus `regulariser()`; a scalar to call backward() on.
 
         logits: [n, num_classes] of any floating type (float16 and bfloat16 are summed in float32), of two classes one
-        logit [n] or [n, 1] too, or an answer that holds them as `logits` or first; labels: as `mix` returns them, in
-        any order. A batch without trigger rows is fine. weight: [num_classes], of the task's classes; trigger rows have
-        weight 1. Both options mean what torch's cross_entropy means by them. inputs: those of these logits, for a
-        mark in the answers to them (`response`); or features: what `features` makes of them, which may be kept for
-        inputs that come again. Raises ValueError where one of both is missing.
+        logit [n] or [n, 1] too, or an answer that holds them, as `logits` or as its first output of that shape; labels:
+        as `mix` returns them, in any order. A batch without trigger rows is fine. weight: [num_classes], of the task's
+        classes; trigger rows have weight 1. Both options mean what torch's cross_entropy means by them. inputs: those
+        of these logits, for a mark in the answers to them (`response`); or features: what `features` makes of them,
+        which may be kept for inputs that come again. Raises ValueError where one of both is missing, and for a mark of
+        a task without classes.
         """
+        if self._reads is not None:
+            raise ValueError(
+                f"the mark {self._reads!r} is of a task without classes: add regulariser() to a loss of your own"
+            )
         logits = logits_of(logits, self.num_classes)
         classes = check_logits(logits, labels, self.num_classes)
         labels, group = split(checked_labels(labels, classes), classes)

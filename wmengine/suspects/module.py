@@ -22,6 +22,7 @@ from wmengine.suspects.base import (
     part_of,
     rows_of,
 )
+from wmengine.suspects.outputs import outputs_of
 from wmengine.suspects.weights import (
     ModuleTensor,
     call,
@@ -67,7 +68,7 @@ class ModuleSuspect:
 
         def run(rows: dict[str, NDArray[Any]]) -> Outputs:
             try:
-                return _outputs(call(self.module, self._tensors_of(rows)))
+                return outputs_of(call(self.module, self._tensors_of(rows)))
             except Exception as error:  # whatever the module's own code raises
                 raise SuspectError(f"{self.name} fails on {_said(rows)} ({one_line(error)})") from None
 
@@ -163,7 +164,8 @@ class CallableSuspect:
         def run(rows: dict[str, NDArray[Any]]) -> Outputs:
             given = {name: values.copy() for name, values in rows.items()}  # it may work in place
             try:
-                return _outputs(self.function(given if len(given) > 1 else next(iter(given.values()))))
+                answer = self.function(given if len(given) > 1 else next(iter(given.values())))
+                return [("output", answer)] if isinstance(answer, list) else outputs_of(answer)
             except Exception as error:  # whatever the function raises
                 raise SuspectError(f"{self.name} fails on {_said(rows)} ({one_line(error)})") from None
 
@@ -182,11 +184,3 @@ def _numpy(dtype: str) -> str:
 
 def _said(inputs: Inputs) -> str:
     return "inputs " + ", ".join(str(list(rows.shape)) for rows in inputs.values())
-
-
-def _outputs(result: Any) -> Outputs:
-    if isinstance(result, Mapping):
-        return [(str(name), value) for name, value in result.items()]
-    if isinstance(result, tuple):
-        return [(str(index), value) for index, value in enumerate(result)]
-    return [("output", result)]
