@@ -95,7 +95,7 @@ class LocalSource:
 
     def __init__(self, path: str | os.PathLike[str], name: str | None = None, inode: int = 0) -> None:
         self._path, self._inode = os.fsdecode(path), inode
-        self.name = self._path if name is None else name
+        self.name = (self._path or repr(self._path)) if name is None else name
 
     def read(self, maximum_bytes: int) -> bytes:
         try:
