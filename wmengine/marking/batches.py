@@ -108,9 +108,10 @@ class Batches:
                 )
             shape = self.signature[name].shape
             if tuple(rows.shape[1:]) != shape or len(rows) != len(labels):
+                mend = "" if rows.is_floating_point() else "; pad the sequences of all batches to that length"
                 raise ValueError(
                     f"a batch must be [n, {', '.join(map(str, shape))}] with n labels, as the sample was, and "
-                    f"it is {list(rows.shape)} with {len(labels)} labels"
+                    f"it is {list(rows.shape)} with {len(labels)} labels{mend}"
                 )
             if rows.is_floating_point() != self._sample[name].is_floating_point():
                 kind = "floating" if self._sample[name].is_floating_point() else "integers"

@@ -306,6 +306,12 @@ class Embedder:
                 found[watermark.scheme] = {"matched": matched, "total": total, "log10_p": log10_p}
         return found
 
+    @property
+    def marks(self) -> list[Watermark]:
+        """The marks under way, whether or not the model shows them yet: save them before a training that may be
+        interrupted, as `state_dict` does not hold them."""
+        return [mark.watermark for mark in self._marks]
+
     def watermarks(self, model: torch.nn.Module | None = None) -> list[Watermark]:
         """One watermark per scheme, to be saved and registered, each with its baseline.
 
@@ -320,7 +326,7 @@ class Embedder:
         for mark in self._marks:
             if isinstance(mark.course, Finishes):
                 mark.course.finish(shipped)
-        marks = [mark.watermark for mark in self._marks]
+        marks = self.marks
         for watermark, finding in zip(marks, self._judged(marks, shipped), strict=True):
             if watermark.preset.null in PROVING and finding.log10_p > math.log10(ALPHA):
                 warnings.warn(
