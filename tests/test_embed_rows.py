@@ -111,7 +111,7 @@ def test_a_white_box_mark_alone_leaves_the_batch_as_it_is():
     ("labels", "error", "message"),
     [
         (torch.zeros(16, CLASSES, dtype=torch.int64), TypeError, r"or soft labels, floating \[n, 4\].*int64 \[16, 4\]"),
-        (torch.zeros(16, 2 * CLASSES), ValueError, r"soft labels must be \[n, 4\]"),
+        (torch.full((16, 2 * CLASSES), 1 / 8), ValueError, r"soft labels must be \[n, 4\]"),
         (torch.zeros(16, CLASSES + 1), TypeError, r"soft labels, floating \[n, 4\]"),
         (torch.zeros(16), TypeError, "labels must be class numbers, integers"),
         (np.zeros(16, np.int64), TypeError, "labels must be a tensor.*ndarray"),
@@ -155,8 +155,8 @@ def test_batches_that_a_mark_only_watches_are_looked_at_too():
         (torch.zeros(4, 10), torch.zeros(4, dtype=torch.int64), ValueError, r"logits must be \[4, 4\].*\[4, 10\]"),
         (torch.zeros(5, CLASSES), torch.zeros(4, dtype=torch.int64), ValueError, r"logits must be \[4, 4\].*\[5, 4\]"),
         (torch.zeros(4, CLASSES), torch.zeros(4, CLASSES + 1), TypeError, "soft labels"),
-        (({},), torch.zeros(4, dtype=torch.int64), TypeError, "logits must be a torch tensor.*dict"),
-        ({"scores": torch.zeros(4, CLASSES)}, torch.zeros(4, dtype=torch.int64), TypeError, "logits must be.*NoneType"),
+        (({},), torch.zeros(4, dtype=torch.int64), TypeError, "logits must be a torch tensor.*tuple"),
+        ({"scores": None}, torch.zeros(4, dtype=torch.int64), TypeError, "logits must be a torch tensor.*dict"),
         (np.zeros((4, CLASSES), np.float32), torch.zeros(4, dtype=torch.int64), TypeError, "logits must be a torch te"),
         (
             torch.zeros(4, CLASSES),

@@ -7,8 +7,9 @@ the normalisation behind it, which exporters do and which undoes what flips a fi
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from numpy.typing import NDArray
@@ -185,7 +186,8 @@ def going_into(model: torch.nn.Module, path: str, inputs: Mapping[str, torch.Ten
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Run a model without gradients and in eval mode; training flags, buffers and the random state come back after."""
+    """Run a model without gradients, in eval mode and uncompiled; training flags, buffers and the random state come
+    back after."""
     torch = require("torch", extra="train")
     training = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -197,6 +199,8 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             torch.inference_mode(False),
             torch.no_grad(),
             torch.random.fork_rng(devices=[] if device is None else [device]),
+            # What is compiled would be so anew for every hook.
+            torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(),
         ):
             yield
     finally:
