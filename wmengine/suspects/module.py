@@ -79,6 +79,10 @@ class ModuleSuspect:
         self.facts = []
         import torch
 
+        if isinstance(self.module, torch.jit.ScriptModule):
+            raise SuspectError(
+                f"{self.name} is TorchScript and shows no layers: torch.jit.save it and verify that file"
+            )
         found = []
         with torch.no_grad():
             for each in self._weights(signature):
@@ -139,7 +143,7 @@ class ModuleSuspect:
 
 class CallableSuspect:
     """A function from one input [N, ...], or a dict of several by name, to scores [N, C] or labels [N], as a NumPy
-    array or a torch tensor."""
+    array or a torch tensor, or to several of these."""
 
     settings: Mapping[str, Any] = {}
 
@@ -165,7 +169,8 @@ class CallableSuspect:
             given = {name: values.copy() for name, values in rows.items()}  # it may work in place
             try:
                 answer = self.function(given if len(given) > 1 else next(iter(given.values())))
-                return [("output", answer)] if isinstance(answer, list) else outputs_of(answer)
+                several = not isinstance(answer, list) or _are_outputs(answer, rows_of(rows))
+                return outputs_of(answer) if several else [("output", answer)]
             except Exception as error:  # whatever the function raises
                 raise SuspectError(f"{self.name} fails on {_said(rows)} ({one_line(error)})") from None
 
@@ -176,6 +181,13 @@ class CallableSuspect:
 
     def activations(self, place: int, inputs: Inputs) -> NDArray[np.float32]:
         raise SuspectError(f"{self.name} shows no activations; verify a white-box watermark on a file or a module")
+
+
+def _are_outputs(answer: list[Any], rows: int) -> bool:
+    """Whether a list is one of outputs, as a session of ONNX Runtime gives them, and not of what each row is answered
+    with."""
+    sizes = [getattr(each, "shape", ()) for each in answer]
+    return all(size[:1] == (rows,) and (len(size) > 1 or len(answer) != rows) for size in sizes)
 
 
 def _numpy(dtype: str) -> str:

@@ -167,9 +167,11 @@ def arguments(
     model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     """Inputs as a model's forward takes them: by place and by name."""
+    if len(inputs) == 1:
+        return tuple(inputs.values()), {}
     names = inspect.signature(model.forward).parameters
     by_name = any(each.kind is each.VAR_KEYWORD for each in names.values()) or set(inputs) <= set(names)
-    return ((), dict(inputs)) if len(inputs) > 1 and by_name else (tuple(inputs.values()), {})
+    return ((), dict(inputs)) if by_name else (tuple(inputs.values()), {})
 
 
 def going_into(model: torch.nn.Module, path: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
