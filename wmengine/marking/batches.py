@@ -175,7 +175,7 @@ def checked_labels(labels: Any, classes: int | None) -> torch.Tensor:
         return labels
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool or labels.ndim != 1:
         raise TypeError(
-            f"labels must be class numbers, integers [n], or soft labels, floating [n, {classes}], and they are "
+            f"labels must be class numbers, integers [n], or soft labels, floating [n, {classes or 'C'}], and they are "
             f"{labels.dtype} {list(labels.shape)}"
         )
     return labels.long()

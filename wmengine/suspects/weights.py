@@ -158,20 +158,27 @@ def normalised_places(model: torch.nn.Module, tensors: Sequence[ModuleTensor]) -
 
 
 def call(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> Any:
-    """What a model answers: one input is passed by place, several by name where its forward takes these names."""
+    """What a model answers, given its inputs as `arguments` puts them."""
     given, named = arguments(model, inputs)
     return model(*given, **named)
 
 
-def arguments(
-    model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]
-) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
-    """Inputs as a model's forward takes them: by place and by name."""
-    if len(inputs) == 1:
+def arguments(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs as a model's forward takes them: one by place, several by name; by name too what is not its first
+    parameter, by place what has other names there, and as the dict that they are where it takes a single parameter."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # TorchScript's
         return tuple(inputs.values()), {}
-    names = inspect.signature(model.forward).parameters
-    by_name = any(each.kind is each.VAR_KEYWORD for each in names.values()) or set(inputs) <= set(names)
-    return ((), dict(inputs)) if by_name else (tuple(inputs.values()), {})
+    named = [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    placed = [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.POSITIONAL_ONLY)]
+    if set(inputs) <= set(named) and list(inputs) != placed[:1]:
+        return (), dict(inputs)
+    if len(inputs) > 1 and any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return (), dict(inputs)
+    if len(inputs) > len(placed) == len(parameters) == 1:
+        return (dict(inputs),), {}
+    return tuple(inputs.values()), {}
 
 
 def going_into(model: torch.nn.Module, path: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
