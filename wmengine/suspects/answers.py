@@ -350,4 +350,6 @@ def _labels(values: Array) -> NDArray[np.int64]:
 
 def _shape_of(output: Any) -> str:
     array = None if isinstance(output, list) else to_array(output)
-    return type(output).__name__ if array is None else str(list(array.shape))
+    if array is None:
+        return type(output).__name__
+    return f"{'text ' if array.dtype.kind in 'US' else ''}{list(array.shape)}"

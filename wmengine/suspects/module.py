@@ -22,6 +22,7 @@ from wmengine.suspects.base import (
     part_of,
     rows_of,
 )
+from wmengine.suspects.class_names import numbers
 from wmengine.suspects.outputs import outputs_of
 from wmengine.suspects.weights import (
     ModuleTensor,
@@ -170,7 +171,8 @@ class CallableSuspect:
             try:
                 answer = self.function(given if len(given) > 1 else next(iter(given.values())))
                 several = not isinstance(answer, list) or _are_outputs(answer, rows_of(rows))
-                return outputs_of(answer) if several else [("output", answer)]
+                outputs = outputs_of(answer) if several else [("output", answer)]
+                return [(name, _in_numbers(value)) for name, value in outputs]
             except Exception as error:  # whatever the function raises
                 raise SuspectError(f"{self.name} fails on {_said(rows)} ({one_line(error)})") from None
 
@@ -186,8 +188,18 @@ class CallableSuspect:
 def _are_outputs(answer: list[Any], rows: int) -> bool:
     """Whether a list is one of outputs, as a session of ONNX Runtime gives them, and not of what each row is answered
     with."""
-    sizes = [getattr(each, "shape", ()) for each in answer]
+    sizes = [(len(each),) if isinstance(each, list) else getattr(each, "shape", ()) for each in answer]
     return all(size[:1] == (rows,) and (len(size) > 1 or len(answer) != rows) for size in sizes)
+
+
+def _in_numbers(value: Any) -> Any:
+    """An output as it is, or in numbers where it holds maps or texts, as models of scikit-learn answer."""
+    first = value[0] if isinstance(value, list) and value else value
+    text = isinstance(first, str) or (isinstance(value, np.ndarray) and value.dtype.kind in "OUS")
+    if not text and not isinstance(first, dict):
+        return value
+    found = numbers(np.asarray(value) if text else value)
+    return value if found is None else found
 
 
 def _numpy(dtype: str) -> str:

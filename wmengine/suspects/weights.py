@@ -176,7 +176,7 @@ def arguments(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> tup
         return (), dict(inputs)
     if len(inputs) > 1 and any(each.kind is each.VAR_KEYWORD for each in parameters):
         return (), dict(inputs)
-    if len(inputs) > len(placed) == len(parameters) == 1:
+    if len(inputs) > len(placed) == len(parameters) == 1 and not set(placed) <= set(inputs):
         return (dict(inputs),), {}
     return tuple(inputs.values()), {}
 
