@@ -103,6 +103,7 @@ class Endless(IterableDataset):
     [
         (loader(1), {"epochs": 0}, ValueError, "epochs must be from 1"),
         (loader(1), {"rate": -1.0}, ValueError, "rate"),
+        (loader(1), {"optimizer": "adam"}, TypeError, "optimizer must be one of torch.optim.*'adam'"),
         ([], {}, ValueError, "no number of batches.*give optimizer="),
         (iter(loader(1)), {}, ValueError, "no number of batches.*give optimizer="),
         (DataLoader(Endless(), batch_size=8), {}, ValueError, "no number of batches.*give optimizer="),
@@ -114,7 +115,7 @@ class Endless(IterableDataset):
 )
 def test_what_cannot_be_trained_is_refused(batches, options, error, message):
     model = network()
-    if "optimizer" in options:
+    if options.get("optimizer") == "mine":
         options = {**options, "optimizer": torch.optim.SGD(model.parameters(), 0.1)}
     with pytest.raises(error, match=message):
         embedder(model).fit(batches, **{"epochs": 2, **options})

@@ -351,7 +351,7 @@ class Embedder:
         for mark in self._marks:
             try:
                 mark.course.load_state_dict(state[mark.watermark.commitment])
-            except (AttributeError, KeyError, TypeError) as error:
+            except (AttributeError, KeyError, TypeError, RuntimeError) as error:
                 raise ValueError(f"this is no state of the mark {mark.watermark.scheme!r}: {error!r}") from None
 
     def _task(self, class_names: Sequence[str] | None, samples: Any, controls: Sequence[torch.nn.Module]) -> Task:

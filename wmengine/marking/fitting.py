@@ -28,6 +28,8 @@ def fit(
     """Train a model in place, in train mode; its training flags come back. See `Embedder.fit`."""
     epochs, rate = integer("epochs", epochs, 1, MOST_EPOCHS), positive("rate", rate)
     schedule = None
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be one of torch.optim over the model's parameters, and it is {optimizer!r}")
     if optimizer is None:
         try:
             batches = len(loader)  # type: ignore[arg-type]
