@@ -134,6 +134,13 @@ class Batches:
         return batch
 
 
+def shares_of(labels: Any, num_classes: int | None) -> Any:
+    """Labels as they are, or of two classes the second's shares, floating [n] or [n, 1] as binary cross entropy takes
+    them, as soft labels [n, 2]."""
+    binary = isinstance(labels, torch.Tensor) and labels.is_floating_point() and labels.shape[1:] in ((), (1,))
+    return torch.stack([1 - labels, labels], -1).reshape(-1, 2) if binary and num_classes == 2 else labels
+
+
 def split(labels: torch.Tensor, num_classes: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Labels as the task has them, of trigger rows too, and the group int64 [n] of each row; 0 is the task."""
     if num_classes is None:
@@ -166,7 +173,7 @@ def checked_labels(labels: Any, classes: int | None) -> torch.Tensor:
     soft = labels.is_floating_point() and labels.ndim == 2 and labels.shape[1] > 0
     if soft and labels.shape[1] % (classes or labels.shape[1]) == 0:
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            wrong = (labels.detach().double().sum(1) - 1.0).abs() > _ROUNDING
+            wrong = ((labels.detach().double().sum(1) - 1.0).abs() > _ROUNDING) | (labels < 0.0).any(1)
             if bool(wrong.any()):
                 raise ValueError(
                     "soft labels must be shares of the classes that add up to 1, and a row of them does not: for "

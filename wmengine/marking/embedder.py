@@ -32,7 +32,7 @@ from wmengine.judging.asking import Terms
 from wmengine.judging.judge import Finding, judge_suspect
 from wmengine.judging.looks import looks_of_bits
 from wmengine.judging.verdict import PROVING
-from wmengine.marking.batches import Batches, check_logits, checked_labels, split
+from wmengine.marking.batches import Batches, check_logits, checked_labels, shares_of, split
 from wmengine.marking.fitting import fit
 from wmengine.marking.rows_loss import rows_loss
 from wmengine.marks.catalogue import scheme
@@ -173,13 +173,14 @@ class Embedder:
 
         inputs: [n, ...] shaped like the sample, or a dict by name; labels: integers [n] in [0, num_classes), or -100
         for rows that the loss ignores, which come back as int64, or, as mixup and cutmix make them, a share of each
-        class, floating [n, num_classes]: such labels come back wider, for `loss` and `split` to read. Every trigger is
-        drawn once before any is drawn again. Raises ValueError or TypeError for other shapes and types.
+        class, floating [n, num_classes], of two classes the second's alone too: such labels come back wider, for `loss`
+        and `split` to read. Every trigger is drawn once before any is drawn again. Raises ValueError or TypeError for
+        other shapes and types.
         """
         self._mixed = True
         mixed = inputs, labels
         if self._by_group:
-            labels = checked_labels(labels, self.num_classes)
+            labels = checked_labels(shares_of(labels, self.num_classes), self.num_classes)
             mixed = self._batches.mixed(inputs, labels, [(mark.group, mark.course) for mark in self._by_group])
         elif self._watching:
             self._batches.checked(inputs, labels)
@@ -192,7 +193,7 @@ class Embedder:
 
         Trigger rows want the cross entropy of theirs: `loss` of them alone, which adds `regulariser()`.
         """
-        plain, group = split(checked_labels(labels, self.num_classes), self.num_classes)
+        plain, group = split(checked_labels(shares_of(labels, self.num_classes), self.num_classes), self.num_classes)
         return plain, group == 0
 
     def loss(
@@ -219,7 +220,7 @@ class Embedder:
             raise ValueError(
                 f"the mark {self._reads!r} is of a task without classes: add regulariser() to a loss of your own"
             )
-        logits = logits_of(logits, self.num_classes)
+        logits, labels = logits_of(logits, self.num_classes), shares_of(labels, self.num_classes)
         classes = check_logits(logits, labels, self.num_classes)
         labels, group = split(checked_labels(labels, classes), classes)
         for course in self._offsets:
