@@ -170,3 +170,35 @@ def test_batches_that_a_mark_only_watches_are_looked_at_too():
 def test_loss_refuses_logits_of_another_width_and_labels_of_another_embedder(logits, labels, error, message):
     with pytest.raises(error, match=message):
         embedder(network()).loss(logits, labels)
+
+
+class InPlace(nn.Module):
+    """Normalises its batch where it lies."""
+
+    def forward(self, x):
+        return x.sub_(0.5).div_(0.25)
+
+
+class Copying(nn.Module):
+    """Does the same elsewhere."""
+
+    def forward(self, x):
+        return (x - 0.5) / 0.25
+
+
+@pytest.mark.parametrize("name", ["sketch", "zhang_content", "deepipr_v2", "ewe_keyed", "posthoc", "response"])
+def test_a_model_that_writes_into_its_input_writes_into_no_tensor_of_the_owners(name):
+    """Nor into what a second run of the network on the batch is given."""
+    preset = wmengine.scheme(name, **({"bits": 16} if name in ("sketch", "deepipr_v2") else {}))
+    controls = [network(1)] if "controls" in preset.needs else []
+    x, y = batch(600)
+    kept, losses = x.clone(), []
+    for first in (InPlace(), Copying()):
+        model = nn.Sequential(first, *network())
+        options = {"sample": x[:64], "samples": (x, y), "controls": controls, "value_range": (-2, 2)}
+        emb = embedder(model, [preset], **options)
+        mixed, labels = emb.mix(x[:16].clone(), y[:16])
+        logits = model(mixed.clone() if name == "response" else mixed)
+        losses.append(emb.loss(logits, labels, inputs=mixed).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert torch.equal(x, kept)

@@ -35,7 +35,7 @@ class Batches:
             raise ValueError("sample must hold at least one input")
         for name, rows in given.items():
             _check_sample(name, rows, self._single)
-        self._sample: dict[str, torch.Tensor] = {name: rows[:2].detach() for name, rows in given.items()}
+        self._sample: dict[str, torch.Tensor] = {name: rows[:1].detach().clone() for name, rows in given.items()}
         self.signature = {
             str(name): InputSpec(tuple(rows.shape[1:]), str(rows.dtype).removeprefix("torch."))
             for name, rows in given.items()
@@ -63,9 +63,9 @@ class Batches:
         return samples_of(given, self.signature, self._single, self.num_classes)
 
     def example(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """A row of the sample on the model's device."""
+        """A row of the sample on the model's device; a copy, as a model may write into it."""
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        return {name: rows[:1].to(device) for name, rows in self._sample.items()}
+        return {name: rows.to(device, copy=True) for name, rows in self._sample.items()}
 
     def mixed(
         self, inputs: Any, labels: torch.Tensor, courses: Sequence[tuple[int, Course]]

@@ -55,7 +55,8 @@ def fit(
                     if schedule is not None:
                         schedule.step()
                     continue
-                answers = call(model, inputs if isinstance(inputs, Mapping) else {"input": inputs})
+                named = inputs if isinstance(inputs, Mapping) else {"input": inputs}
+                answers = call(model, {name: each.clone() for name, each in named.items()})  # it may write into them
                 value = loss(answers, labels, inputs=inputs)
                 optimizer.zero_grad()
                 value.backward()  # type: ignore[no-untyped-call]

@@ -76,7 +76,7 @@ def passport_accuracy(model: torch.nn.Module, mark: Watermark, inputs: Any, labe
     with evaluating(inner):
         for carrier in carriers if training.branch == "separate" else ():
             inner.get_submodule(carrier.normalisation or "").train()
-        answers = through_passports(inner, carriers, passports, rows)
+        answers = through_passports(inner, carriers, passports, {name: each.clone() for name, each in rows.items()})
     return float((logits_of(answers).argmax(1) == labels).double().mean())
 
 

@@ -135,7 +135,7 @@ def _executed(
     hooks += [module.register_forward_pre_hook(normalises) for module in normalisations]
     try:
         with evaluating(model):
-            call(model, example)
+            call(model, {name: rows.clone() for name, rows in example.items()})  # it may write into them
     except Exception as error:  # whatever the model's own code raises
         shapes = ", ".join(f"{rows.dtype} {list(rows.shape)}" for rows in example.values())
         raise ValueError(f"the model does not run on inputs {shapes}: {one_line(error)}") from error

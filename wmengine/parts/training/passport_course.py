@@ -141,7 +141,8 @@ class PassportCourse:
     def watch(self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, task_rows: int) -> None:
         if self._training.branch != "deployed":
             rows = slice(None if self._training.triggers else task_rows)
-            self._batch = {name: values[rows] for name, values in inputs.items()}, labels[rows]
+            # Copies, as the network may write into its input.
+            self._batch = {name: values[rows].clone() for name, values in inputs.items()}, labels[rows].clone()
 
     def rows(self, count: int, like: Mapping[str, torch.Tensor]) -> None:
         return None

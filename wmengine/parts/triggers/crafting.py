@@ -19,7 +19,7 @@ def answers_of(model: torch.nn.Module, rows: Rows) -> NDArray[np.float32]:
     """The logits [n, C] of rows [n, ...], in eval mode. Raises ValueError where the model answers otherwise."""
     like = next(model.parameters())
     with evaluating(model):
-        chunks = [torch.from_numpy(part).to(like) for part in np.array_split(rows, max(1, len(rows) // 256))]
+        chunks = [torch.tensor(part).to(like) for part in np.array_split(rows, max(1, len(rows) // 256))]
         parts = [logits_of(model(chunk)) for chunk in chunks]
     if not isinstance(parts[0], torch.Tensor) or parts[0].ndim != 2:
         what = list(parts[0].shape) if isinstance(parts[0], torch.Tensor) else type(parts[0]).__name__
