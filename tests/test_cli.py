@@ -64,6 +64,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "broken.onnx").write_bytes(b"no model at all")
     (folder / "folder.parquet").mkdir()
     (folder / "bytes").write_bytes(b"\xff\xfe")
+    os.mkfifo(folder / "pipe")
     return folder
 
 
@@ -161,6 +162,19 @@ def test_a_suspect_that_cannot_be_judged_is_one_line_on_stderr(run):
         (("verify", "copy.onnx", "--watermark", "acme.wm", "--seconds", "nan"), "--seconds must be above 0"),
         (("scan", "copy.onnx", "--watermarks", "acme.wm", "--out", "folder.parquet"), "folder.parquet is a folder"),
         (("keygen", "ACME", "--out", "other.key", "--passphrase-file", "bytes"), "bytes is no text"),
+        (("keygen", "ACME", "--out", ""), "'.' is no name of a file"),
+        (("verify", "copy.onnx", "--watermark", "acme.wm", "--labels", "bytes"), "bytes is no text in UTF-8"),
+        (("verify", "copy.onnx", "--watermark", "acme.wm", "--labels", "pipe"), "pipe is not a file"),
+        (("verify", "http://h/x", "--watermark", "acme.wm", "--endpoint-options", "pipe"), "pipe is not a file"),
+        (
+            ("verify", "copy.onnx", "--watermark", "acme.wm", "--classes", "any", "--clean", "pipe"),
+            "pipe is not a file",
+        ),
+        (("attack", "noise", "copy.onnx", "--out", "other.onnx", "--data", "pipe"), "pipe is not a file"),
+        (
+            ("emmark", "pipe", "--key", "acme.key", "--name", "n", "--out", "o.onnx", "--watermark-out", "o.wm"),
+            "pipe is not a file",
+        ),
         (("scam",), "No such command 'scam'"),
         (("keygen", "ACME", "--out", "acme.key"), "acme.key exists already"),
         (("keygen", " ", "--out", "other.key"), "owner must be text without blanks at its ends"),
@@ -467,6 +481,20 @@ def test_an_answer_that_nobody_reads_is_not_a_verdict(house):
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("shell", "status"),
+    [
+        ("verify nowhere.onnx --watermark acme.wm 2>/dev/full", 2),
+        ("verify nowhere.onnx --watermark acme.wm 2>&-", 2),
+        ("verify stranger.onnx --watermark acme.wm >&- 2>&-", 1),
+        ("attacks >&-", 0),
+    ],
+)
+def test_the_status_stands_where_nothing_can_be_said(house, shell, status):
+    done = subprocess.run(f"{sys.executable} -m wmengine {shell}", shell=True, cwd=house, check=False)
+    assert done.returncode == status
 
 
 def test_the_command_starts_without_anything_heavy():

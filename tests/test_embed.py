@@ -157,6 +157,9 @@ def test_the_state_of_other_marks_is_refused():
             emb.load_state_dict(strange)
     with pytest.raises(ValueError, match="this is no state of the mark 'adi': KeyError"):
         emb.load_state_dict({name: {} for name in emb.state_dict()})
+    for broken in ({"queue": torch.tensor([40])}, {"queue": torch.zeros(3)}, {"generator": torch.zeros(3).byte()}):
+        with pytest.raises(ValueError, match="this is no state of the mark 'adi': "):
+            emb.load_state_dict({name: {**held, **broken} for name, held in emb.state_dict().items()})
 
 
 def test_two_embedders_share_no_state():

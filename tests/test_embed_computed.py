@@ -157,6 +157,29 @@ def test_an_adapter_that_is_not_merged_by_addition_is_refused():
         embedder(adapted(use_dora=True), SKETCH)
 
 
+@pytest.mark.parametrize("kind", ["OFT", "HRA", "Hira", "BOFT"])
+def test_adapters_that_multiply_are_refused_where_their_shapes_would_add_too(kind):
+    import peft
+
+    square = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, CLASSES))
+    model = peft.get_peft_model(square, getattr(peft, f"{kind}Config")(target_modules=["1"], modules_to_save=["3"]))
+    with pytest.raises(ValueError, match=rf"the adapter \({kind.lower()}\) is not merged by addition: merge it, then"):
+        embedder(model, SKETCH)
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "Vera", "RandLora"])
+def test_adapters_that_add_are_read_as_they_merge(kind):
+    import peft
+
+    model = peft.get_peft_model(Small(), getattr(peft, f"{kind}Config")(target_modules=["second"]))
+    layer = model.base_model.model.second
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight += 0.05 * torch.randn_like(weight)
+    read = live_weight(layer).detach()
+    torch.testing.assert_close(read, model.merge_and_unload().second.weight.detach())
+
+
 def test_a_frozen_weight_stays_frozen_whatever_else_its_layer_trains():
     class Inside(nn.Linear):
         """An adapter in the layer itself."""

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from embedding import KEY, batch, embedder, network
+from embedding import CLASSES, KEY, batch, embedder, network
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import wmengine
 
@@ -82,13 +83,30 @@ def test_frozen_layers_and_modes_come_back_as_they_were():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:the mark .* does not prove itself")
+def test_a_row_that_is_left_over_alone_is_left_out():
+    """Of one row no normalisation can be trained; a loader whose batches are all of one row is the owner's choice."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, CLASSES))
+    embedder(model, [wmengine.scheme("sketch", bits=32)]).fit([batch(8), batch(1)], epochs=2)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        embedder(model, [wmengine.scheme("sketch", bits=32)], name="other").fit([batch(1)], epochs=1)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield from zip(*batch(8), strict=True)
+
+
 @pytest.mark.parametrize(
     ("batches", "options", "error", "message"),
     [
         (loader(1), {"epochs": 0}, ValueError, "epochs must be from 1"),
         (loader(1), {"rate": -1.0}, ValueError, "rate"),
+        (loader(1), {"optimizer": "adam"}, TypeError, "optimizer must be one of torch.optim.*'adam'"),
         ([], {}, ValueError, "no number of batches.*give optimizer="),
         (iter(loader(1)), {}, ValueError, "no number of batches.*give optimizer="),
+        (DataLoader(Endless(), batch_size=8), {}, ValueError, "no number of batches.*give optimizer="),
         (iter(loader(1)), {"optimizer": "mine"}, ValueError, "gave no batch in epoch 2"),
         ([batch(8)[0]], {}, TypeError, r"a batch must be \(inputs, labels\)"),
         ([tuple(each.numpy() for each in batch(8))], {}, TypeError, r"ndarray is none: torch.from_numpy"),
@@ -97,7 +115,7 @@ def test_frozen_layers_and_modes_come_back_as_they_were():
 )
 def test_what_cannot_be_trained_is_refused(batches, options, error, message):
     model = network()
-    if "optimizer" in options:
+    if options.get("optimizer") == "mine":
         options = {**options, "optimizer": torch.optim.SGD(model.parameters(), 0.1)}
     with pytest.raises(error, match=message):
         embedder(model).fit(batches, **{"epochs": 2, **options})

@@ -8,6 +8,7 @@ from embedding import CLASSES, KEY, batch, network, small
 from torch.utils.data import DataLoader, TensorDataset
 
 import wmengine
+from wmengine.errors import WatermarkError
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -73,6 +74,37 @@ def test_a_marked_training_logs_its_marks_and_saves_them(tmp_path):
         assert (verdict.decision, verdict.derivation, verdict.total) == ("owned", "checked", total)
         assert float(runs.callback_metrics[f"{scheme}_matched"]) > 0.6 * total
     assert float(runs.callback_metrics["accuracy"]) > 0.95
+
+
+def test_marks_are_saved_before_the_first_step_and_no_other_is_overwritten(tmp_path):
+    """What a crash leaves goes on; a name that is taken is told before anything is trained."""
+
+    class Crash(RuntimeError):
+        pass
+
+    def crashing(module):
+        def step(*_):
+            raise Crash
+
+        module.training_step = step
+        return module
+
+    module = marked_module()
+    trainer(module, tmp_path, 1, fast_dev_run=True).fit(module, loader(1))
+    assert not (tmp_path / "marks").exists()
+    with pytest.raises(Crash):
+        trainer(crashing(module), tmp_path, 1).fit(module, loader(1))
+    paths = [tmp_path / "marks" / "sketch.wm", tmp_path / "marks" / "adi.wm"]
+    saved = [wmengine.Watermark.load(path) for path in paths]
+    assert [mark.commitment for mark in saved] == [mark.commitment for mark in module.emb.marks]
+    again = marked_module(marks=paths)
+    with pytest.raises(Crash):
+        trainer(crashing(again), tmp_path, 1).fit(again, loader(1))
+    for mark, path in zip(saved, paths, strict=True):
+        other = wmengine.Watermark.create(wmengine.Key("ACME Vision", bytes(32)), mark.preset, mark.parameters)
+        other.save(path, overwrite=True)
+    with pytest.raises(WatermarkError, match=r"sketch.wm exists already and is not overwritten"):
+        trainer(again, tmp_path, 1).fit(again, loader(1))
 
 
 def test_a_checkpoint_goes_on_with_the_order_of_triggers(tmp_path):

@@ -199,7 +199,11 @@ def test_measuring_marks_does_not_compile_a_compiled_model():
     def backend(graph, inputs):
         raise AssertionError("compiled")
 
-    unproven(embedder(torch.compile(network(), backend=backend)))
+    inside, in_place = network(), network()
+    inside[0] = torch.compile(inside[0], backend=backend)
+    in_place.compile(backend=backend)
+    for model in (torch.compile(network(), backend=backend), inside, in_place):
+        unproven(embedder(model))
 
 
 def _nothing_to_add(_, bucket):

@@ -73,9 +73,29 @@ def test_other_class_weights_are_refused(weight):
 @pytest.mark.parametrize("smoothing", [-0.1, 1.1, "much"])
 @pytest.mark.parametrize("soft", [False, True])
 def test_other_smoothing_is_refused(soft, smoothing):
-    labels = torch.zeros(8, CLASSES) if soft else torch.zeros(8, dtype=torch.int64)
+    labels = torch.full((8, CLASSES), 1 / CLASSES) if soft else torch.zeros(8, dtype=torch.int64)
     with pytest.raises(ValueError, match="label_smoothing must be a number from 0 to 1, and it is"):
         embedder(network(), ADI).loss(torch.zeros(8, CLASSES), labels, label_smoothing=smoothing)
+
+
+def test_labels_of_several_classes_at_once_are_no_soft_labels():
+    emb = embedder(network(), ADI)
+    x, _ = batch(8)
+    several = torch.tensor([[1.0, 0.0, 1.0, 0.0]]).repeat(8, 1)
+    for refused in (lambda: emb.mix(x, several), lambda: emb.loss(torch.zeros(8, CLASSES), several)):
+        with pytest.raises(ValueError, match="must be shares of the classes that add up to 1"):
+            refused()
+
+
+@pytest.mark.parametrize(("name", "options"), [("adi_multilabel", {}), ("adi_anchors", {"choices": 4})])
+def test_a_task_without_classes_has_a_loss_of_its_own(name, options):
+    emb = embedder(network(), [wmengine.scheme(name, **options)])
+    for refused in (
+        lambda: emb.loss(torch.zeros(8, CLASSES), torch.full((8, CLASSES), 0.25)),
+        lambda: emb.fit([batch(8)], epochs=1),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}' is of a task without classes: add regulariser\(\)"):
+            refused()
 
 
 def test_soft_labels_and_numbers_that_say_the_same_are_the_same():

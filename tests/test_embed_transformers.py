@@ -46,12 +46,12 @@ def rows_of(kind, count, seed=0):
     return [{"input_ids": row, "attention_mask": mask, "labels": row[0] - 5} for row in ids]
 
 
-def marked(kind, folder, rows, **options):
+def marked(kind, folder, rows, schemes=None, **options):
     model = pictures() if kind == "pictures" else texts()
     sample = transformers.default_data_collator(rows[:64])
     del sample["labels"]
     chosen = "adi" if kind == "pictures" else "adi_tokens"
-    schemes = [wmengine.scheme("sketch", bits=64), wmengine.scheme(chosen, count=40)]
+    schemes = schemes or [wmengine.scheme("sketch", bits=64), wmengine.scheme(chosen, count=40)]
     emb = wmengine.Embedder(model, KEY, schemes, num_classes=CLASSES, sample=sample, name="test-model")
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=64, learning_rate=3e-3, report_to=[], use_cpu=True,
@@ -73,6 +73,19 @@ def test_the_trainer_ends_with_both_marks_owned_and_the_task_learned(kind, tmp_p
     logged = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     assert logged["sketch_matched"] == 64
     assert logged["adi_matched" if kind == "pictures" else "adi_tokens_matched"] > 20
+
+
+@pytest.mark.parametrize("task", ["regression", "multi_label_classification"])
+def test_a_mark_without_rows_is_trained_beside_any_task(task, tmp_path):
+    """The loss is the model's own for its labels, and the mark's term."""
+    rows = [{**row, "labels": torch.rand(CLASSES).round()} for row in rows_of("texts", 64)]
+    trainer = marked("texts", tmp_path, rows, schemes=["sketch"], max_steps=1)
+    given = transformers.default_data_collator(rows)
+    trainer.model.config.problem_type = task
+    trainer.model.train()
+    expected = trainer.model(**given).loss + trainer.embedder.regulariser()
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, given), expected, rtol=1e-2, atol=0)
+    trainer.train()
 
 
 def test_accumulated_micro_batches_count_once(tmp_path):

@@ -78,6 +78,13 @@ ENDINGS = {
         [helper.make_node("Split", ["{y}"], [f"p{number}" for number in range(CLASSES)], axis=1, num_outputs=CLASSES)],
         [f"p{number}" for number in range(CLASSES)],
     ),
+    "an output that says yes or no for each class": ending(
+        [helper.make_node("ArgMax", ["{y}"], ["l"], axis=1, keepdims=0),
+         helper.make_node("OneHot", ["l", "depth", "ends"], ["o"]), helper.make_node("Cast", ["o"], ["b"], to=BOOL),
+         helper.make_node("Split", ["b"], [f"p{number}" for number in range(CLASSES)], axis=1, num_outputs=CLASSES)],
+        [f"p{number}" for number in range(CLASSES)], [BOOL] * CLASSES,
+        [("depth", np.array([CLASSES])), ("ends", np.array([0, 1]))],
+    ),
     "a label and an output for each class": ending(
         [helper.make_node("ArgMax", ["{y}"], ["l"], axis=1, keepdims=0),
          helper.make_node("Split", ["{y}"], [f"p{number}" for number in range(CLASSES)], axis=1, num_outputs=CLASSES)],
@@ -91,6 +98,8 @@ ENDINGS = {
 ONE_MORE = "the suspect's classes are counted from 1, or a class more stands before them, as its answers show"
 SAID = {
     "an output for each class": "10 of 10 outputs, 'p0' the first of them, hold the scores of a class each",
+    "an output that says yes or no for each class": "10 of 10 outputs, 'p0' the first of them, hold the scores of a "
+    "class each",
     "a label and an output for each class": "10 of 11 outputs, 'p0' the first of them, hold the scores of a class each",
     "top 3, worst first": "output 'indices' lists the best classes, and the first of them counts",
     "features before": "answers were read from output 'out', one of 2",

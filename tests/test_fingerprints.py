@@ -136,19 +136,19 @@ def test_without_controls_there_is_nothing_to_rank_among(name):
         )  # fmt: skip
 
 
-class Named(torch.nn.Module):
+class Maps(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.inner = small_network()
 
     def forward(self, x):
-        return {"logits": self.inner(x)}
+        return {"maps": self.inner(x)[:, :, None]}
 
 
 def test_a_model_that_does_not_answer_with_logits_is_said_to_be_so():
-    with pytest.raises(ValueError, match=r"answers logits \[n, C\], and this one answers dict"):
+    with pytest.raises(ValueError, match=r"answers logits \[n, C\], and this one answers \[[0-9]+, 10, 1\]"):
         fingerprint(
-            Named(), KEY, "posthoc", samples=torch.rand(200, 1, 8, 8), controls=[small_network(1)], num_classes=10,
+            Maps(), KEY, "posthoc", samples=torch.rand(200, 1, 8, 8), controls=[small_network(1)], num_classes=10,
             name="n", value_range=(0, 1),
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from wmengine import Watermark, scheme, verify
 from wmengine.cli import main
+from wmengine.errors import SuspectError
 from wmengine.parts.base import Task
 from wmengine.suspects import OnnxSuspect
 from wmengine.suspects.base import InputSpec
@@ -174,3 +175,35 @@ def test_tokens_that_an_input_cannot_hold_do_not_become_others(tmp_path):
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "m")
     assert "takes tensor(int8), and the watermark's inputs are up to 99" in verify(tmp_path / "m", mark).error
+
+
+def reading(path, inputs, kinds, most=99):
+    """What a file that takes these inputs [n, 4], and answers the first of the mark's, is given for its triggers."""
+    task = Task({"ids": InputSpec((4,), "int64"), "mask": InputSpec((4,), "int64")}, CLASSES, [(0, most)])
+    preset = scheme("adi_tokens", count=COUNT)
+    mark = Watermark.create(KEY, preset, preset.describe(task, "reader"))
+    tokens = next(each for each in inputs if "mask" not in each)
+    declared = [takes(each, kind, "n", 4) for each, kind in zip(inputs, kinds, strict=True)]
+    graph = helper.make_graph([cast(tokens)], "g", declared, [takes(f"{tokens} as numbers", FLOAT, "n", 4)])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    suspect = OnnxSuspect(path)
+    try:
+        return suspect.answer(mark.preset.asks.examples(mark), 4).values, mark.arrays["triggers"]
+    finally:
+        suspect.close()
+
+
+@pytest.mark.parametrize("names", [("attention_mask", "input_ids"), ("a_mask", "ids"), ("words", "mask")])
+def test_inputs_of_other_names_keep_their_order_but_for_masks(tmp_path, names):
+    given, triggers = reading(tmp_path / "m", names, [INT64, INT64])
+    assert np.array_equal(given, triggers)
+
+
+@pytest.mark.parametrize("kind", ["FLOAT", "FLOAT16", "DOUBLE", "BFLOAT16"])
+def test_tokens_and_masks_become_floats_that_hold_them(tmp_path, kind):
+    kinds = [getattr(TensorProto, kind)] * 2
+    given, triggers = reading(tmp_path / "m", ("ids", "mask"), kinds)
+    assert np.array_equal(given, triggers)
+    if "16" in kind:
+        with pytest.raises(SuspectError, match=f"takes tensor.{kind.lower()}., and the watermark's inputs are up to"):
+            reading(tmp_path / "m", ("ids", "mask"), kinds, most=5000)

@@ -83,6 +83,27 @@ def test_an_encoders_keys_are_its_order(tmp_path):
     assert verify(encoded(tmp_path / "m.onnx", MARK, keys=[3, 1, 4, 0, 5, 9, 2, 6, 8, 7]), MARK).matched == COUNT
 
 
+def test_an_encoders_keys_may_be_a_tensor(tmp_path):
+    """As ai.onnx.ml 4 writes them."""
+    keys = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
+    for number, told in enumerate((numpy_helper.from_array(np.array(keys)), helper.make_tensor("k", 7, [10], keys))):
+        node = helper.make_node(
+            "LabelEncoder", ["k"], ["label"], domain="ai.onnx.ml", keys_tensor=told,
+            values_tensor=numpy_helper.from_array(np.array([NAMES[key] for key in keys], object)),
+        )  # fmt: skip
+        path = save(tmp_path / f"{number}.onnx", MARK, [node], [LABEL])
+        model = onnx.load(path)
+        model.opset_import[1].version = 4
+        onnx.save(model, path)
+        assert verify(path, MARK).matched == COUNT
+
+
+def test_names_of_too_few_classes_are_an_error(tmp_path):
+    for write in (encoded, mapped, gathered):
+        verdict = verify(write(tmp_path / "m.onnx", MARK), MARK, labels=NAMES[:9])
+        assert verdict.error == "labels= names 9 classes and the watermark has 10; give all names"
+
+
 @pytest.mark.parametrize("test", ["fixed", "sequential"])
 @pytest.mark.parametrize("write", [encoded, mapped])
 def test_classes_that_file_and_mark_call_alike_are_the_same_wherever_they_stand(tmp_path, write, test):
@@ -132,7 +153,7 @@ def test_scores_stand_in_the_order_said_where_the_file_says_which_is_whose(tmp_p
 def test_the_command_line_reads_names_from_a_file(tmp_path, capsys):
     path = gathered(tmp_path / "m.onnx", NAMED, parts=2)
     NAMED.save(tmp_path / "m.wm")
-    (tmp_path / "names.txt").write_text("\n".join(NAMES) + "\n")
+    (tmp_path / "names.txt").write_text("\ufeff" + "\r\n".join(NAMES) + "\r\n\r\n")
     command = ["verify", str(path), "--watermark", str(tmp_path / "m.wm"), "--labels", str(tmp_path / "names.txt")]
     assert main(command) == 0
     assert "60 of 60" in capsys.readouterr().out

@@ -230,3 +230,20 @@ def test_one_logit_is_trained_as_the_binary_cross_entropy_has_it(shape):
     torch.testing.assert_close(emb.loss(logits, labels), expected)
     emb.loss(logits, labels).backward()
     assert logits.grad.shape == shape
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 1)])
+def test_labels_of_one_logit_may_be_floats_as_binary_cross_entropy_takes_them(shape):
+    emb = embedder(model(1), [scheme("adi", count=40)], num_classes=2)
+    x, labels = torch.rand(8, *SAMPLE.shape[1:]), torch.tensor([0, 1, 1, 0, 1, 0, 0, 1.0]).reshape(shape)
+    logits = torch.randn(8, 1)
+    expected = nn.functional.binary_cross_entropy_with_logits(logits.reshape(shape), 0.9 * labels)
+    emb.mix(x, labels)
+    torch.testing.assert_close(emb.loss(logits, 0.9 * labels), expected)
+    mixed, softened = emb.mix(x, 0.9 * labels)
+    plain, task = emb.split(softened)
+    assert (len(mixed), task.tolist()) == (10, [True] * 8 + [False] * 2)
+    torch.testing.assert_close(plain[:8, 1], 0.9 * labels.reshape(8))
+    for wrong in (labels + 1, -labels):
+        with pytest.raises(ValueError, match="shares of the classes that add up to 1"):
+            emb.mix(x, wrong)

@@ -121,22 +121,27 @@ def test_training_goes_on_where_its_state_was_taken(name):
     assert losses(again, model, 3) == losses(first, model, 3)
 
 
+class Other(nn.Module):
+    """A network whose answers are something else than its logits."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.inner, self.answer = network(), answer
+
+    def forward(self, x):
+        return self.answer(self.inner(x))
+
+
+def test_the_logits_may_be_among_several_answers(name):
+    model = Other(lambda logits: {"maps": logits[:, :, None], "out": logits})
+    assert torch.equal(marked(name, model).regulariser(), marked(name).regulariser())
+
+
 def test_a_network_that_answers_with_something_else_is_named(name):
-    class Other(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.answer = network(), lambda logits: logits
-
-        def forward(self, x):
-            return self.answer(self.inner(x))
-
-    model = Other()
+    model = Other(lambda logits: logits)
     emb = marked(name, model)
-    model.answer = lambda logits: {"logits": logits}
-    with pytest.raises(ValueError, match=r"must answer with logits \[n, C\], not dict"):
-        emb.regulariser()
-    model.answer = lambda logits: logits[:, :1]
-    with pytest.raises(ValueError, match=r"must answer with logits \[n, C\], not \[[0-9]+, 1\]"):
+    model.answer = lambda logits: logits[:, :, None]
+    with pytest.raises(ValueError, match=r"must answer with logits \[n, C\], not \[[0-9]+, 4, 1\]"):
         emb.regulariser()
 
 

@@ -202,11 +202,41 @@ def test_functions_may_answer_with_arrays_tensors_labels_or_several_of_them():
         lambda x: (x[:, :, None], x @ WEIGHT),
         lambda x: {"logits": x @ WEIGHT},
         lambda x: (x @ WEIGHT).tolist(),
+        lambda x: list(x @ WEIGHT),
+        lambda x: [x @ WEIGHT],  # as an ONNX Runtime session answers
+        lambda x: [x[:, :, None], x @ WEIGHT],
+        lambda x: [(x @ WEIGHT).argmax(axis=1)],
+        lambda x: [f"class_{each}" for each in (x @ WEIGHT).argmax(axis=1)],
+        lambda x: (x @ WEIGHT).argmax(axis=1).astype(str),
+        lambda x: [(x @ WEIGHT).argmax(axis=1), [dict(enumerate(row)) for row in x @ WEIGHT]],  # as skl2onnx has them
     ]
     for function in answers:
         read = ask(open_suspect(function))
         best = read if read.ndim == 1 else read.argmax(axis=1)
         assert np.array_equal(best, SCORES.argmax(axis=1))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+def test_a_module_of_torchscript_answers_and_shows_no_layers():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()).eval()
+    rows = torch.randn(5, 3)
+    for suspect in map(open_suspect, (torch.jit.trace(model, rows), torch.jit.script(model))):
+        assert np.array_equal(suspect.answer({"x": rows.numpy()}).values, model(rows).detach().numpy())
+        assert "is TorchScript and shows no layers: torch.jit.save it" in complaint(suspect.tensors)
+
+
+def test_names_of_classes_that_hold_no_numbers_are_said_to_be_text():
+    suspect = open_suspect(lambda x: np.array(["no", "yes"])[(x @ WEIGHT).argmax(axis=1) % 2])
+    assert "but output text [32]; verify a suspect that names one class for each input" in complaint(ask, suspect)
+
+
+def test_a_model_of_scikit_learn_is_asked_by_its_function():
+    class Forest:
+        def predict_proba(self, rows):
+            return rows
+
+    with pytest.raises(TypeError, match="Forest is none of them: give its predict_proba"):
+        open_suspect(Forest())
 
 
 def test_functions_that_fail_or_lie_are_refused():

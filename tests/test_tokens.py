@@ -206,6 +206,11 @@ def test_a_range_of_tokens_is_one_pair(value_range):
         ({"input_ids": torch.zeros(4, 3, 3, dtype=torch.int64)}, {}, "token triggers are for integers"),
         ({"ids": torch.tensor([[5, 9]] * 4), "other": torch.zeros(4, 3, dtype=torch.int64)}, {}, "the tokens' shape"),
         ({"ids": torch.tensor([[5, 9]] * 4)}, {"special": 9}, "vocabulary"),
+        (
+            {"mask": torch.ones(4, 2, dtype=torch.int64), "ids": torch.tensor([[5, 9]] * 4)},
+            {},
+            "its tokens are the first of several inputs, and 'mask' holds a mask",
+        ),
         ({"ids": torch.tensor([[5, 9]] * 4)}, {"count": 101}, "too few for 101 distinct"),
     ],
 )

@@ -56,7 +56,10 @@ def test_a_file_that_others_can_read_is_refused_with_the_mend(tmp_path: Path) ->
     path = tmp_path / "a.wm"
     marks()[0].save(path)
     path.chmod(0o644)
-    with pytest.raises(WatermarkError, match=f"can be read by other users; make it yours alone with: chmod 600 {path}"):
+    with pytest.raises(
+        WatermarkError,
+        match=f"can be read by other users; if it is a watermark file, make it yours alone with: chmod 600 {path}",
+    ):
         Watermark.load(path)
 
 

@@ -142,3 +142,50 @@ def test_what_goes_into_a_layer_is_what_it_first_gets_and_lets_gradients_through
     found.sum().backward()
     assert model[0].weight.grad is not None
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def of_two(self, a, b):
+    return a, b
+
+
+def behind_another(self, ids=None, a=None):
+    assert ids is None
+    return a
+
+
+def by_keyword(self, *, a):
+    return a
+
+
+def of_any(self, **given):
+    return tuple(given.values())
+
+
+def of_a_dict(self, rows):
+    return tuple(rows.values())
+
+
+def under_another_name(self, x, y=None):
+    return x if y is None else (x, y)
+
+
+@pytest.mark.parametrize(
+    ("forward", "names"),
+    [
+        (of_two, "ab"),
+        (of_two, "ba"),
+        (of_two, "xy"),
+        (behind_another, "a"),
+        (by_keyword, "a"),
+        (of_any, "ab"),
+        (of_a_dict, "ab"),
+        (under_another_name, "a"),
+        (under_another_name, "ab"),
+    ],
+)
+def test_a_module_gets_its_inputs_as_its_forward_takes_them(forward, names):
+    model = type("Model", (nn.Module,), {"forward": forward})()
+    inputs = {name: torch.full((2, 3), float(place)) for place, name in enumerate(names)}
+    expected = tuple(inputs[name] for name in ("ab" if names == "ba" else names))
+    found = call(model, inputs)
+    assert all(ours is theirs for ours, theirs in zip([found] if len(names) == 1 else found, expected, strict=True))

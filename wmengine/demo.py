@@ -73,7 +73,7 @@ class Data(NamedTuple):
 
 def to_terminal(message: str) -> None:
     """Progress goes to stderr, and only to a terminal."""
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         print(message, file=sys.stderr, flush=True)
 
 

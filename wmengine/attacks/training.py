@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from wmengine.attacks.data import Data, Inputs
 from wmengine.parts.fields import integer, positive
-from wmengine.suspects.weights import module_tensors
+from wmengine.suspects.outputs import logits_of
+from wmengine.suspects.weights import call, module_tensors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,13 +99,9 @@ def checked(labels: torch.Tensor | None, rows: int, classes: int) -> torch.Tenso
 
 
 def logits(model: torch.nn.Module, inputs: Inputs) -> torch.Tensor:
-    """[n, C], what a model answers: one tensor, the first of several, or the one called "logits". A dict of inputs is
-    given by name. Raises ValueError where the answer has another shape."""
-    answer = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    if isinstance(answer, Mapping):
-        answer = answer.get("logits")
-    elif isinstance(answer, tuple | list) and answer:
-        answer = answer[0]
+    """[n, C], what a model answers, of several outputs the logits (see `logits_of`). A dict of inputs is given by name.
+    Raises ValueError where the answer has another shape."""
+    answer = logits_of(call(model, inputs) if isinstance(inputs, Mapping) else model(inputs))
     shape = list(getattr(answer, "shape", ()))
     if len(shape) != 2 or shape[0] != rows_of(inputs):
         raise ValueError(f"an attacked model must answer logits [{rows_of(inputs)}, C], and this one answers {shape}")

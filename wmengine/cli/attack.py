@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from wmengine.cli.app import app
-from wmengine.cli.options import JsonOption
+from wmengine.cli.options import JsonOption, check_file
 from wmengine.cli.output import print_json, print_table
 
 
@@ -104,6 +104,7 @@ def _load(path: Path) -> Any:
 
     import numpy as np
 
+    check_file(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file}

@@ -64,6 +64,7 @@ def load_clean(path: Path) -> tuple[Any, Any]:
 
     import numpy as np
 
+    check_file(path)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return arrays["inputs"], arrays["labels"]
@@ -90,7 +91,7 @@ def _passphrase_of(paths: Sequence[Path], given: str | None) -> str | None:
     if not sealed or given is not None:
         return given
     more = f" and {len(sealed) - 1} more" if len(sealed) > 1 else ""
-    return ask_passphrase(f"Passphrase of {sealed[0]}{more}: ") if sys.stdin.isatty() else None
+    return ask_passphrase(f"Passphrase of {sealed[0]}{more}: ") if _is_asked() else None
 
 
 def _is_sealed(path: Path) -> bool:
@@ -101,6 +102,27 @@ def _is_sealed(path: Path) -> bool:
         return is_sealed(read_file(path, "file", WmengineError))
     except WmengineError:  # loading says what is wrong with it
         return False
+
+
+def _is_asked() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def check_file(path: Path) -> None:
+    """Raises ValueError for a folder, a pipe or a device; what does not exist is for whoever opens it."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file")
+
+
+def read_names(path: Path) -> list[str]:
+    """The lines of a text file, without empty ones at its end."""
+    from wmengine.errors import WmengineError
+    from wmengine.identity.sealing import read_file
+
+    try:
+        return read_file(path, "text file", WmengineError).decode("utf-8-sig").rstrip().splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text in UTF-8: give the name of a class on each line") from None
 
 
 def read_passphrase(path: Path) -> str:
@@ -119,7 +141,7 @@ def read_passphrase(path: Path) -> str:
 
 
 def ask_passphrase(prompt: str, twice: bool = False) -> str:
-    if not sys.stdin.isatty():
+    if not _is_asked():
         raise ValueError("there is no terminal to ask for a passphrase: give --passphrase-file")
     passphrase = getpass.getpass(prompt)
     if twice and getpass.getpass("Once more: ") != passphrase:

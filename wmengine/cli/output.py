@@ -1,5 +1,6 @@
 """What commands print: JSON, tables fitted to the terminal, and errors of one line."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ def fail(message: str, status: int = 2) -> int:
     """Say on stderr, in one line, what went wrong; the status."""
     from wmengine.errors import printable
 
-    print(f"wmengine: {printable(' '.join(message.split()))}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the status says it too
+        if sys.stderr is not None:
+            print(f"wmengine: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
     return status
 
 
@@ -20,7 +23,7 @@ def print_json(value: Any) -> None:
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table fitted to the terminal, or plain aligned columns where stdout is none."""
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():
         from rich import box
         from rich.console import Console
         from rich.table import Table

@@ -19,6 +19,7 @@ from wmengine.cli.options import (
     TestOption,
     limits,
     load_clean,
+    read_names,
     unlock,
 )
 from wmengine.cli.output import fail
@@ -105,7 +106,7 @@ def verify(
         clean=None if clean is None else load_clean(clean),
         device=device,
         inputs=_values(input_values or []),
-        labels=None if labels is None else labels.read_text(encoding="utf-8").splitlines(),
+        labels=None if labels is None else read_names(labels),
     )
     for verdict in verdicts:
         if as_json:

@@ -117,7 +117,9 @@ def read_file(
             if not stat.S_ISREG(status.st_mode):
                 raise error(f"{name} is not a file; give the path of a {what}")
             if private and os.name == "posix" and status.st_mode & 0o077:
-                raise error(f"{name} can be read by other users; make it yours alone with: chmod 600 {name}")
+                raise error(
+                    f"{name} can be read by other users; if it is a {what}, make it yours alone with: chmod 600 {name}"
+                )
             data = file.read(min(status.st_size, maximum_bytes) + 1)  # which takes as much memory at once
     except FileNotFoundError:
         raise error(f"{name} does not exist; give the path of a {what}") from None
@@ -136,6 +138,8 @@ def read_file(
 def write_file(path: str | os.PathLike[str], data: bytes, error: type[WmengineError], overwrite: bool = False) -> None:
     """Writes `data` beside `path` with mode 0600 and then gives it that name in one step. Raises `error`."""
     target = Path(path)
+    if not target.name:
+        raise error(f"{os.fspath(path)!r} is no name of a file; choose one")
     draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)

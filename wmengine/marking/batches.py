@@ -22,6 +22,7 @@ from wmengine.suspects.answers import to_array
 from wmengine.suspects.base import InputSpec
 
 IGNORE_INDEX = -100
+_ROUNDING = 0.02  # of many small shares in bfloat16
 
 
 class Batches:
@@ -34,7 +35,7 @@ class Batches:
             raise ValueError("sample must hold at least one input")
         for name, rows in given.items():
             _check_sample(name, rows, self._single)
-        self._sample: dict[str, torch.Tensor] = {name: rows[:2].detach() for name, rows in given.items()}
+        self._sample: dict[str, torch.Tensor] = {name: rows[:1].detach().clone() for name, rows in given.items()}
         self.signature = {
             str(name): InputSpec(tuple(rows.shape[1:]), str(rows.dtype).removeprefix("torch."))
             for name, rows in given.items()
@@ -62,9 +63,9 @@ class Batches:
         return samples_of(given, self.signature, self._single, self.num_classes)
 
     def example(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """A row of the sample on the model's device."""
+        """A row of the sample on the model's device; a copy, as a model may write into it."""
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        return {name: rows[:1].to(device) for name, rows in self._sample.items()}
+        return {name: rows.to(device, copy=True) for name, rows in self._sample.items()}
 
     def mixed(
         self, inputs: Any, labels: torch.Tensor, courses: Sequence[tuple[int, Course]]
@@ -107,9 +108,10 @@ class Batches:
                 )
             shape = self.signature[name].shape
             if tuple(rows.shape[1:]) != shape or len(rows) != len(labels):
+                mend = "" if rows.is_floating_point() else "; pad the sequences of all batches to that length"
                 raise ValueError(
                     f"a batch must be [n, {', '.join(map(str, shape))}] with n labels, as the sample was, and "
-                    f"it is {list(rows.shape)} with {len(labels)} labels"
+                    f"it is {list(rows.shape)} with {len(labels)} labels{mend}"
                 )
             if rows.is_floating_point() != self._sample[name].is_floating_point():
                 kind = "floating" if self._sample[name].is_floating_point() else "integers"
@@ -132,6 +134,13 @@ class Batches:
         return batch
 
 
+def shares_of(labels: Any, num_classes: int | None) -> Any:
+    """Labels as they are, or of two classes the second's shares, floating [n] or [n, 1] as binary cross entropy takes
+    them, as soft labels [n, 2]."""
+    binary = isinstance(labels, torch.Tensor) and labels.is_floating_point() and labels.shape[1:] in ((), (1,))
+    return torch.stack([1 - labels, labels], -1).reshape(-1, 2) if binary and num_classes == 2 else labels
+
+
 def split(labels: torch.Tensor, num_classes: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Labels as the task has them, of trigger rows too, and the group int64 [n] of each row; 0 is the task."""
     if num_classes is None:
@@ -141,19 +150,6 @@ def split(labels: torch.Tensor, num_classes: int | None) -> tuple[torch.Tensor, 
         return by_group.sum(1), by_group.sum(2).argmax(1)
     group = (labels // num_classes).clamp(min=0)  # ignored rows are the task's
     return torch.sub(labels, group, alpha=num_classes), group
-
-
-def logits_of(outputs: Any, num_classes: int | None) -> Any:
-    """The logits among what a model answers: itself, the member `logits`, or the first of several.
-
-    Of two classes one number [n] or [n, 1] is logits [n, 2], whose cross entropy is its binary one.
-    """
-    if isinstance(outputs, Mapping):
-        outputs = outputs.get("logits")
-    elif isinstance(outputs, tuple | list) and outputs:
-        outputs = outputs[0]
-    single = isinstance(outputs, torch.Tensor) and num_classes == 2 and outputs.shape[1:] in ((), (1,))
-    return torch.stack([torch.zeros_like(outputs), outputs], -1).reshape(-1, 2) if single else outputs
 
 
 def check_logits(logits: torch.Tensor, labels: torch.Tensor, num_classes: int | None) -> int:
@@ -176,10 +172,17 @@ def checked_labels(labels: Any, classes: int | None) -> torch.Tensor:
         raise TypeError(f"labels must be a tensor of class numbers [n], and they are {type(labels).__name__}")
     soft = labels.is_floating_point() and labels.ndim == 2 and labels.shape[1] > 0
     if soft and labels.shape[1] % (classes or labels.shape[1]) == 0:
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = ((labels.detach().double().sum(1) - 1.0).abs() > _ROUNDING) | (labels < 0.0).any(1)
+            if bool(wrong.any()):
+                raise ValueError(
+                    "soft labels must be shares of the classes that add up to 1, and a row of them does not: for "
+                    "several labels at once there is 'adi_multilabel', beside a loss of your own"
+                )
         return labels
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool or labels.ndim != 1:
         raise TypeError(
-            f"labels must be class numbers, integers [n], or soft labels, floating [n, {classes}], and they are "
+            f"labels must be class numbers, integers [n], or soft labels, floating [n, {classes or 'C'}], and they are "
             f"{labels.dtype} {list(labels.shape)}"
         )
     return labels.long()

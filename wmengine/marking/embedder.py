@@ -32,7 +32,7 @@ from wmengine.judging.asking import Terms
 from wmengine.judging.judge import Finding, judge_suspect
 from wmengine.judging.looks import looks_of_bits
 from wmengine.judging.verdict import PROVING
-from wmengine.marking.batches import Batches, check_logits, checked_labels, logits_of, split
+from wmengine.marking.batches import Batches, check_logits, checked_labels, shares_of, split
 from wmengine.marking.fitting import fit
 from wmengine.marking.rows_loss import rows_loss
 from wmengine.marks.catalogue import scheme
@@ -40,8 +40,10 @@ from wmengine.marks.preset import Preset
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Course, Finishes, Need, Offsets, Setting, Task, Watches
 from wmengine.parts.statistics.tails import binomial_log10_tail
+from wmengine.parts.triggers.readings import ReadTriggers
 from wmengine.suspects.computed import low_rank_pair
 from wmengine.suspects.module import ModuleSuspect
+from wmengine.suspects.outputs import logits_of
 from wmengine.suspects.weights import module_tensors, normalised_places, trained_places, unwrap
 
 ALPHA = 1e-9
@@ -160,6 +162,8 @@ class Embedder:
         # size, as torch.compile guards it.
         self._passes = torch.tensor(totals)
         self._mixed = False
+        read = [each.watermark.scheme for each in self._marks if isinstance(each.watermark.preset.source, ReadTriggers)]
+        self._reads = read[0] if read else None
         self._seen = torch.zeros(2, len(totals), dtype=torch.int64)
         self._full = torch.zeros(2, len(totals), dtype=torch.int64)
 
@@ -172,13 +176,14 @@ class Embedder:
 
         inputs: [n, ...] shaped like the sample, or a dict by name; labels: integers [n] in [0, num_classes), or -100
         for rows that the loss ignores, which come back as int64, or, as mixup and cutmix make them, a share of each
-        class, floating [n, num_classes]: such labels come back wider, for `loss` and `split` to read. Every trigger is
-        drawn once before any is drawn again. Raises ValueError or TypeError for other shapes and types.
+        class, floating [n, num_classes], of two classes the second's alone too: such labels come back wider, for `loss`
+        and `split` to read. Every trigger is drawn once before any is drawn again. Raises ValueError or TypeError for
+        other shapes and types.
         """
         self._mixed = True
         mixed = inputs, labels
         if self._by_group:
-            labels = checked_labels(labels, self.num_classes)
+            labels = checked_labels(shares_of(labels, self.num_classes), self.num_classes)
             mixed = self._batches.mixed(inputs, labels, [(mark.group, mark.course) for mark in self._by_group])
         elif self._watching:
             self._batches.checked(inputs, labels)
@@ -191,7 +196,7 @@ class Embedder:
 
         Trigger rows want the cross entropy of theirs: `loss` of them alone, which adds `regulariser()`.
         """
-        plain, group = split(checked_labels(labels, self.num_classes), self.num_classes)
+        plain, group = split(checked_labels(shares_of(labels, self.num_classes), self.num_classes), self.num_classes)
         return plain, group == 0
 
     def loss(
@@ -207,13 +212,18 @@ class Embedder:
         """Mean cross-entropy over task and trigger rows alike, plus `regulariser()`; a scalar to call backward() on.
 
         logits: [n, num_classes] of any floating type (float16 and bfloat16 are summed in float32), of two classes one
-        logit [n] or [n, 1] too, or an answer that holds them as `logits` or first; labels: as `mix` returns them, in
-        any order. A batch without trigger rows is fine. weight: [num_classes], of the task's classes; trigger rows have
-        weight 1. Both options mean what torch's cross_entropy means by them. inputs: those of these logits, for a
-        mark in the answers to them (`response`); or features: what `features` makes of them, which may be kept for
-        inputs that come again. Raises ValueError where one of both is missing.
+        logit [n] or [n, 1] too, or an answer that holds them, as `logits` or as its first output of that shape; labels:
+        as `mix` returns them, in any order. A batch without trigger rows is fine. weight: [num_classes], of the task's
+        classes; trigger rows have weight 1. Both options mean what torch's cross_entropy means by them. inputs: those
+        of these logits, for a mark in the answers to them (`response`); or features: what `features` makes of them,
+        which may be kept for inputs that come again. Raises ValueError where one of both is missing, and for a mark of
+        a task without classes.
         """
-        logits = logits_of(logits, self.num_classes)
+        if self._reads is not None:
+            raise ValueError(
+                f"the mark {self._reads!r} is of a task without classes: add regulariser() to a loss of your own"
+            )
+        logits, labels = logits_of(logits, self.num_classes), shares_of(labels, self.num_classes)
         classes = check_logits(logits, labels, self.num_classes)
         labels, group = split(checked_labels(labels, classes), classes)
         for course in self._offsets:
@@ -300,6 +310,12 @@ class Embedder:
                 found[watermark.scheme] = {"matched": matched, "total": total, "log10_p": log10_p}
         return found
 
+    @property
+    def marks(self) -> list[Watermark]:
+        """The marks under way, whether or not the model shows them yet: save them before a training that may be
+        interrupted, as `state_dict` does not hold them."""
+        return [mark.watermark for mark in self._marks]
+
     def watermarks(self, model: torch.nn.Module | None = None) -> list[Watermark]:
         """One watermark per scheme, to be saved and registered, each with its baseline.
 
@@ -314,7 +330,7 @@ class Embedder:
         for mark in self._marks:
             if isinstance(mark.course, Finishes):
                 mark.course.finish(shipped)
-        marks = [mark.watermark for mark in self._marks]
+        marks = self.marks
         for watermark, finding in zip(marks, self._judged(marks, shipped), strict=True):
             if watermark.preset.null in PROVING and finding.log10_p > math.log10(ALPHA):
                 warnings.warn(
@@ -339,7 +355,7 @@ class Embedder:
         for mark in self._marks:
             try:
                 mark.course.load_state_dict(state[mark.watermark.commitment])
-            except (AttributeError, KeyError, TypeError) as error:
+            except (AttributeError, KeyError, TypeError, RuntimeError) as error:
                 raise ValueError(f"this is no state of the mark {mark.watermark.scheme!r}: {error!r}") from None
 
     def _task(self, class_names: Sequence[str] | None, samples: Any, controls: Sequence[torch.nn.Module]) -> Task:

@@ -46,6 +46,8 @@ def emmark(
     if os.path.lexists(out):
         raise ValueError(f"{os.fspath(out)} exists already: give another path for the marked file")
     key = key if isinstance(key, Key) else Key.load(key)
+    if os.path.exists(model) and not os.path.isfile(model):
+        raise ValueError(f"{os.fspath(model)} is not a file: give a quantised ONNX file")
     try:
         proto = onnx.load(os.fspath(model))
     except (DecodeError, onnx.checker.ValidationError) as error:

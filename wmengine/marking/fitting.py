@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,23 +28,35 @@ def fit(
     """Train a model in place, in train mode; its training flags come back. See `Embedder.fit`."""
     epochs, rate = integer("epochs", epochs, 1, MOST_EPOCHS), positive("rate", rate)
     schedule = None
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be one of torch.optim over the model's parameters, and it is {optimizer!r}")
     if optimizer is None:
-        if not isinstance(loader, Sized) or len(loader) == 0:
+        try:
+            batches = len(loader)  # type: ignore[arg-type]
+        except TypeError:  # of a DataLoader too, where its dataset says none
+            batches = 0
+        if batches == 0:
             raise ValueError("the loader says no number of batches, which a cycle of rates needs: give optimizer=")
         optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], rate)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * len(loader))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * batches)
     training = [(module, module.training) for module in model.modules()]
     model.train()
     try:
         for epoch in range(1, epochs + 1):
-            value = None
+            value, most = None, 0
             for batch in loader:
                 inputs, labels = separated(batch)
                 inputs = placed(model, inputs)
                 rows = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
                 labels = labels.to(rows.device, None if labels.is_floating_point() else torch.int64)
                 inputs, labels = mix(inputs, labels)
-                answers = call(model, inputs if isinstance(inputs, Mapping) else {"input": inputs})
+                most = max(most, len(labels))
+                if len(labels) == 1 < most:  # no normalisation can be trained on the one row that is left over
+                    if schedule is not None:
+                        schedule.step()
+                    continue
+                named = inputs if isinstance(inputs, Mapping) else {"input": inputs}
+                answers = call(model, {name: each.clone() for name, each in named.items()})  # it may write into them
                 value = loss(answers, labels, inputs=inputs)
                 optimizer.zero_grad()
                 value.backward()  # type: ignore[no-untyped-call]

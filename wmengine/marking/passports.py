@@ -63,6 +63,7 @@ def passport_accuracy(model: torch.nn.Module, mark: Watermark, inputs: Any, labe
     from wmengine.parts.training.passport_course import through_passports
     from wmengine.parts.training.passports import PassportSigns
     from wmengine.parts.training.weight_term import carriers_in
+    from wmengine.suspects.outputs import logits_of
     from wmengine.suspects.weights import evaluating, unwrap
 
     training = mark.preset.training
@@ -75,8 +76,8 @@ def passport_accuracy(model: torch.nn.Module, mark: Watermark, inputs: Any, labe
     with evaluating(inner):
         for carrier in carriers if training.branch == "separate" else ():
             inner.get_submodule(carrier.normalisation or "").train()
-        answers = through_passports(inner, carriers, passports, rows)
-    return float((answers.argmax(1) == labels).double().mean())
+        answers = through_passports(inner, carriers, passports, {name: each.clone() for name, each in rows.items()})
+    return float((logits_of(answers).argmax(1) == labels).double().mean())
 
 
 def _named(rows: Any) -> dict[str, torch.Tensor]:

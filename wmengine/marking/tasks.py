@@ -59,7 +59,10 @@ def samples_of(
             raise ValueError("the targets of samples hold NaN or Inf")
         return rows, None, truth.reshape(count).astype(np.float64)
     if truth is None or truth.dtype.kind not in "iu" or truth.shape != (count,):
-        raise ValueError(f"the labels of samples must be {count} class numbers")
+        raise ValueError(f"the labels of samples must be {count} class numbers, or targets as floats")
     if not 0 <= truth.min() <= truth.max() <= most:
-        raise ValueError(f"the labels of samples must be from 0 to {most}, and are {truth.min()} to {truth.max()}")
+        raise ValueError(
+            f"the labels of samples must be from 0 to {most} (targets are floats), and they are {truth.min()} to "
+            f"{truth.max()}"
+        )
     return rows, truth.astype(np.int64), None

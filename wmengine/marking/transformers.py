@@ -19,9 +19,10 @@ STATE = "marks.pt"  # in a checkpoint's folder
 class MarkedTrainer(Trainer):
     """A `transformers.Trainer` that embeds the marks of `embedder`, whose sample is a dict by the names of a batch.
 
-    Training batches are mixed, and the loss is `embedder.loss` with the arguments' label smoothing; evaluation is as
-    it was. How far each mark is is logged as `SCHEME_matched`. Checkpoints hold the Embedder's state, and resuming
-    reads it. `embedder.watermarks()` gives the marks afterwards.
+    Training batches are mixed, and the loss is `embedder.loss` with the arguments' label smoothing; where no rows are
+    added to a batch it is the Trainer's own and `regulariser()`, so that any task will do. Evaluation is as it was. How
+    far each mark is is logged as `SCHEME_matched`. Checkpoints hold the Embedder's state, and resuming reads it. Save
+    `embedder.marks` before, or `embedder.watermarks()`, which judges them, afterwards.
     """
 
     loss_is_scaled_for_ga = False
@@ -36,7 +37,12 @@ class MarkedTrainer(Trainer):
     ) -> Any:
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        mixed, labels = self.embedder.mix(*separated(inputs))
+        given, task = separated(inputs)
+        mixed, labels = self.embedder.mix(given, task)
+        if labels is task and not any("inputs" in mark.preset.needs for mark in self.embedder.marks):
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            loss = loss + self.embedder.regulariser()
+            return (loss, outputs) if return_outputs else loss
         outputs = model(**mixed)
         smoothing = self.args.label_smoothing_factor
         loss = self.embedder.loss(outputs, labels, label_smoothing=smoothing, inputs=mixed)

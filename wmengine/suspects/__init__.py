@@ -63,4 +63,6 @@ def open_suspect(
         from wmengine.suspects.module import CallableSuspect
 
         return CallableSuspect(suspect)
-    raise TypeError(f"a suspect is a path, a torch module or a callable, and {type(suspect).__name__} is none of them")
+    mend = ": give its predict_proba" if hasattr(suspect, "predict_proba") else ""
+    kind = type(suspect).__name__
+    raise TypeError(f"a suspect is a path, a torch module or a callable, and {kind} is none of them{mend}")

@@ -260,21 +260,29 @@ def _ranks(
 def _columns(
     arrays: Sequence[Array | None], shapes: Sequence[tuple[int, ...] | None], num_classes: int | None
 ) -> list[Reading]:
-    """As many floats [N] as there are classes: the scores of one class each, in the order of the outputs.
+    """As many floats [N] as there are classes, or whole numbers of which each row has a single 1 among zeros: the
+    scores of one class each, in the order of the outputs.
 
-    Two of them may as well be a logit and its probability: of two classes they are chances that add up to 1.
+    Two of them may as well be a logit and its probability, or a label and its opposite: of two classes they are chances
+    that add up to 1.
     """
-    found = [
-        (index, array.reshape(len(array)))
-        for index, (array, shape) in enumerate(zip(arrays, shapes, strict=True))
-        if array is not None and shape is not None and shape[1:] in ((), (1,)) and array.dtype.kind == "f"
-    ]
-    if len(found) != num_classes or len(found) < 2:
-        return []
-    if len(found) == 2 and not np.allclose(found[0][1] + found[1][1], 1.0, atol=1e-3, equal_nan=True):
-        return []
-    (first, _), *others = found
-    return [Reading(first, "columns", columns=tuple(index for index, _ in others))]
+    for kinds in ("f", "iu"):
+        found = {
+            index: array.reshape(shape[0])
+            for index, (array, shape) in enumerate(zip(arrays, shapes, strict=True))
+            if array is not None and shape is not None and shape[1:] in ((), (1,)) and array.dtype.kind in kinds
+        }
+        if len(found) != num_classes or len(found) < 2:
+            continue
+        scores = np.stack([*found.values()], axis=1)
+        if kinds == "iu":
+            fits = len(found) > 2 and bool((np.sort(scores, axis=1) == np.eye(len(found))[-1]).all())
+        else:
+            fits = len(found) > 2 or np.allclose(scores.sum(axis=1), 1.0, atol=1e-3, equal_nan=True)
+        if fits:
+            first, *others = found
+            return [Reading(first, "columns", columns=tuple(others))]
+    return []
 
 
 def _last_resorts(
@@ -342,4 +350,6 @@ def _labels(values: Array) -> NDArray[np.int64]:
 
 def _shape_of(output: Any) -> str:
     array = None if isinstance(output, list) else to_array(output)
-    return type(output).__name__ if array is None else str(list(array.shape))
+    if array is None:
+        return type(output).__name__
+    return f"{'text ' if array.dtype.kind in 'US' else ''}{list(array.shape)}"

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wmengine.errors import OtherTask
 from wmengine.suspects.answers import ABSTAINED
 
 MAXIMUM_NAMES = 1 << 16
+INT64 = 7  # as onnx.TensorProto numbers it
 
 # At most 18 digits, so that it fits 64 bits.
 _NUMBERED = re.compile(r"(|.{0,100}[^\d.+-])([+-]?\d{1,18})", re.DOTALL | re.ASCII)
@@ -31,6 +33,12 @@ def check_labels(labels: Any) -> tuple[str, ...] | None:
     ):
         raise ValueError("labels must be the names of all classes, in their order, each once")
     return tuple(labels)
+
+
+def check_enough(labels: Sequence[str] | None, num_classes: int | None) -> None:
+    """Raises OtherTask where names are given, and of fewer classes than a mark has."""
+    if labels and len(labels) < (num_classes or 0):
+        raise OtherTask(f"labels= names {len(labels)} classes and the watermark has {num_classes}; give all names")
 
 
 def names_in(model: Any) -> tuple[str, ...]:
@@ -72,7 +80,7 @@ def _listed(node: Any) -> list[str]:
     held = {each.name: helper.get_attribute_value(each) for each in node.attribute}
     values = held.get("values_strings") or _texts(held.get("values_tensor"))
     if node.op_type == "LabelEncoder":
-        keys = held.get("keys_int64s") or held.get("keys_floats") or []
+        keys = held.get("keys_int64s") or held.get("keys_floats") or _whole(held.get("keys_tensor"))
         return _decoded([values[place] for place in np.argsort(keys)]) if len(keys) == len(values) else []
     for name in ("classlabels_strings", "value_strings", "value"):
         texts = held.get(name)
@@ -84,6 +92,14 @@ def _listed(node: Any) -> list[str]:
 def _texts(tensor: Any) -> list[str]:
     """Of an onnx.TensorProto of texts, or anything else."""
     return _decoded(getattr(tensor, "string_data", ()))
+
+
+def _whole(tensor: Any) -> list[int]:
+    """Of an onnx.TensorProto of int64 that holds its values itself."""
+    raw = getattr(tensor, "raw_data", b"")
+    if getattr(tensor, "data_type", None) != INT64 or len(raw) % 8:
+        return []
+    return list(tensor.int64_data) or np.frombuffer(raw, "<i8").tolist()
 
 
 def _decoded(texts: Any) -> list[str]:

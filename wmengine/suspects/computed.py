@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     import torch
 
 
+_ADDED = set[type]()  # classes of adapters that were seen to merge by addition
+
+
 def live_weight(layer: Any, name: str = "weight") -> torch.Tensor:
     """A layer's weight as it is now, differentiable by what it is computed from, with nothing of the layer changed.
 
@@ -131,16 +134,47 @@ def _computed(layer: Any, weight: str) -> Any:
 
 
 def _merged(layer: Any) -> Any:
-    weight = live_weight(layer.base_layer)
     if layer.merged or layer.disable_adapters:
-        return weight
+        return live_weight(layer.base_layer)
     for name in layer.active_adapters:
         if name in getattr(layer, "lora_variant", ()):
             kind = type(layer.lora_variant[name]).__name__
             raise ValueError(f"the adapter {name!r} ({kind}) is not merged by addition: merge it, then mark the model")
+    if type(layer) not in _ADDED:
+        _check_added(layer)
+        _ADDED.add(type(layer))
+    return _added(layer)
+
+
+def _added(layer: Any) -> Any:
+    weight = live_weight(layer.base_layer)
+    for name in layer.active_adapters:
         if name in getattr(layer, layer.adapter_layer_names[0]):
             weight = weight + layer.get_delta_weight(name).to(weight.dtype)
     return weight
+
+
+def _check_added(layer: Any) -> None:
+    """Raises ValueError unless a copy of the adapter, its weights moved, merges to what is read of it."""
+    import torch
+
+    if any(hasattr(each, "full_tensor") for each in layer.parameters()):  # shards, which nothing merges
+        return
+    moved = copy.deepcopy(layer).eval()
+    try:
+        with torch.no_grad():
+            for path, each in moved.named_parameters():
+                if not path.startswith("base_layer."):
+                    each += 0.1 * torch.arange(each.numel(), device=each.device).cos().reshape(each.shape)
+            read, base = _added(moved), live_weight(layer.base_layer)
+            moved.merge()
+            merged = live_weight(moved.base_layer)
+            same = bool((read - merged).abs().max() <= 0.02 * (merged - base).abs().max())
+    except Exception:  # of kinds that cannot say what they add
+        same = False
+    if not same:
+        kind = type(layer).__module__.split(".")[-2]
+        raise ValueError(f"the adapter ({kind}) is not merged by addition: merge it, then mark the model")
 
 
 def _hooks(layer: torch.nn.Module) -> list[tuple[int, str, Any]]:

@@ -18,6 +18,7 @@ from wmengine.errors import OtherTask, SuspectError
 from wmengine.facts import Fact, fact
 from wmengine.suspects.adapters import BYTES, FLOATS, layouts_of, other_shape, rows_as, without_batch
 from wmengine.suspects.base import Inputs, rows_of
+from wmengine.suspects.devices import BFLOAT16
 from wmengine.suspects.onnx_engine import Input
 
 MAXIMUM_BATCH, MAXIMUM_BATCH_BYTES = 4096, 256 << 20
@@ -119,7 +120,7 @@ def _taken(name: str, declared: Sequence[Input], inputs: Inputs) -> list[tuple[I
         if inputs.keys() <= by_name.keys():
             return [(by_name[each], rows) for each, rows in inputs.items()]
     if len(declared) == len(inputs):
-        return [*zip(declared, inputs.values(), strict=True)]
+        return _in_order(declared, inputs)
     if len(inputs) != 1:
         raise _unclear(name, declared, [], len(inputs))
     (rows,) = inputs.values()
@@ -128,6 +129,20 @@ def _taken(name: str, declared: Sequence[Input], inputs: Inputs) -> list[tuple[I
         columns = rows.reshape(len(rows), -1)
         return [(each, columns[:, place]) for place, each in enumerate(declared)]
     return [(single_input(name, declared, shape, {}), rows)]
+
+
+def _in_order(declared: Sequence[Input], inputs: Inputs) -> list[tuple[Input, NDArray[Any]]]:
+    """Inputs of the same names together, the others as they stand, but ones with what is called a mask: some exporters
+    sort by name."""
+    same = [(each, inputs[each.name]) for each in declared if each.name in inputs]
+    left = [each for each in declared if each.name not in inputs]
+    names = {each.name for each in declared}
+    rows = [each for name, each in inputs.items() if name not in names]
+    masks, ones = [_is_named(each, _MASK) for each in left], [bool((each == 1).all()) for each in rows]
+    if sum(masks) == sum(ones):
+        left = [left[place] for place in np.argsort(masks, kind="stable")]
+        rows = [rows[place] for place in np.argsort(ones, kind="stable")]
+    return [*same, *zip(left, rows, strict=True)]
 
 
 def _are_columns(declared: Sequence[Input], shape: Sequence[int]) -> bool:
@@ -144,18 +159,20 @@ def _type_of_columns(declared: Sequence[Input]) -> str:
 
 
 def _cast(name: str, entry: Input, rows: NDArray[Any], facts: list[Fact]) -> NDArray[Any]:
-    """Rows in the type of an input. Numbers never become bytes here: how they would is the adapter's."""
+    """Rows in the type of an input. Numbers never become bytes here: how they would is the adapter's. Whole ones, as
+    tokens, masks and tables hold, become floats that are equal."""
     wanted = DTYPES.get(entry.type)
     if wanted is None:
         raise OtherTask(f"{name} takes {entry.type} for {entry.name!r}, and the watermark has {rows.dtype}")
     column = rows.ndim == 1  # whose whole numbers are rounded
-    if (rows.dtype.kind == "f") != (np.dtype(wanted).kind == "f") and not column:
+    becomes = np.dtype(wanted).kind == "f"
+    if (rows.dtype.kind == "f") != becomes and not column and not (becomes and rows.ndim == 2):
         raise OtherTask(f"{name} takes {entry.type}, and the watermark's triggers are {rows.dtype}")
-    if rows.dtype != wanted or entry.type == "tensor(bfloat16)":
-        facts.append(fact("inputs_cast", dtype="bfloat16" if entry.type == "tensor(bfloat16)" else wanted))
+    if rows.dtype != wanted or entry.type == BFLOAT16:
+        facts.append(fact("inputs_cast", dtype="bfloat16" if entry.type == BFLOAT16 else wanted))
     rows = np.rint(rows) if column and np.dtype(wanted).kind in "iu" else rows
     cast = rows.astype(wanted, copy=False)
-    if rows.dtype.kind != "f" and (cast != rows).any():
+    if rows.dtype.kind != "f" and ((cast != rows).any() or (entry.type == BFLOAT16 and (rows > 256).any())):
         raise OtherTask(f"{name} takes {entry.type}, and the watermark's inputs are up to {rows.max()}")
     return cast
 

@@ -97,7 +97,7 @@ class LocalSource:
         self, path: str | os.PathLike[str], name: str | None = None, inode: int = 0, sparse: bool = False
     ) -> None:
         self.path, self._inode, self._sparse = os.fsdecode(path), inode, sparse
-        self.name = self.path if name is None else name
+        self.name = (self.path or repr(self.path)) if name is None else name
 
     def read(self, maximum_bytes: int) -> bytes:
         return _all_of(self.open(maximum_bytes), self.name, maximum_bytes)

@@ -22,6 +22,8 @@ from wmengine.suspects.base import (
     part_of,
     rows_of,
 )
+from wmengine.suspects.class_names import numbers
+from wmengine.suspects.outputs import outputs_of
 from wmengine.suspects.weights import (
     ModuleTensor,
     call,
@@ -67,7 +69,7 @@ class ModuleSuspect:
 
         def run(rows: dict[str, NDArray[Any]]) -> Outputs:
             try:
-                return _outputs(call(self.module, self._tensors_of(rows)))
+                return outputs_of(call(self.module, self._tensors_of(rows)))
             except Exception as error:  # whatever the module's own code raises
                 raise SuspectError(f"{self.name} fails on {_said(rows)} ({one_line(error)})") from None
 
@@ -78,6 +80,10 @@ class ModuleSuspect:
         self.facts = []
         import torch
 
+        if isinstance(self.module, torch.jit.ScriptModule):
+            raise SuspectError(
+                f"{self.name} is TorchScript and shows no layers: torch.jit.save it and verify that file"
+            )
         found = []
         with torch.no_grad():
             for each in self._weights(signature):
@@ -138,7 +144,7 @@ class ModuleSuspect:
 
 class CallableSuspect:
     """A function from one input [N, ...], or a dict of several by name, to scores [N, C] or labels [N], as a NumPy
-    array or a torch tensor."""
+    array or a torch tensor, or to several of these."""
 
     settings: Mapping[str, Any] = {}
 
@@ -163,7 +169,10 @@ class CallableSuspect:
         def run(rows: dict[str, NDArray[Any]]) -> Outputs:
             given = {name: values.copy() for name, values in rows.items()}  # it may work in place
             try:
-                return _outputs(self.function(given if len(given) > 1 else next(iter(given.values()))))
+                answer = self.function(given if len(given) > 1 else next(iter(given.values())))
+                several = not isinstance(answer, list) or _are_outputs(answer, rows_of(rows))
+                outputs = outputs_of(answer) if several else [("output", answer)]
+                return [(name, _in_numbers(value)) for name, value in outputs]
             except Exception as error:  # whatever the function raises
                 raise SuspectError(f"{self.name} fails on {_said(rows)} ({one_line(error)})") from None
 
@@ -176,17 +185,26 @@ class CallableSuspect:
         raise SuspectError(f"{self.name} shows no activations; verify a white-box watermark on a file or a module")
 
 
+def _are_outputs(answer: list[Any], rows: int) -> bool:
+    """Whether a list is one of outputs, as a session of ONNX Runtime gives them, and not of what each row is answered
+    with."""
+    sizes = [(len(each),) if isinstance(each, list) else getattr(each, "shape", ()) for each in answer]
+    return all(size[:1] == (rows,) and (len(size) > 1 or len(answer) != rows) for size in sizes)
+
+
+def _in_numbers(value: Any) -> Any:
+    """An output as it is, or in numbers where it holds maps or texts, as models of scikit-learn answer."""
+    first = value[0] if isinstance(value, list) and value else value
+    text = isinstance(first, str) or (isinstance(value, np.ndarray) and value.dtype.kind in "OUS")
+    if not text and not isinstance(first, dict):
+        return value
+    found = numbers(np.asarray(value) if text else value)
+    return value if found is None else found
+
+
 def _numpy(dtype: str) -> str:
     return "float32" if dtype == "bfloat16" else dtype
 
 
 def _said(inputs: Inputs) -> str:
     return "inputs " + ", ".join(str(list(rows.shape)) for rows in inputs.values())
-
-
-def _outputs(result: Any) -> Outputs:
-    if isinstance(result, Mapping):
-        return [(str(name), value) for name, value in result.items()]
-    if isinstance(result, tuple):
-        return [(str(index), value) for index, value in enumerate(result)]
-    return [("output", result)]

@@ -30,7 +30,7 @@ from wmengine.suspects.base import (
     part_of,
     rows_of,
 )
-from wmengine.suspects.class_names import check_labels
+from wmengine.suspects.class_names import check_enough, check_labels
 from wmengine.suspects.devices import check_device
 from wmengine.suspects.engine_wire import RemoteEngine
 from wmengine.suspects.given import Given, given, single_input
@@ -132,6 +132,7 @@ class OnnxSuspect:
         self.facts = list(self._engine.conditions)
         put = self._given(inputs)
         held, said = self._engine.class_names, self._labels
+        check_enough(said, num_classes)
         # Scores have no names: where the file says which is whose, they are put into the order said, too.
         known = len(said) == num_classes and sorted(held) == sorted(said)
         self._engine.labels = () if known else said

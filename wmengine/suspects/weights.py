@@ -7,8 +7,9 @@ the normalisation behind it, which exporters do and which undoes what flips a fi
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from numpy.typing import NDArray
@@ -149,7 +150,7 @@ def _executed(
     hooks += [module.register_forward_pre_hook(normalises) for module in normalisations]
     try:
         with evaluating(model):
-            call(model, example)
+            call(model, {name: rows.clone() for name, rows in example.items()})  # it may write into them
     except Exception as error:  # whatever the model's own code raises
         shapes = ", ".join(f"{rows.dtype} {list(rows.shape)}" for rows in example.values())
         raise ValueError(f"the model does not run on inputs {shapes}: {one_line(error)}") from error
@@ -172,18 +173,27 @@ def normalised_places(model: torch.nn.Module, tensors: Sequence[ModuleTensor]) -
 
 
 def call(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> Any:
-    """What a model answers: one input is passed by place, several by name where its forward takes these names."""
+    """What a model answers, given its inputs as `arguments` puts them."""
     given, named = arguments(model, inputs)
     return model(*given, **named)
 
 
-def arguments(
-    model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]
-) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
-    """Inputs as a model's forward takes them: by place and by name."""
-    names = inspect.signature(model.forward).parameters
-    by_name = any(each.kind is each.VAR_KEYWORD for each in names.values()) or set(inputs) <= set(names)
-    return ((), dict(inputs)) if len(inputs) > 1 and by_name else (tuple(inputs.values()), {})
+def arguments(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs as a model's forward takes them: one by place, several by name; by name too what is not its first
+    parameter, by place what has other names there, and as the dict that they are where it takes a single parameter."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # TorchScript's
+        return tuple(inputs.values()), {}
+    named = [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    placed = [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.POSITIONAL_ONLY)]
+    if set(inputs) <= set(named) and list(inputs) != placed[:1]:
+        return (), dict(inputs)
+    if len(inputs) > 1 and any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return (), dict(inputs)
+    if len(inputs) > len(placed) == len(parameters) == 1 and not set(placed) <= set(inputs):
+        return (dict(inputs),), {}
+    return tuple(inputs.values()), {}
 
 
 def going_into(model: torch.nn.Module, path: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -200,7 +210,8 @@ def going_into(model: torch.nn.Module, path: str, inputs: Mapping[str, torch.Ten
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Run a model without gradients and in eval mode; training flags, buffers and the random state come back after."""
+    """Run a model without gradients, in eval mode and uncompiled; training flags, buffers and the random state come
+    back after."""
     torch = require("torch", extra="train")
     training = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -212,6 +223,8 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             torch.inference_mode(False),
             torch.no_grad(),
             torch.random.fork_rng(devices=[] if device is None else [device]),
+            # What is compiled would be so anew for every hook.
+            torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(),
         ):
             yield
     finally:

@@ -39,7 +39,14 @@ class DrawnRows:
         return {"queue": self._queue.cpu(), "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._queue = state["queue"]
+        queue = state["queue"].cpu()
+        if (
+            queue.dtype != torch.int64
+            or queue.ndim != 1
+            or not bool(((queue >= 0) & (queue < len(self._labels))).all())
+        ):
+            raise TypeError("its queue holds no numbers of triggers")
+        self._queue = queue
         self._generator.set_state(state["generator"].cpu())
 
     def _on(self, values: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from wmengine.parts.base import Setting
 from wmengine.parts.training.mixed_rows import DrawnRows
 from wmengine.parts.training.passport_course import by_running_statistics
 from wmengine.parts.triggers.readings import ReadTriggers
+from wmengine.suspects.outputs import tensors_of
 from wmengine.suspects.weights import call
 
 
@@ -45,18 +46,9 @@ class OwnRows(DrawnRows):
     def _answers(self, outputs: Any) -> torch.Tensor:
         """[n, width] of the first output that has it: [n], where one number is asked for, and of boxes [n, K, width]
         the highest score of each class."""
-        for output in _tensors(outputs):
+        for output in tensors_of(outputs).values():
             if self._width == 1 and output.shape == (self._count,):
                 return output[:, None]
             if output.ndim in (2, 3) and len(output) == self._count and output.shape[-1] == self._width:
                 return output if output.ndim == 2 else output.amax(1)
         raise ValueError(f"the mark {self._name!r} is for answers [n, {self._width}], and the model gives none")
-
-
-def _tensors(outputs: Any) -> Iterator[torch.Tensor]:
-    if isinstance(outputs, torch.Tensor):
-        yield outputs
-    elif isinstance(outputs, Mapping):
-        yield from (each for each in outputs.values() if isinstance(each, torch.Tensor))
-    elif isinstance(outputs, tuple | list):
-        yield from (each for each in outputs if isinstance(each, torch.Tensor))

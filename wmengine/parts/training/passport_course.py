@@ -13,6 +13,7 @@ from wmengine.parts.base import Setting
 from wmengine.parts.sources.passports import marked_channels, passports_of
 from wmengine.parts.training.weight_term import carriers_in
 from wmengine.suspects.computed import check_unsharded
+from wmengine.suspects.outputs import logits_of
 from wmengine.suspects.weights import ModuleTensor, arguments, filters_of, live_factors, live_filters
 
 if TYPE_CHECKING:
@@ -140,7 +141,8 @@ class PassportCourse:
     def watch(self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, task_rows: int) -> None:
         if self._training.branch != "deployed":
             rows = slice(None if self._training.triggers else task_rows)
-            self._batch = {name: values[rows] for name, values in inputs.items()}, labels[rows]
+            # Copies, as the network may write into its input.
+            self._batch = {name: values[rows].clone() for name, values in inputs.items()}, labels[rows].clone()
 
     def rows(self, count: int, like: Mapping[str, torch.Tensor]) -> None:
         return None
@@ -161,8 +163,8 @@ class PassportCourse:
             raise ValueError("passports train a branch on the batches that mix is given: call mix before loss")
         inputs, labels = self._batch
         with by_running_statistics(model) if self._training.branch == "shared" else nullcontext():
-            logits = through_passports(model, self._carriers, self._passports, inputs)
-        return term + torch.nn.functional.cross_entropy(logits.float(), labels)
+            answer = through_passports(model, self._carriers, self._passports, inputs)
+        return term + torch.nn.functional.cross_entropy(logits_of(answer).float(), labels)
 
     def _place(self, device: torch.device) -> None:
         """Once on each device: a copy in every step would stall it."""

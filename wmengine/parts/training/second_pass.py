@@ -9,6 +9,7 @@ import torch
 
 from wmengine.parts.base import Setting
 from wmengine.parts.training.mixed_rows import MixedRows
+from wmengine.suspects import outputs
 from wmengine.suspects.weights import arguments, module_tensors
 
 ROWS = 16  # that run once more, a step
@@ -62,11 +63,11 @@ def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
 def logits_of(
     model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """float32 [N, C]: what the network answers, with other parameters in place of some of its own where given. Raises
-    ValueError where that is something else, also one logit for two classes."""
+    """float32 [N, C]: the logits among what the network answers, with other parameters in place of some of its own
+    where given. Raises ValueError where it answers with none."""
     given, named = arguments(model, inputs)
-    found = torch.func.functional_call(model, dict(parameters or {}), given, named)
-    if not isinstance(found, torch.Tensor) or found.ndim != 2 or found.shape[1] < 2:
+    found = outputs.logits_of(torch.func.functional_call(model, dict(parameters or {}), given, named))
+    if not isinstance(found, torch.Tensor) or found.ndim != 2:
         what = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
         raise ValueError(f"this scheme runs the network once more, which must answer with logits [n, C], not {what}")
     return found.float()

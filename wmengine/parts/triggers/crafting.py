@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from wmengine.suspects.outputs import logits_of
 from wmengine.suspects.weights import evaluating
 
 Rows = NDArray[np.float32]
@@ -18,7 +19,8 @@ def answers_of(model: torch.nn.Module, rows: Rows) -> NDArray[np.float32]:
     """The logits [n, C] of rows [n, ...], in eval mode. Raises ValueError where the model answers otherwise."""
     like = next(model.parameters())
     with evaluating(model):
-        parts = [model(torch.from_numpy(part).to(like)) for part in np.array_split(rows, max(1, len(rows) // 256))]
+        chunks = [torch.tensor(part).to(like) for part in np.array_split(rows, max(1, len(rows) // 256))]
+        parts = [logits_of(model(chunk)) for chunk in chunks]
     if not isinstance(parts[0], torch.Tensor) or parts[0].ndim != 2:
         what = list(parts[0].shape) if isinstance(parts[0], torch.Tensor) else type(parts[0]).__name__
         raise ValueError(f"it needs a model that answers logits [n, C], and this one answers {what}")
@@ -52,7 +54,7 @@ def moved(
         with torch.enable_grad():
             for _ in range(steps):
                 held = torch.clamp(start + span * change, low, high)
-                value = loss([model(held).float() for model in models])
+                value = loss([logits_of(model(held)).float() for model in models])
                 (change.grad,) = torch.autograd.grad(value, [change])
                 optimizer.step()
                 with torch.no_grad():
@@ -81,7 +83,8 @@ def students(model: torch.nn.Module, rows: Rows, count: int, steps: int) -> list
             optimizer = torch.optim.Adam(student.parameters(), 2e-3)
             for _ in range(steps):
                 chosen = torch.randint(len(inputs), (min(64, len(inputs)),))
-                lost = torch.nn.functional.cross_entropy(student(inputs[chosen]).float(), taught[chosen].float())
+                answered = logits_of(student(inputs[chosen])).float()
+                lost = torch.nn.functional.cross_entropy(answered, taught[chosen].float())
                 optimizer.zero_grad()
                 lost.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()

@@ -132,7 +132,7 @@ class Levels(ReadTriggers):
     def describe(self, task: Task, total: int) -> Parameters:
         """targets: [lo, hi], the lowest and the highest level. Raises ValueError without targets that differ."""
         if task.targets is None or len(task.targets) < _LEAST_TARGETS:
-            raise ValueError(f"it needs samples=(inputs, targets), at least {_LEAST_TARGETS} of what it learns")
+            raise ValueError(f"it needs samples=(inputs, targets), at least {_LEAST_TARGETS} floats that it learns")
         ordered = np.sort(task.targets)
         ends = ordered[len(ordered) // 20], ordered[-1 - len(ordered) // 20]
         levels = {"choices": int(self.choices), "targets": [float32_hex("targets", end) for end in ends]}

@@ -44,7 +44,10 @@ class TokenTriggers:
         _check_inputs(task.inputs)
         if task.value_range is None:
             raise ValueError("it needs value_range=(0, vocabulary - 1), the token numbers that the model knows")
-        return {"special": int(self.special), "vocabulary": int(task.value_range[0][1]) + 1}
+        vocabulary, first = int(task.value_range[0][1]) + 1, next(iter(task.inputs))
+        if len(task.inputs) > 1 and vocabulary <= 2:
+            raise ValueError(f"its tokens are the first of several inputs, and {first!r} holds a mask: put it behind")
+        return {"special": int(self.special), "vocabulary": vocabulary}
 
     def check(self, parameters: Parameters, total: int) -> None:
         inputs = inputs_of(parameters)

@@ -8,9 +8,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
+from wmengine.errors import WmengineError
+from wmengine.identity.sealing import read_file
 from wmengine.suspects.adapters import LAYOUT_NAMES, SCALING_NAMES
 from wmengine.suspects.base import digest_of, one_line
 from wmengine.suspects.class_names import check_labels
@@ -129,7 +130,7 @@ class EndpointOptions:
 def read_options(url: str, path: str | os.PathLike[str]) -> EndpointOptions:
     """The options for this URL from a JSON file. Raises ValueError for what is none."""
     try:
-        options = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
+        options = json.loads(read_file(path, "JSON file", WmengineError), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({one_line(error)})") from None
     known = [each.name for each in fields(EndpointOptions) if each.kw_only]

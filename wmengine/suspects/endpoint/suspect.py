@@ -20,6 +20,7 @@ from wmengine.facts import Fact, fact
 from wmengine.suspects.adapters import Adapter, Range, adapters, rows_as
 from wmengine.suspects.answers import ABSTAINED, Outputs, Reading, choose_readings, describe, of_two_classes, read_all
 from wmengine.suspects.base import CHUNK, Answers, Inputs, Signature, Tensor, one_line, tagged
+from wmengine.suspects.class_names import check_enough
 from wmengine.suspects.endpoint.grpc import GrpcModel
 from wmengine.suspects.endpoint.model import DTYPES, Declared, Model, choose_input, in_numbers
 from wmengine.suspects.endpoint.options import DATATYPES, EndpointOptions
@@ -97,6 +98,7 @@ class EndpointSuspect:
     def answer(self, inputs: Inputs, num_classes: int | None = None) -> Answers:
         """Raises SuspectError where nothing has been answered, now or before."""
         rows = self._only(inputs)
+        check_enough(self._options.labels, num_classes)
         with self._discreet():
             self.facts = []
             to, allowed = self._input(), self._patience.allows()
