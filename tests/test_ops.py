@@ -111,7 +111,7 @@ def test_running_out_of_memory_in_a_worker_raises_and_the_pool_lives_on():
         "pages = int(open('/proc/self/statm').read().split()[0])\n"
         "limits = resource.getrlimit(resource.RLIMIT_AS)\n"
         "resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (20 << 20), limits[1]))\n"
-        "layer = [(w.ctypes.data, g.ctypes.data, 2, 8 << 20, 1)]\n"
+        "layer = [(w.ctypes.data, g.ctypes.data, 2, 8 << 20, 1, 1)]\n"
         "try:\n"
         "    _cpu.embedding_backward(layer, 1, 0, 64, 1.0, norms.ctypes.data, r.ctypes.data)\n"
         "except MemoryError:\n"

@@ -214,7 +214,8 @@ def test_a_task_that_does_not_fit_a_mark_of_pictures_is_said_to(change: dict[str
         (Task({**TEXT, "z": InputSpec((8,), "int64")}, 10, [[0, 99]]), "must have the tokens' shape .* 'z' is int64"),
         (Task({**TEXT, "z": InputSpec((16,), "complex64")}, 10, [[0, 99]]), "must .* be integers, bool or float"),
         (Task({"x": InputSpec((16,), "uint8")}, 10, [[0, 256]]), "vocabulary must be from 2 to 256, and it is 257"),
-        (Task(TEXT, 10, [[0, 0]]), "vocabulary must be from 2"),
+        (Task({"x": InputSpec((16,), "int64")}, 10, [[0, 0]]), "vocabulary must be from 2"),
+        (Task(TEXT, 10, [[0, 1]]), "its tokens are the first of several inputs, and 'tokens' holds a mask"),
     ],
 )
 def test_a_task_that_does_not_fit_a_mark_of_tokens_is_said_to(task: Task, error: str) -> None:

@@ -68,11 +68,12 @@ def other_tasks():
     shapes = [[64, 64]] * 9
     features = Task({"x": InputSpec((1, 4, 4), "float32")}, value_range=[[-1.0, 1.0]], weights=lambda: (shapes, [8]))
     preset, deep = scheme("adi_tokens", count=COUNT), scheme("deepsigns")
+    as_others = "takes inputs [N, 1, 4, 4] and the watermark's triggers"
     return {
-        "pictures": (black_box((3, 8, 8), name="pictures"), "takes inputs [N, 1, 4, 4] and the watermark's triggers"),
+        "pictures": (black_box((3, 8, 8), name="pictures"), as_others),
         "classes": (black_box((1, 4, 4), 7, name="classes"), "answers with 10 classes and the watermark has 7"),
-        "tokens": (Watermark.create(KEY, preset, preset.describe(tokens, "tokens")), "takes tensor(float), and the"),
-        "pair": (Watermark.create(KEY, preset, preset.describe(pair, "pair")), "takes tensor(float), and the"),
+        "tokens": (Watermark.create(KEY, preset, preset.describe(tokens, "tokens")), as_others),
+        "pair": (Watermark.create(KEY, preset, preset.describe(pair, "pair")), as_others),
         "features": (
             Watermark.create(KEY, deep, deep.describe(features, "features")),
             "has 2 weights, and the mark is in number 9",

@@ -280,7 +280,7 @@ def test_the_pull_is_the_distance_from_the_mean_of_samples_in_units_of_their_siz
     found, possible = term_of(emb), []
     for each in {label for _, label in rows}:  # the class of this step is any of them
         own, plain = inside(rows, each), inside(zip(pool, truth, strict=True), each)
-        possible.append(0.5 * (own - plain.mean(0)).square().sum(1).mean() / plain.square().sum(1).mean())
+        possible.append(0.5 * (own - plain.mean(0)).norm(dim=1).mean() / plain.square().sum(1).mean().sqrt())
     assert (found / torch.stack(possible) - 1).abs().min() < 1e-4
 
 
