@@ -116,6 +116,8 @@ def _backward_on_cpu(
 ) -> list[Tensor]:
     weights, residual = _in_order(weights, carrier), residual.contiguous()
     out = _gradients(weights, carrier)
+    for gradient_of_weight in out:
+        _cpu.use_large_pages(gradient_of_weight.data_ptr(), gradient_of_weight.nbytes)
     _cpu.embedding_backward(
         _tuples(weights, keys, carrier, out),
         CARRIERS.index(carrier),
