@@ -38,6 +38,7 @@ class Counted:
 
     def __init__(self) -> None:
         self.trained: list[int] = []
+        self.rows: list[int] = []
         self.attacked = 0
         self.stop_at: int | None = None
 
@@ -72,6 +73,7 @@ class Counted:
         self, model: Any, rows: Any, seed: int, embedder: Any = None, tuned: int | None = None
     ) -> torch.nn.Module:
         self.trained.append(seed)
+        self.rows.append(len(rows[1]))
         optimizer = torch.optim.Adam(model.parameters(), 1e-2)
         for _ in range(tuned or 3):
             inputs, labels = rows if embedder is None else embedder.mix(*rows)
@@ -147,6 +149,13 @@ def test_a_finished_network_is_tuned_beside_one_without_the_mark_and_copied_by_t
     assert found["service", "response"].loss == 0.0, "no decision is turned"
     names = sorted(file.name[:16] for file in (tmp_path / "tiny" / "networks").glob("*1*.pt"))
     assert [name.partition(".")[0].rpartition("-")[0] or name for name in names][:2] == ["none-1", "none-1-other"]
+
+
+def test_samples_that_are_set_apart_are_not_trained_on(counted: Counted, tmp_path: Path) -> None:
+    problem = counted.problem(presets=("adi",), apart={"adi": 5})
+    assert grid.recipe_of(problem, "adi") != grid.recipe_of(counted.problem(), "adi")
+    assert fill(problem, tmp_path, UNTOUCHED) == []
+    assert counted.rows == [20, 15, 20, 15]  # the unmarked twin's, the marked network's, of each seed
 
 
 def test_a_run_that_is_interrupted_goes_on_with_the_cells_that_are_missing(

@@ -78,7 +78,7 @@ def recipe_of(problem: Problem, preset: str) -> list[Any]:
     """How the networks of a problem are made, with this preset or UNMARKED."""
     own = None if preset == UNMARKED else problem.preset(preset)
     said = [problem.name, problem.recipe, preset, own and [own.full_name, own.options]]
-    return [*said, problem.tuned[preset]] if preset in problem.tuned else said
+    return said + [more[preset] for more in (problem.tuned, problem.apart) if preset in more]
 
 
 def digest(*said: Any) -> str:

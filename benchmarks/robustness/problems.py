@@ -35,7 +35,8 @@ class Problem:
     preset and by attack, what differs from their defaults. without: patterns of the lines that its table has not;
     planned: by preset, the lines that it is measured on, where these are not all. half: attacks train under autocast to
     bfloat16. tuned: by preset, for how many epochs a finished network is trained on to hold it, with that network and a
-    student of its labels as controls and the test's inputs, unlabelled, as probes.
+    student of its labels as controls and the test's inputs, unlabelled, as probes. apart: by preset, how many of the
+    owner's rows its triggers are made of, which the marked network does not train on.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Problem:
     planned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     half: bool = False
     tuned: Mapping[str, int] = field(default_factory=dict)
+    apart: Mapping[str, int] = field(default_factory=dict)
 
     def preset(self, name: str) -> Preset:
         return scheme(name).with_options(**self.mark_options.get(name, {}))
@@ -138,6 +140,7 @@ _CHOSEN = (
     *("untouched", "ftal", "rtal", "prune 90%", "int8 qdq", "distil", "extract", "extract then wrk"),
     *("stranger 1", "stranger 2"),
 )
+_WRONG = ("exponential_weighting", "multi_view")  # samples under labels that are not theirs
 _TRIGGERS = ("zhang_content", "margin", "ewe_keyed", "class_feature", "mea_defender")
 _PICTURES_LINES = (  # of CIFAR-10: networks take minutes there
     *("untouched", "ftll", "ftal", "rtal", "prune 50%", "prune 80%", "prune 90%", "prune filters 25%"),
@@ -159,11 +162,12 @@ DIGITS = Problem(
         *("sketch", "uchida", "deepmarks", "stdm", "riga", "greedy_residuals", "neuralmark", "tattooed"),
         *("deepsigns", "diction", "deepipr_v2", "passport_norm", "adi"),
         *("zhang_content", "zhang_noise", "blind", "margin", "ewe_keyed", "certified", "class_feature", "mea_defender"),
-        "response",
+        *("exponential_weighting", "multi_view", "response"),
     ),
     mark_options={"response": {"mixtures": 64}},
     tuned={"response": 30},
-    planned=dict.fromkeys((*_TRIGGERS, "zhang_noise", "blind", "certified", "response"), _CHOSEN),
+    planned=dict.fromkeys((*_TRIGGERS, "zhang_noise", "blind", "certified", *_WRONG, "response"), _CHOSEN),
+    apart=dict.fromkeys(_WRONG, 200),
     # A student who learned digits from photographs reads none; those that `distil` and `extract` make are good ones.
     without=("*elsewhere", "copy by *"),
 )

@@ -182,19 +182,25 @@ class Bench:
         controls = [] if tuned is None else self._controls(preset, seed)
         if controls:
             model.load_state_dict(controls[0].state_dict())
+        (x, y), apart = self.data.owner, problem.apart.get(preset, 0)
+        rows, samples = (x[apart:], y[apart:]), (x[:apart], y[:apart]) if apart else self.data.owner
         if marked and preset != UNMARKED:
+            own = problem.preset(preset)
+            if "controls" in own.needs and not controls:
+                other = CONTROL_SEEDS + seed
+                controls = [problem.train(problem.build(other).to(self.device), rows, seed=other)]
             embedder = Embedder(
                 model,
                 key_of(seed),
-                [problem.preset(preset)],
+                [own],
                 num_classes=problem.classes,
                 sample=self.data.owner[0][:64],
                 name=problem.name,
                 value_range=problem.value_range,
-                samples=self.data.owner if tuned is None else self.data.test[0],
+                samples=samples if tuned is None else self.data.test[0],
                 controls=controls,
             )
-        problem.train(model, self.data.owner, seed=seed, embedder=embedder, tuned=tuned)
+        problem.train(model, rows, seed=seed, embedder=embedder, tuned=tuned)
         seconds = time.perf_counter() - began
         file.parent.mkdir(parents=True, exist_ok=True)
         if embedder is not None:
