@@ -376,7 +376,7 @@ PRESETS = (
         source=Families(family=20),
         symbols=Labels(64),
         statistic=Either(),
-        training=Together(weight=1.0, pull=1.0),
+        training=Together(weight=0.1, pull=0.1),
         null="exact",
         paper="Xiao, Ye, Liang, Li, Li, Zheng, Hu: Class-feature watermark, arXiv 2511.07947, 2025",
     ),

@@ -21,8 +21,8 @@ class Together:
     back what labels of many families ask for.
     """
 
-    weight: float = 1.0
-    pull: float = 1.0
+    weight: float = 0.1
+    pull: float = 0.1
     combination: float = 0.0
 
     def __post_init__(self) -> None:
