@@ -386,7 +386,7 @@ PRESETS = (
         source=Composites(family=20),
         symbols=Labels(32),
         statistic=Either(),
-        training=Together(weight=0.3, pull=1.0, combination=0.1),
+        training=Together(weight=0.1, pull=0.1, combination=0.03),
         null="exact",
         paper="Lv et al.: MEA-Defender, a robust watermark against model extraction attack, IEEE S&P 2024",
     ),
