@@ -54,13 +54,14 @@ def test_share_of_entangling(compare: Callable[[Case], None], device: str) -> No
 def digits_case(scheme: str, device: str) -> Case:
     """The demo's network with one scheme, on the first digits."""
     x, y = (rows.to(device) for rows in DIGITS.load(None).owner)
-    made, presets = partial(demo_network, device), [DIGITS.preset(scheme)]
+    made, preset = partial(demo_network, device), DIGITS.preset(scheme)
     return case_of(
         "scheme_step",
         step_name(scheme),
         made,
-        presets,
+        [preset],
         (x[:64], y[:64]),
         samples=(x, y),
+        controls=[made()[0]] if "controls" in preset.needs else [],
         value_range=DIGITS.value_range,
     )

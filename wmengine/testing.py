@@ -184,7 +184,7 @@ def _created(mark: Watermark, key: Key, *, message: str | None = None, **changed
     """The mark that another key, message or parameters make of the same material."""
     parameters = {**mark.parameters, **changed}
     material = {name: mark.arrays[name] for name in parameters.get("material", {})}
-    return Watermark.create(key, mark.preset, parameters, message=message, material=material)
+    return Watermark.create(key, mark.preset, parameters, message=message, material=material, names=mark.names)
 
 
 def _share_geometry(first: Watermark, second: Watermark) -> bool:

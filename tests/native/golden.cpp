@@ -48,10 +48,10 @@ int main() {
         for (int carrier = 0; carrier < 4; ++carrier) {
             std::vector<float> y(100), norms(40), gradient(weight.size()), second_gradient(second.size());
             const int64_t short_size = projection == 2 ? 4001 : 40000;  // Gaussian values take an emulator long
-            const std::vector<Weight> weights{{weight.data(), gradient.data(), 37, 141, kKey},
-                                              {second.data(), second_gradient.data(), 3, short_size, kKey + 1}};
+            const std::vector<Weight> weights{{weight.data(), gradient.data(), 37, 141, 1, kKey},
+                                              {second.data(), second_gradient.data(), 3, short_size, 1, kKey + 1}};
             carrier_projection(weights, static_cast<Carrier>(carrier), static_cast<Projection>(projection), 100, 0.5,
-                               norms.data(), y.data());
+                               nullptr, norms.data(), y.data());
             embedding_backward(weights, static_cast<Carrier>(carrier), static_cast<Projection>(projection), 100, 0.25,
                                norms.data(), g.data());
             std::printf("%s %s ", projections[projection], carriers[carrier]);
