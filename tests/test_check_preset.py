@@ -80,7 +80,7 @@ def columns(seed: int) -> Any:
 GENERATOR = torch.Generator().manual_seed(4)
 TABLE = torch.randn(200, 12, generator=GENERATOR)
 OTHERWISE: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("adi_multilabel", "adi_anchors"), {"loss": torch.nn.functional.cross_entropy}),
+    **{name: {"loss": torch.nn.functional.cross_entropy} for name in ("adi_multilabel", "adi_anchors")},
     "adi_audio": {"model": listening, "sample": torch.rand(64, 1, 256, generator=GENERATOR)},
     "adi_table": {"model": columns, "sample": TABLE[:64], "samples": TABLE, "value_range": None},
     "adi_values": {
