@@ -131,6 +131,7 @@ SMALL = {
         for name, preset in SCHEMES.items()
         if isinstance(preset.source, SampleTriggers)
     },
+    "multi_view": {"count": 60, "pull": 0.02},  # towards samples of classes that nobody learns here
     "ewe": {"count": 30, "target": 4},
     "blind": {"count": 60, "encoding": 100},
     "conferrable": {"count": 20, "distilling": 60},

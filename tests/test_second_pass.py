@@ -343,10 +343,7 @@ def test_a_network_that_does_not_end_in_a_linear_layer_has_no_families():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(
-    ("name", "epochs"),
-    [("ewe_keyed", 20), ("margin", 15), ("certified", 15), ("class_feature", 20), ("mea_defender", 20)],
-)
+@pytest.mark.parametrize(("name", "epochs"), [("ewe_keyed", 20), ("margin", 15), ("class_feature", 20)])
 def test_on_the_digits_it_is_learned_beside_the_task(name, epochs):
     data = load_digits()
     model = build_network(1)
