@@ -1,5 +1,7 @@
 """What each of two processes does in the test of distributed training; they import it by its name."""
 
+import gc
+
 import torch
 from embedding import CLASSES, KEY, batch, embedder, network
 from torch import distributed
@@ -27,21 +29,26 @@ def train_in_two(rank, store):
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
         for wrap in (DistributedDataParallel, sharded):
-            model = wrap(network().eval())
-            emb = embedder(model)
-            gradients_are_those_of_one_process(emb, model, plain, mixed)
-            each_process_draws_its_own_order(emb)
-            optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-            model.train()
-            for step in range(60):
-                x, y = emb.mix(*batch(32, seed=2 * step + rank))
-                emb.loss(model(x), y).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            for mark in emb.watermarks():
-                assert wmengine.verify(model, mark, key=KEY).owned, (wrap, mark.scheme)
+            train_wrapped(wrap, rank, plain, mixed)
+        gc.collect()  # what holds the group must be gone before it is
     finally:
         distributed.destroy_process_group()
+
+
+def train_wrapped(wrap, rank, plain, mixed):
+    model = wrap(network().eval())
+    emb = embedder(model)
+    gradients_are_those_of_one_process(emb, model, plain, mixed)
+    each_process_draws_its_own_order(emb)
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    model.train()
+    for step in range(60):
+        x, y = emb.mix(*batch(32, seed=2 * step + rank))
+        emb.loss(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for mark in emb.watermarks():
+        assert wmengine.verify(model, mark, key=KEY).owned, (wrap, mark.scheme)
 
 
 def gradients_are_those_of_one_process(emb, model, plain, mixed):
