@@ -25,12 +25,14 @@ from scan_models import CLASSES, COUNT, SHAPE, by_pair, copy_of, facts, hanging,
 from wmengine.cli import main
 from wmengine.errors import ScanError, WatermarkError
 from wmengine.identity.key import Key
+from wmengine.judging.judge import Finding, failed
 from wmengine.judging.verdict import Verdict, from_dict, log10_calibrated
 from wmengine.judging.verification import verify
 from wmengine.marks.catalogue import scheme
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Task
 from wmengine.sandbox import Limits, Supervisor, TemplateGone, WorkerFailure
+from wmengine.scanning import pool
 from wmengine.scanning.pool import judge_locally
 from wmengine.scanning.progress import Report
 from wmengine.scanning.scanner import scan
@@ -230,10 +232,29 @@ def test_who_is_owned_is_asked_every_trigger_and_the_sequential_number_stays_bes
         (row,) = scan(copy, own, isolation=isolation).to_pylist()
         assert (row["queries"], row["matched"], row["total"]) == (COUNT, whole.matched, COUNT)
         assert row["log10_p"] == pytest.approx(whole.log10_p, abs=0.31)
-        (said,) = [each["values"] for each in row["facts"] if each["code"] == "asked_whole"]
-        first = dict(said) if not isinstance(said, str) else json.loads(said)
+        (first,) = [json.loads(each["values"]) for each in row["facts"] if each["code"] == "asked_whole"]
         assert first["queries"] < COUNT
         assert -9 > first["log10_p"] > row["log10_p"]
+
+
+@pytest.mark.parametrize("then", ["is a stranger", "fails when all is asked"])
+def test_what_a_worker_says_of_who_is_owned_counts_as_far_as_fresh_ones_say_it_too(bucket, monkeypatch, then):
+    stranger_then = then == "is a stranger"
+    asked, told = [], iter([(24, 24.0, 20.0), (9, 0.5, None) if stranger_then else (24, 24.0, 20.0)])
+
+    def judge(suspect, marks, terms):
+        asked.append(terms.sequential)
+        if not stranger_then and not terms.sequential:
+            return [failed(mark, "it ended") for mark in marks]
+        matched, evidence, log10_e = next(told)
+        return [Finding(matched, COUNT, COUNT, -evidence, log10_e) for _ in marks]
+
+    monkeypatch.setattr(pool, "judge_suspect", judge)
+    (row,) = scan(bucket / "models" / "copy.onnx", bucket / "registry" / "first.wm", jobs=1).to_pylist()
+    assert asked == ([True, False] if stranger_then else [True, False, True])
+    assert row["decision"] == ("not_proven" if stranger_then else "owned")
+    if stranger_then:
+        assert row["log10_e"] < 1.0, "an e-value that a corrupted worker made up is worth nothing"
 
 
 def test_what_a_decision_leans_on_stands_in_its_row(bucket, tmp_path):

@@ -130,23 +130,11 @@ def _backward_on_cpu(
     return out
 
 
-def _backward_traced(
-    gradient: Tensor,
-    weights: Sequence[Tensor],
-    residual: Tensor,
-    norms: Tensor,
-    keys: Sequence[int],
-    carrier: str,
-    *_: Any,
-) -> list[Tensor]:
-    return _gradients(weights, carrier if gradient.device.type == "cpu" else "")
-
-
 define(
     schema("embedding_loss_backward", _backward_on_cpu),
     _backward_on_cpu,
     kernel("embedding_loss", "backward"),
-    _backward_traced,
+    lambda factor, weights, residual, norms, keys, carrier, *_: _gradients(weights, carrier if factor.is_cpu else ""),
 )
 
 

@@ -21,7 +21,7 @@ from wmengine.errors import ScanError, SuspectError
 from wmengine.facts import fact
 from wmengine.judging.asking import Terms
 from wmengine.judging.judge import Finding, failed, judge_suspect
-from wmengine.judging.verdict import PROVING, decide
+from wmengine.judging.verdict import PROVING, decide, log10_calibrated
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Need
 from wmengine.sandbox import Limits
@@ -141,19 +141,20 @@ class Judge:
 
         p of all triggers where the sequential one is below the bar, and else that one, is a p-value: whatever its level
         below the bar, it is at most that of all triggers, and above no more often than the sequential one. No such
-        thing is true of e-values, so the first one stays.
+        thing is true of e-values: the first one stays, unless what the fresh worker says is worth less.
         """
         owned = [number for number, mark in enumerate(self._marks) if self._is_owned(findings[number], mark)]
         fresh = self._plan.isolation == "persistent"
         if not owned or not (fresh or self._terms.sequential):
             return findings
-        if fresh:
-            self._discard()
-            self._ready_engine()
         marks = [self._marks[number] for number in owned]
-        again = self._judged(file, marks, replace(self._terms, sequential=False))
-        if self._terms.sequential and any(each.error is not None for each in again):  # what it proves before it fails
-            again = self._judged(file, marks, self._terms)
+        for terms in (replace(self._terms, sequential=False), self._terms):
+            if fresh:
+                self._discard()
+                self._ready_engine()
+            again = self._judged(file, marks, terms)
+            if not self._terms.sequential or all(each.error is None for each in again):
+                break  # else what it proves before it fails
         for number, second in zip(owned, again, strict=True):
             first = findings[number]
             shared = [each for each in first.facts if each.code == "shared"]  # by those that are not asked again
@@ -161,7 +162,9 @@ class Judge:
             if second.queries > first.queries and second.error is None:
                 said = fact("asked_whole", queries=first.queries, log10_p=first.log10_p)
                 second = replace(second, facts=(*second.facts, said))
-            findings[number] = replace(second, log10_e=first.log10_e)
+            if first.log10_e is not None:
+                second = replace(second, log10_e=min(first.log10_e, log10_calibrated(second.log10_p)))
+            findings[number] = second
         return findings
 
     def _is_owned(self, finding: Finding, mark: Watermark) -> bool:

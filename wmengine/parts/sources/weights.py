@@ -194,10 +194,10 @@ def observed(
 def folded(values: Any, factors: Any, carrier: str) -> Any:
     """Filters [O, ...] times the factors [O] of the normalisation behind them, an array or a tensor.
 
-    Unit filters lose all of a factor but its sign.
+    Unit filters, as arrays, lose all of a factor but its sign.
     """
     if factors is None:
         return values
     if carrier in UNIT_CARRIERS:
-        factors = np.sign(factors) if isinstance(factors, np.ndarray) else factors.detach().sign()
+        factors = np.sign(factors)
     return values * factors.reshape(-1, *[1] * (values.ndim - 1))
