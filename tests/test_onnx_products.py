@@ -7,6 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from embedding import regularised
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
@@ -14,7 +15,6 @@ import wmengine
 from wmengine.parts.matching import fitted
 from wmengine.suspects import open_suspect
 
-KEY = wmengine.Key("ACME Vision", bytes(range(32)))
 FLOAT = TensorProto.FLOAT
 GENERATOR = np.random.default_rng(0)
 # Equation, shape of x, shape of the weight, whether the weight is on the left.
@@ -72,18 +72,6 @@ def test_an_einsum_that_scales_is_no_product(tmp_path, equation):
     weight = np.ones((3,) if "d-" in equation.split(",")[1] else (), np.float32)
     suspect = open_suspect(einsum(equation, (2, 3, 3), weight, False, tmp_path / "m.onnx"))
     assert (suspect.tensors(), suspect.facts) == ([], [])
-
-
-def regularised(model, sample, **options):
-    """64 bits in a model's weights, and the watermark."""
-    emb = wmengine.Embedder(model, KEY, [wmengine.scheme("sketch", bits=64)], sample=sample, name="model", **options)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(60):
-        emb.regulariser().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    (mark,) = emb.watermarks()
-    return mark
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

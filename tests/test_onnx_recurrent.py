@@ -7,6 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from embedding import KEY, regularised
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
@@ -15,7 +16,6 @@ from wmengine.suspects import open_suspect
 from wmengine.suspects.base import InputSpec
 from wmengine.suspects.weights import module_tensors
 
-KEY = wmengine.Key("ACME Vision", bytes(range(32)))
 STEPS, FEATURES, HIDDEN = 4, 5, 8
 SAMPLE = torch.rand(8, STEPS, FEATURES, generator=torch.Generator().manual_seed(0))
 SIGNATURE = {"input": InputSpec((STEPS, FEATURES), "float32")}
@@ -101,15 +101,7 @@ def test_both_exporters_show_the_weights_of_a_recurrent_network(tmp_path, kind, 
 def marked():
     """A network of recurrent layers with 64 bits in its weights, and the watermark."""
     model = NETWORKS["LSTM of two layers and directions"]()
-    emb = wmengine.Embedder(
-        model, KEY, [wmengine.scheme("sketch", bits=64)], num_classes=3, sample=SAMPLE, name="recurrent"
-    )
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(60):
-        emb.regulariser().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    (mark,) = emb.watermarks()
+    mark = regularised(model, SAMPLE, num_classes=3)
     return model.eval(), mark
 
 
