@@ -25,13 +25,17 @@ def network(seed: int = 4) -> torch.nn.Module:
 
 def service(predict=None, **options) -> Served:
     given = {"num_classes": 10, "sample": PROBES[:8], "name": "detector-v3", "probes": PROBES, "value_range": (0, 1)}
-    given["scheme"] = scheme("response", probes=1024)
+    given["scheme"] = scheme("response", probes=1024, views=1)
     return response(network() if predict is None else predict, KEY, **{**given, **options})
 
 
 @cache
 def served() -> Served:
     return service()
+
+
+def size_of(mark) -> int:
+    return mark.preset.source.size(mark)
 
 
 def labels_of(predict):

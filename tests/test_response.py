@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from responding import KEY, PROBES, answers, bent_network, labels_of, network, served
+from responding import KEY, PROBES, answers, bent_network, labels_of, network, served, service, size_of
 
 from wmengine import Embedder, Key, Watermark, scheme, verify
 from wmengine.errors import WatermarkError
@@ -16,7 +16,9 @@ from wmengine.judging.judge import judge_suspect
 from wmengine.judging.looks import looks_of_bits
 from wmengine.parts.responses.pattern import contrasts, directions, keyed_normals, pattern_of
 from wmengine.parts.responses.reading import projected, told, told_by_labels, unexplained
+from wmengine.parts.responses.views import viewed, views_of
 from wmengine.suspects import open_suspect
+from wmengine.suspects.adapters import AS_RECORDED, to_input
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -146,11 +148,40 @@ def test_copies_for_two_customers_are_told_apart_by_one_reading():
     assert len({found.queries for found in findings}) == 1
 
 
+# views
+
+
+def test_pictures_are_asked_in_six_views_and_other_inputs_as_they_are():
+    assert [views_of(shape, 6) for shape in ((3, 32, 32), (1, 8, 8), (3, 4, 32), (16,), (1, 4000))] == [6, 6, 1, 1, 1]
+    picture = np.arange(64, dtype=np.uint8).reshape(1, 1, 8, 8)
+    seen = [viewed(picture, view)[0, 0] for view in range(6)]
+    assert (seen[0] == picture[0, 0]).all()
+    assert (seen[1] == picture[0, 0, :, ::-1]).all()
+    for place, moved in enumerate(seen[2:]):
+        rows = moved.T if place > 1 else moved
+        whole = picture[0, 0].T if place > 1 else picture[0, 0]
+        first, rest, of = (rows[0], rows[1:], whole[:-1]) if place % 2 == 0 else (rows[-1], rows[:-1], whole[1:])
+        assert (rest == of).all()
+        assert (first == (whole[0] if place % 2 == 0 else whole[-1])).all()
+
+
+def test_a_pool_holds_each_probe_once_and_asks_it_in_every_view_one_view_after_the_other():
+    held = service(scheme=scheme("response", probes=512, views=6)).watermark()
+    probes, source = held.arrays["probes"], held.preset.source
+    assert (len(probes), size_of(held), held.arrays["answers"].shape[1]) == (512, 3072, 3072)
+    (asked,) = source.inputs(held, AS_RECORDED, 0, 3072).values()
+    for view in range(6):
+        part = asked[512 * view : 512 * (view + 1)]
+        assert (part == to_input(viewed(probes, view), held.parameters["value_range"])).all()
+    for start, stop in ((0, 1), (500, 530), (511, 2100), (3071, 3072), (5, 5)):
+        assert (source.inputs(held, AS_RECORDED, start, stop)["input"] == asked[start:stop]).all()
+
+
 # how suspects are asked
 
 
 def test_a_sequential_test_stops_when_the_answer_is_clear_and_pays_for_its_looks():
-    size = mark().parameters["pool"]
+    size = size_of(mark())
     found = verify(served(), mark(), key=KEY, test="sequential")
     assert found.owned
     assert found.queries < size

@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from responding import KEY, PROBES, served, service
+from responding import KEY, PROBES, served, service, size_of
 
 from wmengine import Watermark, export_onnx, verify, verify_all
 from wmengine.judging.asking import Terms
@@ -38,7 +38,7 @@ def test_a_mark_made_later_does_not_choose_the_order_of_the_classes_for_another(
 
 @pytest.mark.parametrize("sequential", [False, True])
 def test_whoever_sets_how_many_probes_are_asked_pays_for_all_that_he_could_have_set(sequential):
-    suspect, size = open_suspect(served()), mark().parameters["pool"]
+    suspect, size = open_suspect(served()), size_of(mark())
     suspect.limit = lambda inputs, count: count // 2
     (found,) = judge_suspect(suspect, [mark()], Terms(sequential=sequential, log10_bar=50.0))
     looks = 4 if sequential else 1
@@ -56,7 +56,7 @@ def test_a_deadline_that_ends_the_pool_is_paid_for_like_a_budget():
 
     suspect.answer = answer
     (found,) = judge_suspect(suspect, [mark()], Terms(sequential=False, log10_bar=50.0))
-    assert found.evidence.log10_share == pytest.approx(math.log10(0.5 / mark().parameters["pool"]))
+    assert found.evidence.log10_share == pytest.approx(math.log10(0.5 / size_of(mark())))
 
 
 def test_what_was_proven_before_a_suspect_failed_stays_proven():
@@ -84,7 +84,7 @@ def test_a_suspect_that_is_asked_again_stays_owned_whatever_it_does_then(then):
         nonlocal asked
         given, before = whole(inputs, classes), asked
         asked += len(given)
-        if before < mark().parameters["pool"]:
+        if before < size_of(mark()):
             return given
         return {
             "fails": lambda: 1 / 0,

@@ -31,7 +31,7 @@ from wmengine.suspects.base import Answers, Suspect
 Labels = NDArray[np.int64]
 
 # A sequential test looks after these shares of the pool, each look with an equal share of the evidence (Bonferroni).
-LOOKS = (1 / 8, 1 / 4, 1 / 2, 1)
+LOOKS = (1 / 32, 1 / 8, 1 / 2, 1)
 FUTILE = -0.5  # log10 of the best p-value at a look, above which nothing more is asked: that convicts nobody
 TRIED = 128  # probes by which ways are compared
 _CHUNK = 512
