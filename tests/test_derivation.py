@@ -95,7 +95,7 @@ others = {name: np.roll(array, 1) for name, array in MATERIAL[str(first["materia
 digests = {name: array_digest(array) for name, array in others.items()}
 MATERIAL[str(digests)] = others
 CHANGES["response"] = [{"bits": 257}, {"material": digests}, *CHANGES["adi"][1:3], {"pool": 257}, {"raw": 129}]
-CHANGES["response"] += [{"dimensions": first["dimensions"] - 1}, {"controls": 3}]
+CHANGES["response"] += [{"dimensions": first["dimensions"] - 1}, {"controls": 3}, {"views": 5}]
 CHANGES["diction"] = [*CHANGES["deepsigns"][2:], {"bits": 80}, {"groups": 8}, {"hidden": 513}]
 
 

@@ -102,7 +102,7 @@ def test_the_presets_keep_their_papers_defaults() -> None:
     assert scheme("class_feature").training == Together(0.1, 0.1, 0.0)
     assert (scheme("mea_defender").source, scheme("mea_defender").symbols) == (Composites(family=20), Labels(32))
     assert scheme("mea_defender").training == Together(0.1, 0.1, 0.03)
-    assert (scheme("response").source, scheme("response").symbols) == (ResponsePool(4096, 48), Bits(1024))
+    assert (scheme("response").source, scheme("response").symbols) == (ResponsePool(4096, 6, 48), Bits(1024))
     assert scheme("response").training == Offset(0.5, 0)
     kinds = {name: preset.kind for name, preset in SCHEMES.items()}
     asking = ("adi", "adi_tokens", *modalities, *OF_SAMPLES, *RUN_AGAIN, *RANKED, "response")

@@ -7,12 +7,9 @@ better, from nothing but the probes that there are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-
-Rows = TypeVar("Rows", bound=NDArray[np.generic])
 
 MOST_VIEWS = 6
 _LEAST_SIDE = 8
@@ -24,7 +21,7 @@ def views_of(shape: Sequence[int], most: int) -> int:
     return most if len(shape) == 3 and min(shape[1:]) >= _LEAST_SIDE else 1
 
 
-def viewed(rows: Rows, view: int) -> Rows:
+def viewed(rows: NDArray[np.uint8], view: int) -> NDArray[np.uint8]:
     """Pictures [n, C, H, W] in one view: 0 as they are, 1 mirrored left to right, 2 to 5 moved down, up, right and left
     by a sixteenth of the side, what comes in at the edge being the edge again."""
     if view < 2:
@@ -33,4 +30,4 @@ def viewed(rows: Rows, view: int) -> Rows:
     side = rows.shape[axis]
     step = side // _SHARE or 1
     places = np.arange(side) + (step if view % 2 else -step)
-    return np.take(rows, places.clip(0, side - 1), axis=axis)  # type: ignore[return-value]
+    return np.take(rows, places.clip(0, side - 1), axis=axis)
