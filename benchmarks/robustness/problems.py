@@ -204,7 +204,10 @@ CIFAR10 = Problem(
             _TRIGGERS,
             ("untouched", "ftal", "prune 50%", "noise 0.2", "fp16", "int8 qdq", "copy by labels", "stranger 1"),
         ),
-        "response": ("untouched", "ftal", "int8 qdq", "copy by *", "stranger 1", "service*"),
+        "response": (
+            *("untouched", "ftal", "adversarial training", "prune 50%", "int8 qdq", "overwrite"),
+            *("copy by *", "stranger 1", "service*"),
+        ),
     },
     half=True,
     tuned={"response": 3},
