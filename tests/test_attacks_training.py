@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from embedding import CLASSES, batch, network
+from embedding import CLASSES, batch, network, unproven
 from torch import nn
 
 import wmengine
@@ -334,6 +334,25 @@ def test_the_marks_of_the_thief_prove_themselves_each_time():
     assert wmengine.verify(once, first).owned
     assert not wmengine.verify(once, second).owned
     assert wmengine.verify(twice, second).owned
+
+
+@pytest.mark.slow
+def test_a_thief_puts_his_own_bits_into_answers_to_his_own_inputs():
+    x, y = batch(600)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=64)
+    stolen = run("ftal", network(), loader, epochs=4)
+    scheme = wmengine.scheme("response", bits=256, probes=256, mixtures=64)
+    attacked = run("overwrite", stolen, loader, scheme=scheme, seed=3, epochs=4)
+    key = wmengine.Key(overwriting.THIEF, np.random.default_rng(3).bytes(32))
+    settings = {"num_classes": CLASSES, "sample": x[:64], "name": overwriting.STOLEN, "samples": (x, y)}
+    (mark,) = unproven(wmengine.Embedder(stolen, key, [scheme], **settings))
+    before, after = (wmengine.verify(each, mark).log10_p for each in (stolen, attacked))
+    assert after < -3 < before
+
+
+def test_a_thief_cannot_embed_what_needs_networks_that_he_has_not():
+    with pytest.raises(ValueError, match=r"a thief has no controls, .* which 'multi_view' needs"):
+        run("overwrite", network(), batch(40), scheme="multi_view")
 
 
 @pytest.fixture(scope="module")

@@ -133,6 +133,15 @@ def rows_of(inputs: Inputs) -> int:
     return len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
 
 
+def joined(*parts: Inputs) -> Inputs:
+    """The rows of all parts, one part after another."""
+    import torch
+
+    if isinstance(parts[0], Mapping):
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return torch.cat(parts)
+
+
 def _device(model: torch.nn.Module) -> Any:
     return next((each.device for each in model.parameters()), None)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from wmengine.attacks.data import Data, Inputs
-from wmengine.attacks.training import checked, cross_entropy, last_layer, logits, placed, rows_of, train
+from wmengine.attacks.training import checked, cross_entropy, joined, last_layer, logits, placed, rows_of, train
 from wmengine.parts.fields import positive
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def wrk(
         labels = checked(labels, rows_of(inputs), classes)
         parts.append(rows)
         wrong.append((labels[:count].cpu() + torch.from_numpy(random.integers(1, classes, count))) % classes)
-    perturbed, others = _joined(*parts), torch.cat(wrong)
+    perturbed, others = joined(*parts), torch.cat(wrong)
     last = last_layer(model, data)
     before = last.weight.detach().clone()
     last.reset_parameters()
@@ -60,7 +60,7 @@ def wrk(
     def loss(inputs: Inputs, labels: torch.Tensor | None) -> torch.Tensor:
         assert labels is not None
         chosen = torch.from_numpy(random.integers(len(others), size=_part(share, len(labels))))
-        mixed = _joined(inputs, _at(perturbed, chosen))
+        mixed = joined(inputs, _at(perturbed, chosen))
         term: torch.Tensor = (last.weight * before).sum()
         return cross_entropy(logits(model, mixed), torch.cat([labels, others[chosen].to(labels)])) + shift * term
 
@@ -93,11 +93,3 @@ def _at(inputs: Inputs, place: slice | torch.Tensor) -> Inputs:
     if isinstance(inputs, Mapping):
         return {name: rows[place] for name, rows in inputs.items()}
     return inputs[place]
-
-
-def _joined(*parts: Inputs) -> Inputs:
-    import torch
-
-    if isinstance(parts[0], Mapping):
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return torch.cat(parts)
