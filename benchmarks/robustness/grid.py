@@ -118,6 +118,7 @@ LINES = (
         _line(f"ftal 30 epochs rate {rate:g}", Step("ftal", {"epochs": 30, "rate": rate}))
         for rate in (1e-3, 3e-3, 1e-2, 3e-2)
     ),
+    _line("adversarial training", "adversarial"),
     *(_line(f"prune {share:.0%}", Step("prune", {"share": share})) for share in (0.5, 0.8, 0.9, 0.95)),
     *(
         _line(f"prune {share:.0%} of each layer", Step("prune", {"share": share, "per_layer": True}))

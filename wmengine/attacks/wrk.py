@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from wmengine.attacks.data import Data, Inputs
-from wmengine.attacks.training import checked, cross_entropy, joined, last_layer, logits, placed, rows_of, train
+from wmengine.attacks.training import (
+    checked,
+    cross_entropy,
+    floating,
+    joined,
+    last_layer,
+    logits,
+    placed,
+    replaced,
+    rows_of,
+    train,
+)
 from wmengine.parts.fields import positive
 
 if TYPE_CHECKING:
@@ -75,18 +86,15 @@ def _across(model: torch.nn.Module, inputs: Inputs, random: np.random.Generator,
     """The inputs after their step, and the number of classes."""
     import torch
 
-    named = dict(inputs) if isinstance(inputs, Mapping) else {"": inputs}
-    floats = {name: rows.requires_grad_() for name, rows in named.items() if rows.is_floating_point()}
-    if not floats:
-        raise ValueError("wrk moves inputs a little, so at least one of them must be of floating-point numbers")
+    floats, moved = {name: rows.requires_grad_() for name, rows in floating("wrk", inputs).items()}, {}
     with torch.enable_grad():
         scores = logits(model, inputs)
         classes = scores.shape[1]
         gradients = torch.autograd.grad(scores[:, random.integers(classes)].sum(), list(floats.values()))
     for (name, rows), gradient in zip(floats.items(), gradients, strict=True):
         low, high = rows.detach().aminmax()
-        named[name] = (rows.detach() + step * (high - low) * gradient.sign()).clamp(low, high)
-    return named.get("", named), classes
+        moved[name] = (rows.detach() + step * (high - low) * gradient.sign()).clamp(low, high)
+    return replaced(inputs, moved), classes
 
 
 def _at(inputs: Inputs, place: slice | torch.Tensor) -> Inputs:
