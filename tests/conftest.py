@@ -96,3 +96,16 @@ def worker(supervisor):
     one = supervisor.worker(LIMITS)
     yield one
     one.close()
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The tiny task of `tiny_task`, and "worse" for the only attack."""
+    import tiny_task
+
+    from wmengine.attacks import Attack, catalogue
+
+    found = tiny_task.Counted()
+    worse = Attack("worse", "stand-in", found.worse, "module", needs="labels", defaults={"sigma": 1.0})
+    monkeypatch.setattr(catalogue, "ATTACKS", {"worse": worse})
+    return found

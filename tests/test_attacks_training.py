@@ -1,7 +1,6 @@
 """What attacks that train promise: another module, nothing else changed, and a product that is still worth stealing."""
 
 import copy
-import warnings
 
 import numpy as np
 import pytest
@@ -11,9 +10,8 @@ from torch import nn
 
 import wmengine
 from wmengine import attacks, demo
-from wmengine.attacks import overwriting
 
-EVERY = ["ftll", "ftal", "rtll", "rtal", "distil", "extract", "wrk", "overwrite"]
+EVERY = ["ftll", "ftal", "rtll", "rtal", "adversarial", "distil", "extract", "wrk", "overwrite"]
 MARK = wmengine.scheme("sketch", bits=64)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,7 +81,7 @@ def test_the_last_layer_is_trained_alone(name):
     assert changed(run(name, model, batch(40)), state(model)) == {"10.weight", "10.bias"}
 
 
-@pytest.mark.parametrize("name", ["ftal", "rtal", "wrk", "overwrite"])
+@pytest.mark.parametrize("name", ["ftal", "rtal", "adversarial", "wrk", "overwrite"])
 def test_all_layers_are_trained_with_their_statistics_and_what_the_owner_froze(name):
     model = network().requires_grad_(False)
     assert changed(run(name, model, batch(40)), state(model)) == set(model.state_dict())
@@ -118,10 +116,11 @@ def test_attacks_work_inside_autocast_and_where_gradients_are_off(name):
     assert next(attacked.parameters()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["ftal", "rtal", "distil", "overwrite"])
+@pytest.mark.parametrize("name", ["ftal", "rtal", "adversarial", "distil", "overwrite"])
 def test_inside_autocast_a_model_learns_as_much(name):
     model, (x, y) = network(), batch(128)
-    options = {"epochs": 8, "rate": 3e-3} | ({"student": network(seed=1)} if name == "distil" else {})
+    own = {"distil": {"student": network(seed=1)}, "adversarial": {"steps": 2}}
+    options = {"epochs": 8, "rate": 3e-3} | own.get(name, {})
     with torch.autocast("cpu", torch.bfloat16):
         inside = run(name, model, (x, y), **options)
     outside = run(name, model, (x, y), **options)
@@ -219,7 +218,7 @@ def test_parameters_that_no_layer_draws_are_not_taken_over_from_the_teacher():
         run("extract", nn.Sequential(*network(), Scaled()), batch(40)[0])
 
 
-@pytest.mark.parametrize("name", ["ftll", "rtal", "wrk", "overwrite"])
+@pytest.mark.parametrize("name", ["ftll", "rtal", "adversarial", "wrk", "overwrite"])
 def test_attacks_that_need_labels_say_so(name):
     x, y = batch(40)
     with pytest.raises(ValueError, match=f"the attack '{name}' needs labels"):
@@ -286,8 +285,12 @@ def test_models_that_cannot_be_attacked_are_refused():
     with pytest.raises(ValueError, match="no convolution and no linear layer"):
         run("ftll", nn.Sequential(nn.Flatten(), nn.LayerNorm(64)), (x, y))
     tokens = nn.Sequential(nn.Embedding(9, 8), nn.Flatten(), nn.Linear(40, CLASSES))
-    with pytest.raises(ValueError, match="at least one of them must be of floating-point numbers"):
-        run("wrk", tokens, (torch.zeros(40, 5, dtype=torch.int64), y))
+    for name in ("wrk", "adversarial"):
+        with pytest.raises(ValueError, match=f"{name} moves inputs .* one of them must be of floating-point numbers"):
+            run(name, tokens, (torch.zeros(40, 5, dtype=torch.int64), y))
+    for option, said in {"eps": "eps must be a positive number", "steps": "steps must be from 1"}.items():
+        with pytest.raises(ValueError, match=said):
+            run("adversarial", network(), (x, y), **{option: 0})
     with pytest.raises(ValueError, match="times must be from 1"):
         run("overwrite", network(), (x, y), times=0)
     with pytest.raises(ValueError, match="scheme must be the name of a scheme, or a list of such"):
@@ -311,29 +314,6 @@ def test_a_model_on_a_gpu_is_attacked_there_with_data_from_anywhere(name):
 def test_nothing_is_printed_where_nobody_looks(capsys):
     run("ftal", network(), batch(40))
     assert capsys.readouterr() == ("", "")
-
-
-def marks_of_thief(seed, times, sample):
-    """The marks that `overwrite` embeds, made again from its seed."""
-    random = np.random.default_rng(seed)
-    found = []
-    for _ in range(times):
-        key = wmengine.Key(overwriting.THIEF, random.bytes(32))
-        name = overwriting.STOLEN
-        made = wmengine.Embedder(network(seed=9), key, [MARK], num_classes=CLASSES, sample=sample, name=name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the network that it was made with does not hold it
-            found += made.watermarks()
-    return found
-
-
-def test_the_marks_of_the_thief_prove_themselves_each_time():
-    x, y = batch(256)
-    first, second = marks_of_thief(3, 2, x[:64])
-    once, twice = (run("overwrite", network(), (x, y), seed=3, times=times, epochs=6) for times in (1, 2))
-    assert wmengine.verify(once, first).owned
-    assert not wmengine.verify(once, second).owned
-    assert wmengine.verify(twice, second).owned
 
 
 @pytest.fixture(scope="module")

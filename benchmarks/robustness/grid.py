@@ -17,22 +17,31 @@ from wmengine.attacks import attack
 MARKED, TWIN, TUNED = "marked", "twin", "tuned twin"
 SERVED = "service"  # the twin, whose scores are marked as they are given out
 UNMARKED = "none"  # in the place of a preset
+SEEDS = (1, 2, 3)  # that the tables show
 STRANGERS = 5
 # From which students trained by the recipe take theirs, and, further on, those that are controls.
 STUDENT_SEEDS, CONTROL_SEEDS = 500, 100
+AGAIN_SEEDS = 200  # by which those of a student of a student are further on
 STRANGER_SEEDS = 1000  # from which strangers take theirs, so that they share none with marked networks
+
+_ALWAYS = ("attack", "options", "student", "elsewhere")  # of a step, in every key
 
 
 @dataclass(frozen=True)
 class Step:
     """One attack. student: another architecture's, for what trains one; elsewhere: queries that are not the task's;
-    recipe: the student is trained as the owner trains his networks."""
+    share: of the thief's rows, all of them for None; recipe: the student is trained as the owner trains his networks,
+    and then versions: how many of each query are asked, for the mean or the majority of what they are answered; two: a
+    network with another owner's mark is asked too, for the mean of both."""
 
     attack: str
     options: Mapping[str, Any] = field(default_factory=dict)
     student: bool = False
     elsewhere: bool = False
+    share: float | None = None
     recipe: bool = False
+    versions: int = 1
+    two: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,8 +95,11 @@ def digest(*said: Any) -> str:
 
 
 def as_json(steps: Sequence[Step]) -> str:
-    """A list of objects, with every option; `recipe` where it is so."""
-    said = [{name: value for name, value in vars(step).items() if name != "recipe" or value} for step in steps]
+    """A list of objects, with every option; of what a step may be beside those of the first tables, what it is."""
+    plain = vars(Step(""))
+    said = [
+        {name: value for name, value in vars(step).items() if name in _ALWAYS or value != plain[name]} for step in steps
+    ]
     return json.dumps(said, sort_keys=True, default=str)
 
 
@@ -96,6 +108,7 @@ def _line(label: str, *steps: Step | str, base: str = MARKED) -> Line:
 
 
 _EXTRACT, _COPY = Step("extract"), Step("extract", recipe=True)
+_COPY_SCORES = Step("distil", {"temperature": 1.0}, recipe=True)
 
 LINES = (
     _line("untouched"),
@@ -105,6 +118,7 @@ LINES = (
         _line(f"ftal 30 epochs rate {rate:g}", Step("ftal", {"epochs": 30, "rate": rate}))
         for rate in (1e-3, 3e-3, 1e-2, 3e-2)
     ),
+    _line("adversarial training", "adversarial"),
     *(_line(f"prune {share:.0%}", Step("prune", {"share": share})) for share in (0.5, 0.8, 0.9, 0.95)),
     *(
         _line(f"prune {share:.0%} of each layer", Step("prune", {"share": share, "per_layer": True}))
@@ -131,25 +145,32 @@ LINES = (
     _line("extract elsewhere", Step("extract", elsewhere=True)),
     _line("extract then ftal", _EXTRACT, "ftal"),
     _line("extract then wrk", _EXTRACT, "wrk"),
-    _line("copy by scores", Step("distil", {"temperature": 1.0}, recipe=True)),
+    _line("copy by scores", _COPY_SCORES),
+    _line("copy by scores of five versions", replace(_COPY_SCORES, versions=5)),
     _line("copy by labels", _COPY),
-    _line("copy by labels to another architecture", Step("extract", student=True, recipe=True)),
+    _line("copy by labels of five versions", replace(_COPY, versions=5)),
+    _line("copy by labels of two marked networks", replace(_COPY, two=True)),
+    _line("copy by labels to another architecture", replace(_COPY, student=True)),
+    _line("copy by labels elsewhere", replace(_COPY, elsewhere=True)),
+    _line("copy by labels twice", _COPY, _COPY),
+    *(
+        _line(
+            f"copy by labels then ftal on {share:.0%} of true labels", _COPY, Step("ftal", {"epochs": 50}, share=share)
+        )
+        for share in (0.01, 0.1)
+    ),
     _line("copy by labels then ftal", _COPY, "ftal"),
     _line("copy by labels then wrk", _COPY, "wrk"),
+    _line("copy by labels then overwrite", _COPY, "overwrite"),
     *(_line(f"stranger {number}", base=f"stranger {number}") for number in range(1, STRANGERS + 1)),
     _line("stranger 1 then ftal", "ftal", base="stranger 1"),
     _line("stranger 2 then distil", "distil", base="stranger 2"),
 )
 TWIN_LINE = Line("untouched", base=TWIN)
-_COPY_SCORES = {"temperature": 1.0}
 SERVED_LINES = (  # of presets that are put into finished networks
     _line("service", base=SERVED),
-    _line("service copied by scores", Step("distil", _COPY_SCORES, recipe=True), base=SERVED),
-    _line(
-        "service copied by scores to another architecture",
-        Step("distil", _COPY_SCORES, student=True, recipe=True),
-        base=SERVED,
-    ),
+    _line("service copied by scores", _COPY_SCORES, base=SERVED),
+    _line("service copied by scores to another architecture", replace(_COPY_SCORES, student=True), base=SERVED),
 )
 
 

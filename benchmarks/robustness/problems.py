@@ -169,7 +169,7 @@ DIGITS = Problem(
     planned=dict.fromkeys((*_TRIGGERS, "zhang_noise", "blind", "certified", *_WRONG, "response"), _CHOSEN),
     apart=dict.fromkeys(_WRONG, 200),
     # A student who learned digits from photographs reads none; those that `distil` and `extract` make are good ones.
-    without=("*elsewhere", "copy by *"),
+    without=("adversarial training", "*elsewhere", "copy by *"),
 )
 TOKENS = Problem(
     name="digits-tokens",
@@ -182,7 +182,7 @@ TOKENS = Problem(
     presets=("sketch", "adi_tokens"),
     value_range=(0, GREYS),
     mark_options={"adi_tokens": {"special": 1}},
-    without=("*wrk", "copy by *"),  # the first perturbs inputs by their gradient, which tokens have not
+    without=("adversarial training", "*wrk", "copy by *"),  # the first two move inputs by gradients, which tokens lack
 )
 CIFAR10 = Problem(
     name="cifar10",
@@ -196,6 +196,7 @@ CIFAR10 = Problem(
     attack_options={
         **{name: {"batch": cifar10.BATCH} for name in ("ftll", "ftal", "rtll", "rtal", "wrk", "overwrite")},
         **{name: {"batch": cifar10.BATCH, "epochs": cifar10.EPOCHS} for name in ("distil", "extract")},
+        "adversarial": {"batch": cifar10.BATCH, "steps": 7},  # each costs nearly what a step of training does
     },
     planned={
         "sketch": _PICTURES_LINES,
@@ -204,7 +205,10 @@ CIFAR10 = Problem(
             _TRIGGERS,
             ("untouched", "ftal", "prune 50%", "noise 0.2", "fp16", "int8 qdq", "copy by labels", "stranger 1"),
         ),
-        "response": ("untouched", "ftal", "int8 qdq", "copy by *", "stranger 1", "service*"),
+        "response": (
+            *("untouched", "ftal", "adversarial training", "prune 50%", "int8 qdq", "overwrite"),
+            *("copy by *", "stranger 1", "service*"),
+        ),
     },
     half=True,
     tuned={"response": 3},

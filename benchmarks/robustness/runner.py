@@ -22,9 +22,12 @@ from torch import nn
 
 from benchmarks.environment import device_name, git_commit
 from benchmarks.robustness import cells
+from benchmarks.robustness.asking import answered
 from benchmarks.robustness.grid import (
+    AGAIN_SEEDS,
     CONTROL_SEEDS,
     MARKED,
+    SEEDS,
     SERVED,
     STRANGER_SEEDS,
     STUDENT_SEEDS,
@@ -101,8 +104,15 @@ class Bench:
         for count, step in enumerate(cell.steps, start=1):
             place = name, as_json(cell.steps[:count])
             if place not in self._copies:
+                asked = [model]
+                if step.two:
+                    asked.append(self.network(cell.preset, SEEDS[cell.seed % len(SEEDS)], MARKED).model)
                 began = time.perf_counter()
-                attacked = self._attacked(model, step, seed)
+                if step.recipe:
+                    again = AGAIN_SEEDS * sum(each.recipe for each in cell.steps[: count - 1])
+                    attacked = self._taught(asked, step, self._rows(step)[0], seed + again)
+                else:
+                    attacked = self._attacked(model, step, seed)
                 self._copies[place] = attacked, time.perf_counter() - began
             model, spent = self._copies[place]
             seconds += spent
@@ -119,12 +129,8 @@ class Bench:
         kind, options = attack(step.attack).takes, dict(step.options)
         if step.student:
             options["student"] = self.problem.other(seed)
-        if step.recipe:
-            return self._taught(model, step, seed)
         place = self.device if kind == "module" else "cpu"  # only training gains from another one
-        data: Any = self.problem.elsewhere().to(place)
-        if not step.elsewhere:
-            data = tuple(rows.to(place) for rows in self.data.thief)
+        data = tuple(rows if rows is None else rows.to(place) for rows in self._rows(step))
         if isinstance(model, nn.Module):
             model = model.to(place)
         half = self.problem.half and kind == "module"
@@ -133,15 +139,19 @@ class Bench:
             out = next(self._files) if kind == "file" or not isinstance(model, nn.Module) else None
             return run(step.attack, model, data, out=out, seed=seed, **options)
 
-    def _taught(self, model: Any, step: Step, seed: int, owners: bool = False) -> nn.Module:
-        """A student of what a network answers, trained by the owner's recipe, on his own data or on the thief's."""
-        rows = self.data.owner[0] if owners else self.data.thief[0]
-        scores = torch.from_numpy(
-            open_suspect(model).answer({"input": rows.cpu().numpy()}, self.problem.classes).values
-        )
-        answers = (scores.float().softmax(1) if step.attack == "distil" else scores.argmax(1)).to(self.device)
+    def _rows(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The inputs that a thief has for a step, and their labels where they are the task's."""
+        inputs, labels = (self.problem.elsewhere(), None) if step.elsewhere else self.data.thief
+        count = len(inputs) if step.share is None else max(1, round(step.share * len(inputs)))
+        return inputs[:count], None if labels is None else labels[:count]
+
+    def _taught(self, asked: Sequence[Any], step: Step, inputs: torch.Tensor, seed: int) -> nn.Module:
+        """A student of what networks answer, trained by the owner's recipe."""
+        scores, classes = step.attack == "distil", self.problem.classes
+        answers = answered(asked, inputs, classes, scores=scores, versions=step.versions)
         make = self.problem.other if step.student else self.problem.build
-        return self.problem.train(make(STUDENT_SEEDS + seed).to(self.device), (rows, answers), seed=seed)
+        rows = inputs.to(self.device), answers.to(self.device)
+        return self.problem.train(make(STUDENT_SEEDS + seed).to(self.device), rows, seed=seed)
 
     def _controls(self, preset: str, seed: int) -> list[nn.Module]:
         """The unmarked network of this seed, and students of its labels, of its architecture and of another."""
@@ -150,7 +160,8 @@ class Bench:
             recipe = digest(recipe_of(self.problem, UNMARKED))[:8]
             file = self._kept / f"{UNMARKED}-{seed}-{'other' if other else 'student'}-{recipe}.pt"
             if not file.exists():
-                taught = self._taught(found[0], Step("extract", student=other), CONTROL_SEEDS + seed, owners=True)
+                step = Step("extract", student=other)
+                taught = self._taught(found[:1], step, self.data.owner[0], CONTROL_SEEDS + seed)
                 torch.save(taught.cpu().state_dict(), file)
             student = self.problem.other(0) if other else self.problem.build(0)
             student.load_state_dict(torch.load(file, weights_only=True))

@@ -22,6 +22,7 @@ from benchmarks.robustness.cells import Row
 from benchmarks.robustness.grid import (
     LINES,
     MARKED,
+    SEEDS,
     SERVED_LINES,
     TWIN,
     TWIN_LINE,
@@ -35,7 +36,6 @@ from benchmarks.robustness.problems import CIFAR10, DIGITS, PROBLEMS, Problem
 from benchmarks.robustness.rules import MOST_LOSS, PROVEN, outcome, sok_success, sok_threshold
 
 OUT = ROOT / "benchmarks" / "results" / "robustness"
-SEEDS = (1, 2, 3)
 NOT_RUN = "not run"
 PAGES = {
     "robustness": ROOT / "docs" / "robustness.md",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from wmengine.attacks.adversarial import adversarial
 from wmengine.attacks.attack import Attack
 from wmengine.attacks.extraction import distil, extract
 from wmengine.attacks.fine_tuning import ftal, ftll, rtal, rtll
@@ -58,6 +59,17 @@ PAGE: tuple[Attack, ...] = (
         defaults=_FINE_TUNING,
         promise="the last layer is drawn anew, and all layers are trained",
         paper=_ADI,
+    ),
+    Attack(
+        name="adversarial",
+        family="fine-tuning",
+        run=adversarial,
+        takes="module",
+        needs="labels",
+        defaults={"eps": 0.01, "steps": 40} | _FINE_TUNING,
+        promise="all layers are trained, on inputs within eps of the thief's own where the loss is greatest",
+        paper="Madry, Makelov, Schmidt, Tsipras, Vladu: Towards deep learning models resistant to adversarial attacks, "
+        "ICLR 2018",
     ),
     Attack(
         name="distil",

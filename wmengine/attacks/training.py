@@ -133,6 +133,30 @@ def rows_of(inputs: Inputs) -> int:
     return len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
 
 
+def floating(name: str, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """Those inputs by name ("" without one) that an attack of this name can move a little. Raises ValueError where all
+    are integers."""
+    named = inputs if isinstance(inputs, Mapping) else {"": inputs}
+    found = {each: rows for each, rows in named.items() if rows.is_floating_point()}
+    if not found:
+        raise ValueError(f"{name} moves inputs a little, so at least one of them must be of floating-point numbers")
+    return found
+
+
+def replaced(inputs: Inputs, moved: Mapping[str, torch.Tensor]) -> Inputs:
+    """The inputs with some of them, by name, in place of what they were."""
+    return {**inputs, **moved} if isinstance(inputs, Mapping) else moved[""]
+
+
+def joined(*parts: Inputs) -> Inputs:
+    """The rows of all parts, one part after another."""
+    import torch
+
+    if isinstance(parts[0], Mapping):
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return torch.cat(parts)
+
+
 def _device(model: torch.nn.Module) -> Any:
     return next((each.device for each in model.parameters()), None)
 

@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from wmengine.attacks.data import Data, Inputs
-from wmengine.attacks.training import checked, cross_entropy, last_layer, logits, placed, rows_of, train
+from wmengine.attacks.training import (
+    checked,
+    cross_entropy,
+    floating,
+    joined,
+    last_layer,
+    logits,
+    placed,
+    replaced,
+    rows_of,
+    train,
+)
 from wmengine.parts.fields import positive
 
 if TYPE_CHECKING:
@@ -52,7 +63,7 @@ def wrk(
         labels = checked(labels, rows_of(inputs), classes)
         parts.append(rows)
         wrong.append((labels[:count].cpu() + torch.from_numpy(random.integers(1, classes, count))) % classes)
-    perturbed, others = _joined(*parts), torch.cat(wrong)
+    perturbed, others = joined(*parts), torch.cat(wrong)
     last = last_layer(model, data)
     before = last.weight.detach().clone()
     last.reset_parameters()
@@ -60,7 +71,7 @@ def wrk(
     def loss(inputs: Inputs, labels: torch.Tensor | None) -> torch.Tensor:
         assert labels is not None
         chosen = torch.from_numpy(random.integers(len(others), size=_part(share, len(labels))))
-        mixed = _joined(inputs, _at(perturbed, chosen))
+        mixed = joined(inputs, _at(perturbed, chosen))
         term: torch.Tensor = (last.weight * before).sum()
         return cross_entropy(logits(model, mixed), torch.cat([labels, others[chosen].to(labels)])) + shift * term
 
@@ -75,29 +86,18 @@ def _across(model: torch.nn.Module, inputs: Inputs, random: np.random.Generator,
     """The inputs after their step, and the number of classes."""
     import torch
 
-    named = dict(inputs) if isinstance(inputs, Mapping) else {"": inputs}
-    floats = {name: rows.requires_grad_() for name, rows in named.items() if rows.is_floating_point()}
-    if not floats:
-        raise ValueError("wrk moves inputs a little, so at least one of them must be of floating-point numbers")
+    floats, moved = {name: rows.requires_grad_() for name, rows in floating("wrk", inputs).items()}, {}
     with torch.enable_grad():
         scores = logits(model, inputs)
         classes = scores.shape[1]
         gradients = torch.autograd.grad(scores[:, random.integers(classes)].sum(), list(floats.values()))
     for (name, rows), gradient in zip(floats.items(), gradients, strict=True):
         low, high = rows.detach().aminmax()
-        named[name] = (rows.detach() + step * (high - low) * gradient.sign()).clamp(low, high)
-    return named.get("", named), classes
+        moved[name] = (rows.detach() + step * (high - low) * gradient.sign()).clamp(low, high)
+    return replaced(inputs, moved), classes
 
 
 def _at(inputs: Inputs, place: slice | torch.Tensor) -> Inputs:
     if isinstance(inputs, Mapping):
         return {name: rows[place] for name, rows in inputs.items()}
     return inputs[place]
-
-
-def _joined(*parts: Inputs) -> Inputs:
-    import torch
-
-    if isinstance(parts[0], Mapping):
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return torch.cat(parts)
