@@ -75,6 +75,8 @@ def test_a_student_of_a_student_begins_otherwise_than_its_teacher_did(counted: C
     assert fill(problem, tmp_path, Line("once", (COPY,)), Line("twice", (COPY, COPY))) == []
     assert sorted(seed for seed in built if seed) == [501, 502, 701, 702]
     assert sorted(counted.trained) == [1, 2, 201, 202], "the first student serves both lines"
+    assert fill(problem, tmp_path, Line("twice", (COPY, COPY)), again=True) == []
+    assert len(counted.trained) == 4, "students are kept beside the networks that they learned from"
 
 
 def test_a_step_has_the_share_of_the_thiefs_rows_or_queries_that_are_not_the_tasks(
@@ -106,8 +108,8 @@ def test_another_owners_network_is_asked_beside_the_marked_one(counted: Counted,
     pair = Line("of two", (dataclasses.replace(COPY, two=True),))
     problem = counted.problem()
     assert fill(problem, tmp_path, pair) == []
-    marked = {file.name.rpartition("-")[0] for file in (tmp_path / "tiny" / "networks").glob("adi-*.pt")}
-    assert marked == {"adi-1", "adi-2", "adi-3"}, "of two owners each, for two seeds"
+    kept = {file.name.rpartition("-")[0] for file in (tmp_path / "tiny" / "networks").glob("adi-*.pt")}
+    assert kept == {"adi-1", "adi-2", "adi-3", "adi-1-copy", "adi-2-copy"}, "two owners each, for two seeds"
     assert {row.base for row in cells.read(tmp_path, "tiny").values() if row.preset == "adi"} == {grid.MARKED}
 
 

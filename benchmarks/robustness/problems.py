@@ -196,7 +196,7 @@ CIFAR10 = Problem(
     attack_options={
         **{name: {"batch": cifar10.BATCH} for name in ("ftll", "ftal", "rtll", "rtal", "wrk", "overwrite")},
         **{name: {"batch": cifar10.BATCH, "epochs": cifar10.EPOCHS} for name in ("distil", "extract")},
-        "adversarial": {"batch": cifar10.BATCH, "steps": 7},  # each costs nearly what a step of training does
+        "adversarial": {"batch": cifar10.BATCH, "steps": 7, "epochs": 2},  # a step costs as much as one of training
     },
     planned={
         "sketch": _PICTURES_LINES,

@@ -107,13 +107,16 @@ class Bench:
                 asked = [model]
                 if step.two:
                     asked.append(self.network(cell.preset, SEEDS[cell.seed % len(SEEDS)], MARKED).model)
-                began = time.perf_counter()
                 if step.recipe:
                     again = AGAIN_SEEDS * sum(each.recipe for each in cell.steps[: count - 1])
-                    attacked = self._taught(asked, step, self._rows(step)[0], seed + again)
+                    made = digest(recipe_of(self.problem, cell.preset), place[1])[:8]
+                    self._copies[place] = self._student(
+                        f"{name}-copy-{made}", asked, step, self._rows(step)[0], seed + again
+                    )
                 else:
+                    began = time.perf_counter()
                     attacked = self._attacked(model, step, seed)
-                self._copies[place] = attacked, time.perf_counter() - began
+                    self._copies[place] = attacked, time.perf_counter() - began
             model, spent = self._copies[place]
             seconds += spent
         return model, seconds
@@ -145,32 +148,33 @@ class Bench:
         count = len(inputs) if step.share is None else max(1, round(step.share * len(inputs)))
         return inputs[:count], None if labels is None else labels[:count]
 
-    def _taught(self, asked: Sequence[Any], step: Step, inputs: torch.Tensor, seed: int) -> nn.Module:
-        """A student of what networks answer, trained by the owner's recipe."""
-        scores, classes = step.attack == "distil", self.problem.classes
-        answers = answered(asked, inputs, classes, scores=scores, versions=step.versions)
-        make = self.problem.other if step.student else self.problem.build
-        rows = inputs.to(self.device), answers.to(self.device)
-        return self.problem.train(make(STUDENT_SEEDS + seed).to(self.device), rows, seed=seed)
+    def _student(
+        self, name: str, asked: Sequence[Any], step: Step, inputs: torch.Tensor, seed: int
+    ) -> tuple[nn.Module, float]:
+        """A student of what networks answer, trained by the owner's recipe, now or before and kept; and the seconds."""
+        file, make = self._kept / f"{name}.pt", self.problem.other if step.student else self.problem.build
+        if not file.exists():
+            began = time.perf_counter()
+            scores, classes = step.attack == "distil", self.problem.classes
+            answers = answered(asked, inputs, classes, scores=scores, versions=step.versions)
+            rows = inputs.to(self.device), answers.to(self.device)
+            model = self.problem.train(make(STUDENT_SEEDS + seed).to(self.device), rows, seed=seed)
+            _keep(file, {"state": model.cpu().state_dict(), "seconds": time.perf_counter() - began})
+        held, student = torch.load(file, weights_only=True), make(0)
+        student.load_state_dict(held["state"])
+        return student.eval().to(self.device), held["seconds"]
 
-    def _controls(self, preset: str, seed: int) -> list[nn.Module]:
+    def controls(self, preset: str, seed: int) -> list[nn.Module]:
         """The unmarked network of this seed, and students of its labels, of its architecture and of another."""
-        found = [self.network(preset, seed, TWIN).model]
-        for other in (False, True):
-            recipe = digest(recipe_of(self.problem, UNMARKED))[:8]
-            file = self._kept / f"{UNMARKED}-{seed}-{'other' if other else 'student'}-{recipe}.pt"
-            if not file.exists():
-                step = Step("extract", student=other)
-                taught = self._taught(found[:1], step, self.data.owner[0], CONTROL_SEEDS + seed)
-                torch.save(taught.cpu().state_dict(), file)
-            student = self.problem.other(0) if other else self.problem.build(0)
-            student.load_state_dict(torch.load(file, weights_only=True))
-            found.append(student.eval())
+        found, recipe = [self.network(preset, seed, TWIN).model], digest(recipe_of(self.problem, UNMARKED))[:8]
+        for other, kind in ((False, "student"), (True, "other")):
+            step, name = Step("extract", student=other), f"{UNMARKED}-{seed}-{kind}-{recipe}"
+            found.append(self._student(name, found[:1], step, self.data.owner[0], CONTROL_SEEDS + seed)[0])
         return [each.to(self.device) for each in found]
 
     def _service(self, preset: str, seed: int) -> Network:
         """The unmarked network of this seed, its scores marked as they are given out."""
-        twin, known = self.network(preset, seed, TWIN), self._controls(preset, seed)
+        twin, known = self.network(preset, seed, TWIN), self.controls(preset, seed)
         file = self._kept / f"{_name_of(preset, seed, SERVED)}-{digest(recipe_of(self.problem, preset))[:8]}.wm"
         if not file.exists():
             made = response(
@@ -190,7 +194,7 @@ class Bench:
     def _train(self, file: Path, preset: str, seed: int, marked: bool) -> None:
         problem, began, embedder = self.problem, time.perf_counter(), None
         model, tuned = problem.build(seed).to(self.device), problem.tuned.get(preset)
-        controls = [] if tuned is None else self._controls(preset, seed)
+        controls = [] if tuned is None else self.controls(preset, seed)
         if controls:
             model.load_state_dict(controls[0].state_dict())
         (x, y), apart = self.data.owner, problem.apart.get(preset, 0)
@@ -220,16 +224,21 @@ class Bench:
                 (mark,) = embedder.watermarks()
             mark.save(file.with_suffix(".wm"), overwrite=True)
         right = torch.from_numpy(correct(open_suspect(model), self.data.test, problem.classes))
-        partial = file.with_suffix(f".{os.getpid()}.partial")
         state = model.cpu().state_dict()
-        torch.save({"state": state, "correct": right, "seconds": seconds, "commit": git_commit()}, partial)
-        os.replace(partial, file)
+        _keep(file, {"state": state, "correct": right, "seconds": seconds, "commit": git_commit()})
 
     def _load(self, file: Path) -> Network:
         held, model, mark = torch.load(file, weights_only=True), self.problem.build(0), file.with_suffix(".wm")
         model.load_state_dict(held["state"])
         watermark = Watermark.load(mark) if mark.exists() else None
         return Network(model.eval(), watermark, held["correct"].numpy(), held["seconds"], held.get("commit"))
+
+
+def _keep(file: Path, held: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    torch.save(held, partial)
+    os.replace(partial, file)
 
 
 def key_of(seed: int) -> Key:
