@@ -138,10 +138,11 @@ def _in_order(declared: Sequence[Input], inputs: Inputs) -> list[tuple[Input, ND
     left = [each for each in declared if each.name not in inputs]
     names = {each.name for each in declared}
     rows = [each for name, each in inputs.items() if name not in names]
-    masks, ones = [_is_named(each, _MASK) for each in left], [bool((each == 1).all()) for each in rows]
-    if sum(masks) == sum(ones):
-        left = [left[place] for place in np.argsort(masks, kind="stable")]
-        rows = [rows[place] for place in np.argsort(ones, kind="stable")]
+    if len(rows) > 1:
+        masks, ones = [_is_named(each, _MASK) for each in left], [bool((each == 1).all()) for each in rows]
+        if sum(masks) == sum(ones):
+            left = [left[place] for place in np.argsort(masks, kind="stable")]
+            rows = [rows[place] for place in np.argsort(ones, kind="stable")]
     return [*same, *zip(left, rows, strict=True)]
 
 
