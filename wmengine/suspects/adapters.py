@@ -9,9 +9,8 @@ leave open is tried, and every try has its share of the evidence, fixed before t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +27,7 @@ BYTES = {"tensor(uint8)": "uint8", "tensor(int8)": "int8", "tensor(int32)": "int
 _IMAGENET = ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))
 
 
-@dataclass(frozen=True)
-class Adapter:
+class Adapter(NamedTuple):
     """One way to put triggers to a suspect; `share` of the evidence is staked on it, and all shares sum to 1.
 
     layout: "as recorded", "channels last", "flat" or "flat, channels last". scaling: "as recorded", "bytes", "0 to 1",

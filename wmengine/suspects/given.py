@@ -113,7 +113,7 @@ def given(
 def _taken(name: str, declared: Sequence[Input], inputs: Inputs) -> list[tuple[Input, NDArray[Any]]]:
     """Which of the inputs declared take rows, and which."""
     if len(declared) == len(inputs) == 1:
-        return [(declared[0], *inputs.values())]
+        return [*zip(declared, inputs.values(), strict=True)]
     by_name = {each.name: each for each in declared}
     if inputs.keys() <= by_name.keys():
         return [(by_name[each], rows) for each, rows in inputs.items()]
