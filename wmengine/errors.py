@@ -39,5 +39,7 @@ class ScanError(WmengineError):
 
 def printable(text: str, limit: int = 1000) -> str:
     """A stranger's text on one line of at most `limit` characters, none of which steers a terminal or is no Unicode."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
+    text = text[: limit + 1]
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -21,12 +21,13 @@ Labels = NDArray[np.int64]
 def reader_of(mark: Watermark) -> Interprets | None:
     """The source of a mark, where it alone can read the answers."""
     source = mark.preset.source
-    return cast(Interprets, source) if _interprets(type(source)) else None
+    return cast(Interprets, source) if offers(type(source), Interprets) else None
 
 
 @cache  # what a protocol asks takes longer than most of what is done for a look
-def _interprets(source: type[Any]) -> bool:
-    return issubclass(source, Interprets)
+def offers(source: type[Any], protocol: type[Any]) -> bool:
+    """Whether sources of this type have what a protocol asks."""
+    return issubclass(source, protocol)
 
 
 def members_of(mark: Watermark) -> int:

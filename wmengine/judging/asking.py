@@ -358,16 +358,17 @@ class Trial:
     def _open(self, way: Adapter) -> bool:
         """Begin a round, or say that there is no room for it, nor for another."""
         try:
-            room, why = self._room(way), SuspectError(NO_ROOM)
+            room = self._room(way)
+            if room:
+                self._rounds.append(_Round(way, room))
+                return True
+            why = SuspectError(NO_ROOM)
         except SuspectError as error:
-            room, why = 0, error
-        if room:
-            self._rounds.append(_Round(way, room))
-        else:
-            self._ways = []
-            if not self._answered:
-                self.error = self._rounds[0].failure if self._rounds else why
-        return room > 0
+            why = error
+        self._ways = []
+        if not self._answered:
+            self.error = self._rounds[0].failure if self._rounds else why
+        return False
 
     def _room(self, way: Adapter) -> int:
         first, total, members = self.marks[0], self.marks[0].total, members_of(self.marks[0])

@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import cast
 
 from wmengine.errors import OtherTask, SuspectError
 from wmengine.facts import Fact, fact
+from wmengine.judging.answering import offers
 from wmengine.judging.asking import Terms, Trial, run_trials
 from wmengine.judging.looks import looks_of_bits
 from wmengine.judging.pools import PoolTrial
@@ -59,8 +61,8 @@ def judge_suspect(suspect: Suspect, marks: Sequence[Watermark], terms: Terms) ->
     for indices in geometries.values():
         group = [marks[index] for index in indices]
         source = group[0].preset.source
-        if isinstance(source, Pools):
-            pools.setdefault(source.pool(group[0]), {})[tuple(indices)] = group
+        if offers(type(source), Pools):
+            pools.setdefault(cast(Pools, source).pool(group[0]), {})[tuple(indices)] = group
         else:
             (asking if source.needs == Need.ANSWERS else reading)[tuple(indices)] = group
     findings.update(zip(chain(*asking), _asked(suspect, [*asking.values()], terms), strict=True))

@@ -76,7 +76,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, and the notes, as JSON has them."""
-        row = {name: getattr(self, name) for name in _FIELDS}
+        row = dict(vars(self))
         row["evidence"] = None if self.evidence is None else dict(vars(self.evidence))
         row["settings"] = dict(self.settings)
         row["facts"] = [{"code": each.code, "values": dict(each.values)} for each in self.facts]

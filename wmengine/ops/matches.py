@@ -23,6 +23,8 @@ _LARGEST_LABEL = 2**31 - 4
 
 def plain(array: NDArray[Any], dtype: Any = None) -> NDArray[Any]:
     """The array as compiled code reads it: contiguous and aligned, a copy only where it is neither."""
+    if array.flags.c_contiguous and array.flags.aligned and dtype in (None, array.dtype):
+        return array  # at once: a look has few rows
     return np.require(array, dtype, ["C", "A"])
 
 

@@ -68,6 +68,8 @@ _PROT_EXEC = 0x4
 _FCNTL = (1, 2, 3, 4)
 _MSG_NOSIGNAL = 0x4000  # the one flag of ours: out-of-band data, for one, has broken kernels
 
+_libc = ctypes.CDLL(None, use_errno=True)
+
 
 class LockdownError(Exception):
     """A mechanism that this kernel has could not be put in force."""
@@ -144,7 +146,7 @@ def _drop_capabilities() -> None:
             return
     version_3, this_process = 0x20080522, 0
     header, none = struct.pack("=Ii", version_3, this_process), bytes(24)
-    if _libc().capset(ctypes.create_string_buffer(header, 8), ctypes.create_string_buffer(none, 24)) != 0:
+    if _libc.capset(ctypes.create_string_buffer(header, 8), ctypes.create_string_buffer(none, 24)) != 0:
         raise LockdownError(f"capabilities could not be dropped: {os.strerror(ctypes.get_errno())}")
 
 
@@ -156,22 +158,18 @@ def _address_space() -> int:
         return 0
 
 
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
 def _prctl(option: int, *values: int | ctypes.Array[ctypes.c_char]) -> None:
     arguments = [
         ctypes.c_ulong(value) if isinstance(value, int) else ctypes.cast(value, ctypes.c_void_p) for value in values
     ]
     arguments += [ctypes.c_ulong(0)] * (4 - len(arguments))
-    if _libc().prctl(option, *arguments) != 0:
+    if _libc.prctl(option, *arguments) != 0:
         raise LockdownError(f"prctl({option}) failed: {os.strerror(ctypes.get_errno())}")
 
 
 def _syscall(number: int, *values: int | ctypes.Array[ctypes.c_char] | None) -> int:
     arguments = [ctypes.c_long(value) if isinstance(value, int) else value for value in values]
-    return int(_libc().syscall(ctypes.c_long(number), *arguments))
+    return int(_libc.syscall(ctypes.c_long(number), *arguments))
 
 
 def _landlock_version() -> int:
@@ -200,7 +198,7 @@ def _restrict_paths() -> None:
 def _has_seccomp() -> bool:
     # With a null filter a kernel that has seccomp answers EFAULT, one without it EINVAL; nothing changes.
     ctypes.set_errno(0)
-    _libc().prctl(_PR_SET_SECCOMP, ctypes.c_ulong(2), None, ctypes.c_ulong(0), ctypes.c_ulong(0))
+    _libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(2), None, ctypes.c_ulong(0), ctypes.c_ulong(0))
     return ctypes.get_errno() == errno.EFAULT
 
 

@@ -15,6 +15,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from wmengine.errors import ScanError
@@ -49,7 +50,7 @@ class Plan:
     empty: int = 0
     others: int = 0
 
-    @property
+    @cached_property
     def tests(self) -> int:
         return len(self.suspects) * len(self.watermarks)
 
@@ -58,7 +59,7 @@ class Plan:
         """What the metadata of the table say."""
         return {EMPTY: str(self.empty), OTHERS: str(self.others)}
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, str]:
         """How suspects are asked, as every row says it."""
         names = ("test", "classes", "adapters", "isolation", "device")

@@ -9,9 +9,8 @@ leave open is tried, and every try has its share of the evidence, fixed before t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +27,7 @@ BYTES = {"tensor(uint8)": "uint8", "tensor(int8)": "int8", "tensor(int32)": "int
 _IMAGENET = ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))
 
 
-@dataclass(frozen=True)
-class Adapter:
+class Adapter(NamedTuple):
     """One way to put triggers to a suspect; `share` of the evidence is staked on it, and all shares sum to 1.
 
     layout: "as recorded", "channels last", "flat" or "flat, channels last". scaling: "as recorded", "bytes", "0 to 1",
@@ -154,14 +152,15 @@ def _ends(value_range: Range) -> tuple[NDArray[np.float64], NDArray[np.float64]]
     return np.array([low for low, _ in ends]), np.array([high for _, high in ends])
 
 
-def rows_as(declared: Sequence[int | None], sizes: Sequence[int]) -> tuple[int, ...] | None:
+@lru_cache(maxsize=256)  # in a scan most suspects declare the same
+def rows_as(declared: tuple[int | None, ...], sizes: tuple[int, ...]) -> tuple[int, ...] | None:
     """The shape of a row of these sizes as an input takes it that is declared so, batch axis first; None if it cannot.
 
     Axes of length 1 come and go: [1, 16, 16] fits [N, 16, 16], [T] fits [N, 1, T]. An input of fixed sizes without a
     batch axis takes a single row; nothing declared takes everything.
     """
     if not declared:
-        return tuple(sizes)
+        return sizes
     core = [size for size in sizes if size != 1]
     for axes in (declared[1:], declared) if declared[0] is not None else (declared[1:],):
         for have in (list(sizes), core):
@@ -186,7 +185,7 @@ def layouts_of(declared: Sequence[int | None], shape: Sequence[int]) -> list[str
     as one before."""
     kept: dict[tuple[tuple[int, ...], bytes], str] = {}
     for layout, laid_out, places in _layouts(tuple(shape)):
-        row = rows_as(declared, laid_out)
+        row = rows_as(tuple(declared), laid_out)
         if row is not None:
             kept.setdefault((row, places), layout)
     return [*kept.values()]

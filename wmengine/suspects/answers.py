@@ -90,8 +90,11 @@ class Reading:
                 return None
             named = array[np.arange(rows), np.maximum(best, 0)].astype(np.int64)
             return np.where(best == ABSTAINED, ABSTAINED, named)
-        with np.errstate(over="ignore"):
-            array = array.astype(np.float32 if array.dtype in (np.float16, np.float32) else np.float64)
+        if array.dtype in (np.float16, np.float32):
+            array = array.astype(np.float32)
+        else:
+            with np.errstate(over="ignore"):
+                array = array.astype(np.float64)
         return highest(array) if self.kind == "more scores" else array
 
 

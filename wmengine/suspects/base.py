@@ -191,12 +191,12 @@ def ask_in_chunks(
     facts.extend(describe(readings, first))
     parts: list[NDArray[Any]] = []
     for start in range(0, count, chunk):
-        rows = part_of(inputs, start, start + chunk)
-        outputs = first if start == 0 else run(padded(rows, fixed_batch))
-        answer = read_all(readings, outputs, fixed_batch or rows_of(rows))
+        size = min(chunk, count - start)
+        outputs = first if start == 0 else run(padded(part_of(inputs, start, start + chunk), fixed_batch))
+        answer = read_all(readings, outputs, fixed_batch or size)
         if answer is None or (parts and answer.shape[1:] != parts[0].shape[1:]):
             raise SuspectError(f"{name} changes the shape of its answers from one batch to the next")
-        parts.append(answer[: rows_of(rows)])
+        parts.append(answer[:size])
     answers = np.concatenate(parts)
     if readings[0].kind == "single":
         answers, note = of_two_classes(answers)

@@ -6,7 +6,7 @@ Inputs and a model's bytes go out, arrays of numbers and text come back. Expecte
 from __future__ import annotations
 
 import contextlib
-import secrets
+import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -310,7 +310,7 @@ class RemoteEngine:
     ) -> Result:
         if self._failure is not None:
             raise SuspectGone(self._failure)
-        word = secrets.token_hex(16)
+        word = os.urandom(16).hex()
         try:
             header, answers = self.worker.ask(asked, {**(question or {}), "word": word}, arrays)
         except WorkerFailure as error:

@@ -97,11 +97,11 @@ def given(
         elif entry.shape:
             batch = batch or entry.shape[0]
         rows[entry.name] = cast.reshape(len(have), *row)
-    most = max(1, sum(have[:1].nbytes for have in rows.values()))
-    most = min(MAXIMUM_BATCH, MAXIMUM_BATCH_BYTES // most)
-    if batch is not None and batch > most:
-        raise SuspectError(f"{name} has a fixed batch of {batch}, and at most {most} can be asked at once")
     if batch is not None:
+        most = max(1, sum(have[:1].nbytes for have in rows.values()))
+        most = min(MAXIMUM_BATCH, MAXIMUM_BATCH_BYTES // most)
+        if batch > most:
+            raise SuspectError(f"{name} has a fixed batch of {batch}, and at most {most} can be asked at once")
         facts.append(fact("fixed_batch", batch=batch))
     filled = [(each, values.get(each.name, _usual(each))) for each in declared if each.name not in rows]
     if filled:
@@ -112,6 +112,8 @@ def given(
 
 def _taken(name: str, declared: Sequence[Input], inputs: Inputs) -> list[tuple[Input, NDArray[Any]]]:
     """Which of the inputs declared take rows, and which."""
+    if len(declared) == len(inputs) == 1:
+        return [*zip(declared, inputs.values(), strict=True)]
     by_name = {each.name: each for each in declared}
     if inputs.keys() <= by_name.keys():
         return [(by_name[each], rows) for each, rows in inputs.items()]

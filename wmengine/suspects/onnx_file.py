@@ -148,7 +148,7 @@ class OnnxSuspect:
         if (held or said) and answers.kind == "labels":  # a class that was named is not counted
             answers = Answers("classes", answers.values[:, None])
         if not known:
-            return replace(answers, names=() if said else held)
+            return answers if said or not held else replace(answers, names=held)
         if answers.kind == "scores":
             return replace(answers, values=answers.values[:, [held.index(name) for name in said]])
         places = np.array([*map(said.index, held), ABSTAINED])

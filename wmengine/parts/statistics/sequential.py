@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from wmengine.parts.statistics.tails import binomial_log10_point, binomial_log10_tail
 
@@ -17,6 +18,7 @@ FUTILE_RATE = 0.5  # q_min: copies that keep fewer of their triggers may be give
 FUTILE_BETA = 1e-3  # the chance that a copy at q_min is given up
 
 
+@lru_cache(maxsize=1 << 14)  # as most strangers of a scan have the same few counts
 def log10_e_value(k: int, n: int, p0: float) -> float:
     """log10 E after k matches of n answers: the mean over q in [p0, 1] of q^k (1−q)^(n−k) / (p0^k (1−p0)^(n−k)).
 

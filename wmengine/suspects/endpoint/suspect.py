@@ -167,11 +167,11 @@ class EndpointSuspect:
             hint = ", or give a layout where the server describes its model wrongly" if shape else ""
             raise SuspectError(f"{error}{hint}") from None
         if not shape:
-            ways = [replace(way, layout=layout or way.layout) for way in ways if way.layout == "as recorded"]
+            ways = [way._replace(layout=layout or way.layout) for way in ways if way.layout == "as recorded"]
         if scaling != "any" and ways[0].scaling != "bytes":
-            ways = [replace(way, scaling=scaling) for way in ways]
+            ways = [way._replace(scaling=scaling) for way in ways]
         shares = [1.0] if len(ways) == 1 else [0.5, *[0.5 / (len(ways) - 1)] * (len(ways) - 1)]
-        return [replace(way, share=share) for way, share in zip(ways, shares, strict=True)]
+        return [way._replace(share=share) for way, share in zip(ways, shares, strict=True)]
 
     def _declared_shape(self) -> tuple[int | None, ...]:
         """What the server says that it takes, any number of it; nothing where the options say better."""
