@@ -35,6 +35,7 @@ from wmengine.judging.verdict import PROVING
 from wmengine.marking.batches import Batches, check_logits, checked_labels, shares_of, split
 from wmengine.marking.fitting import fit
 from wmengine.marking.rows_loss import rows_loss
+from wmengine.marking.tasks import ONE
 from wmengine.marks.catalogue import scheme
 from wmengine.marks.preset import Preset
 from wmengine.marks.watermark import Watermark
@@ -253,8 +254,7 @@ class Embedder:
             raise ValueError("no mark here goes by features: that is for the scheme 'response'")
         if inputs is None:
             raise ValueError("the mark 'response' is in answers to inputs: loss(logits, labels, inputs=x)")
-        (rows,) = inputs.values() if isinstance(inputs, Mapping) else (inputs,)
-        return self._offsets[0].features(rows)
+        return self._offsets[0].features(inputs if isinstance(inputs, Mapping) else {ONE: inputs})
 
     def fit(
         self,
