@@ -127,11 +127,17 @@ def raw_features(base: Base, inputs: Inputs) -> NDArray[np.float32]:
     return np.asarray(raw)
 
 
-def whitening_of(raw: NDArray[np.float32], most: int) -> Whitening:
-    """The first principal components of raw features [n, F], `most` at most, each with a standard deviation of 1."""
-    spread, axes = np.linalg.eigh(np.cov(raw.astype(np.float64), rowvar=False).reshape(raw.shape[1], -1))
+def whitening_of(base: Base, raw: NDArray[np.float32], most: int) -> Whitening:
+    """The first principal components of raw features [n, F], `most` at most, each with a standard deviation of 1.
+
+    Where these are inputs, such as a table's columns, each in a unit of its own, they count by their deviations.
+    """
+    found = raw.astype(np.float64)
+    unit = found.std(axis=0) if isinstance(base, FunctionBase) else np.ones(raw.shape[1])
+    unit[unit == 0.0] = 1.0
+    spread, axes = np.linalg.eigh(np.cov(found / unit, rowvar=False).reshape(raw.shape[1], -1))
     kept = np.flatnonzero(spread > 1e-6 * spread.max())[::-1][:most]
-    matrix = axes[:, kept] / np.sqrt(spread[kept])
+    matrix = axes[:, kept] / np.sqrt(spread[kept]) / unit[:, None]
     return Whitening(raw.mean(axis=0, dtype=np.float64).astype(np.float32), matrix.astype(np.float32))
 
 

@@ -84,7 +84,7 @@ class ResponsePool(AbstractTriggers):
         order = undecided_first(answers_of(controls[:1], every, classes)[0])[:count]
         probes, base = candidates[order], base_of(controls[0], tensors(part_of(every, 0, 1)))
         seen = [_put(viewed(probes, view), task.inputs, ranges) for view in range(views)]
-        whitening = whitening_of(raw_features(base, seen[0]), self.features)
+        whitening = whitening_of(base, raw_features(base, seen[0]), self.features)
         return {
             "probes": probes,
             "features": np.concatenate([whitening(raw_features(base, each)) for each in seen]),
