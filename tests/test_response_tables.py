@@ -16,7 +16,7 @@ from wmengine import Embedder, controls, export_onnx, response, scheme, verify
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:the mark does not prove itself"),
+    pytest.mark.filterwarnings("ignore:the mark"),
 ]
 
 

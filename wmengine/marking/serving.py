@@ -15,6 +15,7 @@ from wmengine._optional import require
 from wmengine.identity.key import Key
 from wmengine.judging.asking import Terms
 from wmengine.judging.judge import Finding, judge_suspect
+from wmengine.marking.power import LEAST, warn_of_power
 from wmengine.marking.tasks import ONE, ranges_of, samples_of
 from wmengine.marks import catalogue
 from wmengine.marks.preset import Preset
@@ -32,7 +33,6 @@ from wmengine.suspects.given import DTYPES
 Scores = NDArray[np.floating[Any]]
 
 GAP = 0.2  # by which the first class stays first
-_LOG10_ALPHA = -9.0
 _PRODUCTS = ("Gemm", "MatMul", "Conv")
 
 
@@ -66,6 +66,8 @@ def response(
     `wmengine.scheme("response", probes=1024)` gives it. The other arguments are the Embedder's. A service that starts
     again gives `mark=`, the watermark or its file, instead of what it was made with.
 
+    A new mark that would not prove itself at 1e-9 is warned about.
+
     Raises ValueError or TypeError for what cannot work.
     """
     strength = positive("strength", strength)
@@ -75,6 +77,7 @@ def response(
     if mark is None:
         preset = scheme if isinstance(scheme, Preset) else catalogue.scheme(scheme)
         mark = _created(preset, network, key, num_classes, sample, name, probes, controls, value_range, message)
+        warn_of_power(mark, strength, lambda logits, pattern: bent(logits, pattern, shares=False))
     elif controls or any(given is not None for given in (key, name, sample, probes, message, value_range)):
         raise ValueError("mark= is whole: leave key, name, sample, probes, controls, message and value_range out")
     mark = mark if isinstance(mark, Watermark) else Watermark.load(mark)
@@ -114,7 +117,7 @@ class Served:
     def watermark(self) -> Watermark:
         """What to save and register. Warns where the service itself does not prove it at 1e-9."""
         finding = _judged(self, self._mark)
-        if finding.log10_p > _LOG10_ALPHA:
+        if finding.log10_p > LEAST:
             warnings.warn(
                 f"the mark does not prove itself on this service: log10 p = {finding.log10_p:.1f}; give more probes "
                 "or a greater strength",
@@ -134,7 +137,7 @@ def _scores_of(answered: Any, mark: Watermark) -> Scores:
     return scores
 
 
-def bent(scores: Scores, pattern: NDArray[np.float32], shares: bool) -> Scores:
+def bent(scores: Scores, pattern: Scores, shares: bool) -> Scores:
     """Scores [n, C], logits or (shares) probabilities, plus the pattern among all classes but each row's first, which
     stays first by 0.2 in logits. Rows that hold NaN or Inf stay as they are."""
     rows, first = np.arange(len(scores)), scores.argmax(axis=1)
@@ -237,7 +240,7 @@ def _signature_of(sample: Any) -> dict[str, InputSpec]:
 
 
 def _judged(suspect: Any, mark: Watermark) -> Finding:
-    terms = Terms(sequential=False, log10_bar=-_LOG10_ALPHA)
+    terms = Terms(sequential=False, log10_bar=-LEAST)
     (finding,) = judge_suspect(open_suspect(suspect), [mark], terms)
     if finding.error is not None:
         raise ValueError(f"the model cannot be judged by its mark: {finding.error}")
