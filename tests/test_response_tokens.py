@@ -1,5 +1,6 @@
 """`response` in models that read text: probes are the owner's own rows and splices of them, masks beside them."""
 
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -63,7 +64,7 @@ def served():
 
 def test_a_splice_begins_as_one_row_and_ends_as_another_and_is_cut_within_both():
     inputs = arrays(sentences(300, 0)[0])
-    rows, random = stacked(inputs), np.random.default_rng(0)
+    rows, random = stacked([*inputs.values()]), np.random.default_rng(0)
     first, second = random.integers(0, 300, (2, 500))
     found = splices(rows, first, second, random)
     least = np.minimum(inputs["attention_mask"][first].sum(axis=1), inputs["attention_mask"][second].sum(axis=1))
@@ -84,7 +85,7 @@ def test_a_pool_holds_rows_of_the_owner_and_splices_and_asks_them_with_their_mas
     mark, own = served().watermark(), arrays(sentences(600, 1)[0])
     probes = mark.arrays["probes"]
     assert (probes.shape, mark.parameters["value_range"], mark.parameters["views"]) == ((512, 2, LENGTH), [], 1)
-    known = {row.tobytes() for row in stacked(own)}
+    known = {row.tobytes() for row in stacked([*own.values()])}
     held = sum(row.tobytes() in known for row in probes)
     assert 50 < held < 500
     asked = mark.preset.source.examples(mark)
@@ -102,6 +103,28 @@ def test_a_service_of_texts_is_proven_and_turns_no_decision():
     assert isinstance(served()(sentences(9, 5)[0]), torch.Tensor)
     assert verify(served(), served().watermark(), key=KEY).owned
     assert verify(Reader(3, sure=20.0), served().watermark(), key=KEY).decision == "not_proven"
+
+
+@dataclass
+class Answer:
+    logits: torch.Tensor
+
+
+class Answering(Reader):
+    """Answers as models of transformers do."""
+
+    def forward(self, input_ids, attention_mask=None):
+        return Answer(super().forward(input_ids, attention_mask))
+
+
+def test_inputs_go_by_their_names_and_logits_are_found_where_models_of_transformers_have_them():
+    rows, few = sentences(600, 1)[0], sentences(9, 5)[0]
+    turned = {"attention_mask": rows["attention_mask"], "input_ids": rows["input_ids"]}
+    found = service(Answering(sure=20.0).eval(), turned, sample=rows)
+    assert np.array_equal(found.watermark().arrays["probes"], served().watermark().arrays["probes"])
+    assert torch.equal(found({name: few[name] for name in turned}), served()(few))
+    with pytest.raises(ValueError, match="inputs must hold input_ids, attention_mask, and they hold input_ids"):
+        found(few["input_ids"])
 
 
 @pytest.mark.parametrize("kind", ["a function of two inputs", "a function of one", "a file", "a file of other names"])
@@ -162,6 +185,7 @@ def test_mixtures_of_texts_are_taught_as_splices():
         ),
         ({"ids": torch.ones(80, 9).long(), "more": torch.ones(80, 3).long()}, None, "the tokens' shape"),
         ({"ids": torch.ones(80, 9).long()}, {"ids": torch.full((80, 9), 0.5)}, "whole numbers"),
+        (sentences(80, 0)[0], {**sentences(80, 0)[0], "attention_mask": torch.ones(70, 12)}, "as many rows of every"),
     ],
 )
 def test_what_cannot_be_probes_is_said(sample, samples, words):

@@ -106,12 +106,15 @@ class Served:
         self._signed = (signs[:, None] * contrasts(arrays["contrasts"])).astype(np.float32)
 
     def __call__(self, inputs: Any) -> Any:
-        given = _named(inputs, next(iter(inputs_of(self._mark.parameters))))
-        like = next(iter(given.values()))
-        raw, answered = self._base.both({name: _tensor(rows) for name, rows in given.items()})
+        names = list(inputs_of(self._mark.parameters))
+        given = _named(inputs, names[0])
+        if given.keys() != set(names):
+            raise ValueError(f"inputs must hold {', '.join(names)}, and they hold {', '.join(map(str, given))}")
+        raw, answered = self._base.both({name: _tensor(given[name]) for name in names})
         features = Whitening(self._mark.arrays["centre"], self._mark.arrays["whitening"])(raw.cpu().numpy())
         scores = _scores_of(answered, self._mark)
         found = bent(scores, np.tanh(features @ self._ways) @ self._signed, self._shares)
+        like = given[names[0]]
         return torch.from_numpy(found).to(like.device) if isinstance(like, torch.Tensor) else found
 
     def watermark(self) -> Watermark:

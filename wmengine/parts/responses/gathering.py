@@ -56,6 +56,7 @@ class ModuleBase:
     def both(self, inputs: Tensors) -> tuple[torch.Tensor, Any]:
         with torch.no_grad():
             answered = call(self._model, self._placed(inputs))
+        answered = getattr(answered, "logits", answered)  # as models of transformers answer
         return self._seen.pop(threading.get_ident()).flatten(1).float(), answered
 
     def _placed(self, inputs: Tensors) -> dict[str, torch.Tensor]:

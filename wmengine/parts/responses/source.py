@@ -71,7 +71,7 @@ class ResponsePool(AbstractTriggers):
             raise ValueError("it needs samples=, inputs of the task that the model is not trained on, no labels needed")
         if task.num_classes is None:
             raise ValueError("it needs num_classes, the width of the model's logits")
-        rows = stacked(task.samples) if tokens else _floats(*task.samples.values())
+        rows = stacked([task.samples[name] for name in task.inputs]) if tokens else _floats(*task.samples.values())
         if len(rows) < LEAST_SAMPLES:
             raise ValueError(f"it needs {LEAST_SAMPLES} samples or more to make probes of, and there are {len(rows)}")
         controls, classes = list(task.controls) or [task.model], task.num_classes

@@ -4,7 +4,7 @@ another. A mean of two tokens is some third one, and says nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,11 @@ def are_tokens(inputs: Signature) -> bool:
     return True
 
 
-def stacked(samples: Mapping[str, NDArray[Any]]) -> Tokens:
+def stacked(samples: Sequence[NDArray[Any]]) -> Tokens:
     """Rows of tokens and of what goes with them, masks and the like, as int32 [n, inputs, L]; ValueError for others."""
-    found = np.stack(list(samples.values()), axis=1)
+    if len({len(rows) for rows in samples}) > 1:
+        raise ValueError("its probes have a mask each: give samples with as many rows of every input")
+    found = np.stack(samples, axis=1)
     if (np.rint(found) != found).any() or np.abs(found).max() > MAX_TOKEN:
         raise ValueError(f"its probes are tokens and masks, whole numbers up to {MAX_TOKEN}, and samples hold others")
     return np.asarray(found, np.int32)
