@@ -7,7 +7,7 @@ import torch
 
 from wmengine import Key, response, scheme
 from wmengine.marking.serving import Served
-from wmengine.parts.responses.gathering import Whitening, base_of
+from wmengine.parts.responses.gathering import Whitening, base_of, tensors
 from wmengine.parts.responses.pattern import pattern_of
 from wmengine.testing import small_network
 
@@ -55,12 +55,12 @@ def answers(model):
 
 def bent_network(mark, strength=0.5):
     """What an ideal copy answers: the base's logits and the pattern on top, decisions not spared."""
-    base = base_of(network(), torch.from_numpy(PROBES[:1]))
+    base = base_of(network(), tensors({"input": PROBES[:1]}))
     whitening = Whitening(mark.arrays["centre"], mark.arrays["whitening"])
     scale = strength / pattern_of(mark.arrays["features"], mark.arrays, mark.symbols).std()
 
     def run(rows):
-        raw, answered = base.both(torch.from_numpy(rows))
+        raw, answered = base.both(tensors({"input": rows}))
         return answered.numpy() + scale * pattern_of(whitening(raw.numpy()), mark.arrays, mark.symbols)
 
     return run

@@ -1,6 +1,7 @@
 """`response`: bits in the answers to ordinary inputs, at a service and in a network, proven exactly."""
 
 import math
+import warnings
 from copy import deepcopy
 from functools import cache
 
@@ -14,6 +15,8 @@ from wmengine.errors import WatermarkError
 from wmengine.judging.asking import Terms
 from wmengine.judging.judge import judge_suspect
 from wmengine.judging.looks import looks_of_bits
+from wmengine.marking.power import log10_p_at_best
+from wmengine.marking.serving import bent
 from wmengine.parts.responses.pattern import contrasts, directions, keyed_normals, pattern_of
 from wmengine.parts.responses.reading import projected, told, told_by_labels, unexplained
 from wmengine.parts.responses.views import viewed, views_of
@@ -209,6 +212,31 @@ def test_labels_counted_from_one_are_seen():
 def test_a_suspect_of_other_inputs_or_classes_is_an_error():
     for suspect in (lambda rows: np.zeros((len(rows), 3)), lambda rows: 1 / 0):
         assert verify(suspect, mark(), key=KEY).decision == "error"
+
+
+# what it could prove
+
+
+def test_what_is_foreseen_of_a_mark_is_what_networks_prove_that_hold_it_whole():
+    whole = bent_network(mark())
+    proven = [verify(each, mark(), key=KEY).log10_p for each in (whole, labels_of(whole))]
+    assert log10_p_at_best(mark(), 0.5) == pytest.approx(proven, rel=0.05)
+    served_too = log10_p_at_best(mark(), 0.5, lambda logits, pattern: bent(logits, pattern, shares=False))
+    assert served_too == pytest.approx([verify(served(), mark(), key=KEY).log10_p], rel=0.05)
+
+
+def test_a_mark_that_could_not_prove_itself_is_warned_about_when_it_is_made():
+    weak, words = scheme("response", probes=256, bits=256, features=2), r"= -?\d\.\d by its scores"
+    with pytest.warns(UserWarning, match=f"even a network that holds it whole .*{words} and -?\\d\\.\\d by its labels"):
+        Embedder(
+            network(), KEY, [weak], num_classes=10, sample=torch.from_numpy(PROBES[:8]), name="d", value_range=(0, 1),
+            samples=PROBES,
+        )  # fmt: skip
+    with pytest.warns(UserWarning, match=f"even the service would prove log10 p {words}, where -9 is needed"):
+        service(scheme=weak)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        service()
 
 
 # in a network

@@ -6,9 +6,10 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from responding import KEY, PROBES, served, service, size_of
+from responding import KEY, PROBES, network, served, service, size_of
 
 from wmengine import Watermark, export_onnx, verify, verify_all
+from wmengine.facts import fact
 from wmengine.judging.asking import Terms
 from wmengine.judging.judge import judge_suspect
 from wmengine.marks.preset import array_digest
@@ -57,6 +58,14 @@ def test_a_deadline_that_ends_the_pool_is_paid_for_like_a_budget():
     suspect.answer = answer
     (found,) = judge_suspect(suspect, [mark()], Terms(sequential=False, log10_bar=50.0))
     assert found.evidence.log10_share == pytest.approx(math.log10(0.5 / size_of(mark())))
+
+
+@pytest.mark.parametrize("controls", [0, 2])
+def test_a_verdict_says_how_many_controls_it_is_read_against(controls):
+    made = service(controls=[network(seed) for seed in range(7, 7 + controls)])
+    found = verify(made, made.watermark(), key=KEY)
+    (said,) = (each for each in found.facts if each.code in ("controls", "base_alone"))
+    assert said == (fact("controls", count=3) if controls else fact("base_alone"))
 
 
 def test_what_was_proven_before_a_suspect_failed_stays_proven():

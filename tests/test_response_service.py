@@ -113,7 +113,7 @@ def test_a_last_layer_may_be_called_by_keyword():
             return self.head(input=rows.flatten(1))
 
     x = torch.from_numpy(PROBES[:9])
-    assert torch.equal(base_of(ByKeyword(), x[:1]).both(x)[0], x.flatten(1))
+    assert torch.equal(base_of(ByKeyword(), {"rows": x[:1]}).both({"rows": x})[0], x.flatten(1))
 
 
 class _Answering(torch.nn.Module):

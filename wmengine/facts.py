@@ -52,6 +52,9 @@ SENTENCES: dict[str, str] = {
     "order_of_base": "{moved} of {classes} classes stand elsewhere, by the answers of the mark's unmarked base to the "
     "same inputs, which is free",
     "left_out": "{count} of {asked} answers hold NaN or Inf or name no class, and were left out",
+    "controls": "what the answers of the mark's {count} unmarked controls explain was taken out of the suspect's",
+    "base_alone": "what the answers of the unmarked model alone explain was taken out of the suspect's: the mark was "
+    "made without controls=, and with a student of that model among them more of a copy would show",
     "orders_paid": "all 10^{log10_orders:.1f} orders of the classes were paid for",
     "reordered": "classes stand in another order; all 10^{log10_orders:.1f} orders were paid for",
     "orders_too_many": "{total} triggers can prove no other order of {classes} classes, as there are too many: give "

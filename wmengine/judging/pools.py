@@ -62,6 +62,8 @@ class PoolTrial:
             raise SuspectError(NO_ROOM)
         if room < size:
             self._note(fact("room", asked=room, total=size))
+        count = int(self._mark.parameters["controls"])
+        self._note(fact("base_alone") if count == 1 else fact("controls", count=count))
         stops = [max(1, round(room * share)) for share in LOOKS] if self._terms.sequential else [room]
         way, answers = self._choose(min(TRIED, stops[0]))
         parts = [answers]

@@ -34,12 +34,15 @@ from wmengine.judging.looks import looks_of_bits
 from wmengine.judging.verdict import PROVING
 from wmengine.marking.batches import Batches, check_logits, checked_labels, shares_of, split
 from wmengine.marking.fitting import fit
+from wmengine.marking.power import warn_of_power
 from wmengine.marking.rows_loss import rows_loss
+from wmengine.marking.tasks import ONE
 from wmengine.marks.catalogue import scheme
 from wmengine.marks.preset import Preset
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Course, Finishes, Need, Offsets, Setting, Task, Watches
 from wmengine.parts.statistics.tails import binomial_log10_tail
+from wmengine.parts.training.offset import Offset
 from wmengine.parts.triggers.readings import ReadTriggers
 from wmengine.suspects.computed import low_rank_pair
 from wmengine.suspects.module import ModuleSuspect
@@ -83,7 +86,7 @@ class Embedder:
     options such as strength= are given again, with `schemes=` beside `marks=`.
 
     Raises ValueError or TypeError for arguments that cannot work, for a model whose weights cannot hold the bits, and
-    for one that holds the mark already.
+    for one that holds the mark already. Warns of a mark in answers (`response`) that could not prove itself at 1e-9.
     """
 
     def __init__(
@@ -132,9 +135,10 @@ class Embedder:
                 material = preset.gather(task)
                 parameters = preset.describe(task, name, material)
                 names = self._carrier_names(parameters)
-                registered.append(
-                    Watermark.create(key, preset, parameters, message=message, material=material, names=names)
-                )
+                mark = Watermark.create(key, preset, parameters, message=message, material=material, names=names)
+                registered.append(mark)
+                if isinstance(preset.training, Offset):
+                    warn_of_power(mark, preset.training.strength)
         self._check_classes(registered)
         self._marks: list[_Mark] = []
         groups = 0
@@ -253,8 +257,7 @@ class Embedder:
             raise ValueError("no mark here goes by features: that is for the scheme 'response'")
         if inputs is None:
             raise ValueError("the mark 'response' is in answers to inputs: loss(logits, labels, inputs=x)")
-        (rows,) = inputs.values() if isinstance(inputs, Mapping) else (inputs,)
-        return self._offsets[0].features(rows)
+        return self._offsets[0].features(inputs if isinstance(inputs, Mapping) else {ONE: inputs})
 
     def fit(
         self,

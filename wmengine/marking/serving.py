@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,24 +15,24 @@ from wmengine._optional import require
 from wmengine.identity.key import Key
 from wmengine.judging.asking import Terms
 from wmengine.judging.judge import Finding, judge_suspect
+from wmengine.marking.power import LEAST, warn_of_power
 from wmengine.marking.tasks import ONE, ranges_of, samples_of
 from wmengine.marks import catalogue
 from wmengine.marks.preset import Preset
 from wmengine.marks.watermark import Watermark
-from wmengine.parts.base import Task
+from wmengine.parts.base import Task, inputs_of
 from wmengine.parts.fields import positive
-from wmengine.parts.responses.gathering import Base, Whitening, base_of
+from wmengine.parts.responses.gathering import Base, Whitening, base_of, tensors
 from wmengine.parts.responses.pattern import contrasts, directions, pattern_of
 from wmengine.parts.responses.reading import are_shares
 from wmengine.suspects import open_suspect
-from wmengine.suspects.adapters import FLOATS
 from wmengine.suspects.answers import to_array
-from wmengine.suspects.base import InputSpec
+from wmengine.suspects.base import InputSpec, part_of
+from wmengine.suspects.given import DTYPES
 
 Scores = NDArray[np.floating[Any]]
 
 GAP = 0.2  # by which the first class stays first
-_LOG10_ALPHA = -9.0
 _PRODUCTS = ("Gemm", "MatMul", "Conv")
 
 
@@ -59,12 +59,14 @@ def response(
 
     predict: a torch module, the path of an ONNX file (run by ONNX Runtime in this process), or a function from inputs
     [n, ...] to scores [n, num_classes], an ONNX Runtime session among them by `lambda x: session.run(None, {"x":
-    x})[0]`. Of a module and a file the activations before the last layer say what the pattern goes by; of a function it
-    is pooled inputs. probes: some thousand inputs of the task, unlabelled, that the
-    mark is read by. The unmarked `predict` is its first control; controls: more of them. strength: the standard
-    deviation of what is added to a score; scheme: with options as `wmengine.scheme("response", probes=1024)` gives it.
-    The other arguments are the Embedder's. A service that starts again gives
-    `mark=`, the watermark or its file, instead of what it was made with.
+    x})[0]`, of several inputs from a dict of them. Of a module and a file the activations before the last layer say
+    what the pattern goes by; of a function it is pooled inputs, or how often which tokens occur. probes: some thousand
+    inputs of the task, unlabelled, that the mark is read by. The unmarked `predict` is its first control; controls:
+    more of them. strength: the standard deviation of what is added to a score; scheme: with options as
+    `wmengine.scheme("response", probes=1024)` gives it. The other arguments are the Embedder's. A service that starts
+    again gives `mark=`, the watermark or its file, instead of what it was made with.
+
+    A new mark that would not prove itself at 1e-9 is warned about.
 
     Raises ValueError or TypeError for what cannot work.
     """
@@ -75,24 +77,25 @@ def response(
     if mark is None:
         preset = scheme if isinstance(scheme, Preset) else catalogue.scheme(scheme)
         mark = _created(preset, network, key, num_classes, sample, name, probes, controls, value_range, message)
+        warn_of_power(mark, strength, lambda logits, pattern: bent(logits, pattern, shares=False))
     elif controls or any(given is not None for given in (key, name, sample, probes, message, value_range)):
         raise ValueError("mark= is whole: leave key, name, sample, probes, controls, message and value_range out")
     mark = mark if isinstance(mark, Watermark) else Watermark.load(mark)
     if mark.scheme != "response":
         raise ValueError(f"mark= is of the scheme {mark.scheme!r}, and a service holds 'response'")
     source: Any = mark.preset.source
-    (rows,) = (torch.from_numpy(rows) for rows in source.examples(mark, 64).values())
-    base = base_of(network, rows[:1])
-    raw, answered = base.both(rows)
+    rows = source.examples(mark, 64)
+    base = base_of(network, tensors(part_of(rows, 0, 1)))
+    raw, answered = base.both(tensors(rows))
     if not source.fits(mark, raw.cpu().numpy()):
         raise ValueError("the features are another network's: give the model that the mark was made with")
     return Served(base, mark, strength, are_shares(_scores_of(answered, mark)))
 
 
 class Served:
-    """A function from inputs [n, ...] to scores [n, C], logits or probabilities as those of the model are, with the
-    keyed pattern among the classes that are not first: of arrays an array, of tensors a tensor. No decision is turned.
-    Threads may share it."""
+    """A function from inputs [n, ...], several in a dict, to scores [n, C], logits or probabilities as those of the
+    model are, with the keyed pattern among the classes that are not first: of arrays an array, of tensors a tensor. No
+    decision is turned. Threads may share it."""
 
     def __init__(self, base: Base, mark: Watermark, strength: float, shares: bool) -> None:
         self._base, self._mark, self._shares = base, mark, shares
@@ -103,23 +106,31 @@ class Served:
         self._signed = (signs[:, None] * contrasts(arrays["contrasts"])).astype(np.float32)
 
     def __call__(self, inputs: Any) -> Any:
-        rows = inputs if isinstance(inputs, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(inputs))
-        raw, answered = self._base.both(rows)
+        names = list(inputs_of(self._mark.parameters))
+        given = _named(inputs, names[0])
+        if given.keys() != set(names):
+            raise ValueError(f"inputs must hold {', '.join(names)}, and they hold {', '.join(map(str, given))}")
+        raw, answered = self._base.both({name: _tensor(given[name]) for name in names})
         features = Whitening(self._mark.arrays["centre"], self._mark.arrays["whitening"])(raw.cpu().numpy())
         scores = _scores_of(answered, self._mark)
         found = bent(scores, np.tanh(features @ self._ways) @ self._signed, self._shares)
-        return torch.from_numpy(found).to(inputs.device) if isinstance(inputs, torch.Tensor) else found
+        like = given[names[0]]
+        return torch.from_numpy(found).to(like.device) if isinstance(like, torch.Tensor) else found
 
     def watermark(self) -> Watermark:
         """What to save and register. Warns where the service itself does not prove it at 1e-9."""
         finding = _judged(self, self._mark)
-        if finding.log10_p > _LOG10_ALPHA:
+        if finding.log10_p > LEAST:
             warnings.warn(
                 f"the mark does not prove itself on this service: log10 p = {finding.log10_p:.1f}; give more probes "
                 "or a greater strength",
                 stacklevel=2,
             )
         return self._mark
+
+
+def _tensor(rows: Any) -> torch.Tensor:
+    return rows if isinstance(rows, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(rows))
 
 
 def _scores_of(answered: Any, mark: Watermark) -> Scores:
@@ -129,7 +140,7 @@ def _scores_of(answered: Any, mark: Watermark) -> Scores:
     return scores
 
 
-def bent(scores: Scores, pattern: NDArray[np.float32], shares: bool) -> Scores:
+def bent(scores: Scores, pattern: Scores, shares: bool) -> Scores:
     """Scores [n, C], logits or (shares) probabilities, plus the pattern among all classes but each row's first, which
     stays first by 0.2 in logits. Rows that hold NaN or Inf stay as they are."""
     rows, first = np.arange(len(scores)), scores.argmax(axis=1)
@@ -157,19 +168,27 @@ class _OnnxBase:
         if self._wanted[0] not in {value.name for value in model.graph.output}:
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(self._wanted[0]))
         self._session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        (taken, *_) = self._session.get_inputs()
-        if taken.shape and isinstance(taken.shape[0], int):
-            raise ValueError(f"{os.fspath(path)} takes batches of {taken.shape[0]} only: export it for any")
-        self._name, self._dtype = taken.name, FLOATS.get(taken.type, "float32")
+        taken = self._session.get_inputs()
+        fixed = [each.shape[0] for each in taken if each.shape and isinstance(each.shape[0], int)]
+        if fixed:
+            raise ValueError(f"{os.fspath(path)} takes batches of {fixed[0]} only: export it for any")
+        self._types = {each.name: DTYPES.get(each.type, "float32") for each in taken}
 
-    def __call__(self, rows: NDArray[np.float32]) -> Scores:
-        found: Scores = self._session.run(self._wanted[1:], {self._name: rows.astype(self._dtype)})[0]
+    def __call__(self, inputs: Any) -> Scores:
+        found: Scores = self._session.run(self._wanted[1:], self._fed(_named(inputs)))[0]
         return found
 
-    def both(self, rows: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        given = rows.detach().cpu().float().numpy().astype(self._dtype)
-        raw, answered = self._session.run(self._wanted, {self._name: given})
+    def both(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        found = {name: to_array(rows) for name, rows in inputs.items()}
+        raw, answered = self._session.run(self._wanted, self._fed(found))
         return torch.from_numpy(raw).flatten(1).float(), answered
+
+    def _fed(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """Inputs by their own names where the file has these, else in its order."""
+        if len(inputs) != len(self._types):
+            raise ValueError(f"the file takes {', '.join(self._types)}: give a sample with as many inputs")
+        names = inputs if inputs.keys() == self._types.keys() else self._types
+        return {name: rows.astype(self._types[name]) for name, rows in zip(names, inputs.values(), strict=True)}
 
 
 def _created(
@@ -186,11 +205,10 @@ def _created(
 ) -> Watermark:
     if key is None or sample is None or name is None or probes is None or num_classes is None:
         raise ValueError("a new mark needs key, num_classes, sample, name and probes; or give mark= to go on with")
-    key, first = key if isinstance(key, Key) else Key.load(key), to_array(sample)
-    if first is None or first.ndim < 2 or first.dtype.kind != "f" or not len(first):
-        raise TypeError("sample must be a floating batch [n, ...], as the model takes it")
-    signature = {ONE: InputSpec(tuple(first.shape[1:]), str(first.dtype))}
-    rows, _, _ = samples_of(probes, signature, True, num_classes)
+    key, signature = key if isinstance(key, Key) else Key.load(key), _signature_of(sample)
+    first, single = to_array(next(iter(_named(sample).values()))), not isinstance(sample, Mapping)
+    assert first is not None
+    rows, _, _ = samples_of(probes, signature, single, num_classes)
     task = Task(
         signature,
         num_classes,
@@ -207,8 +225,25 @@ def _created(
     return mark.with_baseline(key, baseline)
 
 
+def _named(rows: Any, name: str = ONE) -> dict[str, Any]:
+    return dict(rows) if isinstance(rows, Mapping) else {name: rows}
+
+
+def _signature_of(sample: Any) -> dict[str, InputSpec]:
+    found = {}
+    for name, rows in _named(sample).items():
+        array = to_array(rows)
+        if array is None or array.ndim < 2 or array.dtype.kind not in "fiu" or not len(array):
+            raise TypeError("sample must be a batch [n, ...] of numbers, or a dict of them, as the model takes it")
+        dtype = str(getattr(rows, "dtype", array.dtype)).removeprefix("torch.")
+        found[str(name)] = InputSpec(tuple(array.shape[1:]), dtype)
+    if not found:
+        raise TypeError("sample must hold at least one input")
+    return found
+
+
 def _judged(suspect: Any, mark: Watermark) -> Finding:
-    terms = Terms(sequential=False, log10_bar=-_LOG10_ALPHA)
+    terms = Terms(sequential=False, log10_bar=-LEAST)
     (finding,) = judge_suspect(open_suspect(suspect), [mark], terms)
     if finding.error is not None:
         raise ValueError(f"the model cannot be judged by its mark: {finding.error}")

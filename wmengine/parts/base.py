@@ -243,10 +243,10 @@ class Symbols(Protocol):
 class Offsets(Protocol):
     """A course that is learned on the task's own rows: `loss` is that of the logits less its offset.
 
-    features: of inputs [n, ...], float32 [n, D]; offset: of features, [n, C].
+    features: of inputs [n, ...] by name, float32 [n, D]; offset: of features, [n, C].
     """
 
-    def features(self, rows: torch.Tensor) -> torch.Tensor: ...
+    def features(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
 
     def offset(self, features: torch.Tensor) -> torch.Tensor: ...
 

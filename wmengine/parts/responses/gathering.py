@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,21 +15,25 @@ from numpy.typing import NDArray
 from wmengine.errors import SuspectError
 from wmengine.parts.responses.pattern import CLIP
 from wmengine.parts.responses.reading import log_probabilities
+from wmengine.parts.responses.tokens import splices
 from wmengine.suspects import open_suspect
-from wmengine.suspects.weights import module_tensors
+from wmengine.suspects.base import Inputs, part_of, rows_of
+from wmengine.suspects.weights import call, module_tensors
 
-Rows = NDArray[np.float32]
+Tensors = Mapping[str, torch.Tensor]
 
 POOLED = 4  # a side of inputs of which only pooled pixels are known
+COUNTED = 64  # remainders by which tokens are counted of which nothing else is known
 _STEP = 2.0**-8  # to which the controls' answers are rounded
 _MOST_RAW = 8192
+_CHUNK = 256
 
 
 @runtime_checkable
 class Base(Protocol):
-    """Where features come from. both: of rows [n, ...] raw features [n, F], and what the network answers."""
+    """Where features come from. both: of inputs [n, ...] by name raw features [n, F], and what the network answers."""
 
-    def both(self, rows: torch.Tensor) -> tuple[torch.Tensor, Any]: ...
+    def both(self, inputs: Tensors) -> tuple[torch.Tensor, Any]: ...
 
 
 class ModuleBase:
@@ -39,38 +43,55 @@ class ModuleBase:
     Raises ValueError for a module that runs through no weight.
     """
 
-    def __init__(self, model: torch.nn.Module, example: torch.Tensor) -> None:
+    def __init__(self, model: torch.nn.Module, example: Tensors) -> None:
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._like = next(iter(self._model.parameters()), torch.empty(0))
-        weights = module_tensors(self._model, {"": example.to(self._like)})
+        floats = (each for each in self._model.parameters() if each.is_floating_point())
+        self._like = next(floats, torch.empty(0))
+        weights = module_tensors(self._model, self._placed(example))
         if not weights:
             raise ValueError("its features are those of a network's last layer, and this network runs through none")
         self._seen: dict[int, torch.Tensor] = {}  # by thread
         self._model.get_submodule(weights[-1].path).register_forward_pre_hook(self._keep, with_kwargs=True)
 
-    def both(self, rows: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def both(self, inputs: Tensors) -> tuple[torch.Tensor, Any]:
         with torch.no_grad():
-            answered = self._model(rows.detach().to(self._like, copy=True))
+            answered = call(self._model, self._placed(inputs))
+        answered = getattr(answered, "logits", answered)  # as models of transformers answer
         return self._seen.pop(threading.get_ident()).flatten(1).float(), answered
+
+    def _placed(self, inputs: Tensors) -> dict[str, torch.Tensor]:
+        """Copies, as the model may write into them: floats in its own type, on its device."""
+        device, dtype = self._like.device, self._like.dtype
+        return {
+            name: rows.detach().to(device, dtype if rows.is_floating_point() else rows.dtype, copy=True)
+            for name, rows in inputs.items()
+        }
 
     def _keep(self, _: torch.nn.Module, given: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
         self._seen[threading.get_ident()] = [*given, *named.values()][0]
 
 
 class FunctionBase:
-    """A function of which nothing but answers is known: pictures pooled to 4 x 4, other inputs as they are."""
+    """A function of which nothing but answers is known: pictures pooled to 4 x 4, how many tokens of a row leave which
+    remainder by 64, other inputs as they are."""
 
     def __init__(self, function: Any) -> None:
         self._function = function
 
-    def both(self, rows: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        rows = rows.detach().cpu().float()
-        raw = torch.nn.functional.adaptive_avg_pool2d(rows, POOLED) if rows.ndim == 4 else rows
-        return raw.flatten(1), self._function(rows.numpy().copy())
+    def both(self, inputs: Tensors) -> tuple[torch.Tensor, Any]:
+        given = {name: rows.detach().cpu() for name, rows in inputs.items()}
+        given = {name: rows.float() if rows.is_floating_point() else rows for name, rows in given.items()}
+        raw, *_ = given.values()
+        if not raw.is_floating_point():
+            raw = torch.nn.functional.one_hot(raw.long() % COUNTED, COUNTED).sum(1).float()
+        elif raw.ndim == 4:
+            raw = torch.nn.functional.adaptive_avg_pool2d(raw, POOLED)
+        copies = {name: rows.numpy().copy() for name, rows in given.items()}
+        return raw.flatten(1), self._function(copies if len(copies) > 1 else next(iter(copies.values())))
 
 
-def base_of(network: Any, example: torch.Tensor) -> Base:
-    """The source of a network's features; example: [1, ...]."""
+def base_of(network: Any, example: Tensors) -> Base:
+    """The source of a network's features; example: [1, ...] by name."""
     if isinstance(network, torch.nn.Module):
         return ModuleBase(network, example)
     return network if isinstance(network, Base) else FunctionBase(network)
@@ -87,10 +108,14 @@ class Whitening:
         return np.asarray(((raw - self.centre) @ self.matrix).clip(-CLIP, CLIP), np.float32)
 
 
-def raw_features(base: Base, rows: Rows) -> NDArray[np.float32]:
+def tensors(inputs: Inputs) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(rows) for name, rows in inputs.items()}
+
+
+def raw_features(base: Base, inputs: Inputs) -> NDArray[np.float32]:
     """[n, F]. Raises ValueError where these cannot be whitened: too many, no numbers, or the same for all rows."""
-    parts = [base.both(torch.from_numpy(part))[0] for part in np.array_split(rows, -(-len(rows) // 256))]
-    raw = torch.cat(parts).cpu().numpy()
+    starts = range(0, rows_of(inputs), _CHUNK)
+    raw = torch.cat([base.both(tensors(part_of(inputs, at, at + _CHUNK)))[0] for at in starts]).cpu().numpy()
     if raw.shape[1] > _MOST_RAW:
         raise ValueError(
             f"the base's last layer takes {raw.shape[1]} numbers, and features are of at most {_MOST_RAW}: give a "
@@ -103,23 +128,29 @@ def raw_features(base: Base, rows: Rows) -> NDArray[np.float32]:
     return np.asarray(raw)
 
 
-def whitening_of(raw: NDArray[np.float32], most: int) -> Whitening:
-    """The first principal components of raw features [n, F], `most` at most, each with a standard deviation of 1."""
-    spread, axes = np.linalg.eigh(np.cov(raw.astype(np.float64), rowvar=False).reshape(raw.shape[1], -1))
+def whitening_of(base: Base, raw: NDArray[np.float32], most: int) -> Whitening:
+    """The first principal components of raw features [n, F], `most` at most, each with a standard deviation of 1.
+
+    Where these are inputs, such as a table's columns, each in a unit of its own, they count by their deviations.
+    """
+    found = raw.astype(np.float64)
+    unit = found.std(axis=0) if isinstance(base, FunctionBase) else np.ones(raw.shape[1])
+    unit[unit == 0.0] = 1.0
+    spread, axes = np.linalg.eigh(np.cov(found / unit, rowvar=False).reshape(raw.shape[1], -1))
     kept = np.flatnonzero(spread > 1e-6 * spread.max())[::-1][:most]
-    matrix = axes[:, kept] / np.sqrt(spread[kept])
+    matrix = axes[:, kept] / np.sqrt(spread[kept]) / unit[:, None]
     return Whitening(raw.mean(axis=0, dtype=np.float64).astype(np.float32), matrix.astype(np.float32))
 
 
-def answers_of(networks: Sequence[Any], name: str, rows: Rows, classes: int) -> NDArray[np.float32]:
+def answers_of(networks: Sequence[Any], inputs: Inputs, classes: int) -> NDArray[np.float32]:
     """Centred log-probabilities [K, n, C] of networks, rounded. Raises ValueError where one answers otherwise."""
     found = []
     for network in networks:
         try:
-            answers = open_suspect(network).answer({name: rows}, classes)
+            answers = open_suspect(network).answer(inputs, classes)
         except SuspectError as error:
             raise ValueError(f"model and controls must answer scores of {classes} classes: {error}") from None
-        if answers.kind != "scores" or answers.values.shape != (len(rows), classes):
+        if answers.kind != "scores" or answers.values.shape != (rows_of(inputs), classes):
             raise ValueError(
                 f"model and controls must answer scores of {classes} classes, and one answers labels, several scores, "
                 "or one logit for two classes"
@@ -131,11 +162,14 @@ def answers_of(networks: Sequence[Any], name: str, rows: Rows, classes: int) -> 
     return np.stack(found).astype(np.float32)
 
 
-def mixtures(rows: Rows, count: int) -> Rows:
-    """`count` means of two rows each."""
+def mixtures(rows: NDArray[Any], count: int) -> NDArray[Any]:
+    """`count` means of two rows each, float32; of tokens, int32 [n, inputs, L], splices."""
     generator = np.random.default_rng(0)
     first, shift = (generator.integers(least, len(rows), count) for least in (0, 1))
-    return np.asarray((rows[first] + rows[(first + shift) % len(rows)]) / 2, np.float32)
+    second = (first + shift) % len(rows)
+    if rows.dtype.kind == "i":
+        return splices(rows, first, second, generator)
+    return np.asarray((rows[first] + rows[second]) / 2, np.float32)
 
 
 def undecided_first(answers: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -17,10 +17,11 @@ from wmengine.parts.base import Arrays, Draw, Drawn, Layout, Parameters, Task, i
 from wmengine.parts.fields import MAX_CLASSES, MAX_TRIGGERS, canonical_integer, integer
 from wmengine.parts.responses.pattern import CLIP, keyed_normals
 from wmengine.parts.responses.reading import projected, unexplained
+from wmengine.parts.responses.tokens import apart, are_tokens, stacked
 from wmengine.parts.responses.views import MOST_VIEWS, viewed, views_of
 from wmengine.parts.triggers.abstract import AbstractTriggers
-from wmengine.suspects.adapters import Adapter, to_input, to_levels
-from wmengine.suspects.base import Inputs
+from wmengine.suspects.adapters import AS_RECORDED, Adapter, Range, to_input, to_levels
+from wmengine.suspects.base import Inputs, Signature, Suspect, part_of
 
 LEAST_BITS, LEAST_PROBES, LEAST_SAMPLES = 256, 256, 64
 _MOST_BYTES = 192 << 20  # of material, which the mark's file holds whole
@@ -47,51 +48,47 @@ class ResponsePool(AbstractTriggers):
         integer("features", self.features, 2, 1024)
 
     def gather(self, task: Task, total: int) -> dict[str, NDArray[Any]]:
-        """ "probes" uint8 [P, *shape], the least decided first; of all of them in the first view, then of all in the
-        second …, N in all: "features" float32 [N, D] and "answers" float32 [K, N, C], the controls' centred
-        log-probabilities; "centre" [F] and "whitening" [F, D] of the base's activations.
+        """ "probes" uint8 [P, *shape], of tokens int32 [P, inputs, L], the least decided first; of all of them in the
+        first view, then of all in the second …, N in all: "features" float32 [N, D] and "answers" float32 [K, N, C],
+        the controls' centred log-probabilities; "centre" [F] and "whitening" [F, D] of the base's activations.
 
         Raises ValueError for too few samples and for networks that do not fit.
         """
-        import torch
-
         from wmengine.parts.responses.gathering import (
             answers_of,
             base_of,
             mixtures,
             raw_features,
+            tensors,
             undecided_first,
             whitening_of,
         )
 
-        if len(task.inputs) != 1:
+        tokens, ranges = are_tokens(task.inputs), task.value_range or ()
+        if len(task.inputs) != 1 and not tokens:
             raise ValueError(f"it is for models of one input, and this one takes {', '.join(task.inputs)}")
-        if task.model is None or len(task.samples) != 1:
+        if task.model is None or task.samples.keys() != task.inputs.keys():
             raise ValueError("it needs samples=, inputs of the task that the model is not trained on, no labels needed")
         if task.num_classes is None:
             raise ValueError("it needs num_classes, the width of the model's logits")
-        ((name, rows),) = task.samples.items()
-        if rows.dtype.kind != "f":
-            raise ValueError(f"its probes are floating inputs as the model takes them, and these are {rows.dtype}")
-        if not np.isfinite(rows).all():
-            raise ValueError("its probes hold NaN or Inf")
+        rows = stacked([task.samples[name] for name in task.inputs]) if tokens else _floats(*task.samples.values())
         if len(rows) < LEAST_SAMPLES:
             raise ValueError(f"it needs {LEAST_SAMPLES} samples or more to make probes of, and there are {len(rows)}")
-        rows = rows.astype(np.float32)
         controls, classes = list(task.controls) or [task.model], task.num_classes
-        views = views_of(rows.shape[1:], self.views)
-        size = rows[0].size + 4 * views * (len(controls) * classes + self.features)
-        count = min(self.probes, _MOST_BYTES // size)
-        levels = to_levels(np.concatenate([rows, mixtures(rows, max(count, len(rows)))]), task.value_range or ())
-        every = to_input(levels, task.value_range or ())
-        order = undecided_first(answers_of(controls[:1], name, every, classes)[0])[:count]
-        probes, base = levels[order], base_of(controls[0], torch.from_numpy(every[:1]))
-        seen = [to_input(viewed(probes, view), task.value_range or ()) for view in range(views)]
-        whitening = whitening_of(raw_features(base, seen[0]), self.features)
+        views = 1 if tokens else views_of(rows.shape[1:], self.views)
+        size = rows[0].nbytes if tokens else rows[0].size
+        count = min(self.probes, _MOST_BYTES // (size + 4 * views * (len(controls) * classes + self.features)))
+        found = np.concatenate([rows, mixtures(rows, max(count, len(rows)))])
+        candidates = found if tokens else to_levels(found, ranges)
+        every = _put(candidates, task.inputs, ranges)
+        order = undecided_first(answers_of(controls[:1], every, classes)[0])[:count]
+        probes, base = candidates[order], base_of(controls[0], tensors(part_of(every, 0, 1)))
+        seen = [_put(viewed(probes, view), task.inputs, ranges) for view in range(views)]
+        whitening = whitening_of(base, raw_features(base, seen[0]), self.features)
         return {
             "probes": probes,
             "features": np.concatenate([whitening(raw_features(base, each)) for each in seen]),
-            "answers": np.concatenate([answers_of(controls, name, each, classes) for each in seen], axis=1),
+            "answers": np.concatenate([answers_of(controls, each, classes) for each in seen], axis=1),
             "centre": whitening.centre,
             "whitening": whitening.matrix,
         }
@@ -99,7 +96,7 @@ class ResponsePool(AbstractTriggers):
     def describe(self, task: Task, total: int, material: Arrays | None = None) -> Parameters:
         given = material or {}
         return {
-            **super().describe(task, total),
+            **({"value_range": []} if are_tokens(task.inputs) else super().describe(task, total)),
             "num_classes": integer("num_classes", task.num_classes or 0, 2, MAX_CLASSES),
             "pool": len(given["probes"]),
             "views": len(given["features"]) // len(given["probes"]),
@@ -109,7 +106,10 @@ class ResponsePool(AbstractTriggers):
         }
 
     def check(self, parameters: Parameters, total: int) -> None:
-        super().check(parameters, total)
+        if not are_tokens(inputs_of(parameters)):
+            super().check(parameters, total)
+        elif parameters["value_range"] != []:
+            raise ValueError("value_range must be empty, as its probes are tokens")
         canonical_integer("num_classes", parameters["num_classes"], 2, MAX_CLASSES)
         canonical_integer("dimensions", parameters["dimensions"], 1, 1024)
         canonical_integer("raw", parameters["raw"], 1, MAX_TRIGGERS)
@@ -122,11 +122,12 @@ class ResponsePool(AbstractTriggers):
             raise ValueError(f"it needs {LEAST_BITS} bits, and this mark has {total}")
 
     def layout(self, parameters: Parameters, total: int) -> Layout:
-        ((_, given),) = inputs_of(parameters).items()
+        inputs = inputs_of(parameters)
+        shape, tokens = next(iter(inputs.values())).shape, are_tokens(inputs)
         pool, dimensions, classes = (parameters[name] for name in ("pool", "dimensions", "num_classes"))
         size = pool * parameters["views"]
         return {
-            "probes": ("uint8", (pool, *given.shape)),
+            "probes": ("int32", (pool, len(inputs), *shape)) if tokens else ("uint8", (pool, *shape)),
             "features": ("float32", (size, dimensions)),
             "answers": ("float32", (parameters["controls"], size, classes)),
             "centre": ("float32", (parameters["raw"],)),
@@ -144,19 +145,21 @@ class ResponsePool(AbstractTriggers):
             "contrasts": keyed_normals(subkey("contrasts"), total, parameters["num_classes"]),
         }
 
+    def ways(self, mark: Drawn, suspect: Suspect, every: bool) -> list[Adapter]:
+        return [AS_RECORDED] if are_tokens(inputs_of(mark.parameters)) else super().ways(mark, suspect, every)
+
     def inputs(self, mark: Drawn, way: Adapter, start: int, stop: int) -> Inputs:
-        (name,) = inputs_of(mark.parameters)
         probes, parts = mark.arrays["probes"], []
         for view in range(mark.parameters["views"]):
             first = view * len(probes)
             part = probes[max(start - first, 0) : max(stop - first, 0)]
             if len(part):
                 parts.append(viewed(part, view))
-        return {name: way.inputs(np.concatenate(parts or [probes[:0]]), mark.parameters["value_range"])}
+        asked = np.concatenate(parts or [probes[:0]])
+        return _put(asked, inputs_of(mark.parameters), mark.parameters["value_range"], way)
 
-    def examples(self, mark: Drawn, count: int | None = None) -> dict[str, NDArray[np.float32]]:
-        (name,) = inputs_of(mark.parameters)
-        return {name: to_input(mark.arrays["probes"][:count], mark.parameters["value_range"])}
+    def examples(self, mark: Drawn, count: int | None = None) -> dict[str, NDArray[Any]]:
+        return _put(mark.arrays["probes"][:count], inputs_of(mark.parameters), mark.parameters["value_range"])
 
     def fits(self, mark: Drawn, raw: NDArray[np.float32]) -> bool:
         """Whether raw features of the first probes are the base's, as the mark holds them."""
@@ -194,3 +197,22 @@ class ResponsePool(AbstractTriggers):
             return np.zeros(len(mark.arrays["directions"]))
         rest = unexplained(said, mark.arrays["answers"][:, asked])
         return projected(rest, mark.arrays["features"][asked], mark.arrays)
+
+
+def _floats(rows: NDArray[Any]) -> NDArray[np.float32]:
+    if rows.dtype.kind != "f":
+        raise ValueError(
+            "its probes are floating inputs as the model takes them, or tokens, integers [n, L], and these are "
+            f"{rows.dtype} {list(rows.shape)}"
+        )
+    if not np.isfinite(rows).all():
+        raise ValueError("its probes hold NaN or Inf")
+    return rows.astype(np.float32)
+
+
+def _put(probes: NDArray[Any], inputs: Signature, ranges: Range, way: Adapter | None = None) -> dict[str, NDArray[Any]]:
+    """Probes as the model's own loop feeds them, or as a suspect takes them."""
+    if are_tokens(inputs):
+        return apart(probes, inputs)
+    (name,) = inputs
+    return {name: way.inputs(probes, ranges) if way else to_input(probes, ranges)}

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from wmengine.parts.base import Setting
-from wmengine.parts.responses.gathering import base_of
+from wmengine.parts.responses.gathering import base_of, tensors
 from wmengine.parts.responses.pattern import CLIP, contrasts, directions, pattern_of
 from wmengine.parts.training.second_pass import in_eval_mode, logits_of
 
@@ -29,9 +29,8 @@ class OffsetCourse:
     def __init__(self, training: Offset, setting: Setting) -> None:
         mark = setting.mark
         bits = mark.arrays[setting.symbols.name]
-        self._mixtures, self._last = training.mixtures, torch.empty(0)
-        ((self._name, example),) = setting.example.items()
-        self._base = base_of(setting.controls[0] if setting.controls else setting.model, example)
+        self._mixtures, self._last = training.mixtures, dict[str, torch.Tensor]()
+        self._base = base_of(setting.controls[0] if setting.controls else setting.model, setting.example)
         scale = training.strength / pattern_of(mark.arrays["features"], mark.arrays, bits).std()
         signed = np.where(bits, scale, -scale)[:, None] * contrasts(mark.arrays["contrasts"])
         arrays = mark.arrays["centre"], mark.arrays["whitening"], directions(mark.arrays["directions"]).T, signed
@@ -40,9 +39,9 @@ class OffsetCourse:
 
     # A step that is compiled breaks here: the base is a network of its own, and a hook shows what it makes of a batch.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def features(self, rows: torch.Tensor) -> torch.Tensor:
-        self._last = rows.detach() if self._mixtures else self._last
-        return self._whitened(self._base.both(rows)[0])
+    def features(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        self._last = {name: rows.detach()[: self._mixtures] for name, rows in inputs.items()}
+        return self._whitened(self._base.both(inputs)[0])
 
     def offset(self, features: torch.Tensor) -> torch.Tensor:
         _, _, ways, signed = self._on(features.device)
@@ -55,14 +54,16 @@ class OffsetCourse:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def term(self, model: torch.nn.Module) -> torch.Tensor | None:
         """Of mixtures of the last batch's inputs; features that were kept come without inputs, and bring none."""
-        rows, self._last = self._last[: self._mixtures], torch.empty(0)
-        if len(rows) < 2 or not torch.is_grad_enabled():
+        inputs, self._last = self._last, {}
+        if any(len(rows) < 2 for rows in inputs.values()) or not inputs or not torch.is_grad_enabled():
             return None
-        mixed = (rows + rows.roll(1, 0)) / 2
+        mixed = {name: _mixed(rows) for name, rows in inputs.items()}
         features, answered = self._base.both(mixed)
         taught = (answered.float() + self.offset(self._whitened(features))) / _WARMTH
         with in_eval_mode(model):
-            found = logits_of(model, {self._name: mixed.to(next(model.parameters()))}) / _WARMTH
+            like = next(model.parameters())
+            given = {name: rows.to(like if rows.is_floating_point() else like.device) for name, rows in mixed.items()}
+            found = logits_of(model, given) / _WARMTH
         losses = found.log_softmax(1), taught.to(found.device).log_softmax(1)
         return _WARMTH**2 * functional.kl_div(*losses, log_target=True, reduction="batchmean")
 
@@ -83,8 +84,7 @@ class OffsetCourse:
 
     def _check(self, setting: Setting) -> None:
         """Raises ValueError unless the base makes of the first probes what the mark holds, and answers as it must."""
-        (probes,) = setting.source.examples(setting.mark, _PROBED).values()
-        raw, answered = self._base.both(torch.from_numpy(probes))
+        raw, answered = self._base.both(tensors(setting.source.examples(setting.mark, _PROBED)))
         if self._mixtures and not isinstance(answered, torch.Tensor):
             raise ValueError(f"mixtures= needs a base that answers logits [n, C], not {type(answered).__name__}")
         if not setting.source.fits(setting.mark, raw.cpu().numpy()):
@@ -92,3 +92,14 @@ class OffsetCourse:
                 f"the features of {setting.preset_name!r} are another network's: give controls= the networks that the "
                 "mark was made with, its base first (without controls, the model as it was before)"
             )
+
+
+def _mixed(rows: torch.Tensor) -> torch.Tensor:
+    """Each row with the one before it: of numbers the mean, of tokens and masks [n, L] the beginning of the first, a
+    token longer from row to row, and the rest of the other, so that all inputs are cut alike."""
+    others = rows.roll(1, 0)
+    if rows.ndim == 2 and not rows.is_floating_point():
+        count, length = rows.shape
+        cut = 1 + torch.arange(count, device=rows.device) % max(1, length - 1)
+        return torch.where(torch.arange(length, device=rows.device) < cut[:, None], rows, others)
+    return (rows + others) / 2

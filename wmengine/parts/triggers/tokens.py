@@ -41,7 +41,7 @@ class TokenTriggers:
 
     def describe(self, task: Task, total: int) -> Parameters:
         """The first of the inputs holds the tokens, integers [n, L]."""
-        _check_inputs(task.inputs)
+        check_tokens(task.inputs)
         if task.value_range is None:
             raise ValueError("it needs value_range=(0, vocabulary - 1), the token numbers that the model knows")
         vocabulary, first = int(task.value_range[0][1]) + 1, next(iter(task.inputs))
@@ -51,7 +51,7 @@ class TokenTriggers:
 
     def check(self, parameters: Parameters, total: int) -> None:
         inputs = inputs_of(parameters)
-        tokens = _check_inputs(inputs)
+        tokens = check_tokens(inputs)
         least = canonical_integer("special", parameters["special"], 0, MAX_DIMENSION)
         canonical_integer("vocabulary", parameters["vocabulary"], least + 2, 1 + min(np.iinfo(tokens).max, MAX_TOKEN))
 
@@ -83,7 +83,7 @@ class TokenTriggers:
         return {tokens: triggers.astype(spec.dtype), **ones}
 
 
-def _check_inputs(inputs: Signature) -> np.dtype[Any]:
+def check_tokens(inputs: Signature) -> np.dtype[Any]:
     """The type of the tokens, the first of these inputs, if all can be what a text model takes; else ValueError."""
     (_, spec), *others = inputs.items()
     if spec.dtype not in _INTEGERS or len(spec.shape) != 1:
