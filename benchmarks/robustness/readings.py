@@ -1,29 +1,30 @@
-"""What reading alone changes: networks marked by `response` and copies of them, read by other probes and controls.
+"""What reading alone changes: networks marked by `response` and copies of them, read on other probes and controls.
 
 python -m benchmarks.robustness.readings DATA [SEED …]
 
-Nothing is trained for it but what `python -m benchmarks.robustness --problem cifar10 --presets response` trains. A mark
-is read as it says itself only on its own pool; here its bits are read on pools that were never bound, to choose by.
+Nothing is trained for it but what `python -m benchmarks.robustness --problem cifar10 --presets response` trains. It is
+for choosing pools and no proof: the bits were there before these probes were chosen, and whoever chooses probes by what
+they say pays for nothing. So it is no option of `verify`.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow
-import torch
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from benchmarks.robustness.grid import LINES, MARKED, Cell
+from benchmarks.environment import ROOT
+from benchmarks.robustness.grid import LINES, MARKED, SEEDS, Cell
 from benchmarks.robustness.problems import CIFAR10, Problem
 from benchmarks.robustness.runner import Bench
-from benchmarks.robustness.tables import OUT
 from wmengine.judging.looks import looks_of_bits
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.responses.gathering import (
@@ -32,28 +33,33 @@ from wmengine.parts.responses.gathering import (
     base_of,
     mixtures,
     raw_features,
+    tensors,
     undecided_first,
 )
 from wmengine.parts.responses.reading import projected, told, told_by_labels, unexplained
+from wmengine.parts.responses.source import ResponsePool
 from wmengine.parts.responses.views import viewed
 from wmengine.suspects import open_suspect
 from wmengine.suspects.adapters import to_input, to_levels
 
+OUT = ROOT / "benchmarks" / "results" / "robustness"
 FILE = "readings.parquet"
 READ = ("untouched", "copy by labels", "copy by labels to another architecture", "stranger 1")
-CONTROLS = "bso"  # the base, a student of its labels, one of another architecture
+CONTROLS = {"b": "base", "s": "student", "o": "student of another architecture"}
+
+Levels = NDArray[np.uint8]
+Found = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What is asked and what it is read against. pool: "natural" inputs as they come, "undecided" ones of them first,
-    "mixtures" of two, the undecided first, or "both" of these; count of them, each in so many views; controls: which of
-    the base (0), a student of its labels (1) and one of another architecture (2)."""
+    """What is asked and what it is read against. pool: "natural" inputs as they come, the "undecided" of them first,
+    "mixtures" of two or "both", the undecided first too; count of them, in so many views; controls: of CONTROLS."""
 
     pool: str = "both"
     count: int = 4096
     views: int = 1
-    controls: str = CONTROLS
+    controls: str = "bso"
 
 
 READINGS = (
@@ -64,90 +70,109 @@ READINGS = (
 )
 
 
-def measure(problem: Problem, folder: Path | None, seeds: list[int], out: Path = OUT) -> list[dict[str, Any]]:
+def measure(
+    problem: Problem, folder: Path | None, seeds: Sequence[int], out: Path, readings: Sequence[Reading] = READINGS
+) -> list[Found]:
     """A row for each seed, reading and network: log10 p from scores and from labels."""
-    rows = []
-    lines = {line.label: line for line in LINES}
+    rows, lines = [], {line.label: line for line in LINES}
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(problem, problem.load(folder), out, "cpu", Path(scratch))
         for seed in seeds:
-            mark = bench.network("response", seed, MARKED).mark
+            mark, controls = bench.network("response", seed, MARKED).mark, bench.controls("response", seed)
             assert mark is not None
             suspects = {name: bench.copy(Cell(problem, "response", seed, lines[name]))[0] for name in READ}
-            controls = bench.controls("response", seed)
-            levels = to_levels(bench.data.test[0].cpu().numpy(), mark.parameters["value_range"])
-            for pool in dict.fromkeys(reading.pool for reading in READINGS):
-                readings = [reading for reading in READINGS if reading.pool == pool]
-                rows += _of_pool(mark, _pool(mark, pool, levels, controls[0]), readings, controls, suspects, seed)
+            natural = to_levels(bench.data.test[0].cpu().numpy(), mark.parameters["value_range"])
+            for pool in dict.fromkeys(reading.pool for reading in readings):
+                own = [reading for reading in readings if reading.pool == pool]
+                found = read(mark, candidates(mark, pool, natural, controls[0]), own, controls, suspects)
+                rows += [{"seed": seed, **each} for each in found]
                 print(f"seed {seed}, {pool}: {len(rows)} rows", file=sys.stderr, flush=True)
     return rows
 
 
-def _pool(mark: Watermark, pool: str, natural: NDArray[np.uint8], base: Any) -> NDArray[np.uint8]:
-    ends = mark.parameters["value_range"]
+def candidates(mark: Watermark, pool: str, natural: Levels, base: Any) -> Levels:
+    """The probes of a pool, those that are asked first in front."""
     if pool == "natural":
         return natural
+    ends = mark.parameters["value_range"]
     mixed = to_levels(mixtures(to_input(natural, ends), 2 * len(natural)), ends)
     levels = {"undecided": natural, "mixtures": mixed, "both": np.concatenate([natural, mixed])}[pool]
-    (name,) = (each["name"] for each in mark.parameters["inputs"])
-    return levels[undecided_first(answers_of([base], name, to_input(levels, ends), mark.parameters["num_classes"])[0])]
+    return levels[undecided_first(answers_of([base], _inputs(mark, levels), _classes(mark))[0])]
 
 
-def _of_pool(
-    mark: Watermark,
-    levels: NDArray[np.uint8],
-    readings: list[Reading],
-    controls: list[Any],
-    suspects: dict[str, Any],
-    seed: int,
-) -> list[dict[str, Any]]:
-    ((name, _),) = mark.preset.source.examples(mark, 1).items()
-    classes, arrays, whitening = int(mark.parameters["num_classes"]), mark.arrays, None
-    whitening = Whitening(arrays["centre"], arrays["whitening"])
-    features, known, said = [], [], {network: [] for network in suspects}
+def read(
+    mark: Watermark, probes: Levels, readings: Sequence[Reading], controls: Sequence[Any], suspects: Mapping[str, Any]
+) -> list[Found]:
+    """log10 p of suspects by each reading of one pool; controls: of CONTROLS, the base first.
+
+    Raises ValueError for a base that is not the mark's.
+    """
+    source, classes = cast(ResponsePool, mark.preset.source), _classes(mark)
+    base = base_of(controls[0], tensors(_inputs(mark, probes[:1])))
+    if not source.fits(mark, raw_features(base, source.examples(mark, 64))):
+        raise ValueError("the first of controls is not the base of this mark")
+    whitening = Whitening(mark.arrays["centre"], mark.arrays["whitening"])
+    features, known = [], []
+    said: dict[str, list[NDArray[Any]]] = {name: [] for name in suspects}
     for view in range(max(reading.views for reading in readings)):
         most = max(reading.count for reading in readings if reading.views > view)
-        rows = to_input(viewed(levels[:most], view), mark.parameters["value_range"])
-        features.append(whitening(raw_features(base_of(controls[0], torch.from_numpy(rows[:1])), rows)))
-        known.append(answers_of(controls, name, rows, classes))
-        for network, suspect in suspects.items():
-            said[network].append(open_suspect(suspect).answer({name: rows}, classes).values)
+        rows = _inputs(mark, viewed(probes[:most], view))
+        features.append(whitening(raw_features(base, rows)))
+        known.append(answers_of(controls, rows, classes))
+        for name, suspect in suspects.items():
+            said[name].append(open_suspect(suspect).answer(rows, classes).values)
     found = []
     for reading in readings:
         count, views = reading.count, range(reading.views)
-        there = [CONTROLS.index(each) for each in reading.controls]
+        there = [list(CONTROLS).index(each) for each in reading.controls]
         u = np.concatenate([features[view][:count] for view in views])
         answers = np.concatenate([known[view][there, :count] for view in views], axis=1)
-        for network, scores in said.items():
+        for name, scores in said.items():
             given = np.concatenate([scores[view][:count] for view in views])
-            log10_p = {}
-            for kind, rest in (("scores", told(given)), ("labels", told_by_labels(given.argmax(axis=1), classes))):
-                y = projected(unexplained(rest, answers), u, arrays)
-                test = mark.preset.test(mark, mark.total, sequential=False)
-                test.add(looks_of_bits(y, [mark.symbols])[0])
-                log10_p[kind] = test.log10_p
-            found.append({"seed": seed, "network": network, **vars(reading), **log10_p})
+            p = {
+                kind: _log10_p(mark, projected(unexplained(rest, answers), u, mark.arrays))
+                for kind, rest in (("scores", told(given)), ("labels", told_by_labels(given.argmax(axis=1), classes)))
+            }
+            found.append({"network": name, **vars(reading), **p})
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each reading, log10 p of all seeds from scores and from labels for each network."""
-    lines = [f"| pool | asked | views | controls | {' | '.join(READ)} |", "|---" * (4 + len(READ)) + "|"]
+def _log10_p(mark: Watermark, y: NDArray[np.float64]) -> float:
+    test = mark.preset.test(mark, mark.total, sequential=False)
+    test.add(*looks_of_bits(y, [mark.symbols]))
+    return test.log10_p
+
+
+def _inputs(mark: Watermark, levels: Levels) -> dict[str, NDArray[np.float32]]:
+    (given,) = mark.parameters["inputs"]
+    return {given["name"]: to_input(levels, mark.parameters["value_range"])}
+
+
+def _classes(mark: Watermark) -> int:
+    return int(mark.parameters["num_classes"])
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a row for each reading, of each network log10 p of all seeds, from scores and from labels."""
+    lines = [f"| pool | probes | views | controls | {' | '.join(READ)} |", "|---" * (4 + len(READ)) + "|"]
     for reading in READINGS:
-        shown = [reading.pool, str(reading.count), str(reading.views), reading.controls]
-        for network in READ:
-            same = [
-                row
-                for row in rows
-                if row["network"] == network and all(row[name] == value for name, value in vars(reading).items())
-            ]
+        against = ", ".join(CONTROLS[each] for each in reading.controls)
+        shown = [reading.pool, f"{reading.count:,}", str(reading.views), against]
+        for name in READ:
+            same = [row for row in rows if {"network": name, **vars(reading)}.items() <= row.items()]
             shown.append(", ".join(f"{row['scores']:.1f} / {row['labels']:.1f}" for row in same))
         lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
+def kept(out: Path) -> list[Found]:
+    """What was measured before."""
+    file = out / FILE
+    return parquet.read_table(file).to_pylist() if file.exists() else []
+
+
 if __name__ == "__main__":
     data, *numbers = sys.argv[1:]
-    measured = measure(CIFAR10, Path(data), [int(number) for number in numbers] or [1, 2, 3])
+    measured = measure(CIFAR10, Path(data), [int(number) for number in numbers] or SEEDS, OUT)
     parquet.write_table(pyarrow.Table.from_pylist(measured), OUT / FILE)
     print(table(measured))

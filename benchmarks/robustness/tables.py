@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 
 from benchmarks import plots, results
 from benchmarks.environment import ROOT
-from benchmarks.robustness import cells
+from benchmarks.robustness import cells, readings
 from benchmarks.robustness.cells import Row
 from benchmarks.robustness.grid import (
     LINES,
@@ -35,12 +35,13 @@ from benchmarks.robustness.grid import (
 from benchmarks.robustness.problems import CIFAR10, DIGITS, PROBLEMS, Problem
 from benchmarks.robustness.rules import MOST_LOSS, PROVEN, outcome, sok_success, sok_threshold
 
-OUT = ROOT / "benchmarks" / "results" / "robustness"
+OUT = readings.OUT
 NOT_RUN = "not run"
 PAGES = {
     "robustness": ROOT / "docs" / "robustness.md",
     "statistics": ROOT / "docs" / "schemes.md",
     "response": ROOT / "docs" / "response.md",
+    "readings": ROOT / "docs" / "response.md",
 }
 # The copies from which docs/schemes.md tells what each statistic is worth, and the marks that it tells it of.
 COMPARED = (
@@ -173,7 +174,7 @@ def _lost(row: Row) -> str:
     return "" if row.loss is None else f"{row.loss:.1f} [{row.loss_low:.1f}, {row.loss_high:.1f}]"
 
 
-def published(found: Mapping[str, Found]) -> dict[str, str]:
+def published(found: Mapping[str, Found], out: Path = OUT) -> dict[str, str]:
     """What stands between the marks of each page."""
     parts = []
     steps = {DIGITS.name: steps_over_plain(results.load(), DIGITS.presets)}
@@ -187,13 +188,14 @@ def published(found: Mapping[str, Found]) -> dict[str, str]:
         "robustness": "\n".join(parts).strip(),
         "statistics": statistics_table(found[DIGITS.name]),
         "response": response_table(found[CIFAR10.name]),
+        "readings": readings.table(readings.kept(out)),
     }
 
 
 def publish(out: Path = OUT) -> None:
     """Gather the rows of OUT into a file for each problem, and write pages and pictures from them."""
     found = {name: {row.key: row for row in cells.gather(out, name)} for name in PROBLEMS}
-    for name, text in published(found).items():
+    for name, text in published(found, out).items():
         page = PAGES[name].read_text(encoding="utf-8")
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         before, _, rest = page.partition(begin)
