@@ -18,7 +18,7 @@ def wanted(
     problems: Names = None, presets: Names = None, attacks: Names = None, seeds: Sequence[str] = ("1", "2", "3")
 ) -> dict[str, list[Cell]]:
     """The cells that are asked for, by problem; None asks for all. ValueError for a name or a seed that is none."""
-    known = dict.fromkeys(preset for problem in PROBLEMS.values() for preset in problem.presets)
+    known = dict.fromkeys(each for problem in PROBLEMS.values() for each in (*problem.presets, *problem.variants))
     for what, given, there in (("problem", problems, PROBLEMS), ("preset", presets, known)):
         for name in given or ():
             if name not in there:
@@ -29,7 +29,10 @@ def wanted(
     numbers, lines = [int(seed) for seed in seeds], chosen(attacks)
     return {
         name: cells_of(
-            each, [preset for preset in each.presets if presets is None or preset in presets], numbers, lines
+            each,
+            [preset for preset in (*each.presets, *each.variants) if presets is None or preset in presets],
+            numbers,
+            lines,
         )
         for name, each in PROBLEMS.items()
         if problems is None or name in problems

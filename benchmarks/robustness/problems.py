@@ -31,8 +31,9 @@ class Problem:
 
     load: the data's folder → owner, thief and test, [n, ...] inputs and int64 labels. build, other: a network from a
     seed, the owner's and one of another architecture. train: (model, rows, seed=, embedder=) → the model in eval mode.
-    elsewhere: inputs that are none of the task's. presets: those that its table has. mark_options, attack_options: by
-    preset and by attack, what differs from their defaults. without: patterns of the lines that its table has not;
+    elsewhere: inputs that are none of the task's. presets: those that its table has; variants: some of them with other
+    options, such as "response strength 0.35", in tables of their own. mark_options, attack_options: by preset or variant
+    and by attack, what differs from their defaults. without: patterns of the lines that its table has not;
     planned: by preset, the lines that it is measured on, where these are not all. half: attacks train under autocast to
     bfloat16. tuned: by preset, for how many epochs a finished network is trained on to hold it, with that network and a
     student of its labels as controls and the test's inputs, unlabelled, as probes. apart: by preset, how many of the
@@ -47,6 +48,7 @@ class Problem:
     train: Callable[..., nn.Module]
     elsewhere: Callable[[], torch.Tensor]
     presets: tuple[str, ...]
+    variants: tuple[str, ...] = ()
     value_range: tuple[float, float] = (0.0, 1.0)
     classes: int = 10
     mark_options: Options = field(default_factory=dict)
@@ -58,7 +60,7 @@ class Problem:
     apart: Mapping[str, int] = field(default_factory=dict)
 
     def preset(self, name: str) -> Preset:
-        return scheme(name).with_options(**self.mark_options.get(name, {}))
+        return scheme(name.split()[0]).with_options(**self.mark_options.get(name, {}))
 
 
 def _tokens(pictures: torch.Tensor) -> torch.Tensor:
@@ -184,6 +186,7 @@ TOKENS = Problem(
     mark_options={"adi_tokens": {"special": 1}},
     without=("adversarial training", "*wrk", "copy by *"),  # the first two move inputs by gradients, which tokens lack
 )
+_STRENGTHS = {f"response strength {strength}": {"strength": strength} for strength in (0.35,)}
 CIFAR10 = Problem(
     name="cifar10",
     recipe=f"25,000 pictures, {cifar10.RECIPE}",
@@ -192,7 +195,9 @@ CIFAR10 = Problem(
     other=cifar10.plain_network,
     train=cifar10.train_on_pictures,
     elsewhere=partial(photographs, 10_000, 32, 3),
-    presets=(*("sketch", "adi", "response", "zhang_content", "margin", "ewe_keyed", "class_feature", "mea_defender"),),
+    presets=("sketch", "adi", "response", "zhang_content", "margin", "ewe_keyed", "class_feature", "mea_defender"),
+    variants=tuple(_STRENGTHS),
+    mark_options=_STRENGTHS,
     attack_options={
         **{name: {"batch": cifar10.BATCH} for name in ("ftll", "ftal", "rtll", "rtal", "wrk", "overwrite")},
         **{name: {"batch": cifar10.BATCH, "epochs": cifar10.EPOCHS} for name in ("distil", "extract")},
@@ -209,8 +214,11 @@ CIFAR10 = Problem(
             *("untouched", "ftal", "adversarial training", "prune 50%", "int8 qdq", "overwrite"),
             *("copy by *", "stranger 1", "service*"),
         ),
+        **dict.fromkeys(
+            _STRENGTHS, ("untouched", "copy by scores", "copy by labels", "copy by labels to another architecture")
+        ),
     },
     half=True,
-    tuned={"response": 3},
+    tuned=dict.fromkeys(("response", *_STRENGTHS), 3),
 )
 PROBLEMS = {problem.name: problem for problem in (DIGITS, TOKENS, CIFAR10)}

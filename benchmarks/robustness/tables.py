@@ -41,6 +41,7 @@ PAGES = {
     "robustness": ROOT / "docs" / "robustness.md",
     "statistics": ROOT / "docs" / "schemes.md",
     "response": ROOT / "docs" / "response.md",
+    "strengths": ROOT / "docs" / "response.md",
     "readings": ROOT / "docs" / "response.md",
 }
 # The copies from which docs/schemes.md tells what each statistic is worth, and the marks that it tells it of.
@@ -170,6 +171,27 @@ def response_table(found: Found, problem: Problem = CIFAR10) -> str:
     return "\n".join(rows)
 
 
+def strengths_table(found: Found, problem: Problem = CIFAR10) -> str:
+    """Markdown: of each strength of `response` what it costs, and log10 p of the network and of its copies."""
+    lines = possible(problem, LINES, problem.variants[0])
+    rows = [f"| strength | points lost [95 %] | {' | '.join(line.label for line in lines)} |"]
+    rows.append("|---" * (2 + len(lines)) + "|")
+    for name in sorted(("response", *problem.variants), key=lambda name: _strength(problem, name)):
+        shown = [f"{_strength(problem, name):g}"]
+        for line in lines:
+            seeds = _seeds(problem, name, line, found)
+            if line == lines[0]:
+                shown.append(", ".join(NOT_RUN if row is None else _lost(row) for row in seeds))
+            read = (NOT_RUN if row is None else f"{row.log10_p:.1f} / {row.log10_p_labels_soft:.1f}" for row in seeds)
+            shown.append(", ".join(read))
+        rows.append(f"| {' | '.join(shown)} |")
+    return "\n".join(rows)
+
+
+def _strength(problem: Problem, name: str) -> float:
+    return float(problem.preset(name).options["strength"])
+
+
 def _lost(row: Row) -> str:
     return "" if row.loss is None else f"{row.loss:.1f} [{row.loss_low:.1f}, {row.loss_high:.1f}]"
 
@@ -188,6 +210,7 @@ def published(found: Mapping[str, Found], out: Path = OUT) -> dict[str, str]:
         "robustness": "\n".join(parts).strip(),
         "statistics": statistics_table(found[DIGITS.name]),
         "response": response_table(found[CIFAR10.name]),
+        "strengths": strengths_table(found[CIFAR10.name]),
         "readings": readings.table(readings.kept(out)),
     }
 
