@@ -32,8 +32,8 @@ class Problem:
     load: the data's folder → owner, thief and test, [n, ...] inputs and int64 labels. build, other: a network from a
     seed, the owner's and one of another architecture. train: (model, rows, seed=, embedder=) → the model in eval mode.
     elsewhere: inputs that are none of the task's. presets: those that its table has; variants: some of them with other
-    options, such as "response strength 0.35", in tables of their own. mark_options, attack_options: by preset or variant
-    and by attack, what differs from their defaults. without: patterns of the lines that its table has not;
+    options, such as "response strength 0.35", in tables of their own. mark_options, attack_options: by preset and by
+    attack, what differs from their defaults. without: patterns of the lines that its table has not;
     planned: by preset, the lines that it is measured on, where these are not all. half: attacks train under autocast to
     bfloat16. tuned: by preset, for how many epochs a finished network is trained on to hold it, with that network and a
     student of its labels as controls and the test's inputs, unlabelled, as probes. apart: by preset, how many of the
