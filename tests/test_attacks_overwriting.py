@@ -42,7 +42,7 @@ def test_a_thief_puts_his_own_bits_into_answers_to_his_own_inputs():
     x, y = batch(600)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=64)
     stolen = attacks.run("ftal", network(), loader, epochs=4)
-    scheme = wmengine.scheme("response", bits=256, probes=256, mixtures=64)
+    scheme = wmengine.scheme("response", bits=256, probes=256, mixtures=64, strength=1.5)
     attacked = attacks.run("overwrite", stolen, loader, scheme=scheme, seed=3, epochs=4)
     key = wmengine.Key(overwriting.THIEF, np.random.default_rng(3).bytes(32))
     settings = {"num_classes": CLASSES, "sample": x[:64], "name": overwriting.STOLEN, "samples": (x, y)}
