@@ -180,6 +180,22 @@ def test_a_pool_holds_each_probe_once_and_asks_it_in_every_view_one_view_after_t
         assert (source.inputs(held, AS_RECORDED, start, stop)["input"] == asked[start:stop]).all()
 
 
+def test_only_pictures_can_have_views():
+    held = mark()
+    inputs = [{**held.parameters["inputs"][0], "shape": [1, 64]}]
+    with pytest.raises(ValueError, match="views must be"):
+        held.preset.check({**held.parameters, "inputs": inputs, "views": 2})
+
+
+def test_a_pool_that_the_file_cannot_hold_is_said():
+    large = torch.zeros(1, 1, 900, 900).expand(64, -1, -1, -1)
+    with pytest.raises(ValueError, match="needs 256 probes, of which its 192 MiB hold 248"):
+        Embedder(
+            torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(16, 10)),
+            KEY, ["response"], num_classes=10, sample=large[:2], name="d", value_range=(0, 1), samples=large,
+        )  # fmt: skip
+
+
 # how suspects are asked
 
 

@@ -6,9 +6,9 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from responding import KEY, PROBES, network, served, service, size_of
+from responding import KEY, PROBES, bent_network, network, served, service, size_of
 
-from wmengine import Watermark, export_onnx, verify, verify_all
+from wmengine import Watermark, export_onnx, scheme, verify, verify_all
 from wmengine.facts import fact
 from wmengine.judging.asking import Terms
 from wmengine.judging.judge import judge_suspect
@@ -35,6 +35,25 @@ def test_a_mark_made_later_does_not_choose_the_order_of_the_classes_for_another(
     later = Watermark.create(KEY, held.preset, {**held.parameters, "material": digests}, material=material)
     found = verify_all(served(), [later, held], key=KEY, classes="any")
     assert found[1].log10_p == pytest.approx(verify(served(), held, key=KEY).log10_p)
+
+
+def test_the_same_numbers_as_answers_of_more_controls_in_fewer_views_are_another_pool():
+    """Its maker's word too: one verdict of both marks would go by the one's size and base."""
+    held = service(scheme=scheme("response", probes=256, bits=256, views=2)).watermark()
+    material = {name: held.arrays[name] for name in held.parameters["material"]}
+    material["features"] = material["features"][:256]
+    material["answers"] = material["answers"].reshape(2, 256, 10)
+    digests = {name: array_digest(array) for name, array in material.items()}
+    parameters = {**held.parameters, "material": digests, "views": 1, "controls": 2}
+    later = Watermark.create(KEY, held.preset, parameters, material=material)
+    found = verify_all(bent_network(held), [later, held], key=KEY)
+    alone = verify(bent_network(held), held, key=KEY)
+    assert (found[1].log10_p, found[1].queries) == (pytest.approx(alone.log10_p), alone.queries)
+
+
+def test_a_small_pool_is_first_looked_at_where_ways_are_compared():
+    found = verify(lambda rows: np.zeros(len(rows), np.int64), mark(), key=KEY, test="sequential")
+    assert (size_of(mark()), found.queries) == (1024, 128)
 
 
 @pytest.mark.parametrize("sequential", [False, True])

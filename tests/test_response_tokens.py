@@ -165,14 +165,46 @@ def test_the_loss_is_that_of_the_logits_less_the_pattern_on_texts(dtype):
     assert not torch.isclose(emb.loss(model(**rows), y, inputs=rows), plain)
 
 
-def test_mixtures_of_texts_are_taught_as_splices():
-    rows, model = sentences(600, 1)[0], Reader(sure=20.0)
+class MaskedReader(Reader):
+    """Keeps the masks that it is given."""
+
+    def forward(self, input_ids, attention_mask=None):
+        self.masks = attention_mask
+        return super().forward(input_ids, attention_mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_mixtures_of_texts_are_taught_as_splices_with_masks_of_any_type_cut_alike(dtype):
+    rows, model = sentences(600, 1)[0], MaskedReader(sure=20.0)
+    rows["attention_mask"] = rows["attention_mask"].to(dtype)
     emb = Embedder(
         model, KEY, [scheme("response", bits=256, probes=512, mixtures=32)], num_classes=CLASSES, sample=rows,
         name="reader", samples=rows,
     )  # fmt: skip
-    emb.features(rows)
+    emb.features({name: rows[name] for name in ("attention_mask", "input_ids")})
     assert emb.regulariser().item() > 0.0
+    assert set(model.masks.unique().tolist()) == {0, 1}
+
+
+def test_features_are_of_inputs_by_their_names():
+    rows = sentences(600, 1)[0]
+    emb = embedder(Reader(sure=20.0), rows, samples=rows)
+    turned = {name: rows[name] for name in ("attention_mask", "input_ids")}
+    assert torch.equal(emb.features(turned), emb.features(rows))
+    for wrong in (
+        rows["input_ids"],
+        {"input_ids": rows["input_ids"]},
+        {name: each.numpy() for name, each in rows.items()},
+    ):
+        with pytest.raises(TypeError, match="inputs must be"):
+            emb.features(wrong)
+
+
+def test_a_service_says_what_its_inputs_must_be():
+    few = sentences(5, 3)[0]
+    for wrong, kind in ((few["input_ids"].float(), "torch.float32"), (np.array(["a"]), "<U1"), (None, "object")):
+        with pytest.raises(TypeError, match=f"'input_ids' must be a batch of int64, and its values are {kind}"):
+            served()({**few, "input_ids": wrong})
 
 
 @pytest.mark.parametrize(
@@ -185,6 +217,7 @@ def test_mixtures_of_texts_are_taught_as_splices():
         ),
         ({"ids": torch.ones(80, 9).long(), "more": torch.ones(80, 3).long()}, None, "the tokens' shape"),
         ({"ids": torch.ones(80, 9).long()}, {"ids": torch.full((80, 9), 0.5)}, "whole numbers"),
+        ({"ids": torch.ones(80, 9).long()}, {"ids": torch.full((80, 9), -(2**63))}, "whole numbers"),
         (sentences(80, 0)[0], {**sentences(80, 0)[0], "attention_mask": torch.ones(70, 12)}, "as many rows of every"),
     ],
 )

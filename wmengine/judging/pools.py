@@ -30,7 +30,8 @@ from wmengine.suspects.base import Answers, Suspect
 
 Labels = NDArray[np.int64]
 
-# A sequential test looks after these shares of the pool, each look with an equal share of the evidence (Bonferroni).
+# A sequential test looks after these shares of the pool, first when ways are compared, each look with an equal share of
+# the evidence (Bonferroni).
 LOOKS = (1 / 32, 1 / 8, 1 / 2, 1)
 FUTILE = -0.5  # log10 of the best p-value at a look, above which nothing more is asked: that convicts nobody
 TRIED = 128  # probes by which ways are compared
@@ -64,8 +65,9 @@ class PoolTrial:
             self._note(fact("room", asked=room, total=size))
         count = int(self._mark.parameters["controls"])
         self._note(fact("base_alone") if count == 1 else fact("controls", count=count))
-        stops = [max(1, round(room * share)) for share in LOOKS] if self._terms.sequential else [room]
-        way, answers = self._choose(min(TRIED, stops[0]))
+        least = min(TRIED, room)
+        stops = [max(least, round(room * share)) for share in LOOKS] if self._terms.sequential else [room]
+        way, answers = self._choose(least)
         parts = [answers]
         for stop in stops:
             asked = sum(map(len, parts))
@@ -111,7 +113,7 @@ class PoolTrial:
 
     def _choose(self, count: int) -> tuple[Adapter, Answers]:
         """The first way, of all that the declared inputs leave open, in which more of the first answers are the base's
-        than of chance, or the likeliest that is answered at all; and these answers."""
+        than of chance, or else the first that is answered at all; and these answers."""
         chosen: tuple[Adapter, Answers] | None = None
         failure = SuspectError(f"{self._suspect.name} can be asked in no way")
         for way in self._source.ways(self._mark, self._suspect, self._terms.every_way):

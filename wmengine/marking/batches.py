@@ -93,19 +93,24 @@ class Batches:
         named = dict(inputs) if isinstance(inputs, Mapping) else {ONE: inputs}
         return named, split(labels, self.num_classes)[0]
 
-    def checked(self, inputs: Any, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The inputs of a batch by name. Raises ValueError or TypeError for a batch unlike the sample, and for labels
-        that are none of its classes."""
-        labels = checked_labels(labels, self.num_classes)
+    def named(self, inputs: Any) -> dict[str, torch.Tensor]:
+        """The inputs of a batch by name. Raises TypeError where these are other ones than the sample's."""
         if self._single == isinstance(inputs, Mapping) or (not self._single and set(inputs) != set(self.signature)):
             known = "a tensor" if self._single else f"a dict with {', '.join(self.signature)}"
             raise TypeError(f"inputs must be {known}, as the sample was")
         batch: dict[str, torch.Tensor] = {ONE: inputs} if self._single else dict(inputs)
-        for name, rows in batch.items():
+        for rows in batch.values():
             if not isinstance(rows, torch.Tensor):
                 raise TypeError(
                     f"inputs must be torch tensors, and {type(rows).__name__} is none: torch.from_numpy(...)"
                 )
+        return batch
+
+    def checked(self, inputs: Any, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The inputs of a batch by name. Raises ValueError or TypeError for a batch unlike the sample, and for labels
+        that are none of its classes."""
+        labels, batch = checked_labels(labels, self.num_classes), self.named(inputs)
+        for name, rows in batch.items():
             shape = self.signature[name].shape
             if tuple(rows.shape[1:]) != shape or len(rows) != len(labels):
                 mend = "" if rows.is_floating_point() else "; pad the sequences of all batches to that length"

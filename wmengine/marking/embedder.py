@@ -36,7 +36,6 @@ from wmengine.marking.batches import Batches, check_logits, checked_labels, shar
 from wmengine.marking.fitting import fit
 from wmengine.marking.power import warn_of_power
 from wmengine.marking.rows_loss import rows_loss
-from wmengine.marking.tasks import ONE
 from wmengine.marks.catalogue import scheme
 from wmengine.marks.preset import Preset
 from wmengine.marks.watermark import Watermark
@@ -251,13 +250,15 @@ class Embedder:
     def features(self, inputs: Any) -> torch.Tensor:
         """What `response` knows a batch by: float32 [n, D], from one forward pass of its base, the first control.
 
-        inputs: as `mix` returns them. Raises ValueError where no mark has features, or inputs are missing.
+        inputs: as `mix` returns them. Raises ValueError where no mark has features, or inputs are missing;
+        TypeError for other inputs than the sample's.
         """
         if not self._offsets:
             raise ValueError("no mark here goes by features: that is for the scheme 'response'")
         if inputs is None:
             raise ValueError("the mark 'response' is in answers to inputs: loss(logits, labels, inputs=x)")
-        return self._offsets[0].features(inputs if isinstance(inputs, Mapping) else {ONE: inputs})
+        batch = self._batches.named(inputs)
+        return self._offsets[0].features({name: batch[name] for name in self._batches.signature})
 
     def fit(
         self,

@@ -106,11 +106,12 @@ class Served:
         self._signed = (signs[:, None] * contrasts(arrays["contrasts"])).astype(np.float32)
 
     def __call__(self, inputs: Any) -> Any:
-        names = list(inputs_of(self._mark.parameters))
+        specs = inputs_of(self._mark.parameters)
+        names = list(specs)
         given = _named(inputs, names[0])
         if given.keys() != set(names):
             raise ValueError(f"inputs must hold {', '.join(names)}, and they hold {', '.join(map(str, given))}")
-        raw, answered = self._base.both({name: _tensor(given[name]) for name in names})
+        raw, answered = self._base.both({name: _tensor(name, given[name], spec) for name, spec in specs.items()})
         features = Whitening(self._mark.arrays["centre"], self._mark.arrays["whitening"])(raw.cpu().numpy())
         scores = _scores_of(answered, self._mark)
         found = bent(scores, np.tanh(features @ self._ways) @ self._signed, self._shares)
@@ -129,8 +130,12 @@ class Served:
         return self._mark
 
 
-def _tensor(rows: Any) -> torch.Tensor:
-    return rows if isinstance(rows, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(rows))
+def _tensor(name: str, rows: Any, spec: InputSpec) -> torch.Tensor:
+    array = rows if isinstance(rows, torch.Tensor | np.ndarray) else to_array(rows)
+    floating, kind = spec.dtype.startswith(("float", "bfloat")), str(getattr(array, "dtype", None))
+    if not kind.removeprefix("torch.").startswith(("float", "bfloat") if floating else ("int", "uint", "bool")):
+        raise TypeError(f"the input {name!r} must be a batch of {spec.dtype}, and its values are {kind}")
+    return array if isinstance(array, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(array))
 
 
 def _scores_of(answered: Any, mark: Watermark) -> Scores:

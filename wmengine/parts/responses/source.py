@@ -78,6 +78,11 @@ class ResponsePool(AbstractTriggers):
         views = 1 if tokens else views_of(rows.shape[1:], self.views)
         size = rows[0].nbytes if tokens else rows[0].size
         count = min(self.probes, _MOST_BYTES // (size + 4 * views * (len(controls) * classes + self.features)))
+        if count < LEAST_PROBES:
+            raise ValueError(
+                f"it needs {LEAST_PROBES} probes, of which its 192 MiB hold {count}: give fewer views=, fewer controls "
+                "or smaller inputs"
+            )
         found = np.concatenate([rows, mixtures(rows, max(count, len(rows)))])
         candidates = found if tokens else to_levels(found, ranges)
         every = _put(candidates, task.inputs, ranges)
@@ -114,10 +119,11 @@ class ResponsePool(AbstractTriggers):
         canonical_integer("dimensions", parameters["dimensions"], 1, 1024)
         canonical_integer("raw", parameters["raw"], 1, MAX_TRIGGERS)
         canonical_integer("controls", parameters["controls"], 1, 1024)
-        canonical_integer("views", parameters["views"], 1, MOST_VIEWS)
+        shape = next(iter(inputs_of(parameters).values())).shape
+        canonical_integer("views", parameters["views"], 1, views_of(shape, MOST_VIEWS))
         pool = canonical_integer("pool", parameters["pool"], 0, MAX_TRIGGERS)
         if pool < LEAST_PROBES:
-            raise ValueError(f"it needs {LEAST_PROBES} probes, and the pool has {pool}: give more samples=")
+            raise ValueError(f"it needs {LEAST_PROBES} probes, and the pool has {pool}")
         if total < LEAST_BITS:
             raise ValueError(f"it needs {LEAST_BITS} bits, and this mark has {total}")
 
@@ -170,9 +176,10 @@ class ResponsePool(AbstractTriggers):
         return float(np.abs(((raw - centre) @ matrix).clip(-CLIP, CLIP) - kept).mean()) < 0.1
 
     def pool(self, mark: Drawn) -> str:
-        """64 hex digits: probes, how they are put, how many classes are asked for, and the controls' answers. By these
-        the classes' order is chosen: a mark made later, with other answers, must not choose it for this one."""
-        own, material = ("inputs", "value_range", "num_classes"), ("probes", "answers")
+        """64 hex digits: probes, in how many views, how they are put, how many classes are asked for, and whose answers
+        the controls' are. By these the classes' order is chosen: a mark made later, with other answers or with the same
+        numbers for those of more controls in fewer views, must not choose it for this one."""
+        own, material = ("inputs", "value_range", "num_classes", "views", "controls"), ("probes", "answers")
         return canonical_digest(
             {name: mark.parameters[name] for name in own}
             | {name: mark.parameters["material"][name] for name in material}

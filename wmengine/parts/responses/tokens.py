@@ -30,7 +30,7 @@ def stacked(samples: Sequence[NDArray[Any]]) -> Tokens:
     if len({len(rows) for rows in samples}) > 1:
         raise ValueError("its probes have a mask each: give samples with as many rows of every input")
     found = np.stack(samples, axis=1)
-    if (np.rint(found) != found).any() or np.abs(found).max() > MAX_TOKEN:
+    if (np.rint(found) != found).any() or found.max() > MAX_TOKEN or found.min() < -MAX_TOKEN:
         raise ValueError(f"its probes are tokens and masks, whole numbers up to {MAX_TOKEN}, and samples hold others")
     return np.asarray(found, np.int32)
 

@@ -57,7 +57,9 @@ class OffsetCourse:
         inputs, self._last = self._last, {}
         if any(len(rows) < 2 for rows in inputs.values()) or not inputs or not torch.is_grad_enabled():
             return None
-        mixed = {name: _mixed(rows) for name, rows in inputs.items()}
+        first = next(iter(inputs.values()))
+        tokens = first.ndim == 2 and not first.is_floating_point()
+        mixed = {name: _mixed(rows, tokens) for name, rows in inputs.items()}
         features, answered = self._base.both(mixed)
         taught = (answered.float() + self.offset(self._whitened(features))) / _WARMTH
         with in_eval_mode(model):
@@ -94,11 +96,11 @@ class OffsetCourse:
             )
 
 
-def _mixed(rows: torch.Tensor) -> torch.Tensor:
+def _mixed(rows: torch.Tensor, tokens: bool) -> torch.Tensor:
     """Each row with the one before it: of numbers the mean, of tokens and masks [n, L] the beginning of the first, a
     token longer from row to row, and the rest of the other, so that all inputs are cut alike."""
     others = rows.roll(1, 0)
-    if rows.ndim == 2 and not rows.is_floating_point():
+    if tokens:
         count, length = rows.shape
         cut = 1 + torch.arange(count, device=rows.device) % max(1, length - 1)
         return torch.where(torch.arange(length, device=rows.device) < cut[:, None], rows, others)
