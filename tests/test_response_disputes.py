@@ -51,9 +51,11 @@ def test_the_same_numbers_as_answers_of_more_controls_in_fewer_views_are_another
     assert (found[1].log10_p, found[1].queries) == (pytest.approx(alone.log10_p), alone.queries)
 
 
-def test_a_small_pool_is_first_looked_at_where_ways_are_compared():
+def test_a_small_pool_is_first_looked_at_where_ways_are_compared_and_nobody_is_given_up_before_512_answers():
+    found = verify(served(), mark(), key=KEY, test="sequential", alpha=0.1)
+    assert (size_of(mark()), found.owned, found.queries) == (1024, True, 128)
     found = verify(lambda rows: np.zeros(len(rows), np.int64), mark(), key=KEY, test="sequential")
-    assert (size_of(mark()), found.queries) == (1024, 128)
+    assert (found.owned, found.queries) == (False, 512)
 
 
 @pytest.mark.parametrize("sequential", [False, True])

@@ -34,6 +34,7 @@ Labels = NDArray[np.int64]
 # the evidence (Bonferroni).
 LOOKS = (1 / 32, 1 / 8, 1 / 2, 1)
 FUTILE = -0.5  # log10 of the best p-value at a look, above which nothing more is asked: that convicts nobody
+HEARD = 512  # answers before which that is not said: fewer say little of copies either
 TRIED = 128  # probes by which ways are compared
 _CHUNK = 512
 
@@ -84,7 +85,7 @@ class PoolTrial:
             ]
             if all(self.proven(number) for number in range(len(tests))):
                 break
-            if self._terms.sequential and all(test.log10_p > FUTILE for test in tests):
+            if self._terms.sequential and stop >= HEARD and all(test.log10_p > FUTILE for test in tests):
                 break
         if self._terms.sequential and stop < room:
             done = self.proven(0)
