@@ -276,7 +276,7 @@ def _square(axes: Axes, x: int, y: int, rows: Sequence[Row]) -> None:
     if lost > MOST_LOSS:
         axes.add_patch(Rectangle((x, y), 0.09, 1, facecolor=face, edgecolor=plots.FLOOR, hatch="/////", linewidth=0))
     ink = "#1d2733" if "removed" not in came_to and worst > -35.0 else "white"
-    for place, value in ((0.5, worst), (0.8, lost)):
+    for place, value in ((0.47, worst), (0.86, lost)):
         axes.text(x + place, y + 0.52, _numbers([value]), ha="right", va="center", color=ink)
 
 
