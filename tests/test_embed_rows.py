@@ -189,14 +189,15 @@ class Copying(nn.Module):
 @pytest.mark.parametrize("name", ["sketch", "zhang_content", "deepipr_v2", "ewe_keyed", "posthoc", "response"])
 def test_a_model_that_writes_into_its_input_writes_into_no_tensor_of_the_owners(name):
     """Nor into what a second run of the network on the batch is given."""
-    preset = wmengine.scheme(name, **({"bits": 16} if name in ("sketch", "deepipr_v2") else {}))
+    options = {"sketch": {"bits": 16}, "deepipr_v2": {"bits": 16}, "response": {"probes": 512, "views": 1}}
+    preset = wmengine.scheme(name, **options.get(name, {}))
     controls = [network(1)] if "controls" in preset.needs else []
     x, y = batch(600)
     kept, losses = x.clone(), []
     for first in (InPlace(), Copying()):
         model = nn.Sequential(first, *network())
-        options = {"sample": x[:64], "samples": (x, y), "controls": controls, "value_range": (-2, 2)}
-        emb = embedder(model, [preset], **options)
+        given = {"sample": x[:64], "samples": (x, y), "controls": controls, "value_range": (-2, 2)}
+        emb = embedder(model, [preset], **given)
         mixed, labels = emb.mix(x[:16].clone(), y[:16])
         logits = model(mixed.clone() if name == "response" else mixed)
         losses.append(emb.loss(logits, labels, inputs=mixed).item())
