@@ -73,7 +73,7 @@ def service(model: torch.nn.Module, probes: int) -> Any:
         sample=pictures(8),
         name="benchmark",
         probes=pictures(256),
-        scheme=wmengine.scheme("response", probes=probes),
+        scheme=wmengine.scheme("response", probes=probes, views=1),
     )
 
 

@@ -137,7 +137,10 @@ def test_of_tokens_functions_and_files_are_served_too(kind, tmp_path):
     elif kind == "a function of one":
         rows, predict = rows["input_ids"], lambda ids: model(torch.from_numpy(ids)).detach().numpy()
     else:
-        predict = lambda given: model(**{name: torch.from_numpy(each) for name, each in given.items()})  # noqa: E731
+
+        def predict(given):
+            return model(**{name: torch.from_numpy(each) for name, each in given.items()})
+
     found = service(predict, rows)
     mark = found.watermark()
     assert mark.parameters["raw"] == 64
