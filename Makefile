@@ -4,15 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
+# As many tests at a time as there are processors, four at most (a process of them takes a gigabyte).
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 SOURCES := $(shell find csrc -type f) setup.py CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test lint format bench bench-avx2 mlserver clean
+.PHONY: demo test slow lint format bench bench-avx2 mlserver clean
 
 demo: $(STAMP)
 	$(BIN)/python -m wmengine demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+slow: $(STAMP)
+	$(PYTEST) -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
