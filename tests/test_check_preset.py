@@ -153,7 +153,7 @@ def test_every_preset_of_the_page_keeps_its_promises(name: str) -> None:
     if scheme(name).kind == "white-box":  # the task's batch may be small
         needs[name] = needs.get(name, {}) | {"sample": POOL[0][:16]}
     # A filter of 9 weights turns slowly, and where y has a period some bits must cross it.
-    # Which of 60 triggers the last ones are differs from one processor to the next: once more as many steps as it takes.
+    # When the last of 60 triggers is learned differs from one processor to the next: as many steps again as it takes.
     steps = 150 if isinstance(source, Passports | PeriodicWeights) else 120 if name in ("adi", "multi_view") else 60
     if isinstance(source, TableTriggers | Levels | ResponsePool):
         steps = 250

@@ -17,11 +17,12 @@ from wmengine.judging.judge import judge_suspect
 from wmengine.judging.looks import looks_of_bits
 from wmengine.marking.power import log10_p_at_best
 from wmengine.marking.serving import bent
+from wmengine.parts.responses.gathering import Candidates
 from wmengine.parts.responses.pattern import contrasts, directions, keyed_normals, pattern_of
 from wmengine.parts.responses.reading import projected, told, told_by_labels, unexplained
 from wmengine.parts.responses.views import viewed, views_of
 from wmengine.suspects import open_suspect
-from wmengine.suspects.adapters import AS_RECORDED, to_input
+from wmengine.suspects.adapters import AS_RECORDED, to_input, to_levels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -187,13 +188,27 @@ def test_only_pictures_can_have_views():
         held.preset.check({**held.parameters, "inputs": inputs, "views": 2})
 
 
-def test_a_pool_that_the_file_cannot_hold_is_said():
-    large = torch.zeros(1, 1, 900, 900).expand(64, -1, -1, -1)
-    with pytest.raises(ValueError, match="needs 256 probes, of which its 192 MiB hold 248"):
+def test_a_pool_that_is_too_large_is_said():
+    rows = torch.rand(64, 1, 8, 8)
+    with pytest.raises(ValueError, match="needs 256 probes, of which its 720 MiB, 192 of them for answers, hold 209"):
         Embedder(
-            torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(16, 10)),
-            KEY, ["response"], num_classes=10, sample=large[:2], name="d", value_range=(0, 1), samples=large,
+            torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 40_000)), KEY, ["response"], num_classes=40_000,
+            sample=rows[:2], name="d", value_range=(0, 1), samples=rows,
         )  # fmt: skip
+
+
+def test_candidates_are_the_owner_s_rows_and_means_of_two_however_they_are_asked_for():
+    rows = np.random.default_rng(0).random((70, 1, 8, 8)).astype(np.float32)
+    every = Candidates(rows, 300, [[0.0, 1.0]])
+    assert len(every) == 370
+    assert (every[:70] == to_levels(rows, [[0.0, 1.0]])).all()
+    between = every[70:].astype(int)
+    ends = every[:70].astype(int)
+    for made in between[:20]:
+        sums = ends[:, None] + ends[None]
+        assert (np.abs(sums - 2 * made) <= 2).all(axis=(2, 3, 4)).any(), "a mean of two rows, rounded"
+    assert (every[np.array([3, 369, 70])] == np.concatenate([every[3:4], every[369:], every[70:71]])).all()
+    assert len(Candidates(rows, 8, [[0.0, 1.0]])) == 140
 
 
 # how suspects are asked

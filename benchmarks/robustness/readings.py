@@ -28,11 +28,11 @@ from benchmarks.robustness.runner import Bench
 from wmengine.judging.looks import looks_of_bits
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.responses.gathering import (
+    Candidates,
     Whitening,
     answers_of,
     base_of,
-    mixtures,
-    raw_features,
+    features_of,
     tensors,
     undecided_first,
 )
@@ -95,9 +95,10 @@ def candidates(mark: Watermark, pool: str, natural: Levels, base: Any) -> Levels
     if pool == "natural":
         return natural
     ends = mark.parameters["value_range"]
-    mixed = to_levels(mixtures(to_input(natural, ends), 2 * len(natural)), ends)
+    made = Candidates(to_input(natural, ends), 2 * len(natural), ends)
+    mixed = made[len(natural) :]
     levels = {"undecided": natural, "mixtures": mixed, "both": np.concatenate([natural, mixed])}[pool]
-    return levels[undecided_first(answers_of([base], _inputs(mark, levels), _classes(mark))[0])]
+    return levels[undecided_first(answers_of([base], [_inputs(mark, levels)], _classes(mark))[0])]
 
 
 def read(
@@ -109,7 +110,7 @@ def read(
     """
     source, classes = cast(ResponsePool, mark.preset.source), _classes(mark)
     base = base_of(controls[0], tensors(_inputs(mark, probes[:1])))
-    if not source.fits(mark, raw_features(base, source.examples(mark, 64))):
+    if not source.fits(mark, features_of(base, [source.examples(mark, 64)])):
         raise ValueError("the first of controls is not the base of this mark")
     whitening = Whitening(mark.arrays["centre"], mark.arrays["whitening"])
     features, known = [], []
@@ -117,8 +118,8 @@ def read(
     for view in range(max(reading.views for reading in readings)):
         most = max(reading.count for reading in readings if reading.views > view)
         rows = _inputs(mark, viewed(probes[:most], view))
-        features.append(whitening(raw_features(base, rows)))
-        known.append(answers_of(controls, rows, classes))
+        features.append(whitening(features_of(base, [rows])))
+        known.append(answers_of(controls, [rows], classes))
         for name, suspect in suspects.items():
             said[name].append(open_suspect(suspect).answer(rows, classes).values)
     found = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +17,8 @@ from wmengine.parts.responses.pattern import CLIP
 from wmengine.parts.responses.reading import log_probabilities
 from wmengine.parts.responses.tokens import splices
 from wmengine.suspects import open_suspect
-from wmengine.suspects.base import Inputs, part_of, rows_of
+from wmengine.suspects.adapters import Range, to_levels
+from wmengine.suspects.base import Inputs, Suspect, part_of, rows_of
 from wmengine.suspects.weights import call, module_tensors
 
 Tensors = Mapping[str, torch.Tensor]
@@ -112,27 +113,31 @@ def tensors(inputs: Inputs) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(rows) for name, rows in inputs.items()}
 
 
-def raw_features(base: Base, inputs: Inputs) -> NDArray[np.float32]:
-    """[n, F]. Raises ValueError where these cannot be whitened: too many, no numbers, or the same for all rows."""
-    starts = range(0, rows_of(inputs), _CHUNK)
-    raw = torch.cat([base.both(tensors(part_of(inputs, at, at + _CHUNK)))[0] for at in starts]).cpu().numpy()
-    if raw.shape[1] > _MOST_RAW:
-        raise ValueError(
-            f"the base's last layer takes {raw.shape[1]} numbers, and features are of at most {_MOST_RAW}: give a "
-            "control with a smaller one first"
-        )
+def features_of(base: Base, parts: Iterable[Inputs]) -> NDArray[np.float32]:
+    """Raw features [n, F] of inputs, some at a time. Raises ValueError where these are too many or no numbers."""
+    found = []
+    for inputs in parts:
+        for at in range(0, rows_of(inputs), _CHUNK):
+            found.append(base.both(tensors(part_of(inputs, at, at + _CHUNK)))[0].cpu().numpy())
+            if found[-1].shape[1] > _MOST_RAW:
+                raise ValueError(
+                    f"the base's last layer takes {found[-1].shape[1]} numbers, and features are of at most "
+                    f"{_MOST_RAW}: give a control with a smaller one first"
+                )
+    raw = np.concatenate(found)
     if not np.isfinite(raw).all():
         raise ValueError("the base's features hold NaN or Inf")
-    if not np.ptp(raw, axis=0).any():
-        raise ValueError("the base's features are the same for all probes: is value_range= that of its inputs?")
-    return np.asarray(raw)
+    return raw
 
 
 def whitening_of(base: Base, raw: NDArray[np.float32], most: int) -> Whitening:
     """The first principal components of raw features [n, F], `most` at most, each with a standard deviation of 1.
 
-    Where these are inputs, such as a table's columns, each in a unit of its own, they count by their deviations.
+    Where these are inputs, such as a table's columns, each in a unit of its own, they count by their deviations. Raises
+    ValueError where they are the same for all rows.
     """
+    if not np.ptp(raw, axis=0).any():
+        raise ValueError("the base's features are the same for all probes: is value_range= that of its inputs?")
     found = raw.astype(np.float64)
     unit = found.std(axis=0) if isinstance(base, FunctionBase) else np.ones(raw.shape[1])
     unit[unit == 0.0] = 1.0
@@ -142,34 +147,52 @@ def whitening_of(base: Base, raw: NDArray[np.float32], most: int) -> Whitening:
     return Whitening(raw.mean(axis=0, dtype=np.float64).astype(np.float32), matrix.astype(np.float32))
 
 
-def answers_of(networks: Sequence[Any], inputs: Inputs, classes: int) -> NDArray[np.float32]:
-    """Centred log-probabilities [K, n, C] of networks, rounded. Raises ValueError where one answers otherwise."""
-    found = []
-    for network in networks:
-        try:
-            answers = open_suspect(network).answer(inputs, classes)
-        except SuspectError as error:
-            raise ValueError(f"model and controls must answer scores of {classes} classes: {error}") from None
-        if answers.kind != "scores" or answers.values.shape != (rows_of(inputs), classes):
-            raise ValueError(
-                f"model and controls must answer scores of {classes} classes, and one answers labels, several scores, "
-                "or one logit for two classes"
-            )
-        logs = log_probabilities(answers.values)
-        if np.isnan(logs).any():
-            raise ValueError("the model or a control answers NaN or Inf")
-        found.append(np.rint((logs - logs.mean(axis=1, keepdims=True)) / _STEP) * _STEP)
-    return np.stack(found).astype(np.float32)
+def answers_of(networks: Sequence[Any], parts: Iterable[Inputs], classes: int) -> NDArray[np.float32]:
+    """Centred log-probabilities [K, n, C] of networks to inputs, some at a time, rounded. Raises ValueError where one
+    answers otherwise."""
+    suspects, found = [open_suspect(network) for network in networks], []
+    for inputs in parts:
+        found.append(np.stack([_answered(suspect, inputs, classes) for suspect in suspects]))
+    return np.concatenate(found, axis=1)
 
 
-def mixtures(rows: NDArray[Any], count: int) -> NDArray[Any]:
-    """`count` means of two rows each, float32; of tokens, int32 [n, inputs, L], splices."""
-    generator = np.random.default_rng(0)
-    first, shift = (generator.integers(least, len(rows), count) for least in (0, 1))
-    second = (first + shift) % len(rows)
-    if rows.dtype.kind == "i":
-        return splices(rows, first, second, generator)
-    return np.asarray((rows[first] + rows[second]) / 2, np.float32)
+def _answered(suspect: Suspect, inputs: Inputs, classes: int) -> NDArray[np.float32]:
+    try:
+        answers = suspect.answer(inputs, classes)
+    except SuspectError as error:
+        raise ValueError(f"model and controls must answer scores of {classes} classes: {error}") from None
+    if answers.kind != "scores" or answers.values.shape != (rows_of(inputs), classes):
+        raise ValueError(
+            f"model and controls must answer scores of {classes} classes, and one answers labels, several scores, or "
+            "one logit for two classes"
+        )
+    logs = log_probabilities(answers.values)
+    if np.isnan(logs).any():
+        raise ValueError("the model or a control answers NaN or Inf")
+    return np.asarray(np.rint((logs - logs.mean(axis=1, keepdims=True)) / _STEP) * _STEP, np.float32)
+
+
+class Candidates:
+    """Inputs of which probes are chosen: the owner's own [n, ...], and as many as these or more made of two of them,
+    means, of tokens splices. None of them is there before it is asked for."""
+
+    def __init__(self, rows: NDArray[Any], least: int, ranges: Range) -> None:
+        generator, own, made = np.random.default_rng(0), np.arange(len(rows)), max(least, len(rows))
+        first, shift = (generator.integers(low, len(rows), made) for low in (0, 1))
+        second = (first + shift) % len(rows)
+        self._rows, self._ranges, self._tokens = rows, ranges, rows.dtype.kind == "i"
+        if self._tokens:  # which are small
+            self._rows = np.concatenate([rows, splices(rows, first, second, generator)])
+        self._first, self._second = np.concatenate([own, first]), np.concatenate([own, second])
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def __getitem__(self, places: Any) -> NDArray[Any]:
+        """Those at a slice or at places, as levels uint8, tokens as they are."""
+        if self._tokens:
+            return np.asarray(self._rows[places])
+        return to_levels((self._rows[self._first[places]] + self._rows[self._second[places]]) / 2, self._ranges)
 
 
 def undecided_first(answers: NDArray[np.float32]) -> NDArray[np.int64]:

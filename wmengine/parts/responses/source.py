@@ -6,7 +6,9 @@ the derivation before there is a bit: who exchanges a control has another mark.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,16 +22,18 @@ from wmengine.parts.responses.reading import projected, unexplained
 from wmengine.parts.responses.tokens import apart, are_tokens, stacked
 from wmengine.parts.responses.views import MOST_VIEWS, viewed, views_of
 from wmengine.parts.triggers.abstract import AbstractTriggers
-from wmengine.suspects.adapters import AS_RECORDED, Adapter, Range, to_input, to_levels
-from wmengine.suspects.base import Inputs, Signature, Suspect, part_of
+from wmengine.suspects.adapters import AS_RECORDED, Adapter, Range, to_input
+from wmengine.suspects.base import Inputs, Signature, Suspect
 
 LEAST_BITS, LEAST_PROBES, LEAST_SAMPLES = 256, 256, 64
-_MOST_BYTES = 192 << 20  # of material, which the mark's file holds whole
+# Of material, which is held in memory whole: all of it, and of that what is not probes.
+_MOST_BYTES, _MOST_KNOWN = 720 << 20, 192 << 20
+_AT_ONCE = 256  # probes or more, as floats of them take eight times their room
 
 
 @dataclass(frozen=True)
 class ResponsePool(AbstractTriggers):
-    """probes: how many inputs are bound, as far as 192 MiB hold them: of the owner's samples and of mixtures of two of
+    """probes: how many inputs are bound, as far as 720 MiB hold them: of the owner's samples and of mixtures of two of
     them those of which the base, the first control, is least sure. views: in how many each is asked, where they are
     pictures: as they are, mirrored, moved. features: D, how many principal components of the base's last activations
     directions are drawn over.
@@ -55,10 +59,10 @@ class ResponsePool(AbstractTriggers):
         Raises ValueError for too few samples and for networks that do not fit.
         """
         from wmengine.parts.responses.gathering import (
+            Candidates,
             answers_of,
             base_of,
-            mixtures,
-            raw_features,
+            features_of,
             tensors,
             undecided_first,
             whitening_of,
@@ -76,24 +80,30 @@ class ResponsePool(AbstractTriggers):
             raise ValueError(f"it needs {LEAST_SAMPLES} samples or more to make probes of, and there are {len(rows)}")
         controls, classes = list(task.controls) or [task.model], task.num_classes
         views = 1 if tokens else views_of(rows.shape[1:], self.views)
-        size = rows[0].nbytes if tokens else rows[0].size
-        count = min(self.probes, _MOST_BYTES // (size + 4 * views * (len(controls) * classes + self.features)))
+        size, known = rows[0].nbytes if tokens else rows[0].size, 4 * views * (len(controls) * classes + self.features)
+        count = min(self.probes, _MOST_BYTES // (size + known), _MOST_KNOWN // known)
         if count < LEAST_PROBES:
             raise ValueError(
-                f"it needs {LEAST_PROBES} probes, of which its 192 MiB hold {count}: give fewer views=, fewer controls "
-                "or smaller inputs"
+                f"it needs {LEAST_PROBES} probes, of which its {_MOST_BYTES >> 20} MiB, {_MOST_KNOWN >> 20} of them "
+                f"for answers, hold {count}: give fewer views=, fewer controls or smaller inputs"
             )
-        found = np.concatenate([rows, mixtures(rows, max(count, len(rows)))])
-        candidates = found if tokens else to_levels(found, ranges)
-        every = _put(candidates, task.inputs, ranges)
-        order = undecided_first(answers_of(controls[:1], every, classes)[0])[:count]
-        probes, base = candidates[order], base_of(controls[0], tensors(part_of(every, 0, 1)))
-        seen = [_put(viewed(probes, view), task.inputs, ranges) for view in range(views)]
-        whitening = whitening_of(base, raw_features(base, seen[0]), self.features)
+        candidates = Candidates(rows, count, ranges)
+
+        def put(levels: Any, view: int = 0) -> Iterator[Inputs]:
+            for start, stop in pairwise((*range(0, len(levels) - _AT_ONCE + 1, _AT_ONCE), len(levels))):
+                yield _put(viewed(levels[start:stop], view), task.inputs, ranges)
+
+        order = undecided_first(answers_of(controls[:1], put(candidates), classes)[0])[:count]
+        probes = np.concatenate([candidates[order[at : at + _AT_ONCE]] for at in range(0, count, _AT_ONCE)])
+        base = base_of(controls[0], tensors(_put(probes[:1], task.inputs, ranges)))
+        raw = features_of(base, put(probes))
+        whitening = whitening_of(base, raw, self.features)
+        others = [whitening(features_of(base, put(probes, view))) for view in range(1, views)]
+        answers = [answers_of(controls, put(probes, view), classes) for view in range(views)]
         return {
             "probes": probes,
-            "features": np.concatenate([whitening(raw_features(base, each)) for each in seen]),
-            "answers": np.concatenate([answers_of(controls, each, classes) for each in seen], axis=1),
+            "features": np.concatenate([whitening(raw), *others]),
+            "answers": np.concatenate(answers, axis=1),
             "centre": whitening.centre,
             "whitening": whitening.matrix,
         }
@@ -214,7 +224,7 @@ def _floats(rows: NDArray[Any]) -> NDArray[np.float32]:
         )
     if not np.isfinite(rows).all():
         raise ValueError("its probes hold NaN or Inf")
-    return rows.astype(np.float32)
+    return rows.astype(np.float32, copy=False)
 
 
 def _put(probes: NDArray[Any], inputs: Signature, ranges: Range, way: Adapter | None = None) -> dict[str, NDArray[Any]]:
