@@ -7,7 +7,8 @@ import torch
 
 from wmengine import Key, response, scheme
 from wmengine.marking.serving import Served
-from wmengine.parts.responses.gathering import Whitening, base_of, tensors
+from wmengine.parts.responses.bases import base_of, tensors
+from wmengine.parts.responses.gathering import Whitening
 from wmengine.parts.responses.pattern import pattern_of
 from wmengine.testing import small_network
 

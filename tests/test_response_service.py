@@ -11,7 +11,7 @@ from responding import KEY, PROBES, answers, labels_of, network, served, service
 
 from wmengine import Embedder, Watermark, export_onnx, response, scheme, verify
 from wmengine.marking.serving import GAP, bent
-from wmengine.parts.responses.gathering import base_of
+from wmengine.parts.responses.bases import base_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

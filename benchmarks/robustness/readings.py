@@ -3,8 +3,7 @@
 python -m benchmarks.robustness.readings DATA [SEED …]
 
 Nothing is trained for it but what `python -m benchmarks.robustness --problem cifar10 --presets response` trains. It is
-for choosing pools and no proof: the bits were there before these probes were chosen, and whoever chooses probes by what
-they say pays for nothing. So it is no option of `verify`.
+for choosing pools and no proof, as is `verify(probes=)`, which would ask each network anew for every reading.
 """
 
 from __future__ import annotations
@@ -27,15 +26,8 @@ from benchmarks.robustness.problems import CIFAR10, Problem
 from benchmarks.robustness.runner import Bench
 from wmengine.judging.looks import looks_of_bits
 from wmengine.marks.watermark import Watermark
-from wmengine.parts.responses.gathering import (
-    Candidates,
-    Whitening,
-    answers_of,
-    base_of,
-    features_of,
-    tensors,
-    undecided_first,
-)
+from wmengine.parts.responses.bases import base_of, features_of, tensors
+from wmengine.parts.responses.gathering import Candidates, Whitening, answers_of, undecided_first
 from wmengine.parts.responses.reading import projected, told, told_by_labels, unexplained
 from wmengine.parts.responses.source import ResponsePool
 from wmengine.parts.responses.views import viewed

@@ -17,6 +17,7 @@ from wmengine.errors import SuspectError
 from wmengine.facts import Fact, fact
 from wmengine.identity.key import Key
 from wmengine.judging.asking import TESTS, Terms
+from wmengine.judging.exploring import explored
 from wmengine.judging.judge import Finding, failed, judge_suspect
 from wmengine.judging.orders import CLASSES, check_clean, names_given
 from wmengine.judging.verdict import ADVERSARIAL_ALPHA, PROVING, Verdict, decide, verdict_of
@@ -43,6 +44,8 @@ def verify(
     device: str = "cpu",
     inputs: Mapping[str, float] | None = None,
     labels: Sequence[str] | None = None,
+    probes: Any = None,
+    controls: Sequence[Any] = (),
 ) -> Verdict:
     """Judge whether a suspect depends on material made with a watermark's key.
 
@@ -61,7 +64,9 @@ def verify(
     sandbox, and the facts say so; modules run where they are. inputs: of a file that takes more than the watermark has,
     the value of each such input, throughout, where what is usual for its kind is not right. labels: the names of all
     classes in their order, for a file that answers with names and does not hold their order; unless they are the mark's
-    own (class_names=), all orders are paid for.
+    own (class_names=), all orders are paid for. probes: for exploration, other inputs of the task [n, ...], or several
+    by name, that a mark in ordinary answers is read on in place of its own; controls: the networks that it was made
+    with, its base first, against which they are then read.
 
         verdict = verify("suspect.onnx", "acme-adi.wm", key="acme.key")
 
@@ -83,6 +88,8 @@ def verify(
         device=device,
         inputs=inputs,
         labels=labels,
+        probes=probes,
+        controls=controls,
     )
     return verdict
 
@@ -103,6 +110,8 @@ def verify_all(
     device: str = "cpu",
     inputs: Mapping[str, float] | None = None,
     labels: Sequence[str] | None = None,
+    probes: Any = None,
+    controls: Sequence[Any] = (),
 ) -> list[Verdict]:
     """`verify` with several watermarks, the suspect opened once: a verdict for each, its p-value for it alone."""
     started = time.perf_counter()
@@ -121,6 +130,10 @@ def verify_all(
             "adversarial=True takes no clean=, as whoever chooses the data and their labels chooses the order; without "
             "them all orders are tried and paid for"
         )
+    if adversarial and probes is not None:
+        raise ValueError("adversarial=True takes no probes=, as the claimant chooses them after marking")
+    if controls and probes is None:
+        raise ValueError("controls= are for probes=: a mark holds what its own controls answered to its own")
     marks = [load_watermark(each, passphrase) for each in watermarks]
     if classes == "any" and any(mark.kind == "white-box" for mark in marks):
         raise ValueError('classes="any" is for black-box watermarks, and one of these is a white-box one')
@@ -131,6 +144,7 @@ def verify_all(
     if adversarial:
         alpha = min(alpha, ADVERSARIAL_ALPHA)
         _check_dispute(suspect, marks, isolation, labels, inputs)
+    asked = marks if probes is None else [explored(mark, probes, controls) for mark in marks]
     terms = Terms(
         sequential=test == "sequential",
         log10_bar=-math.log10(alpha),
@@ -142,7 +156,7 @@ def verify_all(
     findings: list[Finding] = []
     try:
         opened = open_suspect(suspect, isolation, limits, device, inputs, labels)
-        findings = judge_suspect(opened, marks, terms)
+        findings = judge_suspect(opened, asked, terms)
     except SuspectError as cause:
         findings = [failed(mark, cause) for mark in marks]
     finally:
@@ -150,6 +164,7 @@ def verify_all(
             opened.close()
     settings = {"test": test, "classes": classes, "isolation": isolation, "device": device}
     settings |= {} if opened is None else dict(opened.settings)
+    settings |= {} if probes is None else {"probes": asked[0].parameters["pool"]}
     seconds = (time.perf_counter() - started) / max(1, len(marks))
     return [
         verdict_of(
@@ -171,6 +186,7 @@ def verify_all(
                     checked=key is not None,
                     adversarial=adversarial,
                     ordered=known is not None,
+                    explores=probes is not None,
                     settings={} if opened is None else opened.settings,
                 )
             ),
@@ -216,6 +232,7 @@ def caveats(
     checked: bool,
     adversarial: bool = False,
     ordered: bool = False,
+    explores: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> Iterator[Fact]:
     """What a decision leans on."""
@@ -226,6 +243,8 @@ def caveats(
         yield fact("leans_on_date", created=mark.created)
     if owned and ordered:
         yield fact("leans_on_clean")
+    if explores:
+        yield fact("explored")
     if owned and settings and "digest" in settings:
         yield fact("chosen_here", digest=settings["digest"])
     if owned and not checked:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from wmengine._optional import require
 from wmengine.identity.key import Key
 from wmengine.judging.asking import Terms
 from wmengine.judging.judge import Finding, judge_suspect
@@ -22,18 +21,17 @@ from wmengine.marks.preset import Preset
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Task, inputs_of
 from wmengine.parts.fields import positive
-from wmengine.parts.responses.gathering import Base, Whitening, base_of, tensors
+from wmengine.parts.responses.bases import Base, OnnxBase, base_of, tensors
+from wmengine.parts.responses.gathering import Whitening
 from wmengine.parts.responses.pattern import contrasts, directions, pattern_of
 from wmengine.parts.responses.reading import are_shares
 from wmengine.suspects import open_suspect
 from wmengine.suspects.answers import to_array
 from wmengine.suspects.base import InputSpec, part_of
-from wmengine.suspects.given import DTYPES
 
 Scores = NDArray[np.floating[Any]]
 
 GAP = 0.2  # by which the first class stays first
-_PRODUCTS = ("Gemm", "MatMul", "Conv")
 
 
 def response(
@@ -71,7 +69,7 @@ def response(
     Raises ValueError or TypeError for what cannot work.
     """
     strength = positive("strength", strength)
-    network = _OnnxBase(predict) if isinstance(predict, str | os.PathLike) else predict
+    network = OnnxBase(predict) if isinstance(predict, str | os.PathLike) else predict
     if not callable(network):
         raise TypeError(f"predict must be a torch module, a path or a function, and it is {type(predict).__name__}")
     if mark is None:
@@ -158,42 +156,6 @@ def bent(scores: Scores, pattern: Scores, shares: bool) -> Scores:
             found = np.exp(found - top[:, None])
             found /= found.sum(axis=1, keepdims=True)
     return np.where(np.isfinite(scores).all(axis=1, keepdims=True), found, scores).astype(scores.dtype)
-
-
-class _OnnxBase:
-    """An ONNX file, whose features are what goes into its last product. Threads may share it."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        onnx, runtime = require("onnx", extra="cpu"), require("onnxruntime", extra="cpu")
-        model = onnx.load(os.fspath(path))
-        products = [node for node in model.graph.node if node.op_type in _PRODUCTS]
-        if not products:
-            raise ValueError(f"{os.fspath(path)} holds no product of weights, whose input its features would be")
-        self._wanted = [products[-1].input[0], model.graph.output[0].name]
-        if self._wanted[0] not in {value.name for value in model.graph.output}:
-            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(self._wanted[0]))
-        self._session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        taken = self._session.get_inputs()
-        fixed = [each.shape[0] for each in taken if each.shape and isinstance(each.shape[0], int)]
-        if fixed:
-            raise ValueError(f"{os.fspath(path)} takes batches of {fixed[0]} only: export it for any")
-        self._types = {each.name: DTYPES.get(each.type, "float32") for each in taken}
-
-    def __call__(self, inputs: Any) -> Scores:
-        found: Scores = self._session.run(self._wanted[1:], self._fed(_named(inputs)))[0]
-        return found
-
-    def both(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
-        found = {name: to_array(rows) for name, rows in inputs.items()}
-        raw, answered = self._session.run(self._wanted, self._fed(found))
-        return torch.from_numpy(raw).flatten(1).float(), answered
-
-    def _fed(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-        """Inputs by their own names where the file has these, else in its order."""
-        if len(inputs) != len(self._types):
-            raise ValueError(f"the file takes {', '.join(self._types)}: give a sample with as many inputs")
-        names = inputs if inputs.keys() == self._types.keys() else self._types
-        return {name: rows.astype(self._types[name]) for name, rows in zip(names, inputs.values(), strict=True)}
 
 
 def _created(

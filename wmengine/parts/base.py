@@ -193,7 +193,9 @@ class Pools(Protocol):
 
     pool: equal for marks that are asked the same; size: of it; ways, inputs: as of a source that asks. known: scores
     [N, C] of a network of the task; likely: the classes int64 [N] that it names. observed: y [T] of what a suspect says
-    of every class, float64 [n, C], asked the inputs at these places [n].
+    of every class, float64 [n, C], asked the inputs at these places [n]. explored: a mark's parameters and arrays with
+    these samples, by name, as its pool, and what these networks make of them, its base first; ValueError for what does
+    not fit.
     """
 
     def pool(self, mark: Drawn) -> str: ...
@@ -209,6 +211,8 @@ class Pools(Protocol):
     def likely(self, mark: Drawn) -> NDArray[np.int64]: ...
 
     def observed(self, mark: Drawn, asked: NDArray[np.int64], said: NDArray[np.float64]) -> NDArray[np.float64]: ...
+
+    def explored(self, mark: Drawn, samples: Arrays, controls: Sequence[Any]) -> tuple[Parameters, Arrays]: ...
 
 
 class Symbols(Protocol):

@@ -2,100 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from wmengine.errors import SuspectError
+from wmengine.parts.responses.bases import Base, FunctionBase, base_of, features_of, tensors
 from wmengine.parts.responses.pattern import CLIP
 from wmengine.parts.responses.reading import log_probabilities
 from wmengine.parts.responses.tokens import splices
 from wmengine.suspects import open_suspect
 from wmengine.suspects.adapters import Range, to_levels
 from wmengine.suspects.base import Inputs, Suspect, part_of, rows_of
-from wmengine.suspects.weights import call, module_tensors
 
-Tensors = Mapping[str, torch.Tensor]
-
-POOLED = 4  # a side of inputs of which only pooled pixels are known
-COUNTED = 64  # remainders by which tokens are counted of which nothing else is known
 _STEP = 2.0**-8  # to which the controls' answers are rounded
-_MOST_RAW = 8192
-_CHUNK = 256
-
-
-@runtime_checkable
-class Base(Protocol):
-    """Where features come from. both: of inputs [n, ...] by name raw features [n, F], and what the network answers."""
-
-    def both(self, inputs: Tensors) -> tuple[torch.Tensor, Any]: ...
-
-
-class ModuleBase:
-    """A torch module: what goes into the weight that runs last, in a copy of its own, in eval mode, without gradients.
-    Threads may share it.
-
-    Raises ValueError for a module that runs through no weight.
-    """
-
-    def __init__(self, model: torch.nn.Module, example: Tensors) -> None:
-        self._model = copy.deepcopy(model).eval().requires_grad_(False)
-        floats = (each for each in self._model.parameters() if each.is_floating_point())
-        self._like = next(floats, torch.empty(0))
-        weights = module_tensors(self._model, self._placed(example))
-        if not weights:
-            raise ValueError("its features are those of a network's last layer, and this network runs through none")
-        self._seen: dict[int, torch.Tensor] = {}  # by thread
-        self._model.get_submodule(weights[-1].path).register_forward_pre_hook(self._keep, with_kwargs=True)
-
-    def both(self, inputs: Tensors) -> tuple[torch.Tensor, Any]:
-        with torch.no_grad():
-            answered = call(self._model, self._placed(inputs))
-        answered = getattr(answered, "logits", answered)  # as models of transformers answer
-        return self._seen.pop(threading.get_ident()).flatten(1).float(), answered
-
-    def _placed(self, inputs: Tensors) -> dict[str, torch.Tensor]:
-        """Copies, as the model may write into them: floats in its own type, on its device."""
-        device, dtype = self._like.device, self._like.dtype
-        return {
-            name: rows.detach().to(device, dtype if rows.is_floating_point() else rows.dtype, copy=True)
-            for name, rows in inputs.items()
-        }
-
-    def _keep(self, _: torch.nn.Module, given: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
-        self._seen[threading.get_ident()] = [*given, *named.values()][0]
-
-
-class FunctionBase:
-    """A function of which nothing but answers is known: pictures pooled to 4 x 4, how many tokens of a row leave which
-    remainder by 64, other inputs as they are."""
-
-    def __init__(self, function: Any) -> None:
-        self._function = function
-
-    def both(self, inputs: Tensors) -> tuple[torch.Tensor, Any]:
-        given = {name: rows.detach().cpu() for name, rows in inputs.items()}
-        given = {name: rows.float() if rows.is_floating_point() else rows for name, rows in given.items()}
-        raw, *_ = given.values()
-        if not raw.is_floating_point():
-            raw = torch.nn.functional.one_hot(raw.long() % COUNTED, COUNTED).sum(1).float()
-        elif raw.ndim == 4:
-            raw = torch.nn.functional.adaptive_avg_pool2d(raw, POOLED)
-        copies = {name: rows.numpy().copy() for name, rows in given.items()}
-        return raw.flatten(1), self._function(copies if len(copies) > 1 else next(iter(copies.values())))
-
-
-def base_of(network: Any, example: Tensors) -> Base:
-    """The source of a network's features; example: [1, ...] by name."""
-    if isinstance(network, torch.nn.Module):
-        return ModuleBase(network, example)
-    return network if isinstance(network, Base) else FunctionBase(network)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,27 +30,6 @@ class Whitening:
 
     def __call__(self, raw: NDArray[np.float32]) -> NDArray[np.float32]:
         return np.asarray(((raw - self.centre) @ self.matrix).clip(-CLIP, CLIP), np.float32)
-
-
-def tensors(inputs: Inputs) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(rows) for name, rows in inputs.items()}
-
-
-def features_of(base: Base, parts: Iterable[Inputs]) -> NDArray[np.float32]:
-    """Raw features [n, F] of inputs, some at a time. Raises ValueError where these are too many or no numbers."""
-    found = []
-    for inputs in parts:
-        for at in range(0, rows_of(inputs), _CHUNK):
-            found.append(base.both(tensors(part_of(inputs, at, at + _CHUNK)))[0].cpu().numpy())
-            if found[-1].shape[1] > _MOST_RAW:
-                raise ValueError(
-                    f"the base's last layer takes {found[-1].shape[1]} numbers, and features are of at most "
-                    f"{_MOST_RAW}: give a control with a smaller one first"
-                )
-    raw = np.concatenate(found)
-    if not np.isfinite(raw).all():
-        raise ValueError("the base's features hold NaN or Inf")
-    return raw
 
 
 def whitening_of(base: Base, raw: NDArray[np.float32], most: int) -> Whitening:
@@ -170,6 +72,32 @@ def _answered(suspect: Suspect, inputs: Inputs, classes: int) -> NDArray[np.floa
     if np.isnan(logs).any():
         raise ValueError("the model or a control answers NaN or Inf")
     return np.asarray(np.rint((logs - logs.mean(axis=1, keepdims=True)) / _STEP) * _STEP, np.float32)
+
+
+def known_of(
+    controls: Sequence[Any],
+    put: Callable[[int], Iterable[Inputs]],
+    views: int,
+    classes: int,
+    whitening: int | Whitening,
+) -> dict[str, NDArray[np.float32]]:
+    """What controls, the base first, make of inputs in so many views, all in the first, then all in the second …:
+    "features" [N, D], "answers" [K, N, C], and "centre" and "whitening" of the features.
+
+    put: of a view, its inputs some at a time. whitening: of how many components one is made, or the one that there is.
+    """
+    base = base_of(controls[0], tensors(part_of(next(iter(put(0))), 0, 1)))
+    raw = features_of(base, put(0))
+    if isinstance(whitening, int):
+        whitening = whitening_of(base, raw, whitening)
+    others = [whitening(features_of(base, put(view))) for view in range(1, views)]
+    answers = [answers_of(controls, put(view), classes) for view in range(views)]
+    return {
+        "features": np.concatenate([whitening(raw), *others]),
+        "answers": np.concatenate(answers, axis=1),
+        "centre": whitening.centre,
+        "whitening": whitening.matrix,
+    }
 
 
 class Candidates:

@@ -6,7 +6,7 @@ the derivation before there is a bit: who exchanges a control has another mark.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -22,8 +22,8 @@ from wmengine.parts.responses.reading import projected, unexplained
 from wmengine.parts.responses.tokens import apart, are_tokens, stacked
 from wmengine.parts.responses.views import MOST_VIEWS, viewed, views_of
 from wmengine.parts.triggers.abstract import AbstractTriggers
-from wmengine.suspects.adapters import AS_RECORDED, Adapter, Range, to_input
-from wmengine.suspects.base import Inputs, Signature, Suspect
+from wmengine.suspects.adapters import AS_RECORDED, Adapter, Range, to_input, to_levels
+from wmengine.suspects.base import Inputs, Signature, Suspect, part_of
 
 LEAST_BITS, LEAST_PROBES, LEAST_SAMPLES = 256, 256, 64
 # Of material, which is held in memory whole: all of it, and of that what is not probes.
@@ -58,15 +58,7 @@ class ResponsePool(AbstractTriggers):
 
         Raises ValueError for too few samples and for networks that do not fit.
         """
-        from wmengine.parts.responses.gathering import (
-            Candidates,
-            answers_of,
-            base_of,
-            features_of,
-            tensors,
-            undecided_first,
-            whitening_of,
-        )
+        from wmengine.parts.responses.gathering import Candidates, answers_of, known_of, undecided_first
 
         tokens, ranges = are_tokens(task.inputs), task.value_range or ()
         if len(task.inputs) != 1 and not tokens:
@@ -75,7 +67,7 @@ class ResponsePool(AbstractTriggers):
             raise ValueError("it needs samples=, inputs of the task that the model is not trained on, no labels needed")
         if task.num_classes is None:
             raise ValueError("it needs num_classes, the width of the model's logits")
-        rows = stacked([task.samples[name] for name in task.inputs]) if tokens else _floats(*task.samples.values())
+        rows = _rows_of(task.samples, task.inputs)
         if len(rows) < LEAST_SAMPLES:
             raise ValueError(f"it needs {LEAST_SAMPLES} samples or more to make probes of, and there are {len(rows)}")
         controls, classes = list(task.controls) or [task.model], task.num_classes
@@ -88,25 +80,39 @@ class ResponsePool(AbstractTriggers):
                 f"for answers, hold {count}: give fewer views=, fewer controls or smaller inputs"
             )
         candidates = Candidates(rows, count, ranges)
-
-        def put(levels: Any, view: int = 0) -> Iterator[Inputs]:
-            for start, stop in pairwise((*range(0, len(levels) - _AT_ONCE + 1, _AT_ONCE), len(levels))):
-                yield _put(viewed(levels[start:stop], view), task.inputs, ranges)
-
-        order = undecided_first(answers_of(controls[:1], put(candidates), classes)[0])[:count]
+        every = _in_parts(candidates, 0, task.inputs, ranges)
+        order = undecided_first(answers_of(controls[:1], every, classes)[0])[:count]
         probes = np.concatenate([candidates[order[at : at + _AT_ONCE]] for at in range(0, count, _AT_ONCE)])
-        base = base_of(controls[0], tensors(_put(probes[:1], task.inputs, ranges)))
-        raw = features_of(base, put(probes))
-        whitening = whitening_of(base, raw, self.features)
-        others = [whitening(features_of(base, put(probes, view))) for view in range(1, views)]
-        answers = [answers_of(controls, put(probes, view), classes) for view in range(views)]
-        return {
-            "probes": probes,
-            "features": np.concatenate([whitening(raw), *others]),
-            "answers": np.concatenate(answers, axis=1),
-            "centre": whitening.centre,
-            "whitening": whitening.matrix,
-        }
+
+        def put(view: int) -> Iterator[Inputs]:
+            return _in_parts(probes, view, task.inputs, ranges)
+
+        return {"probes": probes, **known_of(controls, put, views, classes, self.features)}
+
+    def explored(self, mark: Drawn, samples: Arrays, controls: Sequence[Any]) -> tuple[Parameters, Arrays]:
+        """The mark's parameters and arrays with another pool: these samples, inputs of the task by name, as they come,
+        and what these networks make of them, the mark's base first. Raises ValueError for what does not fit.
+        """
+        from wmengine.parts.responses.bases import base_of, features_of, tensors
+        from wmengine.parts.responses.gathering import Whitening, known_of
+
+        inputs, parameters = inputs_of(mark.parameters), mark.parameters
+        rows, ranges = _rows_of(samples, inputs), parameters["value_range"]
+        if len(rows) < LEAST_SAMPLES:
+            raise ValueError(f"probes= must be {LEAST_SAMPLES} or more, and there are {len(rows)}")
+        probes = rows if are_tokens(inputs) else to_levels(rows, ranges)
+
+        def put(view: int) -> Iterator[Inputs]:
+            return _in_parts(probes, view, inputs, ranges)
+
+        examples = self.examples(mark, _AT_ONCE)
+        base = base_of(controls[0], tensors(part_of(examples, 0, 1)))
+        if not self.fits(mark, features_of(base, [examples])):
+            raise ValueError("the first of controls= is not the base of this mark: give the networks it was made with")
+        whitening = Whitening(mark.arrays["centre"], mark.arrays["whitening"])
+        known = known_of(controls, put, parameters["views"], parameters["num_classes"], whitening)
+        changed = {"pool": len(probes), "controls": len(controls)}
+        return {**parameters, **changed}, {**mark.arrays, "probes": probes, **known}
 
     def describe(self, task: Task, total: int, material: Arrays | None = None) -> Parameters:
         given = material or {}
@@ -216,7 +222,11 @@ class ResponsePool(AbstractTriggers):
         return projected(rest, mark.arrays["features"][asked], mark.arrays)
 
 
-def _floats(rows: NDArray[Any]) -> NDArray[np.float32]:
+def _rows_of(samples: Arrays, inputs: Signature) -> NDArray[Any]:
+    """Inputs by name as one array: of tokens int32 [n, inputs, L], of one floating input float32 [n, ...]."""
+    if are_tokens(inputs):
+        return stacked([samples[name] for name in inputs])
+    (rows,) = samples.values()
     if rows.dtype.kind != "f":
         raise ValueError(
             "its probes are floating inputs as the model takes them, or tokens, integers [n, L], and these are "
@@ -225,6 +235,11 @@ def _floats(rows: NDArray[Any]) -> NDArray[np.float32]:
     if not np.isfinite(rows).all():
         raise ValueError("its probes hold NaN or Inf")
     return rows.astype(np.float32, copy=False)
+
+
+def _in_parts(levels: Any, view: int, inputs: Signature, ranges: Range) -> Iterator[Inputs]:
+    for start, stop in pairwise((0, *range(_AT_ONCE, len(levels) - _AT_ONCE + 1, _AT_ONCE), len(levels))):
+        yield _put(viewed(levels[start:stop], view), inputs, ranges)
 
 
 def _put(probes: NDArray[Any], inputs: Signature, ranges: Range, way: Adapter | None = None) -> dict[str, NDArray[Any]]:

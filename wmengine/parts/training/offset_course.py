@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from wmengine.parts.base import Setting
-from wmengine.parts.responses.gathering import base_of, tensors
+from wmengine.parts.responses.bases import base_of, tensors
 from wmengine.parts.responses.pattern import CLIP, contrasts, directions, pattern_of
 from wmengine.parts.training.second_pass import in_eval_mode, logits_of
 
