@@ -269,3 +269,10 @@ def test_a_network_that_reads_is_proven_as_a_module_a_function_and_a_file(marked
         assert verify(stranger, mark, key=KEY).log10_p > -3
     (rows, y) = sentences(500, 9)
     assert (model(**rows).argmax(1) == y).float().mean() > (known[0](**rows).argmax(1) == y).float().mean() - 0.05
+
+
+def test_tokens_that_the_model_s_own_type_cannot_hold_are_refused():
+    ids = torch.randint(0, 400, (300, 12), generator=torch.Generator().manual_seed(0))
+    network = nn.Sequential(nn.Flatten(), nn.LazyLinear(CLASSES))
+    with pytest.raises(ValueError, match="put as uint8 to 'input', which some tokens of samples exceed"):
+        service(network, ids, sample=ids[:4].clamp(max=255).to(torch.uint8))

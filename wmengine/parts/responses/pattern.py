@@ -16,6 +16,7 @@ from wmengine.identity.subkeys import keyed_bits
 
 CLIP = 3.0  # of a feature, whose standard deviation is 1
 _COINS = 16  # of which a normal number is made: their number of ones, 8 ± 2
+_AT_ONCE = 2048  # inputs, of which each bit takes a number
 
 Floats = NDArray[np.float64]
 
@@ -42,5 +43,7 @@ def contrasts(drawn: NDArray[np.uint8]) -> Floats:
 
 def pattern_of(features: NDArray[Any], arrays: Any, bits: NDArray[np.uint8]) -> Floats:
     """[N, C] of features [N, D]: Σ_t ±tanh(g_t · u) v_t, plus where the bit is 1."""
-    bent = np.tanh(features.astype(np.float64) @ directions(arrays["directions"]).T)
-    return np.asarray(bent @ (np.where(bits, 1.0, -1.0)[:, None] * contrasts(arrays["contrasts"])))
+    g = directions(arrays["directions"]).T
+    signed = np.where(bits, 1.0, -1.0)[:, None] * contrasts(arrays["contrasts"])
+    parts = (features[at : at + _AT_ONCE].astype(np.float64) for at in range(0, max(len(features), 1), _AT_ONCE))
+    return np.concatenate([np.tanh(part @ g) @ signed for part in parts])

@@ -225,7 +225,11 @@ class ResponsePool(AbstractTriggers):
 def _rows_of(samples: Arrays, inputs: Signature) -> NDArray[Any]:
     """Inputs by name as one array: of tokens int32 [n, inputs, L], of one floating input float32 [n, ...]."""
     if are_tokens(inputs):
-        return stacked([samples[name] for name in inputs])
+        found = stacked([samples[name] for name in inputs])
+        for place, (name, spec) in enumerate(inputs.items()):
+            if (found[:, place] != found[:, place].astype(spec.dtype)).any():
+                raise ValueError(f"its probes are put as {spec.dtype} to {name!r}, which some tokens of samples exceed")
+        return found
     (rows,) = samples.values()
     if rows.dtype.kind != "f":
         raise ValueError(
