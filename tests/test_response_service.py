@@ -134,7 +134,7 @@ class _Answering(torch.nn.Module):
         (lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1)), {"num_classes": 2}, "one logit"),
         (network, {"probes": np.full_like(PROBES, np.nan)}, "its probes hold NaN or Inf"),
         (network, {"probes": (PROBES * 255).astype(np.uint8)}, "its probes are floating inputs"),
-        (network, {"value_range": (5, 6)}, "the same for all probes: is value_range="),
+        (network, {"value_range": (5, 6)}, "100% of its probes' values lie outside value_range="),
     ],
 )
 def test_what_cannot_serve_is_said(predict, options, words):

@@ -84,8 +84,9 @@ SENTENCES: dict[str, str] = {
     "marking: other settings would have been other tries, unless these were fixed beforehand",
     "leans_on_clean": "the order of the classes rests on the clean data, chosen by the claimant after marking: trying "
     "several sets of them would be several tries",
-    "explored": "probes and controls were chosen by the claimant after marking: whoever knows the bits can choose them "
-    "to fit any suspect, so that this explores and convinces nobody else",
+    "explored": "{probes} probes, and {controls} networks whose answers were taken out of the suspect's, were chosen "
+    "by the claimant after marking: whoever knows the bits can choose them to fit any suspect, so that this explores "
+    "and convinces nobody else",
     "not_derived": "the watermark was not derived from its key again: its symbols could have been written to fit the "
     "suspect",
     "rank_only": "the null of this scheme is {null}: a p-value that only ranks is never proof",

@@ -18,6 +18,7 @@ from wmengine.errors import SuspectError, SuspectGone
 from wmengine.facts import Fact, fact
 from wmengine.judging.answering import answers_of, named_by
 from wmengine.judging.asking import ASKED_AGAIN, NO_ROOM, Terms
+from wmengine.judging.exploring import Explored
 from wmengine.judging.looks import looks_of_bits
 from wmengine.judging.orders import best_order, names_given, reorder
 from wmengine.marks.watermark import Watermark
@@ -65,7 +66,10 @@ class PoolTrial:
         if room < size:
             self._note(fact("room", asked=room, total=size))
         count = int(self._mark.parameters["controls"])
-        self._note(fact("base_alone") if count == 1 else fact("controls", count=count))
+        if isinstance(self._mark, Explored):
+            self._note(fact("explored", probes=int(self._mark.parameters["pool"]), controls=count))
+        else:
+            self._note(fact("base_alone") if count == 1 else fact("controls", count=count))
         least = min(TRIED, room)
         stops = [max(least, round(room * share)) for share in LOOKS] if self._terms.sequential else [room]
         way, answers = self._choose(least)

@@ -15,9 +15,10 @@ from typing import Any
 
 from wmengine.errors import SuspectError
 from wmengine.facts import Fact, fact
+from wmengine.identity.canonical import canonical_digest
 from wmengine.identity.key import Key
 from wmengine.judging.asking import TESTS, Terms
-from wmengine.judging.exploring import explored
+from wmengine.judging.exploring import Explored, explored
 from wmengine.judging.judge import Finding, failed, judge_suspect
 from wmengine.judging.orders import CLASSES, check_clean, names_given
 from wmengine.judging.verdict import ADVERSARIAL_ALPHA, PROVING, Verdict, decide, verdict_of
@@ -132,7 +133,7 @@ def verify_all(
         )
     if adversarial and probes is not None:
         raise ValueError("adversarial=True takes no probes=, as the claimant chooses them after marking")
-    if controls and probes is None:
+    if probes is None and len(controls):
         raise ValueError("controls= are for probes=: a mark holds what its own controls answered to its own")
     marks = [load_watermark(each, passphrase) for each in watermarks]
     if classes == "any" and any(mark.kind == "white-box" for mark in marks):
@@ -144,7 +145,7 @@ def verify_all(
     if adversarial:
         alpha = min(alpha, ADVERSARIAL_ALPHA)
         _check_dispute(suspect, marks, isolation, labels, inputs)
-    asked = marks if probes is None else [explored(mark, probes, controls) for mark in marks]
+    asked = marks if probes is None else explored(marks, probes, controls)
     terms = Terms(
         sequential=test == "sequential",
         log10_bar=-math.log10(alpha),
@@ -164,7 +165,8 @@ def verify_all(
             opened.close()
     settings = {"test": test, "classes": classes, "isolation": isolation, "device": device}
     settings |= {} if opened is None else dict(opened.settings)
-    settings |= {} if probes is None else {"probes": asked[0].parameters["pool"]}
+    if probes is not None:
+        settings["probes"] = canonical_digest([each.parameters["material"] for each in asked])
     seconds = (time.perf_counter() - started) / max(1, len(marks))
     return [
         verdict_of(
@@ -186,7 +188,6 @@ def verify_all(
                     checked=key is not None,
                     adversarial=adversarial,
                     ordered=known is not None,
-                    explores=probes is not None,
                     settings={} if opened is None else opened.settings,
                 )
             ),
@@ -205,7 +206,7 @@ def load_watermark(watermark: Watermark | str | os.PathLike[str], passphrase: st
     """A Watermark, or the one in a file. Raises WatermarkError, TypeError."""
     if isinstance(watermark, str | os.PathLike):
         return Watermark.load(watermark, passphrase)
-    if not isinstance(watermark, Watermark):
+    if not isinstance(watermark, Watermark) or isinstance(watermark, Explored):
         raise TypeError(f"watermark must be a Watermark or a path, and it is {type(watermark).__name__}")
     return watermark
 
@@ -232,7 +233,6 @@ def caveats(
     checked: bool,
     adversarial: bool = False,
     ordered: bool = False,
-    explores: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> Iterator[Fact]:
     """What a decision leans on."""
@@ -243,8 +243,6 @@ def caveats(
         yield fact("leans_on_date", created=mark.created)
     if owned and ordered:
         yield fact("leans_on_clean")
-    if explores:
-        yield fact("explored")
     if owned and settings and "digest" in settings:
         yield fact("chosen_here", digest=settings["digest"])
     if owned and not checked:

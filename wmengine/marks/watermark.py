@@ -27,6 +27,7 @@ from wmengine.identity.canonical import canonical_digest, canonical_json, check_
 from wmengine.identity.key import Key
 from wmengine.identity.sealing import FORMAT, is_sealed, read_file, seal, unseal, write_file
 from wmengine.identity.subkeys import Subkeys
+from wmengine.marks import pools
 from wmengine.marks.catalogue import find
 from wmengine.marks.preset import Preset, array_digest
 
@@ -38,7 +39,6 @@ _REQUIRED = {
 }
 _OPTIONAL = {"baseline", "message", "names"}
 _MAXIMUM_NAME = 1000  # characters
-_MOST_INSIDE = 64 << 20  # bytes of material that a .wm file holds itself
 _BASELINE = {"matched": int, "total": int, "log10_p": str}
 # The arrays of marks that were read: what those of all customers of a model share is in memory once.
 _held: WeakValueDictionary[tuple[str, str, tuple[int, ...]], NDArray[Any]] = WeakValueDictionary()
@@ -254,10 +254,10 @@ class Watermark:
             )
 
     def save(self, path: str | os.PathLike[str], passphrase: str | None = None, *, overwrite: bool = False) -> None:
-        """Writes a `.wm` file with mode 0600, sealed when a passphrase is given. Material of more than 64 MiB goes into
-        a file beside it, `<name>.pool`, in the same way.
+        """Writes a `.wm` file with mode 0600, sealed when a passphrase is given. Material of more than 72 MiB goes into
+        a `.pool` file beside it, in the same way.
 
-        Raises WatermarkError where one of the files exists, unless it is to be overwritten.
+        Raises WatermarkError where the `.wm` exists, unless it is to be overwritten.
         """
         content: dict[str, Any] = {
             "arrays": self._digests,
@@ -276,32 +276,42 @@ class Watermark:
             if (value := getattr(self, name)) is not None:
                 content[name] = list(value) if name == "names" else value
         document = canonical_json({**content, "digest": canonical_digest(content)}).decode("ascii")
-        material = {name: self.arrays[name] for name in self.parameters.get("material", {})}
-        beside = material if sum(array.nbytes for array in material.values()) > _MOST_INSIDE else {}
-        inside = {name: array for name, array in self.arrays.items() if name not in beside}
-        files = {path: serialize(inside, metadata={"wmengine": document})}
-        if beside:
-            if not overwrite and os.path.lexists(path):  # before there is a pool without its mark
+        digests = self.parameters.get("material", {})
+        material = {name: self.arrays[name] for name in digests}
+        large = sum(array.nbytes for array in material.values()) > pools.MOST_INSIDE
+        if large:
+            if not overwrite and os.path.lexists(path):  # before its pool is written
                 raise WatermarkError(f"{os.fspath(path)} exists already and is not overwritten; choose another name")
-            files = {_pool_of(path): serialize(beside), **files}
-        for file, data in files.items():
-            sealed = data if passphrase is None else seal(data, passphrase)
-            write_file(file, sealed, WatermarkError, overwrite=overwrite)
+            pools.write_pool(path, material, digests, "" if passphrase is None else self.salt)
+        inside = {name: array for name, array in self.arrays.items() if not (large and name in digests)}
+        data = serialize(inside, metadata={"wmengine": document})
+        write_file(path, data if passphrase is None else seal(data, passphrase), WatermarkError, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], passphrase: str | None = None) -> Watermark:
         """Reads a `.wm` file, and the `.pool` file beside it where it has one. Raises WatermarkError: missing, readable
         by others, damaged, wrong passphrase, of another version."""
         name = os.fspath(path)
-        data = _opened(path, "watermark file", passphrase)
+        data, sealed = read_file(path, "watermark file", WatermarkError, private=True), False
+        if is_sealed(data):
+            if passphrase is None:
+                raise WatermarkError(f"{name} is sealed; give its passphrase")
+            try:
+                data, sealed = unseal(data, passphrase), True
+            except ValueError as cause:
+                raise WatermarkError(f"{name} {cause}") from None
         document = _document(name, data)
+
+        def pool(material: Mapping[str, str]) -> bytes:
+            return pools.read_pool(path, material, document["salt"] if sealed else "")
+
         try:
             mark = cls(
                 scheme=document["scheme"],
                 version=document["version"],
                 owner=document["owner"],
                 parameters=document["parameters"],
-                arrays=_read_arrays(data, document, lambda: _read_pool(path, passphrase)),
+                arrays=_read_arrays(data, document, pool),
                 salt=document["salt"],
                 created=document["created"],
                 record=document["record"],
@@ -309,6 +319,8 @@ class Watermark:
                 baseline=document.get("baseline"),
                 names=document.get("names"),
             )
+        except pools.PoolError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError, SafetensorError, RecursionError) as cause:
             what = f"it lacks {cause}" if isinstance(cause, KeyError) else cause
             raise WatermarkError(f"{name} cannot be used ({what}); take it from a backup or make it again") from None
@@ -389,42 +401,16 @@ def _metadata(data: bytes) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _opened(path: str | os.PathLike[str], what: str, passphrase: str | None) -> bytes:
-    """The bytes of a file of ours, unsealed."""
-    name, data = os.fspath(path), read_file(path, what, WatermarkError, private=True)
-    if not is_sealed(data):
-        return data
-    if passphrase is None:
-        raise WatermarkError(f"{name} is sealed; give its passphrase")
-    try:
-        return unseal(data, passphrase)
-    except ValueError as cause:
-        raise WatermarkError(f"{name} {cause}") from None
-
-
-def _read_pool(path: str | os.PathLike[str], passphrase: str | None) -> bytes:
-    pool = _pool_of(path)
-    if not os.path.lexists(pool):
-        raise WatermarkError(
-            f"{os.fspath(path)} needs {pool} beside it, which holds what it asks; put it back, or take both from a "
-            "backup"
-        )
-    return _opened(pool, "watermark's pool", passphrase)
-
-
-def _pool_of(path: str | os.PathLike[str]) -> str:
-    """Where material lies that is too large for a `.wm` file."""
-    return f"{os.fspath(path).removesuffix('.wm')}.pool"
-
-
-def _read_arrays(data: bytes, document: dict[str, Any], pool: Callable[[], bytes]) -> dict[str, NDArray[Any]]:
+def _read_arrays(
+    data: bytes, document: dict[str, Any], pool: Callable[[Mapping[str, str]], bytes]
+) -> dict[str, NDArray[Any]]:
     preset, parameters = find(document["scheme"], document["version"]), document["parameters"]
     preset.check(parameters)
     layout = preset.layout(parameters)
     stored = dict(deserialize(data))  # type: ignore[no-untyped-call]
-    material = set(parameters.get("material", ()))
-    if material and set(layout) - set(stored) == material:
-        stored |= dict(deserialize(pool()))  # type: ignore[no-untyped-call]
+    material = parameters.get("material", {})
+    if material and set(layout) - set(stored) == set(material):
+        stored |= dict(deserialize(pool(material)))  # type: ignore[no-untyped-call]
     if set(stored) != set(layout) or not isinstance(document["arrays"], dict) or set(document["arrays"]) != set(layout):
         raise ValueError(f"its arrays must be {', '.join(layout)}")
     arrays = {}

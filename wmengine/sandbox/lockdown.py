@@ -21,7 +21,6 @@ from dataclasses import dataclass
 MECHANISMS = ("limits", "landlock", "seccomp")
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP = 1, 4, 38, 22
-_SECCOMP_SET_MODE_FILTER = 1
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 444, 446
 _LANDLOCK_VERSION = 1  # the flag that asks for the ABI's version
 

@@ -59,11 +59,11 @@ class Adapter(NamedTuple):
         if self.scaling == "as recorded":
             return self._laid_out(values)
         one = [1] * (values.ndim - 2)
-        low, high = (ends.reshape(1, -1, *one) for ends in _ends(value_range))
+        low, high = (ends.reshape(1, -1, *one) for ends in ends_of(value_range))
         fraction = (values.astype(np.float64) - low) / np.where(high == low, 1.0, high - low)
         if self.scaling == "bytes":
             return self._laid_out(np.rint(fraction * 255.0).clip(0.0, 255.0))
-        low, high = (ends.reshape(1, -1, *one) for ends in _ends(_SCALINGS[self.scaling](value_range)))
+        low, high = (ends.reshape(1, -1, *one) for ends in ends_of(_SCALINGS[self.scaling](value_range)))
         return self._laid_out((low + fraction * (high - low)).astype(np.float32))
 
     def _laid_out(self, values: NDArray[Any]) -> NDArray[np.generic]:
@@ -110,7 +110,7 @@ def to_input(triggers: NDArray[np.uint8], value_range: Sequence[Sequence[str | f
 
 def to_levels(values: NDArray[Any], value_range: Range) -> NDArray[np.uint8]:
     """What :func:`to_input` undoes: values [N, C, ...] as 0 … 255 between lo and hi of their channel, the nearest."""
-    low, high = (ends.reshape(1, -1, *[1] * (values.ndim - 2)) for ends in _ends(value_range))
+    low, high = (ends.reshape(1, -1, *[1] * (values.ndim - 2)) for ends in ends_of(value_range))
     fraction = (values.astype(np.float64) - low) / np.where(high == low, 1.0, high - low)
     return np.asarray(np.rint(255.0 * fraction).clip(0.0, 255.0), dtype=np.uint8)
 
@@ -146,7 +146,7 @@ def adapters(
     return [Adapter(layout, scaling, dtype, share) for (layout, scaling), share in zip(ways, shares, strict=True)]
 
 
-def _ends(value_range: Range) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def ends_of(value_range: Range) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The low and the high end of each channel; a mark's parameters write them with float.hex."""
     ends = [[float.fromhex(end) if isinstance(end, str) else float(end) for end in pair] for pair in value_range]
     return np.array([low for low, _ in ends]), np.array([high for _, high in ends])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -91,10 +92,9 @@ def known_of(
     if isinstance(whitening, int):
         whitening = whitening_of(base, raw, whitening)
     others = [whitening(features_of(base, put(view))) for view in range(1, views)]
-    answers = [answers_of(controls, put(view), classes) for view in range(views)]
     return {
         "features": np.concatenate([whitening(raw), *others]),
-        "answers": np.concatenate(answers, axis=1),
+        "answers": answers_of(controls, chain.from_iterable(map(put, range(views))), classes),
         "centre": whitening.centre,
         "whitening": whitening.matrix,
     }

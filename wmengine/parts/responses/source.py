@@ -22,12 +22,13 @@ from wmengine.parts.responses.reading import projected, unexplained
 from wmengine.parts.responses.tokens import apart, are_tokens, stacked
 from wmengine.parts.responses.views import MOST_VIEWS, viewed, views_of
 from wmengine.parts.triggers.abstract import AbstractTriggers
-from wmengine.suspects.adapters import AS_RECORDED, Adapter, Range, to_input, to_levels
+from wmengine.suspects.adapters import AS_RECORDED, Adapter, Range, ends_of, to_input, to_levels
 from wmengine.suspects.base import Inputs, Signature, Suspect, part_of
 
 LEAST_BITS, LEAST_PROBES, LEAST_SAMPLES = 256, 256, 64
 # Of material, which is held in memory whole: all of it, and of that what is not probes.
 _MOST_BYTES, _MOST_KNOWN = 720 << 20, 192 << 20
+_SAME = 0.1  # how far apart, on average, the same network's numbers may be on two machines
 _AT_ONCE = 256  # probes or more, as floats of them take eight times their room
 
 
@@ -67,13 +68,12 @@ class ResponsePool(AbstractTriggers):
             raise ValueError("it needs samples=, inputs of the task that the model is not trained on, no labels needed")
         if task.num_classes is None:
             raise ValueError("it needs num_classes, the width of the model's logits")
-        rows = _rows_of(task.samples, task.inputs)
+        rows = _rows_of(task.samples, task.inputs, ranges)
         if len(rows) < LEAST_SAMPLES:
             raise ValueError(f"it needs {LEAST_SAMPLES} samples or more to make probes of, and there are {len(rows)}")
         controls, classes = list(task.controls) or [task.model], task.num_classes
         views = 1 if tokens else views_of(rows.shape[1:], self.views)
-        size, known = rows[0].nbytes if tokens else rows[0].size, 4 * views * (len(controls) * classes + self.features)
-        count = min(self.probes, _MOST_BYTES // (size + known), _MOST_KNOWN // known)
+        count = min(self.probes, self._most(rows, views, len(controls), classes))
         if count < LEAST_PROBES:
             raise ValueError(
                 f"it needs {LEAST_PROBES} probes, of which its {_MOST_BYTES >> 20} MiB, {_MOST_KNOWN >> 20} of them "
@@ -94,25 +94,39 @@ class ResponsePool(AbstractTriggers):
         and what these networks make of them, the mark's base first. Raises ValueError for what does not fit.
         """
         from wmengine.parts.responses.bases import base_of, features_of, tensors
-        from wmengine.parts.responses.gathering import Whitening, known_of
+        from wmengine.parts.responses.gathering import Whitening, answers_of, known_of
 
         inputs, parameters = inputs_of(mark.parameters), mark.parameters
-        rows, ranges = _rows_of(samples, inputs), parameters["value_range"]
-        if len(rows) < LEAST_SAMPLES:
-            raise ValueError(f"probes= must be {LEAST_SAMPLES} or more, and there are {len(rows)}")
-        probes = rows if are_tokens(inputs) else to_levels(rows, ranges)
+        ranges, views, classes = (parameters[name] for name in ("value_range", "views", "num_classes"))
+        rows = _rows_of(samples, inputs, ranges)
+        most = self._most(rows, views, len(controls), classes)
+        if not LEAST_SAMPLES <= len(rows) <= most:
+            raise ValueError(f"probes= must be {LEAST_SAMPLES} to {most:,}, and there are {len(rows):,}")
+        probes = rows
+        if not are_tokens(inputs):
+            starts = range(0, len(rows), _AT_ONCE)
+            probes = np.concatenate([to_levels(rows[at : at + _AT_ONCE], ranges) for at in starts])
 
         def put(view: int) -> Iterator[Inputs]:
             return _in_parts(probes, view, inputs, ranges)
 
         examples = self.examples(mark, _AT_ONCE)
         base = base_of(controls[0], tensors(part_of(examples, 0, 1)))
-        if not self.fits(mark, features_of(base, [examples])):
-            raise ValueError("the first of controls= is not the base of this mark: give the networks it was made with")
+        said = answers_of(controls[:1], [examples], classes)[0]
+        same = np.abs(said - self.known(mark)[: len(said)]).mean() < _SAME
+        if not same or not self.fits(mark, features_of(base, [examples])):
+            name = parameters["name"]
+            raise ValueError(f"the first of controls= is not the base of {name}: give the networks it was made with")
         whitening = Whitening(mark.arrays["centre"], mark.arrays["whitening"])
-        known = known_of(controls, put, parameters["views"], parameters["num_classes"], whitening)
+        known = known_of(controls, put, views, classes, whitening)
         changed = {"pool": len(probes), "controls": len(controls)}
         return {**parameters, **changed}, {**mark.arrays, "probes": probes, **known}
+
+    def _most(self, rows: NDArray[Any], views: int, controls: int, classes: int) -> int:
+        """How many probes such as these rows there is room for."""
+        size = rows[0].nbytes if rows.dtype.kind == "i" else rows[0].size
+        known = 4 * views * (controls * classes + self.features)
+        return int(min(_MOST_BYTES // (size + known), _MOST_KNOWN // known, MAX_TRIGGERS))
 
     def describe(self, task: Task, total: int, material: Arrays | None = None) -> Parameters:
         given = material or {}
@@ -189,7 +203,7 @@ class ResponsePool(AbstractTriggers):
         if raw.shape[1:] != centre.shape:
             return False
         kept = mark.arrays["features"][: len(raw)]
-        return float(np.abs(((raw - centre) @ matrix).clip(-CLIP, CLIP) - kept).mean()) < 0.1
+        return float(np.abs(((raw - centre) @ matrix).clip(-CLIP, CLIP) - kept).mean()) < _SAME
 
     def pool(self, mark: Drawn) -> str:
         """64 hex digits: probes, in how many views, how they are put, how many classes are asked for, and whose answers
@@ -222,7 +236,7 @@ class ResponsePool(AbstractTriggers):
         return projected(rest, mark.arrays["features"][asked], mark.arrays)
 
 
-def _rows_of(samples: Arrays, inputs: Signature) -> NDArray[Any]:
+def _rows_of(samples: Arrays, inputs: Signature, ranges: Range) -> NDArray[Any]:
     """Inputs by name as one array: of tokens int32 [n, inputs, L], of one floating input float32 [n, ...]."""
     if are_tokens(inputs):
         found = stacked([samples[name] for name in inputs])
@@ -238,6 +252,13 @@ def _rows_of(samples: Arrays, inputs: Signature) -> NDArray[Any]:
         )
     if not np.isfinite(rows).all():
         raise ValueError("its probes hold NaN or Inf")
+    put = to_input(to_levels(rows[:_AT_ONCE], ranges), ranges)
+    low, high = ends_of(ranges)
+    beyond = np.abs(put - rows[:_AT_ONCE]) > (high - low).reshape(1, -1, *[1] * (rows.ndim - 2)) / 20
+    if beyond.mean() > 0.05:
+        raise ValueError(
+            f"{beyond.mean():.0%} of its probes' values lie outside value_range=: is it that of the inputs?"
+        )
     return rows.astype(np.float32, copy=False)
 
 
