@@ -4,6 +4,7 @@ probes over the model's own answers to them."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 import wmengine
 from benchmarks.harness import Aim, Case, Contender
 from benchmarks.robustness.cifar10 import resnet
+from wmengine.parts.responses.pattern import directions
+from wmengine.parts.responses.reading import told
 from wmengine.suspects import open_suspect
 
 CLASSES, BATCH, PROBES = 10, 128, 4096
@@ -121,6 +124,38 @@ def test_reading(compare: Callable[[Case], None], quick: bool) -> None:
             ours=lambda: wmengine.verify(model, mark),
             floor=Contender(ANSWERS, lambda: open_suspect(model).answer({"input": rows}, CLASSES)),
             peers=[Contender("the model asked one by one", one_by_one)],
+            seconds=10.0,
+        )
+    )
+
+
+def test_reading_of_answers(compare: Callable[[Case], None], quick: bool) -> None:
+    """What `verify` adds to a model's own answers: 10,000 probes in six views, three controls."""
+    count, random = (512 if quick else 60_000), np.random.default_rng(0)
+    preset = wmengine.scheme("response")
+    bits, features = preset.options["bits"], preset.options["features"]
+    arrays = {
+        "features": random.standard_normal((count, features)).clip(-3, 3).astype(np.float32),
+        "answers": random.standard_normal((3, count, CLASSES)).astype(np.float32),
+        "directions": random.integers(0, 17, (bits, features), np.uint8),
+        "contrasts": random.integers(0, 17, (bits, CLASSES), np.uint8),
+    }
+    mark: Any = SimpleNamespace(arrays=arrays)
+    every, said = np.arange(count), told(random.standard_normal((count, CLASSES)))
+    ways = directions(arrays["directions"]).T
+
+    def bent() -> None:
+        for start in range(0, count, 2048):
+            np.tanh(arrays["features"][start : start + 2048].astype(np.float64) @ ways)
+
+    compare(
+        Case(
+            operator="response",
+            what="reading of answers that are there",
+            size=f"{count:,} answers",
+            bytes_moved=0,
+            ours=lambda: preset.source.observed(mark, every, said),
+            floor=Contender("tanh of every probe along every direction", bent),
             seconds=10.0,
         )
     )

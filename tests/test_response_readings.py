@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from responding import KEY, bent_network, network, served
 
-from benchmarks.robustness.readings import READINGS, Reading, candidates, read, table
+from benchmarks.robustness import questions
+from benchmarks.robustness.readings import READ, READINGS, Reading, candidates, read, table
 from wmengine import verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,3 +61,14 @@ def test_the_table_has_a_row_for_each_reading_and_every_seed_in_it():
     assert (
         "| natural | 4,096 | 1 | base, student, student of another architecture | -1.0 / 0.0, -2.0 / 0.0 |" in lines[2]
     )
+
+
+def test_the_table_of_questions_has_a_row_for_each_network_and_every_seed_in_it():
+    rows = [
+        {"seed": seed, "network": "untouched", "pool": 6144, "decision": said, "queries": 768 * seed, "log10_p": -seed}
+        for seed, said in ((1, "owned"), (2, "not_proven"), (3, "owned"))
+    ]
+    lines = questions.table(rows).splitlines()
+    assert lines[2] == "| untouched | owned, not proven, owned | 768, 1,536, 2,304 | -1.0, -2.0, -3.0 |"
+    assert "| untouched | owned | 768, 2,304 |" in questions.table(rows[::2])
+    assert len(lines) == 2 + len(READ)

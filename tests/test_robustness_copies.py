@@ -12,10 +12,11 @@ import pytest
 import torch
 from tiny_task import UNTOUCHED, Counted, every, fill
 
-from benchmarks.robustness import cells, grid
+from benchmarks.robustness import cells, grid, questions
 from benchmarks.robustness.asking import answered, versions_of
 from benchmarks.robustness.grid import Line, Step
 from benchmarks.robustness.problems import CIFAR10, PROBLEMS
+from benchmarks.robustness.readings import READ
 from wmengine.attacks import Attack, catalogue
 from wmengine.attacks.page import PAGE
 from wmengine.demo import Data
@@ -157,3 +158,6 @@ def test_every_line_of_response_is_measured_end_to_end(
     found = cells.read(tmp_path, "tiny").values()
     assert {cell.key for cell in every(problem, *lines)} == {row.key for row in found}
     assert len({row.attack for row in found}) == len(lines)
+    asked = questions.measure(problem, None, grid.SEEDS[:1], tmp_path)
+    assert [(row["network"], row["decision"]) for row in asked] == [(name, "not_proven") for name in READ]
+    assert all(0 < row["queries"] <= row["pool"] for row in asked)

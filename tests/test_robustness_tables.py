@@ -188,3 +188,12 @@ def test_the_command_lists_cells_and_names_what_it_does_not_know(
     }.items():
         assert main(["bench", "robustness", "--out", str(tmp_path), *wrong]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_the_law_grows_with_strength_bits_and_features_to_a_ceiling() -> None:
+    own = {"strength": 0.5, "bits": 1024, "features": 48}
+    assert tables.by_law(-20.0, own, own, 10) == pytest.approx(-20.0)
+    weaker = [{**own, **each} for each in ({"strength": 0.35}, {"bits": 256}, {"features": 16})]
+    assert all(-20.0 < tables.by_law(-20.0, own, each, 10) < -5.0 for each in weaker)
+    ceiling = -1.0 / (4.6 * (1 / 1024 + 1 / (48 * 9)))
+    assert tables.by_law(-90.0, own, weaker[0], 10) == pytest.approx(ceiling)

@@ -68,14 +68,15 @@ def train_on_pictures(
 ) -> nn.Module:
     """Adam with a one-cycle schedule, pictures mirrored at random, under autocast. Labels may be shares of classes.
 
-    tuned: of a finished network, for so many epochs, at half the rate and with labels smoothed by 0.1.
+    tuned: labels are smoothed by 0.1; of a finished network, for so many epochs at half the rate, or 0 for one that is
+    at its beginning.
     """
     pictures, labels = rows
     optimizer = torch.optim.Adam(model.parameters())
     steps, epochs, rate = len(labels) // BATCH, tuned or EPOCHS, RATE / 2 if tuned else RATE
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs=epochs, steps_per_epoch=steps)
     generator = torch.Generator().manual_seed(seed)
-    smoothing = 0.1 if tuned else 0.0
+    smoothing = 0.0 if tuned is None else 0.1
     model.train()
     for _ in range(epochs):
         for chosen in torch.randperm(len(labels), generator=generator)[: steps * BATCH].split(BATCH):

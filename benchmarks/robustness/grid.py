@@ -21,6 +21,7 @@ SEEDS = (1, 2, 3)  # that the tables show
 STRANGERS = 5
 # From which students trained by the recipe take theirs, and, further on, those that are controls.
 STUDENT_SEEDS, CONTROL_SEEDS = 500, 100
+FRESH_SEEDS = 300  # from which those take theirs that are marked from the beginning, beside a finished one
 AGAIN_SEEDS = 200  # by which those of a student of a student are further on
 STRANGER_SEEDS = 1000  # from which strangers take theirs, so that they share none with marked networks
 

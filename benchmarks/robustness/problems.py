@@ -35,9 +35,10 @@ class Problem:
     options, such as "response strength 0.35", in tables of their own. mark_options, attack_options: by preset and by
     attack, what differs from their defaults. without: patterns of the lines that its table has not;
     planned: by preset, the lines that it is measured on, where these are not all. half: attacks train under autocast to
-    bfloat16. tuned: by preset, for how many epochs a finished network is trained on to hold it, with that network and a
-    student of its labels as controls and the test's inputs, unlabelled, as probes. apart: by preset, how many of the
-    owner's rows its triggers are made of, which the marked network does not train on.
+    bfloat16. tuned: by preset, for how many epochs a finished network is trained on to hold it, or 0 for one that is
+    trained from the beginning, with the finished one and students of its labels as controls and the test's inputs,
+    unlabelled, as probes. apart: by preset, how many of the owner's rows its triggers are made of, which the marked
+    network does not train on.
     """
 
     name: str
@@ -186,7 +187,13 @@ TOKENS = Problem(
     mark_options={"adi_tokens": {"special": 1}},
     without=("adversarial training", "*wrk", "copy by *"),  # the first two move inputs by gradients, which tokens lack
 )
-_STRENGTHS = {f"response strength {strength}": {"strength": strength} for strength in (0.35,)}
+_COPIES = ("untouched", "copy by labels", "copy by labels to another architecture")
+_TUNED: Options = {
+    f"response {option} {value}": {option: value}
+    for option, value in (("strength", 0.35), ("bits", 256), ("features", 16))
+}
+_TRAINED: Options = {"response from scratch strength 0.35": {"strength": 0.35}}
+_SETTINGS = {**_TUNED, **_TRAINED}
 CIFAR10 = Problem(
     name="cifar10",
     recipe=f"25,000 pictures, {cifar10.RECIPE}",
@@ -196,8 +203,8 @@ CIFAR10 = Problem(
     train=cifar10.train_on_pictures,
     elsewhere=partial(photographs, 10_000, 32, 3),
     presets=("sketch", "adi", "response", "zhang_content", "margin", "ewe_keyed", "class_feature", "mea_defender"),
-    variants=tuple(_STRENGTHS),
-    mark_options=_STRENGTHS,
+    variants=tuple(_SETTINGS),
+    mark_options=_SETTINGS,
     attack_options={
         **{name: {"batch": cifar10.BATCH} for name in ("ftll", "ftal", "rtll", "rtal", "wrk", "overwrite")},
         **{name: {"batch": cifar10.BATCH, "epochs": cifar10.EPOCHS} for name in ("distil", "extract")},
@@ -214,11 +221,10 @@ CIFAR10 = Problem(
             *("untouched", "ftal", "adversarial training", "prune 50%", "int8 qdq", "overwrite"),
             *("copy by *", "stranger 1", "service*"),
         ),
-        **dict.fromkeys(
-            _STRENGTHS, ("untouched", "copy by scores", "copy by labels", "copy by labels to another architecture")
-        ),
+        **dict.fromkeys(_SETTINGS, _COPIES),
+        "response strength 0.35": (*_COPIES, "copy by scores"),
     },
     half=True,
-    tuned=dict.fromkeys(("response", *_STRENGTHS), 3),
+    tuned={**dict.fromkeys(("response", *_TUNED), 3), **dict.fromkeys(_TRAINED, 0)},
 )
 PROBLEMS = {problem.name: problem for problem in (DIGITS, TOKENS, CIFAR10)}

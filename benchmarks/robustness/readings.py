@@ -158,9 +158,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def kept(out: Path) -> list[Found]:
+def kept(file: Path) -> list[Found]:
     """What was measured before."""
-    file = out / FILE
     return parquet.read_table(file).to_pylist() if file.exists() else []
 
 

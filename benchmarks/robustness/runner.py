@@ -26,6 +26,7 @@ from benchmarks.robustness.asking import answered
 from benchmarks.robustness.grid import (
     AGAIN_SEEDS,
     CONTROL_SEEDS,
+    FRESH_SEEDS,
     MARKED,
     SEEDS,
     SERVED,
@@ -81,6 +82,9 @@ class Bench:
 
     def network(self, preset: str, seed: int, base: str) -> Network:
         """Trained now, or before and kept."""
+        first = preset.split()[0]
+        if base == TUNED and self.problem.tuned.get(first) == self.problem.tuned[preset]:
+            preset = first  # without a mark it is the same network, whatever the mark's options
         name = _name_of(preset, seed, base)
         if name not in self._networks and base == SERVED:
             self._networks[name] = self._service(preset, seed)
@@ -193,9 +197,11 @@ class Bench:
 
     def _train(self, file: Path, preset: str, seed: int, marked: bool) -> None:
         problem, began, embedder = self.problem, time.perf_counter(), None
-        model, tuned = problem.build(seed).to(self.device), problem.tuned.get(preset)
+        tuned = problem.tuned.get(preset)
+        start = FRESH_SEEDS + seed if tuned == 0 else seed
+        model = problem.build(start).to(self.device)
         controls = [] if tuned is None else self.controls(preset, seed)
-        if controls:
+        if tuned:
             model.load_state_dict(controls[0].state_dict())
         (x, y), apart = self.data.owner, problem.apart.get(preset, 0)
         rows, samples = (x[apart:], y[apart:]), (x[:apart], y[:apart]) if apart else self.data.owner
@@ -215,7 +221,7 @@ class Bench:
                 samples=samples if tuned is None else self.data.test[0],
                 controls=controls,
             )
-        problem.train(model, rows, seed=seed, embedder=embedder, tuned=tuned)
+        problem.train(model, rows, seed=start, embedder=embedder, tuned=tuned)
         seconds = time.perf_counter() - began
         file.parent.mkdir(parents=True, exist_ok=True)
         if embedder is not None:

@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -17,7 +18,7 @@ from matplotlib.patches import Rectangle
 
 from benchmarks import plots, results
 from benchmarks.environment import ROOT
-from benchmarks.robustness import cells, readings
+from benchmarks.robustness import cells, questions, readings
 from benchmarks.robustness.cells import Row
 from benchmarks.robustness.grid import (
     LINES,
@@ -41,8 +42,10 @@ PAGES = {
     "robustness": ROOT / "docs" / "robustness.md",
     "statistics": ROOT / "docs" / "schemes.md",
     "response": ROOT / "docs" / "response.md",
-    "strengths": ROOT / "docs" / "response.md",
+    "settings": ROOT / "docs" / "response.md",
+    "law": ROOT / "docs" / "response.md",
     "readings": ROOT / "docs" / "response.md",
+    "questions": ROOT / "docs" / "response.md",
 }
 # The copies from which docs/schemes.md tells what each statistic is worth, and the marks that it tells it of.
 COMPARED = (
@@ -171,25 +174,64 @@ def response_table(found: Found, problem: Problem = CIFAR10) -> str:
     return "\n".join(rows)
 
 
-def strengths_table(found: Found, problem: Problem = CIFAR10) -> str:
-    """Markdown: of each strength of `response` what it costs, and log10 p of the network and of its copies."""
+def settings_table(found: Found, problem: Problem = CIFAR10) -> str:
+    """Markdown: of `response` as it is and with other options what it costs, and log10 p of the network and its copies,
+    from scores / from labels."""
     lines = possible(problem, LINES, problem.variants[0])
-    rows = [f"| strength | points lost [95 %] | {' | '.join(line.label for line in lines)} |"]
+    rows = [f"| setting | points lost [95 %] | {' | '.join(line.label for line in lines)} |"]
     rows.append("|---" * (2 + len(lines)) + "|")
-    for name in sorted(("response", *problem.variants), key=lambda name: _strength(problem, name)):
-        shown = [f"{_strength(problem, name):g}"]
+    for name in ("response", *problem.variants):
+        costs = (NOT_RUN if row is None else _lost(row) for row in _seeds(problem, name, lines[0], found))
+        shown = [_setting(name), ", ".join(costs)]
         for line in lines:
-            seeds = _seeds(problem, name, line, found)
-            if line == lines[0]:
-                shown.append(", ".join(NOT_RUN if row is None else _lost(row) for row in seeds))
+            planned = line in possible(problem, LINES, name)
+            seeds = _seeds(problem, name, line, found) if planned else []
             read = (NOT_RUN if row is None else f"{row.log10_p:.1f} / {row.log10_p_labels_soft:.1f}" for row in seeds)
             shown.append(", ".join(read))
         rows.append(f"| {' | '.join(shown)} |")
     return "\n".join(rows)
 
 
-def _strength(problem: Problem, name: str) -> float:
-    return float(problem.preset(name).options["strength"])
+def law_table(found: Found, problem: Problem = CIFAR10) -> str:
+    """Markdown: mean log10 p of tuned networks and copies at each setting, from scores / from labels, and what `by_law`
+    makes of the same at the defaults, seed by seed."""
+    lines = possible(problem, LINES, problem.variants[0])
+    rows = [f"| setting | {' | '.join(line.label for line in lines)} |", "|---" * (1 + len(lines)) + "|"]
+    of_defaults = problem.preset("response").options
+    for name in problem.variants:
+        if problem.tuned[name] != problem.tuned["response"]:
+            continue
+        shown, options = [_setting(name)], problem.preset(name).options
+        for line in lines:
+            pairs = [
+                pair
+                for pair in zip(*(_seeds(problem, each, line, found) for each in ("response", name)), strict=True)
+                if None not in pair
+            ]
+            read = []
+            for column in ("log10_p", "log10_p_labels_soft") if pairs else ():
+                before, after = ([getattr(pair[place], column) for pair in pairs] for place in (0, 1))
+                told = statistics.fmean(by_law(log10_p, of_defaults, options, problem.classes) for log10_p in before)
+                read.append(f"{statistics.fmean(after):.1f} ({told:.1f})")
+            planned = line in possible(problem, LINES, name)
+            shown.append(" / ".join(read) or NOT_RUN * planned)
+        rows.append(f"| {' | '.join(shown)} |")
+    return "\n".join(rows)
+
+
+def by_law(log10_p: float, before: Mapping[str, Any], after: Mapping[str, Any], classes: int) -> float:
+    """log10 p with other options of `response`, by -1 / (4.6 (n²/E + 1/T + 1/(D (C - 1)))), where the energy E of the
+    pattern goes with the square of its strength and n² is the network's own."""
+
+    def ways(options: Mapping[str, Any]) -> float:
+        return 1.0 / options["bits"] + 1.0 / (options["features"] * (classes - 1))
+
+    own = max(0.0, 1.0 / (4.6 * max(-log10_p, 1e-3)) - ways(before))
+    return -1.0 / (4.6 * (own * (before["strength"] / after["strength"]) ** 2 + ways(after)))
+
+
+def _setting(name: str) -> str:
+    return name.removeprefix("response").strip() or "as it is"
 
 
 def _lost(row: Row) -> str:
@@ -210,8 +252,10 @@ def published(found: Mapping[str, Found], out: Path = OUT) -> dict[str, str]:
         "robustness": "\n".join(parts).strip(),
         "statistics": statistics_table(found[DIGITS.name]),
         "response": response_table(found[CIFAR10.name]),
-        "strengths": strengths_table(found[CIFAR10.name]),
-        "readings": readings.table(readings.kept(out)),
+        "settings": settings_table(found[CIFAR10.name]),
+        "law": law_table(found[CIFAR10.name]),
+        "readings": readings.table(readings.kept(out / readings.FILE)),
+        "questions": questions.table(readings.kept(out / questions.FILE)),
     }
 
 
