@@ -255,7 +255,7 @@ def _rows_of(samples: Arrays, inputs: Signature, ranges: Range) -> NDArray[Any]:
     put = to_input(to_levels(rows[:_AT_ONCE], ranges), ranges)
     low, high = ends_of(ranges)
     beyond = np.abs(put - rows[:_AT_ONCE]) > (high - low).reshape(1, -1, *[1] * (rows.ndim - 2)) / 20
-    if beyond.mean() > 0.05:
+    if beyond.mean() > 0.25:  # of normal numbers some always lie beyond
         raise ValueError(
             f"{beyond.mean():.0%} of its probes' values lie outside value_range=: is it that of the inputs?"
         )
