@@ -14,8 +14,8 @@ import torch
 import wmengine
 from benchmarks.harness import Aim, Case, Contender
 from benchmarks.robustness.cifar10 import resnet
-from wmengine.parts.responses.pattern import directions
-from wmengine.parts.responses.reading import told
+from wmengine.parts.responses.pattern import contrasts, directions
+from wmengine.parts.responses.reading import told, unexplained
 from wmengine.suspects import open_suspect
 
 CLASSES, BATCH, PROBES = 10, 128, 4096
@@ -148,6 +148,11 @@ def test_reading_of_answers(compare: Callable[[Case], None], quick: bool) -> Non
         for start in range(0, count, 2048):
             np.tanh(arrays["features"][start : start + 2048].astype(np.float64) @ ways)
 
+    def at_once() -> None:
+        phi = np.tanh(arrays["features"].astype(np.float64) @ ways)
+        rest = unexplained(said, arrays["answers"])
+        ((phi - phi.mean(axis=0)).T @ rest * contrasts(arrays["contrasts"])).sum(axis=1)
+
     compare(
         Case(
             operator="response",
@@ -156,6 +161,7 @@ def test_reading_of_answers(compare: Callable[[Case], None], quick: bool) -> Non
             bytes_moved=0,
             ours=lambda: preset.source.observed(mark, every, said),
             floor=Contender("tanh of every probe along every direction", bent),
+            peers=[Contender("all inputs at once", at_once)],
             seconds=10.0,
         )
     )

@@ -125,8 +125,6 @@ class OnnxEngine:
         options.inter_op_num_threads = 1
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 4
-        # An arena of its own is new memory for each suspect, page by page; malloc's is there from the one before.
-        options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Bytes can be an ONNX model for us and one of ONNX Runtime's own format, which nobody has looked at, for it.
         options.add_session_config_entry("session.load_model_format", "ONNX")
