@@ -407,10 +407,10 @@ def _read_arrays(
     preset, parameters = find(document["scheme"], document["version"]), document["parameters"]
     preset.check(parameters)
     layout = preset.layout(parameters)
-    stored = dict(deserialize(data))  # type: ignore[no-untyped-call]
+    stored = _tensors_of(data)
     material = parameters.get("material", {})
     if material and set(layout) - set(stored) == set(material):
-        stored |= dict(deserialize(pool(material)))  # type: ignore[no-untyped-call]
+        stored |= _tensors_of(pool(material))
     if set(stored) != set(layout) or not isinstance(document["arrays"], dict) or set(document["arrays"]) != set(layout):
         raise ValueError(f"its arrays must be {', '.join(layout)}")
     arrays = {}
@@ -426,6 +426,10 @@ def _read_arrays(
         array.flags.writeable = False
         arrays[name] = _held.setdefault((digest, dtype, shape), array)
     return arrays
+
+
+def _tensors_of(data: bytes) -> dict[str, dict[str, Any]]:
+    return dict(deserialize(data))  # type: ignore[no-untyped-call]
 
 
 def _checked_arrays(
