@@ -465,15 +465,8 @@ def test_an_answer_that_nobody_reads_is_not_a_verdict(house):
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "wmengine",
-            "verify",
-            str(house / "stranger.onnx"),
-            "--watermark",
-            str(house / "acme.wm"),
-        ],
+        [sys.executable, "-m", "wmengine", "verify", "stranger.onnx", "--watermark", "acme.wm"],
+        cwd=house,
         stdout=writing,
         stderr=subprocess.PIPE,
         text=True,
