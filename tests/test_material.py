@@ -132,6 +132,24 @@ def test_a_scheme_says_which_of_what_it_needs_is_missing(need, without, said):
             preset.describe(lacking, "n", preset.gather(lacking))
 
 
+@pytest.mark.parametrize("name", ["adi", "margin", *described.POOLED])
+@pytest.mark.parametrize("inputs", [{"ids": "int64"}, {"picture": "float32", "flag": "float32"}], ids=["tokens", "two"])
+def test_other_inputs_are_refused_with_the_schemes_that_take_them(name, inputs):
+    """Before any network is asked, which would only say that it fails."""
+    given = {each: InputSpec((16,), dtype) for each, dtype in inputs.items()}
+    rows = {each: RANDOM.integers(0, 9, (40, 16)).astype(dtype) for each, dtype in inputs.items()}
+    other = replace(described.POOL, inputs=given, samples=rows, value_range=[[0, 9]], controls=[Unasked()] * 2)
+    other = replace(other, model=Unasked())
+    preset = SCHEMES[name]
+    with pytest.raises(ValueError, match=f"scheme '{name}': .*'adi_tokens' has some .*'adi_table'"):
+        preset.describe(other, "n", preset.gather(other))
+
+
+class Unasked(torch.nn.Module):
+    def forward(self, *_, **__):
+        raise AssertionError("nobody asks it")
+
+
 def test_keyed_picks_are_uniform_without_repetition():
     picks = np.stack([keyed_picks(number.to_bytes(32, "little"), 3, 5) for number in range(6000)])
     assert all(len(set(row)) == 3 for row in picks[:100].tolist())

@@ -14,7 +14,7 @@ from wmengine.parts.base import Draw, Drawn, Layout, Need, Parameters, Task, inp
 from wmengine.parts.fields import canonical_float32_hex, float32_hex, shape
 from wmengine.parts.triggers.pictures import abstract_images, noise_inputs
 from wmengine.suspects.adapters import Adapter, to_input
-from wmengine.suspects.base import Inputs, Suspect
+from wmengine.suspects.base import Inputs, InputSpec, Signature, Suspect
 
 # What a network can tell apart: in half precision a span of this share of the values' size is a handful of numbers, and
 # below a type's least span all of them are near its smallest.
@@ -35,12 +35,7 @@ class AbstractTriggers:
         return {"value_range": [[float32_hex("value_range", end) for end in ends] for ends in ranges]}
 
     def check(self, parameters: Parameters, total: int) -> None:
-        inputs, ranges = inputs_of(parameters), parameters["value_range"]
-        if len(inputs) != 1:
-            raise ValueError(f"abstract triggers are for models of one input, and this one takes {', '.join(inputs)}")
-        (given,) = inputs.values()
-        if not given.dtype.startswith(("float", "bfloat")):
-            raise ValueError(f"abstract triggers are for floating inputs, and this model takes {given.dtype}")
+        given, ranges = floating_input(inputs_of(parameters)), parameters["value_range"]
         sizes = shape("shape", given.shape, least=1)
         if type(ranges) is not list or len(ranges) != sizes[0]:
             raise ValueError(f"value_range must hold one [lo, hi] for each of the {sizes[0]} channels of an input")
@@ -87,6 +82,22 @@ class NoiseTriggers(AbstractTriggers):
     """The same with uniform noise over the range of each channel in place of pictures."""
 
     drawn = staticmethod(noise_inputs)
+
+
+def floating_input(inputs: Signature) -> InputSpec:
+    """The one input of a task. Raises ValueError, naming the schemes for others, where it is not one or no floats."""
+    if len(inputs) != 1:
+        raise ValueError(
+            f"its triggers are for models of one input, and this one takes {', '.join(inputs)}: 'adi_tokens' has some "
+            "for tokens with masks, 'adi_table' for the columns of a table"
+        )
+    (given,) = inputs.values()
+    if not given.dtype.startswith(("float", "bfloat")):
+        raise ValueError(
+            f"its triggers are for floating inputs, and this model takes {given.dtype}: 'adi_tokens' has some for "
+            "tokens, 'adi_table' for rows of a table"
+        )
+    return given
 
 
 def _shape(parameters: Parameters) -> Sequence[int]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from wmengine.parts.base import Arrays, Draw, Layout, Parameters, Task
 from wmengine.parts.fields import MAX_CLASSES, canonical_integer, integer
+from wmengine.parts.triggers.abstract import floating_input
 from wmengine.parts.triggers.samples import SampleTriggers
 
 
@@ -70,6 +71,7 @@ class PlausibleClasses(WrongClasses):
 
     def gather(self, task: Task, total: int) -> dict[str, NDArray[Any]]:
         """ "plausible" int64 [P, choices] beside the samples: the likeliest first."""
+        floating_input(task.inputs)
         if self.choices >= (task.num_classes or 0):
             raise ValueError(f"choices must be below the {task.num_classes} classes, and it is {self.choices}")
         assert task.sample_labels is not None

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from wmengine.parts.base import Arrays, Draw, Layout, Parameters, Task
 from wmengine.parts.fields import MAX_TRIGGERS, canonical_integer, integer, positive
 from wmengine.parts.statistics.rank import NULL_ANSWERS
+from wmengine.parts.triggers.abstract import floating_input
 from wmengine.parts.triggers.samples import SampleTriggers
 from wmengine.suspects.adapters import to_input, to_levels
 
@@ -47,6 +48,7 @@ class OwnAnswers(SampleTriggers):
         assert task.model is not None
         from wmengine.parts.triggers.crafting import answers_of
 
+        floating_input(task.inputs)
         rows, labels = self.candidates(task, task.model, min(self.pool, _CANDIDATES * self.questions(total)))
         levels = to_levels(rows, task.value_range or ())
         put = to_input(levels, task.value_range or ())

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from wmengine.identity.subkeys import keyed_bits
 from wmengine.parts.base import Arrays, Draw, Drawn, Layout, Parameters, Task
 from wmengine.parts.statistics.rank import NULL_ANSWERS
+from wmengine.parts.triggers.abstract import floating_input
 from wmengine.parts.triggers.families import of_whole_families
 from wmengine.parts.triggers.fingerprints import LABELLED, POOLED, OwnAnswers
 from wmengine.parts.triggers.groups import OwnBits
@@ -40,6 +41,7 @@ class MemberPairs(OwnBits):
         from wmengine.parts.triggers.crafting import answers_of
 
         assert task.sample_labels is not None
+        floating_input(task.inputs)
         (rows,) = task.samples.values()
         trained, other = np.split(task.sample_labels[: len(rows) // 2 * 2], 2)
         pairs = [

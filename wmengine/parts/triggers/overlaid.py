@@ -64,4 +64,7 @@ def check_pictures(parameters: Parameters) -> None:
     """Raises ValueError unless the inputs are pictures."""
     (given,) = parameters["inputs"]
     if len(given["shape"]) != 3 or min(given["shape"][1:]) < 4:
-        raise ValueError(f"its triggers are made of pictures [C, H, W] of at least 4 x 4, not {given['shape']}")
+        raise ValueError(
+            f"its triggers are made of pictures [C, H, W] of at least 4 x 4, not {given['shape']}: 'zhang_noise' and "
+            "'class_feature' take samples of any shape"
+        )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from wmengine.parts.base import Arrays, Draw, Layout, Parameters, Task
 from wmengine.parts.fields import MAX_TRIGGERS, canonical_integer, integer
-from wmengine.parts.triggers.abstract import AbstractTriggers
+from wmengine.parts.triggers.abstract import AbstractTriggers, floating_input
 from wmengine.suspects.adapters import to_levels
 
 _MOST_BYTES = 64 << 20  # of a pool, which the mark's file holds whole
@@ -44,9 +44,8 @@ class SampleTriggers(AbstractTriggers):
     def gather(self, task: Task, total: int) -> dict[str, NDArray[Any]]:
         """ "samples" uint8 [P, *shape]: the pool, 0 … 255 standing for the range of each channel; "truth" int64 [P]:
         what they are, -1 where nobody said so. Raises ValueError for too few samples."""
-        (rows,) = task.samples.values() if len(task.samples) == 1 else (None,)
-        if rows is None:
-            raise ValueError("its triggers are for models of one input")
+        floating_input(task.inputs)
+        (rows,) = task.samples.values()
         size = max(1, int(np.prod(rows.shape[1:])))
         count = min(len(rows), self.pool, _MOST_BYTES // size)
         truth = np.full(count, -1, np.int64) if task.sample_labels is None else task.sample_labels[:count]
