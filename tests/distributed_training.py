@@ -2,11 +2,12 @@
 
 import gc
 
+import pytest
 import torch
 from embedding import CLASSES, KEY, batch, embedder, network
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import wmengine
@@ -30,6 +31,7 @@ def train_in_two(rank, store):
     try:
         for wrap in (DistributedDataParallel, sharded):
             train_wrapped(wrap, rank, plain, mixed)
+        train_in_pieces(rank)
         gc.collect()  # what holds the group must be gone before it is
     finally:
         distributed.destroy_process_group()
@@ -40,15 +42,40 @@ def train_wrapped(wrap, rank, plain, mixed):
     emb = embedder(model)
     gradients_are_those_of_one_process(emb, model, plain, mixed)
     each_process_draws_its_own_order(emb)
+    train_on(model, emb, rank, 60)
+    for mark in emb.watermarks():
+        assert wmengine.verify(model, mark, key=KEY).owned, (wrap, mark.scheme)
+
+
+def train_on(model, emb, rank, steps):
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     model.train()
-    for step in range(60):
+    for step in range(steps):
         x, y = emb.mix(*batch(32, seed=2 * step + rank))
         emb.loss(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
-    for mark in emb.watermarks():
-        assert wmengine.verify(model, mark, key=KEY).owned, (wrap, mark.scheme)
+
+
+def train_in_pieces(rank):
+    """By the first of torch's classes: triggers need no weight, and a mark in weights is refused before and after."""
+    model, triggers = in_pieces(network()), [wmengine.scheme("adi", count=40)]
+    emb = embedder(model, triggers)
+    train_on(model, emb, rank, 60)
+    (mark,) = emb.watermarks()
+    assert wmengine.verify(model, mark, key=KEY).owned
+    for schemes in (["sketch"], ["adi", "deepsigns"]):
+        with pytest.raises(ValueError, match=r"only marks of triggers go with it: shard with .*fully_shard"):
+            embedder(model, schemes)
+    plain = network()
+    emb = embedder(plain)
+    model = in_pieces(plain)
+    with pytest.raises(ValueError, match="only marks of triggers go with it"):
+        train_on(model, emb, rank, 2)
+
+
+def in_pieces(model):
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
 
 
 def gradients_are_those_of_one_process(emb, model, plain, mixed):

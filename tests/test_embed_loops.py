@@ -70,7 +70,8 @@ def test_a_compiled_model_is_marked():
 
 @pytest.mark.slow
 def test_two_processes_train_one_marked_model(tmp_path):
-    """By DDP and by FSDP: the gradients of one process, triggers in two orders, and both marks owned in both."""
+    """By DDP and by FSDP: the gradients of one process, triggers in two orders, and both marks owned in both; by the
+    first FSDP triggers alone."""
     torch.multiprocessing.spawn(train_in_two, (str(tmp_path / "store"),), nprocs=2)
 
 
@@ -104,12 +105,17 @@ def test_shards_are_neither_written_nor_added_to(tmp_path):
             embedder(model, [wmengine.scheme(name, **options)], samples=batch(200, seed=3))
 
 
-def test_the_first_fully_sharded_class_is_refused():
+def test_weights_that_are_cut_into_pieces_are_not_taken_for_weights(tmp_path):
     class FullyShardedDataParallel(nn.Module):
         """By its name, as torch has it: making one takes processes."""
 
+    cut = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), FullyShardedDataParallel())
     with pytest.raises(ValueError, match=r"shard with torch.distributed.fsdp.fully_shard"):
-        unwrap(nn.Sequential(FullyShardedDataParallel()))
+        unwrap(cut)
+    with pytest.raises(ValueError, match=r"weights are sharded: load what .*get_model_state_dict"):
+        wmengine.export_onnx(cut, batch(1)[0], tmp_path / "m.onnx")
+    for verdict in wmengine.verify_all(cut, unproven(embedder(nn.Sequential(*network())))):
+        assert (verdict.scheme == "adi") != ("cuts weights into pieces" in (verdict.error or ""))
 
 
 # Going on after a crash

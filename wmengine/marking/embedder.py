@@ -43,7 +43,7 @@ from wmengine.parts.base import Course, Finishes, Need, Offsets, Setting, Task, 
 from wmengine.parts.statistics.tails import binomial_log10_tail
 from wmengine.parts.training.offset import Offset
 from wmengine.parts.triggers.readings import ReadTriggers
-from wmengine.suspects.computed import low_rank_pair
+from wmengine.suspects.computed import check_whole, low_rank_pair
 from wmengine.suspects.module import ModuleSuspect
 from wmengine.suspects.outputs import logits_of
 from wmengine.suspects.weights import module_tensors, normalised_places, trained_places, unwrap
@@ -104,10 +104,11 @@ class Embedder:
         controls: Sequence[torch.nn.Module] = (),
         marks: Sequence[Watermark | str | os.PathLike[str]] | None = None,
     ) -> None:
-        self._model = unwrap(model)
+        self._model = unwrap(model, pieces=True)
         self._batches = Batches(sample, num_classes, value_range)
         registered: list[Watermark] = []
         presets = [] if schemes is None else _presets(schemes)
+        self._check_pieces(presets)
         if marks is not None:
             if key is not None or name is not None or message is not None:
                 raise ValueError("marks= are whole: leave key, name and message out")
@@ -117,6 +118,7 @@ class Embedder:
                 if not isinstance(each, str | os.PathLike | Watermark):
                     raise TypeError(f"marks= must hold Watermarks or paths of their files, and one is {each!r}")
             registered = [each if isinstance(each, Watermark) else Watermark.load(each) for each in marks]
+            self._check_pieces([mark.preset for mark in registered])
             if not registered:
                 raise ValueError("marks= is empty: give the marks to go on with")
             strange = {preset.name for preset in presets} - {mark.scheme for mark in registered}
@@ -330,7 +332,7 @@ class Embedder:
         Each is judged on the model as it is now, as `verify` does, in eval mode (the training flags come back), and a
         mark that would not be `owned` at alpha = 1e-9 is warned about: it needs longer training, or more trigger rows.
         """
-        shipped = self._model if model is None else unwrap(model)
+        shipped = self._model if model is None else unwrap(model, pieces=True)
         for mark in self._marks:
             if isinstance(mark.course, Finishes):
                 mark.course.finish(shipped)
@@ -391,6 +393,11 @@ class Embedder:
 
     def _normalised(self) -> list[int]:
         return normalised_places(self._model, module_tensors(self._model, self._batches.example(self._model)))
+
+    def _check_pieces(self, presets: Sequence[Preset]) -> None:
+        for preset in presets:
+            if preset.kind == "white-box" or preset.null not in PROVING or "inputs" in preset.needs:
+                check_whole(self._model)
 
     def _check_classes(self, marks: Sequence[Watermark]) -> None:
         for mark in marks:

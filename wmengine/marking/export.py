@@ -39,7 +39,7 @@ def export_onnx(
     """
     torch = require("torch", extra="train")
     require("onnxscript", extra="train")
-    model = plain(unwrap(model))
+    model = plain(unwrap(model, pieces=True))
     like = next(model.parameters(), None)
     named = isinstance(example, Mapping)
     if isinstance(example, Mapping):

@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     import torch
 
 
+_PIECES = (
+    "FullyShardedDataParallel cuts weights into pieces, and only marks of triggers go with it: shard with "
+    "torch.distributed.fsdp.fully_shard"
+)
 _ADDED = set[type]()  # classes of adapters that were seen to merge by addition
 
 
@@ -16,9 +20,12 @@ def live_weight(layer: Any, name: str = "weight") -> torch.Tensor:
     """A layer's weight as it is now, differentiable by what it is computed from, with nothing of the layer changed.
 
     Of an adapter of peft the weight that merging makes; of shards (fully_shard) the whole. Raises ValueError for an
-    adapter that is not merged by addition.
+    adapter that is not merged by addition, and for pieces.
     """
-    return whole(_computed(layer, name))
+    weight = whole(_computed(layer, name))
+    if weight.ndim < 2:  # a model that was cut after its Embedder was made does not show by what
+        raise ValueError(_PIECES)
+    return weight
 
 
 def whole(tensor: Any) -> torch.Tensor:
@@ -40,9 +47,20 @@ def is_adapter(layer: torch.nn.Module) -> bool:
     return hasattr(layer, "get_delta_weight") and hasattr(layer, "base_layer")
 
 
+def in_pieces(model: torch.nn.Module) -> bool:
+    """Whether torch's FullyShardedDataParallel has cut the model's parameters into pieces of no weight."""
+    return any(type(each).__name__ == "FullyShardedDataParallel" for each in model.modules())
+
+
+def check_whole(model: torch.nn.Module) -> None:
+    """Raises ValueError for a model in pieces, where weights are to be read."""
+    if in_pieces(model):
+        raise ValueError(_PIECES)
+
+
 def check_unsharded(model: torch.nn.Module) -> None:
-    """Raises ValueError for a model of fully_shard, where weights are to be changed or written."""
-    if any(hasattr(each, "reshard") and hasattr(each, "unshard") for each in model.modules()):
+    """Raises ValueError for a model in shards or pieces, where weights are to be changed or written."""
+    if in_pieces(model) or any(hasattr(each, "reshard") and hasattr(each, "unshard") for each in model.modules()):
         raise ValueError(
             "the model's weights are sharded: load what torch.distributed.checkpoint.state_dict.get_model_state_dict "
             "gives with full_state_dict=True into a plain model, and take that"

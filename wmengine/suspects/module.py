@@ -23,6 +23,7 @@ from wmengine.suspects.base import (
     rows_of,
 )
 from wmengine.suspects.class_names import numbers
+from wmengine.suspects.computed import check_whole
 from wmengine.suspects.outputs import outputs_of
 from wmengine.suspects.weights import (
     ModuleTensor,
@@ -50,7 +51,7 @@ class ModuleSuspect:
     settings: Mapping[str, Any] = {}
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self.module = unwrap(module)
+        self.module = unwrap(module, pieces=True)
         self.name = f"module {type(self.module).__name__}"
         self.sha256: str | None = None
         self.facts: list[Fact] = []
@@ -84,6 +85,7 @@ class ModuleSuspect:
             raise SuspectError(
                 f"{self.name} is TorchScript and shows no layers: torch.jit.save it and verify that file"
             )
+        check_whole(self.module)
         found = []
         with torch.no_grad():
             for each in self._weights(signature):
@@ -101,6 +103,7 @@ class ModuleSuspect:
 
     def activations(self, place: int, inputs: Inputs) -> NDArray[np.float32]:
         self.facts = []
+        check_whole(self.module)
         try:
             tensors = self._tensors_of(part_of(inputs, 0, 1))
             weights = module_tensors(self.module, tensors)

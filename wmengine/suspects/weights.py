@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from wmengine._optional import require
 from wmengine.suspects.base import one_line
-from wmengine.suspects.computed import is_adapter, is_trained, live_weight, whole
+from wmengine.suspects.computed import check_whole, is_adapter, is_trained, live_weight, whole
 
 if TYPE_CHECKING:
     import torch
@@ -236,11 +236,11 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
-def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+def unwrap(model: torch.nn.Module, *, pieces: bool = False) -> torch.nn.Module:
     """The plain module inside the wrappers of torch.compile, of data parallelism and of averaged weights.
 
-    Raises ValueError for FullyShardedDataParallel, whose parameters are pieces of no weight, and TypeError for what is
-    no module.
+    pieces: whether FullyShardedDataParallel may stay, whose parameters are pieces of no weight; else it is a
+    ValueError. Raises TypeError for what is no module.
     """
     require("torch", extra="train")
     import torch
@@ -248,11 +248,9 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     if not issubclass(type(model), torch.nn.Module):
         raise TypeError(f"a model must be a torch.nn.Module, and {type(model).__name__} is none")
     wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+    if not pieces:
+        check_whole(model)
     while True:
-        if any(type(each).__name__ == "FullyShardedDataParallel" for each in model.modules()):
-            raise ValueError(
-                "FullyShardedDataParallel cuts weights into pieces: shard with torch.distributed.fsdp.fully_shard"
-            )
         if isinstance(model, wrappers):
             model = model.module
         elif "_orig_mod" in model._modules:
