@@ -145,6 +145,12 @@ def test_other_inputs_are_refused_with_the_schemes_that_take_them(name, inputs):
         preset.describe(other, "n", preset.gather(other))
 
 
+def test_bytes_are_to_be_floats():
+    bytes_of = replace(described.TASK, inputs={"input": InputSpec((1, 8, 8), "uint8")})
+    with pytest.raises(ValueError, match="takes uint8: turn bytes into floats before mix"):
+        SCHEMES["adi"].describe(bytes_of, "n")
+
+
 class Unasked(torch.nn.Module):
     def forward(self, *_, **__):
         raise AssertionError("nobody asks it")

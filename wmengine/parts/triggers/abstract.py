@@ -93,10 +93,10 @@ def floating_input(inputs: Signature) -> InputSpec:
         )
     (given,) = inputs.values()
     if not given.dtype.startswith(("float", "bfloat")):
-        raise ValueError(
-            f"its triggers are for floating inputs, and this model takes {given.dtype}: 'adi_tokens' has some for "
-            "tokens, 'adi_table' for rows of a table"
-        )
+        mend = "'adi_tokens' has some for tokens, 'adi_table' for rows of a table"
+        if given.dtype == "uint8":
+            mend = "turn bytes into floats before mix, and mark the network that takes these"
+        raise ValueError(f"its triggers are for floating inputs, and this model takes {given.dtype}: {mend}")
     return given
 
 
