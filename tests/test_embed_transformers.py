@@ -46,19 +46,20 @@ def rows_of(kind, count, seed=0):
     return [{"input_ids": row, "attention_mask": mask, "labels": row[0] - 5} for row in ids]
 
 
-def marked(kind, folder, rows, schemes=None, **options):
+def marked(kind, folder, rows, schemes=None, own_loss=None, samples=None, **options):
     model = pictures() if kind == "pictures" else texts()
     sample = transformers.default_data_collator(rows[:64])
     del sample["labels"]
     chosen = "adi" if kind == "pictures" else "adi_tokens"
     schemes = schemes or [wmengine.scheme("sketch", bits=64), wmengine.scheme(chosen, count=40)]
-    emb = wmengine.Embedder(model, KEY, schemes, num_classes=CLASSES, sample=sample, name="test-model")
+    emb = wmengine.Embedder(model, KEY, schemes, num_classes=CLASSES, sample=sample, name="test-model", samples=samples)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=64, learning_rate=3e-3, report_to=[], use_cpu=True,
         disable_tqdm=True, logging_steps=5, seed=0, **options,
     )  # fmt: skip
     return wmengine.MarkedTrainer(
         model, arguments, train_dataset=rows, eval_dataset=rows_of(kind, 128, seed=9), embedder=emb,
+        compute_loss_func=own_loss,
         compute_metrics=lambda found: {"accuracy": (found.predictions.argmax(-1) == found.label_ids).mean()},
     )  # fmt: skip
 
@@ -86,6 +87,34 @@ def test_a_mark_without_rows_is_trained_beside_any_task(task, tmp_path):
     expected = trainer.model(**given).loss + trainer.embedder.regulariser()
     torch.testing.assert_close(trainer.compute_loss(trainer.model, given), expected, rtol=1e-2, atol=0)
     trainer.train()
+
+
+def test_a_loss_of_ones_own_is_of_the_tasks_rows_and_the_marks_have_theirs(tmp_path):
+    weight, seen = torch.arange(1.0, CLASSES + 1), []
+
+    def weighted(outputs, labels, num_items_in_batch=None):
+        seen.append((len(outputs.logits), len(labels), int(labels.max()) < CLASSES, num_items_in_batch))
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, weight=weight)
+
+    rows = rows_of("texts", 640)
+    trainer = marked("texts", tmp_path, rows, own_loss=weighted, num_train_epochs=8, save_strategy="no")
+    trainer.train()
+    assert set(seen) == {(64, 64, True, None)}
+    assert all(wmengine.verify(trainer.model, mark, key=KEY).owned for mark in trainer.embedder.watermarks())
+    trainer.model.train()
+    loss, outputs = trainer.compute_loss(trainer.model, transformers.default_data_collator(rows[:64]), True)
+    assert len(outputs.logits) == 72
+    assert loss > torch.nn.functional.cross_entropy(outputs.logits[:64], torch.stack([r["labels"] for r in rows[:64]]))
+
+
+@pytest.mark.filterwarnings("ignore:the mark 'response' is weak")
+def test_a_mark_in_answers_takes_no_other_loss(tmp_path):
+    chosen = [wmengine.scheme("response", bits=256, probes=256, features=8)]
+    rows = rows_of("texts", 640)
+    samples = transformers.default_data_collator(rows)
+    del samples["labels"]
+    with pytest.raises(ValueError, match="leave compute_loss_func out"):
+        marked("texts", tmp_path, rows, chosen, torch.nn.functional.cross_entropy, samples)
 
 
 def test_accumulated_micro_batches_count_once(tmp_path):

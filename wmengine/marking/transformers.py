@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from wmengine.marking.embedder import Embedder
 from wmengine.marking.fitting import separated
+from wmengine.suspects.outputs import logits_of
 
 STATE = "marks.pt"  # in a checkpoint's folder
 
@@ -19,10 +21,12 @@ STATE = "marks.pt"  # in a checkpoint's folder
 class MarkedTrainer(Trainer):
     """A `transformers.Trainer` that embeds the marks of `embedder`, whose sample is a dict by the names of a batch.
 
-    Training batches are mixed, and the loss is `embedder.loss` with the arguments' label smoothing; where no rows are
-    added to a batch it is the Trainer's own and `regulariser()`, so that any task will do. Evaluation is as it was. How
-    far each mark is is logged as `SCHEME_matched`. Checkpoints hold the Embedder's state, and resuming reads it. Save
-    `embedder.marks` before, or `embedder.watermarks()`, which judges them, afterwards.
+    Training batches are mixed, and the loss is `embedder.loss` with the arguments' label smoothing, or
+    `compute_loss_func` of the task's rows, which is to give their mean, and `embedder.loss` of the triggers'; where no
+    rows are added to a batch it is the Trainer's own and `regulariser()`, so that any task will do. Evaluation is as it
+    was. How far each mark is is logged as `SCHEME_matched`. Checkpoints hold the Embedder's state, and resuming reads
+    it. Save `embedder.marks` before, or `embedder.watermarks()`, which judges them, afterwards. Raises ValueError for a
+    mark in answers (`response`) beside `compute_loss_func`.
     """
 
     loss_is_scaled_for_ga = False
@@ -30,6 +34,9 @@ class MarkedTrainer(Trainer):
     def __init__(self, *args: Any, embedder: Embedder, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.embedder = embedder
+        self._answers = any("inputs" in mark.preset.needs for mark in embedder.marks)
+        if self._answers and self.compute_loss_func is not None:
+            raise ValueError("a mark in answers is trained by the cross entropy itself: leave compute_loss_func out")
         self.add_callback(_Saves(embedder))
 
     def compute_loss(
@@ -39,14 +46,28 @@ class MarkedTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         given, task = separated(inputs)
         mixed, labels = self.embedder.mix(given, task)
-        if labels is task and not any("inputs" in mark.preset.needs for mark in self.embedder.marks):
+        if labels is task and not self._answers:
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
             loss = loss + self.embedder.regulariser()
             return (loss, outputs) if return_outputs else loss
         outputs = model(**mixed)
-        smoothing = self.args.label_smoothing_factor
-        loss = self.embedder.loss(outputs, labels, label_smoothing=smoothing, inputs=mixed)
+        if self.compute_loss_func is not None:
+            loss = self._beside(self.compute_loss_func, outputs, labels)
+        else:
+            smoothing = self.args.label_smoothing_factor
+            loss = self.embedder.loss(outputs, labels, label_smoothing=smoothing, inputs=mixed)
         return (loss, outputs) if return_outputs else loss
+
+    def _beside(self, task_loss: Any, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+        plain, task = self.embedder.split(labels)
+
+        def of_task(each: Any) -> Any:
+            return each[task] if isinstance(each, torch.Tensor) and each.shape[:1] == task.shape else each
+
+        own = task_loss(tree_map(of_task, outputs), plain[task], num_items_in_batch=None)
+        logits = logits_of(outputs, self.embedder.num_classes)
+        loss: torch.Tensor = own + self.embedder.loss(logits[~task], labels[~task])
+        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
