@@ -88,8 +88,9 @@ def floating_input(inputs: Signature) -> InputSpec:
     """The one input of a task. Raises ValueError, naming the schemes for others, where it is not one or no floats."""
     if len(inputs) != 1:
         raise ValueError(
-            f"its triggers are for models of one input, and this one takes {', '.join(inputs)}: 'adi_tokens' has some "
-            "for tokens with masks, 'adi_table' for the columns of a table"
+            f"its triggers are for models of one input, and this one takes {', '.join(inputs)}: leave masks out where "
+            "the model can do without them; 'adi_tokens' has some for tokens with masks, 'adi_table' for the columns "
+            "of a table"
         )
     (given,) = inputs.values()
     if not given.dtype.startswith(("float", "bfloat")):
