@@ -306,6 +306,15 @@ def test_metrics_are_of_the_last_full_pass_and_not_of_the_one_under_way():
     assert emb.metrics["adi"]["matched"] == 24
 
 
+def test_metrics_are_never_of_more_triggers_than_there_are():
+    """30 triggers, 8 of a batch: the fourth batch of a pass begins with the first ones again."""
+    emb = embedder(network(), [wmengine.scheme("adi", count=30)])
+    for step in range(4):
+        _, y = emb.mix(*batch(64, seed=step))
+        answer(emb, y)
+    assert (emb.metrics["adi"]["matched"], emb.metrics["adi"]["total"]) == (30, 30)
+
+
 def test_validation_batches_do_not_disturb_the_metrics():
     emb = embedder(network(), ADI)
     _, mixed = emb.mix(*batch(320))

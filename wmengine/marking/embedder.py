@@ -311,6 +311,8 @@ class Embedder:
                 matched, total = looks_of_bits(y, [watermark.symbols])[0].matched, watermark.total
             else:
                 continue
+            if total > watermark.total:  # a pass ends with a whole batch, and some rows of it were the first ones again
+                matched, total = matched * watermark.total // total, watermark.total
             if total:
                 log10_p = binomial_log10_tail(matched, total, chance)
                 found[watermark.scheme] = {"matched": matched, "total": total, "log10_p": log10_p}
