@@ -15,14 +15,15 @@ NOISE = 0.02  # its standard deviation, of the range of the inputs; more would c
 
 
 def answered(
-    networks: Sequence[Any], inputs: torch.Tensor, classes: int, *, scores: bool, versions: int
+    networks: Sequence[Any], inputs: torch.Tensor, classes: int, *, scores: bool, versions: int, warmth: float = 1.0
 ) -> torch.Tensor:
-    """Shares of the classes [n, C], the mean of all that is answered; without scores labels int64 [n], which most
-    versions have; of those that as many have the query's own. Several networks answer as the mean of their shares."""
+    """Shares of the classes [n, C], softmax(ℓ / warmth), the mean of all that is answered; without scores labels int64
+    [n], which most versions have; of those that as many have the query's own. Several networks answer as the mean of
+    their shares."""
     suspects, said = [open_suspect(each) for each in networks], []
     for version in versions_of(inputs.cpu(), versions):
         each = [torch.from_numpy(suspect.answer({"input": version.numpy()}, classes).values) for suspect in suspects]
-        shares = torch.stack([values.float().softmax(1) for values in each]).mean(0)
+        shares = torch.stack([(values.float() / warmth).softmax(1) for values in each]).mean(0)
         said.append(shares if scores else functional.one_hot(shares.argmax(1), classes).float())
     return torch.stack(said).mean(0) if scores else (sum(said) + said[0] / 2).argmax(1)
 

@@ -88,7 +88,9 @@ def recipe_of(problem: Problem, preset: str) -> list[Any]:
     """How the networks of a problem are made, with this preset or UNMARKED."""
     own = None if preset == UNMARKED else problem.preset(preset)
     said = [problem.name, problem.recipe, preset, own and [own.full_name, own.options]]
-    return said + [more[preset] for more in (problem.tuned, problem.apart) if preset in more]
+    lesson = problem.lessons.get(preset)
+    said += [more[preset] for more in (problem.tuned, problem.apart) if preset in more]
+    return said if lesson is None else [*said, vars(lesson)]
 
 
 def digest(*said: Any) -> str:
@@ -109,7 +111,7 @@ def _line(label: str, *steps: Step | str, base: str = MARKED) -> Line:
 
 
 _EXTRACT, _COPY = Step("extract"), Step("extract", recipe=True)
-_COPY_SCORES = Step("distil", {"temperature": 1.0}, recipe=True)
+_COPY_SCORES, _COPY_WARM = (Step("distil", {"temperature": warmth}, recipe=True) for warmth in (1.0, 3.0))
 
 LINES = (
     _line("untouched"),
@@ -170,8 +172,11 @@ LINES = (
 TWIN_LINE = Line("untouched", base=TWIN)
 SERVED_LINES = (  # of presets that are put into finished networks
     _line("service", base=SERVED),
-    _line("service copied by scores", _COPY_SCORES, base=SERVED),
-    _line("service copied by scores to another architecture", replace(_COPY_SCORES, student=True), base=SERVED),
+    *(
+        _line(f"service copied by scores{said}", step, base=SERVED)
+        for copied, how in ((_COPY_SCORES, ""), (_COPY_WARM, " at T=3"))
+        for step, said in ((copied, how), (replace(copied, student=True), f"{how} to another architecture"))
+    ),
 )
 
 

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks.robustness import cifar10
+from benchmarks.robustness import cifar10, intents, letters
+from benchmarks.robustness.lessons import Lesson
 from wmengine._optional import require
 from wmengine.demo import Data, build_network, load_digits, train
 from wmengine.marking.embedder import Embedder
@@ -38,7 +39,8 @@ class Problem:
     bfloat16. tuned: by preset, for how many epochs a finished network is trained on to hold it, or 0 for one that is
     trained from the beginning, with the finished one and students of its labels as controls and the test's inputs,
     unlabelled, as probes. apart: by preset, how many of the owner's rows its triggers are made of, which the marked
-    network does not train on.
+    network does not train on. lessons: by preset, how it is put into a finished network where that is not the product's
+    way, taught by this one and another seed's.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Problem:
     half: bool = False
     tuned: Mapping[str, int] = field(default_factory=dict)
     apart: Mapping[str, int] = field(default_factory=dict)
+    lessons: Mapping[str, Lesson] = field(default_factory=dict)
 
     def preset(self, name: str) -> Preset:
         return scheme(name.split()[0]).with_options(**self.mark_options.get(name, {}))
@@ -118,10 +121,10 @@ def _attentive(seed: int) -> nn.Module:
     return _Attentive()
 
 
-def _train_on_digits(
-    model: Any, rows: Rows, seed: int, embedder: Embedder | None = None, tuned: int | None = None
+def _train(
+    model: Any, rows: Rows, seed: int, embedder: Embedder | None = None, tuned: int | None = None, *, epochs: int
 ) -> nn.Module:
-    return train(model, rows, tuned or 30, seed=seed, embedder=embedder)
+    return train(model, rows, tuned or epochs, seed=seed, embedder=embedder)
 
 
 def photographs(count: int, size: int, channels: int) -> torch.Tensor:
@@ -157,7 +160,7 @@ DIGITS = Problem(
     load=lambda _: load_digits(),
     build=build_network,
     other=_small_pictures_network,
-    train=_train_on_digits,
+    train=partial(_train, epochs=30),
     elsewhere=partial(photographs, 500, 8, 1),
     # Of the passports the private ones: a network must be prepared for deepipr_v1, and without triggers beside it
     # deepipr_v3 trains as deepipr_v2 does.
@@ -180,7 +183,7 @@ TOKENS = Problem(
     load=_digits_as_tokens,
     build=_reader,
     other=_attentive,
-    train=_train_on_digits,
+    train=partial(_train, epochs=30),
     elsewhere=lambda: _tokens(photographs(500, 8, 1)),
     presets=("sketch", "adi_tokens"),
     value_range=(0, GREYS),
@@ -193,7 +196,14 @@ _TUNED: Options = {
     for option, value in (("strength", 0.35), ("bits", 256), ("features", 16))
 }
 _TRAINED: Options = {"response from scratch strength 0.35": {"strength": 0.35}}
-_SETTINGS = {**_TUNED, **_TRAINED}
+_LESSONS = {
+    "response strength 0.35 taught": Lesson(taught=0.5),
+    "response taught": Lesson(taught=0.5),
+    "response hinge": Lesson(offset=False, hinge=0.3),
+    "response strength 0.35 and hinge": Lesson(hinge=0.3),
+}
+_LEARNED: Options = {name: {"strength": 0.35} if "0.35" in name else {} for name in _LESSONS}
+_SETTINGS = {**_TUNED, **_TRAINED, **_LEARNED}
 CIFAR10 = Problem(
     name="cifar10",
     recipe=f"25,000 pictures, {cifar10.RECIPE}",
@@ -225,6 +235,39 @@ CIFAR10 = Problem(
         "response strength 0.35": (*_COPIES, "copy by scores"),
     },
     half=True,
-    tuned={**dict.fromkeys(("response", *_TUNED), 3), **dict.fromkeys(_TRAINED, 0)},
+    tuned={**dict.fromkeys(("response", *_TUNED, *_LESSONS), 3), **dict.fromkeys(_TRAINED, 0)},
+    lessons=_LESSONS,
 )
-PROBLEMS = {problem.name: problem for problem in (DIGITS, TOKENS, CIFAR10)}
+# Where the mark is read in answers to anything but pictures.
+_ANSWERS = (
+    *("untouched", "ftal", "copy by scores", "copy by labels", "copy by labels to another architecture"),
+    *("copy by labels then ftal", "stranger 1", "service*"),
+)
+LETTERS = Problem(
+    name="letters",
+    recipe="8,000 rows of 16 columns, 40 epochs, Adam, one cycle to 3e-3, batches of 64",
+    load=letters.load,
+    build=letters.network,
+    other=letters.other_network,
+    train=partial(_train, epochs=40),
+    elsewhere=partial(torch.rand, 8000, letters.COLUMNS),
+    presets=("response",),
+    classes=letters.CLASSES,
+    planned={"response": _ANSWERS},
+    tuned={"response": 20},
+)
+INTENTS = Problem(
+    name="intents",
+    recipe="9,000 requests of 16 tokens, 15 epochs, Adam, one cycle to 3e-3, batches of 64",
+    load=intents.load,
+    build=intents.network,
+    other=intents.other_network,
+    train=partial(_train, epochs=15),
+    elsewhere=partial(torch.randint, 1, intents.TOKENS, (9000, intents.LENGTH)),
+    presets=("response",),
+    value_range=(0, intents.TOKENS - 1),
+    classes=intents.CLASSES,
+    planned={"response": _ANSWERS},
+    tuned={"response": 6},
+)
+PROBLEMS = {problem.name: problem for problem in (DIGITS, TOKENS, CIFAR10, LETTERS, INTENTS)}

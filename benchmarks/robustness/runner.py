@@ -41,6 +41,7 @@ from benchmarks.robustness.grid import (
     digest,
     recipe_of,
 )
+from benchmarks.robustness.lessons import Learner, Lesson
 from benchmarks.robustness.problems import Problem
 from benchmarks.robustness.reading import Correct, accuracy, correct, evidence, loss
 from wmengine.attacks import attack, run
@@ -82,8 +83,8 @@ class Bench:
 
     def network(self, preset: str, seed: int, base: str) -> Network:
         """Trained now, or before and kept."""
-        first = preset.split()[0]
-        if base == TUNED and self.problem.tuned.get(first) == self.problem.tuned[preset]:
+        first, lesson = preset.split()[0], self.problem.lessons.get(preset, Lesson())
+        if base == TUNED and self.problem.tuned.get(first) == self.problem.tuned[preset] and not lesson.taught:
             preset = first  # without a mark it is the same network, whatever the mark's options
         name = _name_of(preset, seed, base)
         if name not in self._networks and base == SERVED:
@@ -160,7 +161,8 @@ class Bench:
         if not file.exists():
             began = time.perf_counter()
             scores, classes = step.attack == "distil", self.problem.classes
-            answers = answered(asked, inputs, classes, scores=scores, versions=step.versions)
+            warmth = step.options.get("temperature", 1.0)
+            answers = answered(asked, inputs, classes, scores=scores, versions=step.versions, warmth=warmth)
             rows = inputs.to(self.device), answers.to(self.device)
             model = self.problem.train(make(STUDENT_SEEDS + seed).to(self.device), rows, seed=seed)
             _keep(file, {"state": model.cpu().state_dict(), "seconds": time.perf_counter() - began})
@@ -221,7 +223,11 @@ class Bench:
                 samples=samples if tuned is None else self.data.test[0],
                 controls=controls,
             )
-        problem.train(model, rows, seed=start, embedder=embedder, tuned=tuned)
+        learner: Any = embedder
+        if preset in problem.lessons:
+            others = [controls[0], self.network(UNMARKED, SEEDS[seed % len(SEEDS)], TWIN).model.to(self.device)]
+            learner = Learner(problem.lessons[preset], embedder, others)
+        problem.train(model, rows, seed=start, embedder=learner, tuned=tuned)
         seconds = time.perf_counter() - began
         file.parent.mkdir(parents=True, exist_ok=True)
         if embedder is not None:

@@ -178,11 +178,13 @@ def settings_table(found: Found, problem: Problem = CIFAR10) -> str:
     """Markdown: of `response` as it is and with other options what it costs, and log10 p of the network and its copies,
     from scores / from labels."""
     lines = possible(problem, LINES, problem.variants[0])
-    rows = [f"| setting | points lost [95 %] | {' | '.join(line.label for line in lines)} |"]
-    rows.append("|---" * (2 + len(lines)) + "|")
+    rows = [f"| setting | accuracy, % | points lost [95 %] | {' | '.join(line.label for line in lines)} |"]
+    rows.append("|---" * (3 + len(lines)) + "|")
     for name in ("response", *problem.variants):
-        costs = (NOT_RUN if row is None else _lost(row) for row in _seeds(problem, name, lines[0], found))
-        shown = [_setting(name), ", ".join(costs)]
+        own = _seeds(problem, name, lines[0], found)
+        right = (NOT_RUN if row is None else f"{100 * row.accuracy:.1f}" for row in own)
+        costs = (NOT_RUN if row is None else _lost(row) for row in own)
+        shown = [_setting(name), ", ".join(right), ", ".join(costs)]
         for line in lines:
             planned = line in possible(problem, LINES, name)
             seeds = _seeds(problem, name, line, found) if planned else []
@@ -199,7 +201,7 @@ def law_table(found: Found, problem: Problem = CIFAR10) -> str:
     rows = [f"| setting | {' | '.join(line.label for line in lines)} |", "|---" * (1 + len(lines)) + "|"]
     of_defaults = problem.preset("response").options
     for name in problem.variants:
-        if problem.tuned[name] != problem.tuned["response"]:
+        if problem.tuned[name] != problem.tuned["response"] or name in problem.lessons:
             continue
         shown, options = [_setting(name)], problem.preset(name).options
         for line in lines:
