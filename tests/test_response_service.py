@@ -53,6 +53,23 @@ def test_a_service_is_proven_by_scores_and_by_labels_of_students_only():
     assert verify(network(), mark(), key=KEY).decision == "not_proven"
 
 
+def test_a_service_that_turns_decisions_is_proven_by_its_labels_alone():
+    """Of logits and of probabilities alike; those decisions alone are turned that the pattern outweighs."""
+    turning = service(turns=True)
+    given, plain = turning(PROBES), answers(network())(PROBES)
+    pattern = given - plain
+    assert pattern.std() == pytest.approx(0.5, abs=0.1)
+    turned = given.argmax(axis=1) != plain.argmax(axis=1)
+    best = np.sort(plain, axis=1)
+    assert 0 < turned.mean() < 1
+    assert (best[:, -1] - best[:, -2])[turned].max() <= np.ptp(pattern, axis=1).max()
+    soft = service(torch.nn.Sequential(network(), torch.nn.Softmax(dim=1)), turns=True)(PROBES)
+    assert np.allclose(soft.sum(axis=1), 1.0, atol=1e-5)
+    assert np.array_equal(soft.argmax(axis=1), given.argmax(axis=1))
+    assert verify(labels_of(turning), turning.watermark(), key=KEY).owned
+    assert turning.watermark().commitment == mark().commitment
+
+
 def test_a_service_starts_again_from_its_file(tmp_path):
     mark().save(tmp_path / "served.wm")
     again = response(network(), mark=tmp_path / "served.wm")

@@ -16,6 +16,7 @@ from wmengine.attacks import attack
 # as long without.
 MARKED, TWIN, TUNED = "marked", "twin", "tuned twin"
 SERVED = "service"  # the twin, whose scores are marked as they are given out
+TURNING = {f"service of labels, strength {strength}": strength for strength in (0.25, 0.35)}  # and its decisions too
 UNMARKED = "none"  # in the place of a preset
 SEEDS = (1, 2, 3)  # that the tables show
 STRANGERS = 5
@@ -48,7 +49,7 @@ class Step:
 @dataclass(frozen=True)
 class Line:
     """A line of the table: what is done, one step after another, to `base`, a network that the problem's recipe makes:
-    MARKED, TWIN, SERVED, or "stranger 1" …, trained apart from the marked one."""
+    MARKED, TWIN, SERVED, of TURNING, or "stranger 1" …, trained apart from the marked one."""
 
     label: str
     steps: tuple[Step, ...] = ()
@@ -177,6 +178,15 @@ SERVED_LINES = (  # of presets that are put into finished networks
         for copied, how in ((_COPY_SCORES, ""), (_COPY_WARM, " at T=3"))
         for step, said in ((copied, how), (replace(copied, student=True), f"{how} to another architecture"))
     ),
+    *(
+        _line(f"{base}{said}", *steps, base=base)
+        for base in TURNING
+        for steps, said in (
+            ((), ""),
+            ((_COPY,), " copied"),
+            ((replace(_COPY, student=True),), " copied to another architecture"),
+        )
+    ),
 )
 
 
@@ -189,7 +199,7 @@ def cells_of(problem: Problem, presets: Sequence[str], seeds: Iterable[int], lin
             Cell(problem, preset, seed, line)
             for preset in presets
             for line in possible(problem, lines, preset)
-            if line.base != SERVED or preset in problem.tuned
+            if line not in SERVED_LINES or preset in problem.tuned
         ]
     return found
 

@@ -33,6 +33,7 @@ from benchmarks.robustness.grid import (
     STRANGER_SEEDS,
     STUDENT_SEEDS,
     TUNED,
+    TURNING,
     TWIN,
     UNMARKED,
     Cell,
@@ -52,6 +53,7 @@ from wmengine.marking.serving import response
 from wmengine.marks.watermark import Watermark
 from wmengine.suspects import open_suspect
 
+_SERVICES = (SERVED, *TURNING)
 PACKAGES = ("wmengine", "torch", "numpy", "onnx", "onnxruntime", "scikit-learn")
 
 
@@ -87,8 +89,8 @@ class Bench:
         if base == TUNED and self.problem.tuned.get(first) == self.problem.tuned[preset] and not lesson.taught:
             preset = first  # without a mark it is the same network, whatever the mark's options
         name = _name_of(preset, seed, base)
-        if name not in self._networks and base == SERVED:
-            self._networks[name] = self._service(preset, seed)
+        if name not in self._networks and base in _SERVICES:
+            self._networks[name] = self._service(preset, seed, base)
         if name not in self._networks:
             preset = preset if base in (MARKED, TUNED) else UNMARKED
             file = self._kept / f"{name}-{digest(recipe_of(self.problem, preset))[:8]}.pt"
@@ -104,7 +106,7 @@ class Bench:
         model: Any = self.network(cell.preset, cell.seed, cell.line.base).model
         name, seconds = _name_of(cell.preset, cell.seed, cell.line.base), 0.0
         seed = (
-            cell.seed if cell.line.base in (MARKED, SERVED) else 0
+            cell.seed if cell.line.base == MARKED or cell.line.base in _SERVICES else 0
         )  # a stranger's copies serve the marks of all seeds
         for count, step in enumerate(cell.steps, start=1):
             place = name, as_json(cell.steps[:count])
@@ -178,8 +180,9 @@ class Bench:
             found.append(self._student(name, found[:1], step, self.data.owner[0], CONTROL_SEEDS + seed)[0])
         return [each.to(self.device) for each in found]
 
-    def _service(self, preset: str, seed: int) -> Network:
-        """The unmarked network of this seed, its scores marked as they are given out."""
+    def _service(self, preset: str, seed: int, base: str) -> Network:
+        """The unmarked network of this seed, its scores marked as they are given out, and its decisions where it turns
+        some."""
         twin, known = self.network(preset, seed, TWIN), self.controls(preset, seed)
         file = self._kept / f"{_name_of(preset, seed, SERVED)}-{digest(recipe_of(self.problem, preset))[:8]}.wm"
         if not file.exists():
@@ -194,8 +197,12 @@ class Bench:
                 value_range=self.problem.value_range,
             )
             made.watermark().save(file)
-        served = response(twin.model, mark=file)
-        return Network(served, served.watermark(), twin.correct, twin.seconds, git_commit())
+        kept = Watermark.load(file)
+        if base == SERVED:
+            return Network(response(twin.model, mark=kept), kept, twin.correct, twin.seconds, git_commit())
+        served = response(twin.model, mark=kept, strength=TURNING[base], turns=True)
+        right = correct(open_suspect(served), self.data.test, self.problem.classes)
+        return Network(served, kept, right, twin.seconds, git_commit())
 
     def _train(self, file: Path, preset: str, seed: int, marked: bool) -> None:
         problem, began, embedder = self.problem, time.perf_counter(), None
@@ -261,8 +268,9 @@ def key_of(seed: int) -> Key:
 def measure(bench: Bench, cell: Cell) -> cells.Row:
     """One cell."""
     own = bench.network(cell.preset, cell.seed, cell.line.base)
-    served = cell.line.base == SERVED
-    marked = None if cell.preset == UNMARKED else bench.network(cell.preset, cell.seed, SERVED if served else MARKED)
+    served = cell.line.base in _SERVICES
+    holds = cell.line.base if served else MARKED
+    marked = None if cell.preset == UNMARKED else bench.network(cell.preset, cell.seed, holds)
     copy, seconds = bench.copy(cell)
     began = time.perf_counter()
     suspect = open_suspect(copy, isolation="none")
@@ -332,5 +340,5 @@ def fill(
 
 def _name_of(preset: str, seed: int, base: str) -> str:
     own = {MARKED: f"{preset}-{seed}", TWIN: f"{UNMARKED}-{seed}", TUNED: f"{preset}-{seed}-plain"}
-    own[SERVED] = f"{preset}-{seed}-service"
+    own |= {served: f"{preset}-{seed}-{served}" for served in _SERVICES}
     return own.get(base) or base.replace(" ", "-")

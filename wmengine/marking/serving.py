@@ -46,6 +46,7 @@ def response(
     value_range: Any = None,
     message: str | None = None,
     strength: float = 0.5,
+    turns: bool = False,
     scheme: str | Preset = "response",
     mark: Watermark | str | os.PathLike[str] | None = None,
 ) -> Served:
@@ -60,7 +61,9 @@ def response(
     x})[0]`, of several inputs from a dict of them. Of a module and a file the activations before the last layer say
     what the pattern goes by; of a function it is pooled inputs, or how often which tokens occur. probes: some thousand
     inputs of the task, unlabelled, that the mark is read by. The unmarked `predict` is its first control; controls:
-    more of them. strength: the standard deviation of what is added to a score; scheme: with options as
+    more of them. strength: the standard deviation of what is added to a score; turns: whether it may
+    turn decisions that the model is nearly even on, so that labels hold it too, and whoever learns from nothing else
+    copies it; that costs accuracy, which a service of scores alone is spared. scheme: with options as
     `wmengine.scheme("response", probes=1024)` gives it. The other arguments are the Embedder's. A service that starts
     again gives `mark=`, the watermark or its file, instead of what it was made with.
 
@@ -75,7 +78,7 @@ def response(
     if mark is None:
         preset = scheme if isinstance(scheme, Preset) else catalogue.scheme(scheme)
         mark = _created(preset, network, key, num_classes, sample, name, probes, controls, value_range, message)
-        warn_of_power(mark, strength, lambda logits, pattern: bent(logits, pattern, shares=False))
+        warn_of_power(mark, strength, None if turns else lambda logits, pattern: bent(logits, pattern, shares=False))
     elif controls or any(given is not None for given in (key, name, sample, probes, message, value_range)):
         raise ValueError("mark= is whole: leave key, name, sample, probes, controls, message and value_range out")
     mark = mark if isinstance(mark, Watermark) else Watermark.load(mark)
@@ -87,16 +90,16 @@ def response(
     raw, answered = base.both(tensors(rows))
     if not source.fits(mark, raw.cpu().numpy()):
         raise ValueError("the features are another network's: give the model that the mark was made with")
-    return Served(base, mark, strength, are_shares(_scores_of(answered, mark)))
+    return Served(base, mark, strength, are_shares(_scores_of(answered, mark)), turns)
 
 
 class Served:
     """A function from inputs [n, ...], several in a dict, to scores [n, C], logits or probabilities as those of the
-    model are, with the keyed pattern among the classes that are not first: of arrays an array, of tensors a tensor. No
-    decision is turned. Threads may share it."""
+    model are, with the keyed pattern among the classes that are not first, or where it turns decisions among all: of
+    arrays an array, of tensors a tensor. Threads may share it."""
 
-    def __init__(self, base: Base, mark: Watermark, strength: float, shares: bool) -> None:
-        self._base, self._mark, self._shares = base, mark, shares
+    def __init__(self, base: Base, mark: Watermark, strength: float, shares: bool, turns: bool = False) -> None:
+        self._base, self._mark, self._shares, self._turns = base, mark, shares, turns
         arrays = mark.arrays
         scale = strength / pattern_of(arrays["features"], arrays, mark.symbols).std()
         self._ways = directions(arrays["directions"]).T.astype(np.float32)
@@ -112,7 +115,7 @@ class Served:
         raw, answered = self._base.both({name: _tensor(name, given[name], spec) for name, spec in specs.items()})
         features = Whitening(self._mark.arrays["centre"], self._mark.arrays["whitening"])(raw.cpu().numpy())
         scores = _scores_of(answered, self._mark)
-        found = bent(scores, np.tanh(features @ self._ways) @ self._signed, self._shares)
+        found = bent(scores, np.tanh(features @ self._ways) @ self._signed, self._shares, self._turns)
         like = given[names[0]]
         return torch.from_numpy(found).to(like.device) if isinstance(like, torch.Tensor) else found
 
@@ -143,17 +146,18 @@ def _scores_of(answered: Any, mark: Watermark) -> Scores:
     return scores
 
 
-def bent(scores: Scores, pattern: Scores, shares: bool) -> Scores:
-    """Scores [n, C], logits or (shares) probabilities, plus the pattern among all classes but each row's first, which
-    stays first by 0.2 in logits. Rows that hold NaN or Inf stay as they are."""
+def bent(scores: Scores, pattern: Scores, shares: bool, turns: bool = False) -> Scores:
+    """Scores [n, C], logits or (shares) probabilities, plus the pattern: among all classes but each row's first, which
+    stays first by 0.2 in logits, or (turns) among all. Rows that hold NaN or Inf stay as they are."""
     rows, first = np.arange(len(scores)), scores.argmax(axis=1)
     found = np.log(np.maximum(scores.astype(np.float64), 1e-12)) if shares else scores.astype(np.float64)
-    top = found[rows, first]
     with np.errstate(invalid="ignore"):
-        found = np.minimum(found + pattern, (top - GAP)[:, None])
-        found[rows, first] = top
+        top, found = found[rows, first], found + pattern
+        if not turns:
+            found = np.minimum(found, (top - GAP)[:, None])
+            found[rows, first] = top
         if shares:
-            found = np.exp(found - top[:, None])
+            found = np.exp(found - found.max(axis=1, keepdims=True))
             found /= found.sum(axis=1, keepdims=True)
     return np.where(np.isfinite(scores).all(axis=1, keepdims=True), found, scores).astype(scores.dtype)
 
