@@ -192,18 +192,17 @@ TOKENS = Problem(
 )
 _COPIES = ("untouched", "copy by labels", "copy by labels to another architecture")
 _TUNED: Options = {
-    f"response {option} {value}": {option: value}
-    for option, value in (("strength", 0.35), ("bits", 256), ("features", 16))
+    "response strength 0.35": {"strength": 0.35},
+    "response strength 0.35 probes 16384": {"strength": 0.35, "probes": 16384},
+    "response bits 256": {"bits": 256},
+    "response features 16": {"features": 16},
 }
 _TRAINED: Options = {"response from scratch strength 0.35": {"strength": 0.35}}
 _LESSONS = {
-    "response strength 0.35 taught": Lesson(taught=0.5),
     "response taught": Lesson(taught=0.5),
     "response hinge": Lesson(offset=False, hinge=0.3),
-    "response strength 0.35 and hinge": Lesson(hinge=0.3),
 }
-_LEARNED: Options = {name: {"strength": 0.35} if "0.35" in name else {} for name in _LESSONS}
-_SETTINGS = {**_TUNED, **_TRAINED, **_LEARNED}
+_SETTINGS: Options = {**_TUNED, **_TRAINED, **{name: {} for name in _LESSONS}}
 CIFAR10 = Problem(
     name="cifar10",
     recipe=f"25,000 pictures, {cifar10.RECIPE}",
