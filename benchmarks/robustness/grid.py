@@ -16,7 +16,7 @@ from wmengine.attacks import attack
 # as long without.
 MARKED, TWIN, TUNED = "marked", "twin", "tuned twin"
 SERVED = "service"  # the twin, whose scores are marked as they are given out
-TURNING = {f"service of labels, strength {strength}": strength for strength in (0.25,)}  # and its decisions too
+TURNING = {f"service of labels, strength {strength}": strength for strength in (0.35,)}  # and its decisions too
 UNMARKED = "none"  # in the place of a preset
 SEEDS = (1, 2, 3)  # that the tables show
 STRANGERS = 5

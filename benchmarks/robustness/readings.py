@@ -123,14 +123,15 @@ def read(
         for name, scores in said.items():
             given = np.concatenate([scores[view][:count] for view in views])
             p = {
-                kind: _log10_p(mark, projected(unexplained(rest, answers), u, mark.arrays))
+                kind: log10_p(mark, projected(unexplained(rest, answers), u, mark.arrays))
                 for kind, rest in (("scores", told(given)), ("labels", told_by_labels(given.argmax(axis=1), classes)))
             }
             found.append({"network": name, **vars(reading), **p})
     return found
 
 
-def _log10_p(mark: Watermark, y: NDArray[np.float64]) -> float:
+def log10_p(mark: Watermark, y: NDArray[np.float64]) -> float:
+    """What y [T] proves."""
     test = mark.preset.test(mark, mark.total, sequential=False)
     test.add(*looks_of_bits(y, [mark.symbols]))
     return test.log10_p

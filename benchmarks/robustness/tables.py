@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 
 from benchmarks import plots, results
 from benchmarks.environment import ROOT
-from benchmarks.robustness import cells, questions, readings
+from benchmarks.robustness import cells, components, questions, readings
 from benchmarks.robustness.cells import Row
 from benchmarks.robustness.grid import (
     LINES,
@@ -46,6 +46,7 @@ PAGES = {
     "law": ROOT / "docs" / "response.md",
     "readings": ROOT / "docs" / "response.md",
     "questions": ROOT / "docs" / "response.md",
+    "components": ROOT / "docs" / "response.md",
 }
 # The copies from which docs/schemes.md tells what each statistic is worth, and the marks that it tells it of.
 COMPARED = (
@@ -258,6 +259,7 @@ def published(found: Mapping[str, Found], out: Path = OUT) -> dict[str, str]:
         "law": law_table(found[CIFAR10.name]),
         "readings": readings.table(readings.kept(out / readings.FILE)),
         "questions": questions.table(readings.kept(out / questions.FILE)),
+        "components": components.table(readings.kept(out / components.FILE)),
     }
 
 
