@@ -8,6 +8,7 @@ Nothing is trained for it but what `python -m benchmarks.robustness --problem ci
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -100,7 +101,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             proves = ", ".join(f"{row['without_scores']:.1f} / {row['without_labels']:.1f}" for row in own)
             shown.append("<br>".join(each for each in (slopes, proves) if each))
         lines.append(f"| {f'{begin + 1} to {end}' if end else 'all'} | {there} | {' | '.join(shown)} |")
-    return "\n".join(lines).replace("-0.00", "0.00").replace("-0.0 ", "0.0 ")
+    return re.sub(r"-(0\.0+)\b", r"\1", "\n".join(lines))
 
 
 if __name__ == "__main__":

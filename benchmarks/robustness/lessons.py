@@ -43,7 +43,7 @@ class Learner:
         return x, y
 
     def loss(
-        self, logits: torch.Tensor, y: torch.Tensor, *, label_smoothing: float, inputs: torch.Tensor
+        self, logits: torch.Tensor, y: torch.Tensor, *, label_smoothing: float = 0.0, inputs: torch.Tensor
     ) -> torch.Tensor:
         if self._lesson.taught:
             with torch.no_grad():
