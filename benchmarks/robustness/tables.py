@@ -33,7 +33,7 @@ from benchmarks.robustness.grid import (
     cells_of,
     possible,
 )
-from benchmarks.robustness.problems import CIFAR10, DIGITS, PROBLEMS, Problem
+from benchmarks.robustness.problems import CIFAR10, DIGITS, INTENTS, LETTERS, PROBLEMS, Problem
 from benchmarks.robustness.rules import MOST_LOSS, PROVEN, outcome, sok_success, sok_threshold
 
 OUT = readings.OUT
@@ -47,6 +47,8 @@ PAGES = {
     "readings": ROOT / "docs" / "response.md",
     "questions": ROOT / "docs" / "response.md",
     "components": ROOT / "docs" / "response.md",
+    "letters": ROOT / "docs" / "response.md",
+    "intents": ROOT / "docs" / "response.md",
 }
 # The copies from which docs/schemes.md tells what each statistic is worth, and the marks that it tells it of.
 COMPARED = (
@@ -114,7 +116,10 @@ def heading(problem: Problem, found: Found, steps: Mapping[str, float] | None = 
 
 
 def groups_of(problem: Problem) -> dict[str, tuple[str, ...]]:
-    """The presets that share a table, by its name: few all of them, many by where the mark lies."""
+    """The presets that share a table, by its name: few all of them, many by where the mark lies; none where `response`
+    is the only one, which has a page of its own."""
+    if problem.presets == ("response",):
+        return {}
     if len(problem.presets) < 10:
         return {"": problem.presets}
     kinds = {preset: problem.preset(preset).kind for preset in problem.presets}
@@ -246,7 +251,8 @@ def published(found: Mapping[str, Found], out: Path = OUT) -> dict[str, str]:
     parts = []
     steps = {DIGITS.name: steps_over_plain(results.load(), DIGITS.presets)}
     for name, problem in PROBLEMS.items():
-        parts += [f"## {name}", "", heading(problem, found[name], steps.get(name)), ""]
+        if groups_of(problem):
+            parts += [f"## {name}", "", heading(problem, found[name], steps.get(name)), ""]
         for group, presets in groups_of(problem).items() if found[name] else ():
             seen = f"Worst log10 p of three seeds for every attack and {group} mark on {name}".replace("  ", " ")
             parts += [f"### {name}, {group}", ""] if group else []
@@ -255,6 +261,10 @@ def published(found: Mapping[str, Found], out: Path = OUT) -> dict[str, str]:
         "robustness": "\n".join(parts).strip(),
         "statistics": statistics_table(found[DIGITS.name]),
         "response": response_table(found[CIFAR10.name]),
+        **{
+            each.name: f"{heading(each, found[each.name])}\n\n{response_table(found[each.name], each)}"
+            for each in (LETTERS, INTENTS)
+        },
         "settings": settings_table(found[CIFAR10.name]),
         "law": law_table(found[CIFAR10.name]),
         "readings": readings.table(readings.kept(out / readings.FILE)),

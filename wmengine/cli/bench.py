@@ -58,7 +58,8 @@ def operators(
 @benches.command()
 def robustness(
     problems: Annotated[
-        str | None, typer.Option("--problem", metavar="NAME,…", help="digits, digits-tokens or cifar10; all.")
+        str | None,
+        typer.Option("--problem", metavar="NAME,…", help="digits, digits-tokens, cifar10, letters or intents; all."),
     ] = None,
     presets: Annotated[str | None, typer.Option("--presets", metavar="NAME,…", help="Which schemes; all.")] = None,
     attacks: Annotated[
@@ -67,7 +68,9 @@ def robustness(
     seeds: Annotated[str, typer.Option("--seeds", metavar="N,…", help="Which seeds.")] = "1,2,3",
     data: Annotated[
         Path | None,
-        typer.Option("--data", metavar="DIR", envvar="WMENGINE_DATA", help="Where the pictures of cifar10 are."),
+        typer.Option(
+            "--data", metavar="DIR", envvar="WMENGINE_DATA", help="Where the data of cifar10, letters and intents are."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where rows go (benchmarks/results/robustness).")
