@@ -1,4 +1,4 @@
-"""CIFAR-10: where its pictures are read from, the networks that learn them, and how these are trained."""
+"""CIFAR-10: where its pictures are read from, the networks that learn them, and how long these are trained."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import tarfile
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +16,11 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.robustness.training import Recipe, Rows
 from wmengine.demo import Data
-from wmengine.marking.embedder import Embedder
 
-Rows = tuple[torch.Tensor, torch.Tensor]
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
-EPOCHS, BATCH, RATE = 8, 128, 1e-2
-RECIPE = f"{EPOCHS} epochs, Adam, one cycle to {RATE:g}, batches of {BATCH}, mirrored, bfloat16"
+RECIPE = Recipe(8, 128, 1e-2, pictures=True)
 
 
 class _Block(nn.Module):
@@ -61,42 +58,6 @@ def plain_network(seed: int) -> nn.Module:
         layers += [nn.Conv2d(channels_in, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2)]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 16, 10))
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-def train_on_pictures(
-    model: Any, rows: Rows, seed: int, embedder: Embedder | None = None, tuned: int | None = None
-) -> nn.Module:
-    """Adam with a one-cycle schedule, pictures mirrored at random, under autocast. Labels may be shares of classes.
-
-    tuned: labels are smoothed by 0.1; of a finished network, for so many epochs at half the rate, or 0 for one that is
-    at its beginning.
-    """
-    pictures, labels = rows
-    optimizer = torch.optim.Adam(model.parameters())
-    steps, epochs, rate = len(labels) // BATCH, tuned or EPOCHS, RATE / 2 if tuned else RATE
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs=epochs, steps_per_epoch=steps)
-    generator = torch.Generator().manual_seed(seed)
-    smoothing = 0.0 if tuned is None else 0.1
-    model.train()
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(labels), generator=generator)[: steps * BATCH].split(BATCH):
-            x, y = pictures[chosen], labels[chosen]
-            mirrored = torch.rand(len(x), 1, 1, 1, generator=generator).to(x.device) < 0.5
-            x = torch.where(mirrored, x.flip(-1), x)
-            if embedder is not None:
-                x, y = embedder.mix(x, y)
-            with torch.autocast(x.device.type, torch.bfloat16):
-                logits = model(x.contiguous(memory_format=torch.channels_last))
-                if embedder is None:
-                    loss = functional.cross_entropy(logits, y, label_smoothing=smoothing)
-                else:
-                    loss = embedder.loss(logits, y, label_smoothing=smoothing, inputs=x)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    trained: nn.Module = model.eval()
-    return trained
 
 
 def load(folder: Path | None) -> Data:

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.robustness.training import Recipe
 from wmengine.demo import Data
 
+RECIPE = Recipe(15, 64, 3e-3)
 FILE, CLASSES = "data_full.json", 150
 LENGTH, TOKENS = 16, 2048  # a row's tokens, 0 where it has ended and 1 for a rare word
 

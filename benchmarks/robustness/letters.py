@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.robustness.training import Recipe
 from wmengine.demo import Data
 
+RECIPE = Recipe(40, 64, 3e-3)
 FILE, COLUMNS, CLASSES, LEVELS = "letter-recognition.data", 16, 26, 15
 OWNED = 8000  # rows that the owner trains on, and as many that the thief has
 

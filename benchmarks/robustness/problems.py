@@ -15,13 +15,13 @@ from torch import nn
 
 from benchmarks.robustness import cifar10, intents, letters
 from benchmarks.robustness.lessons import Lesson
+from benchmarks.robustness.training import Rows
 from wmengine._optional import require
 from wmengine.demo import Data, build_network, load_digits, train
 from wmengine.marking.embedder import Embedder
 from wmengine.marks.catalogue import scheme
 from wmengine.marks.preset import Preset
 
-Rows = tuple[torch.Tensor, torch.Tensor]
 Options = Mapping[str, Mapping[str, Any]]
 GREYS = 17  # of a digit's pixel; as a token each is one more, as 0 is kept for padding
 
@@ -121,10 +121,10 @@ def _attentive(seed: int) -> nn.Module:
     return _Attentive()
 
 
-def _train(
-    model: Any, rows: Rows, seed: int, embedder: Embedder | None = None, tuned: int | None = None, *, epochs: int
+def _train_on_digits(
+    model: Any, rows: Rows, seed: int, embedder: Embedder | None = None, tuned: int | None = None
 ) -> nn.Module:
-    return train(model, rows, tuned or epochs, seed=seed, embedder=embedder)
+    return train(model, rows, tuned or 30, seed=seed, embedder=embedder)
 
 
 def photographs(count: int, size: int, channels: int) -> torch.Tensor:
@@ -160,7 +160,7 @@ DIGITS = Problem(
     load=lambda _: load_digits(),
     build=build_network,
     other=_small_pictures_network,
-    train=partial(_train, epochs=30),
+    train=_train_on_digits,
     elsewhere=partial(photographs, 500, 8, 1),
     # Of the passports the private ones: a network must be prepared for deepipr_v1, and without triggers beside it
     # deepipr_v3 trains as deepipr_v2 does.
@@ -183,7 +183,7 @@ TOKENS = Problem(
     load=_digits_as_tokens,
     build=_reader,
     other=_attentive,
-    train=partial(_train, epochs=30),
+    train=_train_on_digits,
     elsewhere=lambda: _tokens(photographs(500, 8, 1)),
     presets=("sketch", "adi_tokens"),
     value_range=(0, GREYS),
@@ -209,15 +209,19 @@ CIFAR10 = Problem(
     load=cifar10.load,
     build=cifar10.resnet,
     other=cifar10.plain_network,
-    train=cifar10.train_on_pictures,
+    train=cifar10.RECIPE,
     elsewhere=partial(photographs, 10_000, 32, 3),
     presets=("sketch", "adi", "response", "zhang_content", "margin", "ewe_keyed", "class_feature", "mea_defender"),
     variants=tuple(_SETTINGS),
     mark_options=_SETTINGS,
     attack_options={
-        **{name: {"batch": cifar10.BATCH} for name in ("ftll", "ftal", "rtll", "rtal", "wrk", "overwrite")},
-        **{name: {"batch": cifar10.BATCH, "epochs": cifar10.EPOCHS} for name in ("distil", "extract")},
-        "adversarial": {"batch": cifar10.BATCH, "steps": 7, "epochs": 2},  # a step costs as much as one of training
+        **{name: {"batch": cifar10.RECIPE.batch} for name in ("ftll", "ftal", "rtll", "rtal", "wrk", "overwrite")},
+        **{name: {"batch": cifar10.RECIPE.batch, "epochs": cifar10.RECIPE.epochs} for name in ("distil", "extract")},
+        "adversarial": {
+            "batch": cifar10.RECIPE.batch,
+            "steps": 7,
+            "epochs": 2,
+        },  # a step is one of training
     },
     planned={
         "sketch": _PICTURES_LINES,
@@ -238,35 +242,37 @@ CIFAR10 = Problem(
     lessons=_LESSONS,
 )
 # Where the mark is read in answers to anything but pictures.
-_ANSWERS = (
-    *("untouched", "ftal", "copy by scores", "copy by labels", "copy by labels to another architecture"),
-    *("copy by labels then ftal", "stranger 1", "service*"),
-)
+_STUDENTS = ("copy by scores", "copy by labels", "copy by labels to another architecture")
+_ANSWERS = ("untouched", "ftal", *_STUDENTS, "stranger 1", "service*")
 LETTERS = Problem(
     name="letters",
-    recipe="8,000 rows of 16 columns, 40 epochs, Adam, one cycle to 3e-3, batches of 64",
+    recipe=f"8,000 rows of 16 columns, {letters.RECIPE}",
     load=letters.load,
     build=letters.network,
     other=letters.other_network,
-    train=partial(_train, epochs=40),
+    train=letters.RECIPE,
     elsewhere=partial(torch.rand, 8000, letters.COLUMNS),
     presets=("response",),
+    variants=("response strength 1",),
+    mark_options={"response strength 1": {"strength": 1.0}},
     classes=letters.CLASSES,
-    planned={"response": _ANSWERS},
-    tuned={"response": 20},
+    planned={"response": _ANSWERS, "response strength 1": ("untouched", *_STUDENTS, "stranger 1")},
+    tuned={"response": 20, "response strength 1": 20},
 )
 INTENTS = Problem(
     name="intents",
-    recipe="9,000 requests of 16 tokens, 15 epochs, Adam, one cycle to 3e-3, batches of 64",
+    recipe=f"9,000 requests of 16 tokens, {intents.RECIPE}",
     load=intents.load,
     build=intents.network,
     other=intents.other_network,
-    train=partial(_train, epochs=15),
+    train=intents.RECIPE,
     elsewhere=partial(torch.randint, 1, intents.TOKENS, (9000, intents.LENGTH)),
     presets=("response",),
     value_range=(0, intents.TOKENS - 1),
     classes=intents.CLASSES,
-    planned={"response": _ANSWERS},
+    planned={
+        "response": ("untouched", *_STUDENTS[:2], "stranger 1", "service", "service copied by scores at T=3"),
+    },
     tuned={"response": 6},
 )
 PROBLEMS = {problem.name: problem for problem in (DIGITS, TOKENS, CIFAR10, LETTERS, INTENTS)}
