@@ -309,8 +309,10 @@ def test_trigger_rows_beside_it_are_learned_as_they_are():
     x, y = emb.mix(torch.from_numpy(PROBES[:32]), torch.arange(32) % 10)
     plain, task = emb.split(y)
     offset = emb._offsets[0].offset(emb.features(x)) * task[:, None]
-    expected = torch.nn.functional.cross_entropy(model(x) - offset, plain)
+    expected = torch.nn.functional.cross_entropy(model(x) - offset, plain, label_smoothing=0.1)
     assert torch.allclose(emb.loss(model(x), y, inputs=x), expected, atol=1e-5)
+    sharp = torch.nn.functional.cross_entropy(model(x) - offset, plain)
+    assert torch.allclose(emb.loss(model(x), y, inputs=x, label_smoothing=0.0), sharp, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class MarkedTrainer(Trainer):
         if self.compute_loss_func is not None:
             loss = self._beside(self.compute_loss_func, outputs, labels)
         else:
-            smoothing = self.args.label_smoothing_factor
+            smoothing = self.args.label_smoothing_factor or None  # where it is not given
             loss = self.embedder.loss(outputs, labels, label_smoothing=smoothing, inputs=mixed)
         return (loss, outputs) if return_outputs else loss
 

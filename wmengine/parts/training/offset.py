@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from wmengine.parts.base import Course, Setting
 from wmengine.parts.fields import integer, positive
 
+# Of labels, without which all that a network sure of a row could learn of the pattern is which class outweighs it.
+SMOOTHING = 0.1
+
 
 @dataclass(frozen=True)
 class Offset:
     """strength: the standard deviation over inputs of one logit's δ. The greater, the more accuracy it costs and the
-    more the mark says. `loss` wants the batch's inputs; what the tables show was trained with label_smoothing=0.1.
+    more the mark says. `loss` wants the batch's inputs, and smooths labels by 0.1.
 
     mixtures: of so many mixtures of two of a batch's inputs the network is also taught, in a pass of its own, what the
     base answers them and the pattern on top. Where a task is so easy that its own inputs leave nothing undecided, as
