@@ -294,12 +294,14 @@ def test_the_loss_wants_inputs_and_takes_features_that_were_kept():
     assert torch.allclose(emb.loss(model(x), y, inputs=x, label_smoothing=0.1), expected)
 
 
-def test_trigger_rows_beside_it_are_learned_as_they_are():
+@pytest.mark.parametrize(("mixtures", "smoothing"), [(0, 0.1), (8, 0.0)])
+def test_trigger_rows_beside_it_are_learned_as_they_are(mixtures, smoothing):
+    """And labels are smoothed if nothing is said of it, unless mixtures are answered as the base answers them."""
     model = network()
     emb = Embedder(
         model,
         KEY,
-        ["adi", scheme("response", probes=256)],
+        ["adi", scheme("response", probes=256, mixtures=mixtures)],
         num_classes=10,
         sample=torch.from_numpy(PROBES[:8]),
         name="d",
@@ -309,10 +311,10 @@ def test_trigger_rows_beside_it_are_learned_as_they_are():
     x, y = emb.mix(torch.from_numpy(PROBES[:32]), torch.arange(32) % 10)
     plain, task = emb.split(y)
     offset = emb._offsets[0].offset(emb.features(x)) * task[:, None]
-    expected = torch.nn.functional.cross_entropy(model(x) - offset, plain, label_smoothing=0.1)
-    assert torch.allclose(emb.loss(model(x), y, inputs=x), expected, atol=1e-5)
-    sharp = torch.nn.functional.cross_entropy(model(x) - offset, plain)
-    assert torch.allclose(emb.loss(model(x), y, inputs=x, label_smoothing=0.0), sharp, atol=1e-5)
+    for given, used in (({}, smoothing), ({"label_smoothing": 0.05}, 0.05)):
+        expected = torch.nn.functional.cross_entropy(model(x) - offset, plain, label_smoothing=used)
+        with torch.no_grad():  # without the term of mixtures
+            assert torch.allclose(emb.loss(model(x), y, inputs=x, **given), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks.robustness import cifar10, intents, letters
 from benchmarks.robustness.lessons import Lesson
-from benchmarks.robustness.training import Recipe, Rows
+from benchmarks.robustness.training import Rows
 from wmengine._optional import require
 from wmengine.demo import Data, build_network, load_digits, train
 from wmengine.marking.embedder import Embedder
@@ -124,10 +124,7 @@ def _attentive(seed: int) -> nn.Module:
 def _train_on_digits(
     model: Any, rows: Rows, seed: int, embedder: Embedder | None = None, tuned: int | None = None
 ) -> nn.Module:
-    """Of a finished network by smoothed labels, with a mark and without."""
-    if tuned is None:
-        return train(model, rows, 30, seed=seed, embedder=embedder)
-    return Recipe(tuned, 64, 3e-3)(model, rows, seed, embedder, tuned)
+    return train(model, rows, tuned or 30, seed=seed, embedder=embedder)
 
 
 def photographs(count: int, size: int, channels: int) -> torch.Tensor:

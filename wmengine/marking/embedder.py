@@ -41,7 +41,7 @@ from wmengine.marks.preset import Preset
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Course, Finishes, Need, Offsets, Setting, Task, Watches
 from wmengine.parts.statistics.tails import binomial_log10_tail
-from wmengine.parts.training.offset import SMOOTHING, Offset
+from wmengine.parts.training.offset import Offset
 from wmengine.parts.triggers.readings import ReadTriggers
 from wmengine.suspects.computed import check_whole, low_rank_pair
 from wmengine.suspects.module import ModuleSuspect
@@ -220,10 +220,10 @@ class Embedder:
         logit [n] or [n, 1] too, or an answer that holds them, as `logits` or as its first output of that shape; labels:
         as `mix` returns them, in any order. A batch without trigger rows is fine. weight: [num_classes], of the task's
         classes; trigger rows have weight 1. Both options mean what torch's cross_entropy means by them; for a mark in
-        the answers to inputs (`response`) labels are smoothed by 0.1 if nothing else is given, as rows that a network
-        may be sure of teach it little. inputs: those of these logits, for such a mark; or features: what `features`
-        makes of them, which may be kept for inputs that come again. Raises ValueError where one of both is missing, and
-        for a mark of a task without classes.
+        the answers to inputs (`response` without mixtures=) labels are smoothed by 0.1 if nothing else is given, as
+        rows that a network may be sure of teach it little. inputs: those of these logits, for such a mark; or features:
+        what `features` makes of them, which may be kept for inputs that come again. Raises ValueError where one of both
+        is missing, and for a mark of a task without classes.
         """
         if self._reads is not None:
             raise ValueError(
@@ -238,8 +238,9 @@ class Embedder:
                 raise ValueError(f"inputs and features are of these {len(logits)} logits, and there are {len(known)}")
             logits = logits.float() - torch.where(group[:, None] == 0, course.offset(known), 0.0).to(logits.device)
         groups = 1 + len(self._by_group)
-        smoothing = (SMOOTHING if self._offsets else 0.0) if label_smoothing is None else label_smoothing
-        loss, hits = rows_loss(logits, labels, group, groups, weight, smoothing)
+        if label_smoothing is None:
+            label_smoothing = max((course.smoothing for course in self._offsets), default=0.0)
+        loss, hits = rows_loss(logits, labels, group, groups, weight, label_smoothing)
         if self._by_group and torch.is_grad_enabled():
             if not (self._mixed or torch.compiler.is_compiling()):
                 self._mixed = True

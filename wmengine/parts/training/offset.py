@@ -10,18 +10,17 @@ from dataclasses import dataclass
 from wmengine.parts.base import Course, Setting
 from wmengine.parts.fields import integer, positive
 
-# Of labels, without which all that a network sure of a row could learn of the pattern is which class outweighs it.
-SMOOTHING = 0.1
-
 
 @dataclass(frozen=True)
 class Offset:
     """strength: the standard deviation over inputs of one logit's δ. The greater, the more accuracy it costs and the
-    more the mark says. `loss` wants the batch's inputs, and smooths labels by 0.1.
+    more the mark says. `loss` wants the batch's inputs.
 
     mixtures: of so many mixtures of two of a batch's inputs the network is also taught, in a pass of its own, what the
     base answers them and the pattern on top. Where a task is so easy that its own inputs leave nothing undecided, as
-    small tables and digits are, the mark is learned by them; else they cost time for nothing.
+    small tables and digits are, the mark is learned by them; else they cost time for nothing. Without them `loss`
+    smooths labels by 0.1, as of a row that it may be sure of a network learns no more than that the class outweighs the
+    pattern; what the base answers to mixtures is not smoothed, and a network cannot learn both.
     """
 
     strength: float = 0.5

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from wmengine.parts.training.offset import Offset
 
 _PROBED = 64
+_SMOOTHING = 0.1
 _WARMTH = 2.0
 
 
@@ -30,6 +31,7 @@ class OffsetCourse:
         mark = setting.mark
         bits = mark.arrays[setting.symbols.name]
         self._mixtures, self._last = training.mixtures, dict[str, torch.Tensor]()
+        self.smoothing = 0.0 if training.mixtures else _SMOOTHING
         self._base = base_of(setting.controls[0] if setting.controls else setting.model, setting.example)
         scale = training.strength / pattern_of(mark.arrays["features"], mark.arrays, bits).std()
         signed = np.where(bits, scale, -scale)[:, None] * contrasts(mark.arrays["contrasts"])
