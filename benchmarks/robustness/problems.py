@@ -193,7 +193,6 @@ TOKENS = Problem(
 _COPIES = ("untouched", "copy by labels", "copy by labels to another architecture")
 _TUNED: Options = {
     "response strength 0.35": {"strength": 0.35},
-    "response strength 0.35 probes 16384": {"strength": 0.35, "probes": 16384},
     "response bits 256": {"bits": 256},
     "response features 16": {"features": 16},
 }
