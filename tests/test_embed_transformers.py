@@ -46,7 +46,7 @@ def rows_of(kind, count, seed=0):
     return [{"input_ids": row, "attention_mask": mask, "labels": row[0] - 5} for row in ids]
 
 
-def marked(kind, folder, rows, schemes=None, own_loss=None, samples=None, **options):
+def marked(kind, folder, rows, schemes=None, own_loss=None, samples=None, label_smoothing=None, **options):
     model = pictures() if kind == "pictures" else texts()
     sample = transformers.default_data_collator(rows[:64])
     del sample["labels"]
@@ -59,7 +59,7 @@ def marked(kind, folder, rows, schemes=None, own_loss=None, samples=None, **opti
     )  # fmt: skip
     return wmengine.MarkedTrainer(
         model, arguments, train_dataset=rows, eval_dataset=rows_of(kind, 128, seed=9), embedder=emb,
-        compute_loss_func=own_loss,
+        compute_loss_func=own_loss, label_smoothing=label_smoothing,
         compute_metrics=lambda found: {"accuracy": (found.predictions.argmax(-1) == found.label_ids).mean()},
     )  # fmt: skip
 
@@ -93,18 +93,43 @@ def test_a_loss_of_ones_own_is_of_the_tasks_rows_and_the_marks_have_theirs(tmp_p
     weight, seen = torch.arange(1.0, CLASSES + 1), []
 
     def weighted(outputs, labels, num_items_in_batch=None):
-        seen.append((len(outputs.logits), len(labels), int(labels.max()) < CLASSES, num_items_in_batch))
-        return torch.nn.functional.cross_entropy(outputs.logits, labels, weight=weight)
+        seen.append((len(outputs.logits), len(labels), int(labels.max()) < CLASSES, int(num_items_in_batch)))
+        summed = torch.nn.functional.cross_entropy(outputs.logits, labels, weight=weight, reduction="sum")
+        return summed / num_items_in_batch
 
     rows = rows_of("texts", 640)
     trainer = marked("texts", tmp_path, rows, own_loss=weighted, num_train_epochs=8, save_strategy="no")
     trainer.train()
-    assert set(seen) == {(64, 64, True, None)}
+    assert set(seen) == {(64, 64, True, 64)}
     assert all(wmengine.verify(trainer.model, mark, key=KEY).owned for mark in trainer.embedder.watermarks())
     trainer.model.train()
-    loss, outputs = trainer.compute_loss(trainer.model, transformers.default_data_collator(rows[:64]), True)
+    given = transformers.default_data_collator(rows[:64])
+    mixed, labels = trainer.embedder.mix({name: given[name] for name in given if name != "labels"}, given["labels"])
+    outputs = trainer.model(**mixed)
     assert len(outputs.logits) == 72
-    assert loss > torch.nn.functional.cross_entropy(outputs.logits[:64], torch.stack([r["labels"] for r in rows[:64]]))
+
+    def plain(outputs, labels, num_items_in_batch):
+        return torch.nn.functional.cross_entropy(outputs.logits, labels)
+
+    found, expected = trainer._beside(plain, outputs, labels), trainer.embedder.loss(outputs, labels)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:the mark 'response' is weak")
+@pytest.mark.parametrize(("own", "given", "used"), [(None, 0.0, None), (None, 0.05, 0.05), (0.0, 0.05, 0.0)])
+def test_labels_are_smoothed_as_is_said_and_else_as_the_marks_want(tmp_path, own, given, used):
+    rows = rows_of("texts", 640)
+    samples = transformers.default_data_collator(rows)
+    del samples["labels"]
+    chosen = [wmengine.scheme("response", bits=256, probes=256, features=8)]
+    trainer = marked(
+        "texts", tmp_path, rows, chosen, samples=samples, label_smoothing=own, label_smoothing_factor=given
+    )
+    trainer.model.eval().training = True  # without dropout
+    batch = transformers.default_data_collator(rows[:64])
+    inputs = {name: batch[name] for name in batch if name != "labels"}
+    expected = trainer.embedder.loss(trainer.model(**inputs), batch["labels"], label_smoothing=used, inputs=inputs)
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:the mark 'response' is weak")

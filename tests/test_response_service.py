@@ -67,7 +67,27 @@ def test_a_service_that_turns_decisions_is_proven_by_its_labels_alone():
     assert np.allclose(soft.sum(axis=1), 1.0, atol=1e-5)
     assert np.array_equal(soft.argmax(axis=1), given.argmax(axis=1))
     assert verify(labels_of(turning), turning.watermark(), key=KEY).owned
-    assert turning.watermark().commitment == mark().commitment
+    again = response(network(), mark=turning.watermark(), turns=True)
+    assert np.array_equal(again(PROBES), given)
+
+
+def test_a_service_that_turns_decisions_is_judged_by_its_labels_too():
+    sure = network()
+    with torch.no_grad():
+        sure[-1].weight *= 1e4
+    weak = service(sure, turns=True, strength=0.05)
+    with pytest.warns(UserWarning, match="does not prove itself on this service's labels: log10 p ="):
+        weak.watermark()
+
+
+def test_the_strength_is_the_schemes_unless_it_is_said():
+    rows = PROBES[:64]
+    plain = answers(network())(rows)
+    for options, given in (({}, 0.5), ({"strength": 2.0}, 2.0)):
+        chosen = scheme("response", probes=1024, views=1, **options)
+        assert np.std(service(scheme=chosen, turns=True)(rows) - plain) == pytest.approx(given, rel=0.2)
+    with pytest.raises(ValueError, match="scheme= is 'adi', and a service holds 'response'"):
+        service(scheme="adi")
 
 
 def test_a_service_starts_again_from_its_file(tmp_path):

@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pyarrow
 from numpy.typing import NDArray
-from pyarrow import parquet
 
 from benchmarks.robustness.grid import LINES, MARKED, SEEDS, Cell
 from benchmarks.robustness.problems import CIFAR10, Problem
-from benchmarks.robustness.readings import OUT, READ, Found, log10_p
+from benchmarks.robustness.readings import OUT, READ, Found, keep, log10_p
 from benchmarks.robustness.runner import Bench
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.responses.pattern import pattern_of
@@ -107,5 +105,5 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 if __name__ == "__main__":
     data, *numbers = sys.argv[1:]
     measured = measure(CIFAR10, Path(data), [int(number) for number in numbers] or SEEDS, OUT)
-    parquet.write_table(pyarrow.Table.from_pylist(measured), OUT / FILE)
+    keep(OUT / FILE, measured)
     print(table(measured))

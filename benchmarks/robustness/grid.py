@@ -16,7 +16,7 @@ from wmengine.attacks import attack
 # as long without.
 MARKED, TWIN, TUNED = "marked", "twin", "tuned twin"
 SERVED = "service"  # the twin, whose scores are marked as they are given out
-TURNING = {f"service of labels, strength {strength}": strength for strength in (0.35,)}  # and its decisions too
+TURNING = {f"service of labels at strength {strength}": strength for strength in (0.35,)}  # and its decisions too
 UNMARKED = "none"  # in the place of a preset
 SEEDS = (1, 2, 3)  # that the tables show
 STRANGERS = 5
@@ -175,7 +175,7 @@ SERVED_LINES = (  # of presets that are put into finished networks
     _line("service", base=SERVED),
     *(
         _line(f"service copied by scores{said}", step, base=SERVED)
-        for copied, how in ((_COPY_SCORES, ""), (_COPY_WARM, " at T=3"))
+        for copied, how in ((_COPY_SCORES, ""), (_COPY_WARM, " softened at T=3"))
         for step, said in ((copied, how), (replace(copied, student=True), f"{how} to another architecture"))
     ),
     *(

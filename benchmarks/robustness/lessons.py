@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from wmengine.marking.embedder import Embedder
 from wmengine.marks.watermark import Watermark
-from wmengine.parts.responses.pattern import contrasts, directions
+from wmengine.parts.responses.pattern import contrasts, directions, pattern_of
 
 _WARMTH = 2.0  # in which scores are read
 _SLOW = 0.98  # how much of a running mean each step keeps
@@ -61,12 +61,13 @@ class Learner:
         with torch.no_grad():
             base = self._networks[0](inputs).float()
         with torch.autocast(inputs.device.type, enabled=False):
-            bent = torch.tanh(features @ self._ways)
-            plain, whole = ((each / _WARMTH).softmax(1) for each in (base, base + self._scale * bent @ self._signed))
+            ways, signed = self._ways.to(base.device), self._signed.to(base.device)
+            bent = torch.tanh(features @ ways)
+            plain, whole = ((each / _WARMTH).softmax(1) for each in (base, base + self._scale * bent @ signed))
             bent -= bent.mean(0)
-            full = ((bent.T @ (whole - plain)) * self._signed).sum(1).mean()
+            full = ((bent.T @ (whole - plain)) * signed).sum(1).mean()
             self._full = _SLOW * self._full + (1.0 - _SLOW) * full if self._full else full
-            shown = ((bent.T @ ((logits.float() / _WARMTH).softmax(1) - plain)) * self._signed).sum(1)
+            shown = ((bent.T @ ((logits.float() / _WARMTH).softmax(1) - plain)) * signed).sum(1)
             return functional.relu(1.0 - shown / self._full).mean()
 
 
@@ -74,6 +75,5 @@ def pattern_of_mark(mark: Watermark) -> tuple[torch.Tensor, torch.Tensor, float]
     """g [D, T], ±v [T, C], and by what the sum over all bits is multiplied for the mark's strength."""
     arrays = mark.arrays
     signed = np.where(mark.symbols, 1.0, -1.0)[:, None] * contrasts(arrays["contrasts"])
-    ways, features = directions(arrays["directions"]).T, arrays["features"][:8192]
-    scale = mark.preset.options["strength"] / (np.tanh(features @ ways) @ signed).std()
-    return torch.from_numpy(ways).float(), torch.from_numpy(signed).float(), float(scale)
+    scale = mark.preset.options["strength"] / pattern_of(arrays["features"], arrays, mark.symbols).std()
+    return torch.tensor(directions(arrays["directions"]).T).float(), torch.tensor(signed).float(), float(scale)

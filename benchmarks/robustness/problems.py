@@ -220,7 +220,7 @@ CIFAR10 = Problem(
             "batch": cifar10.RECIPE.batch,
             "steps": 7,
             "epochs": 2,
-        },  # a step is one of training
+        },  # a step costs one of training
     },
     planned={
         "sketch": _PICTURES_LINES,
@@ -267,11 +267,14 @@ INTENTS = Problem(
     train=intents.RECIPE,
     elsewhere=partial(torch.randint, 1, intents.TOKENS, (9000, intents.LENGTH)),
     presets=("response",),
+    variants=("response features 192",),
+    mark_options={"response features 192": {"features": 192}},
     value_range=(0, intents.TOKENS - 1),
     classes=intents.CLASSES,
     planned={
-        "response": ("untouched", *_STUDENTS[:2], "stranger 1", "service", "service copied by scores at T=3"),
+        "response": ("untouched", *_STUDENTS[:2], "stranger 1", "service", "service copied by scores softened at T=3"),
+        "response features 192": ("untouched", *_STUDENTS[:2], "stranger 1"),
     },
-    tuned={"response": 6},
+    tuned={"response": 6, "response features 192": 6},
 )
 PROBLEMS = {problem.name: problem for problem in (DIGITS, TOKENS, CIFAR10, LETTERS, INTENTS)}

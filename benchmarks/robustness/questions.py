@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
 import torch
 from numpy.typing import NDArray
-from pyarrow import parquet
 
 from benchmarks.robustness.grid import LINES, MARKED, SEEDS, Cell
 from benchmarks.robustness.problems import CIFAR10, Problem
-from benchmarks.robustness.readings import OUT, READ, Found
+from benchmarks.robustness.readings import OUT, READ, Found, keep
 from benchmarks.robustness.runner import Bench
 from wmengine.judging.verification import verify
 
@@ -70,5 +68,5 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 if __name__ == "__main__":
     data, *numbers = sys.argv[1:]
     measured = measure(CIFAR10, Path(data), [int(number) for number in numbers] or SEEDS, OUT)
-    parquet.write_table(pyarrow.Table.from_pylist(measured), OUT / FILE)
+    keep(OUT / FILE, measured)
     print(table(measured))

@@ -159,6 +159,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def keep(file: Path, rows: Sequence[Found]) -> None:
+    """Put rows in the place of those of the same seeds."""
+    measured = {row["seed"] for row in rows}
+    others = [row for row in kept(file) if row["seed"] not in measured]
+    parquet.write_table(pyarrow.Table.from_pylist(sorted([*others, *rows], key=lambda row: row["seed"])), file)
+
+
 def kept(file: Path) -> list[Found]:
     """What was measured before."""
     return parquet.read_table(file).to_pylist() if file.exists() else []
@@ -167,5 +174,5 @@ def kept(file: Path) -> list[Found]:
 if __name__ == "__main__":
     data, *numbers = sys.argv[1:]
     measured = measure(CIFAR10, Path(data), [int(number) for number in numbers] or SEEDS, OUT)
-    parquet.write_table(pyarrow.Table.from_pylist(measured), OUT / FILE)
+    keep(OUT / FILE, measured)
     print(table(measured))

@@ -232,8 +232,10 @@ class Bench:
             )
         learner: Any = embedder
         if preset in problem.lessons:
-            others = [controls[0], self.network(UNMARKED, SEEDS[seed % len(SEEDS)], TWIN).model.to(self.device)]
-            learner = Learner(problem.lessons[preset], embedder, others)
+            lesson, known = problem.lessons[preset], controls[:1]
+            if lesson.taught:
+                known = [*known, self.network(UNMARKED, SEEDS[seed % len(SEEDS)], TWIN).model.to(self.device)]
+            learner = Learner(lesson, embedder, known)
         problem.train(model, rows, seed=start, embedder=learner, tuned=tuned)
         seconds = time.perf_counter() - began
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,7 @@ def overwrite(
 
         def loss(inputs: Inputs, labels: torch.Tensor | None, embedder: Embedder = embedder) -> torch.Tensor:
             inputs, labels = embedder.mix(inputs, checked(labels, rows_of(inputs), num_classes))
-            return embedder.loss(logits(model, inputs), labels, inputs=inputs)
+            return embedder.loss(logits(model, inputs), labels, label_smoothing=0.0, inputs=inputs)
 
         train(model, data, loss, random, epochs=epochs, rate=rate, batch=batch)
     return model

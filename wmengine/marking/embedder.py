@@ -162,6 +162,7 @@ class Embedder:
         self._by_group = [mark for mark in self._marks if mark.group]
         self._watching = [mark.course for mark in self._marks if isinstance(mark.course, Watches)]
         self._offsets = [mark.course for mark in self._marks if isinstance(mark.course, Offsets)]
+        self._smoothing = max([getattr(course, "smoothing", 0.0) for course in self._offsets], default=0.0)
         totals = [0, *(mark.watermark.total * members_of(mark.watermark) for mark in self._by_group)]
         # Hits and rows [2, groups] since each mark's triggers began anew, and those of the last full pass; of fixed
         # size, as torch.compile guards it.
@@ -220,11 +221,23 @@ class Embedder:
         logit [n] or [n, 1] too, or an answer that holds them, as `logits` or as its first output of that shape; labels:
         as `mix` returns them, in any order. A batch without trigger rows is fine. weight: [num_classes], of the task's
         classes; trigger rows have weight 1. Both options mean what torch's cross_entropy means by them; for a mark in
-        the answers to inputs (`response` without mixtures=) labels are smoothed by 0.1 if nothing else is given, as
-        rows that a network may be sure of teach it little. inputs: those of these logits, for such a mark; or features:
-        what `features` makes of them, which may be kept for inputs that come again. Raises ValueError where one of both
-        is missing, and for a mark of a task without classes.
+        the answers to inputs (`response` without mixtures=) labels of all rows, shares too, are smoothed by 0.1 if
+        nothing else is given, as rows that a network may be sure of teach it little. inputs: those of these logits, for
+        such a mark; or features: what `features` makes of them, which may be kept for inputs that come again. Raises
+        ValueError where one of both is missing, and for a mark of a task without classes.
         """
+        return self.loss_of_rows(logits, labels, weight, label_smoothing, inputs, features) + self.regulariser()
+
+    def loss_of_rows(
+        self,
+        logits: Any,
+        labels: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        label_smoothing: float | None = None,
+        inputs: Any = None,
+        features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`loss` without `regulariser()`, for a loop that puts a loss of its own beside it."""
         if self._reads is not None:
             raise ValueError(
                 f"the mark {self._reads!r} is of a task without classes: add regulariser() to a loss of your own"
@@ -238,19 +251,18 @@ class Embedder:
                 raise ValueError(f"inputs and features are of these {len(logits)} logits, and there are {len(known)}")
             logits = logits.float() - torch.where(group[:, None] == 0, course.offset(known), 0.0).to(logits.device)
         groups = 1 + len(self._by_group)
-        if label_smoothing is None:
-            label_smoothing = max((course.smoothing for course in self._offsets), default=0.0)
-        loss, hits = rows_loss(logits, labels, group, groups, weight, label_smoothing)
+        smoothing = self._smoothing if label_smoothing is None else label_smoothing
+        loss, hits = rows_loss(logits, labels, group, groups, weight, smoothing)
         if self._by_group and torch.is_grad_enabled():
             if not (self._mixed or torch.compiler.is_compiling()):
                 self._mixed = True
-                warnings.warn("loss was called before any mix, which is what adds the triggers", stacklevel=2)
+                warnings.warn("loss was called before any mix, which is what adds the triggers", stacklevel=3)
             rows = (group == torch.arange(groups, device=group.device)[:, None]).sum(dim=1)
             seen = self._seen.to(group.device, non_blocking=True) + torch.stack([hits.detach(), rows])
             full = seen[1] >= self._passes.to(group.device, non_blocking=True)
             self._full = torch.where(full, seen, self._full.to(group.device, non_blocking=True))
             self._seen = torch.where(full, 0, seen)
-        return loss + self.regulariser()
+        return loss
 
     def features(self, inputs: Any) -> torch.Tensor:
         """What `response` knows a batch by: float32 [n, D], from one forward pass of its base, the first control.

@@ -45,7 +45,7 @@ def response(
     controls: Sequence[Any] = (),
     value_range: Any = None,
     message: str | None = None,
-    strength: float = 0.5,
+    strength: float | None = None,
     turns: bool = False,
     scheme: str | Preset = "response",
     mark: Watermark | str | os.PathLike[str] | None = None,
@@ -61,22 +61,25 @@ def response(
     x})[0]`, of several inputs from a dict of them. Of a module and a file the activations before the last layer say
     what the pattern goes by; of a function it is pooled inputs, or how often which tokens occur. probes: some thousand
     inputs of the task, unlabelled, that the mark is read by. The unmarked `predict` is its first control; controls:
-    more of them. strength: the standard deviation of what is added to a score; turns: whether it may
-    turn decisions that the model is nearly even on, so that labels hold it too, and whoever learns from nothing else
-    copies it; that costs accuracy, which a service of scores alone is spared. scheme: with options as
-    `wmengine.scheme("response", probes=1024)` gives it. The other arguments are the Embedder's. A service that starts
-    again gives `mark=`, the watermark or its file, instead of what it was made with.
+    more of them. strength: the standard deviation of what is added to a score, if nothing is said that of the scheme,
+    0.5; turns: whether it may turn decisions that the model is nearly even on, so that labels hold it too, and whoever
+    learns from nothing else copies it; that costs accuracy, which a service of scores alone is spared. scheme: with
+    options as `wmengine.scheme("response", probes=1024)` gives it. The other arguments are the Embedder's. A service
+    that starts again gives `mark=`, the watermark or its file, instead of what it was made with, and strength= and
+    turns= as they were, which no mark holds.
 
     A new mark that would not prove itself at 1e-9 is warned about.
 
     Raises ValueError or TypeError for what cannot work.
     """
-    strength = positive("strength", strength)
+    preset = scheme if isinstance(scheme, Preset) else catalogue.scheme(scheme)
+    if preset.name != "response":
+        raise ValueError(f"scheme= is {preset.name!r}, and a service holds 'response'")
+    strength = positive("strength", preset.options["strength"] if strength is None else strength)
     network = OnnxBase(predict) if isinstance(predict, str | os.PathLike) else predict
     if not callable(network):
         raise TypeError(f"predict must be a torch module, a path or a function, and it is {type(predict).__name__}")
     if mark is None:
-        preset = scheme if isinstance(scheme, Preset) else catalogue.scheme(scheme)
         mark = _created(preset, network, key, num_classes, sample, name, probes, controls, value_range, message)
         warn_of_power(mark, strength, None if turns else lambda logits, pattern: bent(logits, pattern, shares=False))
     elif controls or any(given is not None for given in (key, name, sample, probes, message, value_range)):
@@ -120,14 +123,19 @@ class Served:
         return torch.from_numpy(found).to(like.device) if isinstance(like, torch.Tensor) else found
 
     def watermark(self) -> Watermark:
-        """What to save and register. Warns where the service itself does not prove it at 1e-9."""
-        finding = _judged(self, self._mark)
-        if finding.log10_p > LEAST:
-            warnings.warn(
-                f"the mark does not prove itself on this service: log10 p = {finding.log10_p:.1f}; give more probes "
-                "or a greater strength",
-                stacklevel=2,
-            )
+        """What to save and register. Warns where the service itself does not prove it at 1e-9, and where its labels are
+        to hold it these alone."""
+        said: dict[str, Any] = {"service": self}
+        if self._turns:
+            said["service's labels"] = lambda inputs: np.asarray(self(inputs)).argmax(axis=1)
+        for what, suspect in said.items():
+            finding = _judged(suspect, self._mark)
+            if finding.log10_p > LEAST:
+                warnings.warn(
+                    f"the mark does not prove itself on this {what}: log10 p = {finding.log10_p:.1f}; give more probes "
+                    "or a greater strength",
+                    stacklevel=2,
+                )
         return self._mark
 
 

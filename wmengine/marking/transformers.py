@@ -21,19 +21,21 @@ STATE = "marks.pt"  # in a checkpoint's folder
 class MarkedTrainer(Trainer):
     """A `transformers.Trainer` that embeds the marks of `embedder`, whose sample is a dict by the names of a batch.
 
-    Training batches are mixed, and the loss is `embedder.loss` with the arguments' label smoothing, or
-    `compute_loss_func` of the task's rows, which is to give their mean, and `embedder.loss` of the triggers'; where no
-    rows are added to a batch it is the Trainer's own and `regulariser()`, so that any task will do. Evaluation is as it
-    was. How far each mark is is logged as `SCHEME_matched`. Checkpoints hold the Embedder's state, and resuming reads
-    it. Save `embedder.marks` before, or `embedder.watermarks()`, which judges them, afterwards. Raises ValueError for a
-    mark in answers (`response`) beside `compute_loss_func`.
+    Training batches are mixed, and the loss is `embedder.loss` with label_smoothing=, or what the arguments say of it
+    where they do, or what the marks want. With `compute_loss_func`, which is to give the mean over the rows that it
+    gets or their sum over `num_items_in_batch`, it is the mean of that over the task's rows and of the triggers' cross
+    entropy. Where no rows are added to a batch it is the Trainer's own and `regulariser()`, so that any task will do.
+    Evaluation is as it was. How far each mark is is logged as `SCHEME_matched`. Checkpoints hold the Embedder's state,
+    and resuming reads it. Save `embedder.marks` before, or `embedder.watermarks()`, which judges them, afterwards.
+    Raises ValueError for a mark in answers (`response`) beside `compute_loss_func`.
     """
 
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args: Any, embedder: Embedder, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, embedder: Embedder, label_smoothing: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.embedder = embedder
+        self._smoothing = self.args.label_smoothing_factor or None if label_smoothing is None else label_smoothing
         self._answers = any("inputs" in mark.preset.needs for mark in embedder.marks)
         if self._answers and self.compute_loss_func is not None:
             raise ValueError("a mark in answers is trained by the cross entropy itself: leave compute_loss_func out")
@@ -47,15 +49,14 @@ class MarkedTrainer(Trainer):
         given, task = separated(inputs)
         mixed, labels = self.embedder.mix(given, task)
         if labels is task and not self._answers:
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            loss, outputs = super().compute_loss(model, inputs, True, self._count(task))
             loss = loss + self.embedder.regulariser()
             return (loss, outputs) if return_outputs else loss
         outputs = model(**mixed)
         if self.compute_loss_func is not None:
             loss = self._beside(self.compute_loss_func, outputs, labels)
         else:
-            smoothing = self.args.label_smoothing_factor or None  # where it is not given
-            loss = self.embedder.loss(outputs, labels, label_smoothing=smoothing, inputs=mixed)
+            loss = self.embedder.loss(outputs, labels, label_smoothing=self._smoothing, inputs=mixed)
         return (loss, outputs) if return_outputs else loss
 
     def _beside(self, task_loss: Any, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
@@ -64,10 +65,16 @@ class MarkedTrainer(Trainer):
         def of_task(each: Any) -> Any:
             return each[task] if isinstance(each, torch.Tensor) and each.shape[:1] == task.shape else each
 
-        own = task_loss(tree_map(of_task, outputs), plain[task], num_items_in_batch=None)
+        rows, triggers = (plain[task] != -100).sum(), (~task).sum()
+        own = task_loss(tree_map(of_task, outputs), plain[task], num_items_in_batch=self._count(plain[task]))
         logits = logits_of(outputs, self.embedder.num_classes)
-        loss: torch.Tensor = own + self.embedder.loss(logits[~task], labels[~task])
+        others = self.embedder.loss_of_rows(logits[~task], labels[~task])
+        loss: torch.Tensor = (rows * own + triggers * others) / (rows + triggers) + self.embedder.regulariser()
         return loss
+
+    def _count(self, labels: torch.Tensor) -> Any:
+        """Of how many rows the mean of a loss of one's own is, which is divided by the accumulated batches later."""
+        return None if self.compute_loss_func is None else (labels != -100).sum()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:

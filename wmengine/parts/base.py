@@ -247,11 +247,9 @@ class Symbols(Protocol):
 class Offsets(Protocol):
     """A course that is learned on the task's own rows: `loss` is that of the logits less its offset.
 
-    features: of inputs [n, ...] by name, float32 [n, D]; offset: of features, [n, C]. smoothing: of labels, where the
-    loop says nothing of it.
+    features: of inputs [n, ...] by name, float32 [n, D]; offset: of features, [n, C]. It may have `smoothing`, of
+    labels where the loop says nothing of it.
     """
-
-    smoothing: float
 
     def features(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
 
