@@ -200,8 +200,13 @@ _TRAINED: Options = {"response from scratch strength 0.35": {"strength": 0.35}}
 _LESSONS = {
     "response taught": Lesson(taught=0.5),
     "response hinge": Lesson(offset=False, hinge=0.3),
+    "response strength 0.35 and hinge": Lesson(hinge=0.3),
 }
-_SETTINGS: Options = {**_TUNED, **_TRAINED, **{name: {} for name in _LESSONS}}
+_SETTINGS: Options = {
+    **_TUNED,
+    **_TRAINED,
+    **{name: {"strength": 0.35} if "0.35" in name else {} for name in _LESSONS},
+}
 CIFAR10 = Problem(
     name="cifar10",
     recipe=f"25,000 pictures, {cifar10.RECIPE}",
