@@ -123,8 +123,8 @@ class Served:
         return torch.from_numpy(found).to(like.device) if isinstance(like, torch.Tensor) else found
 
     def watermark(self) -> Watermark:
-        """What to save and register. Warns where the service itself does not prove it at 1e-9, and where its labels are
-        to hold it these alone."""
+        """What to save and register. Warns where the service itself does not prove it at 1e-9, or where it turns
+        decisions and its labels alone do not."""
         said: dict[str, Any] = {"service": self}
         if self._turns:
             said["service's labels"] = lambda inputs: np.asarray(self(inputs)).argmax(axis=1)
