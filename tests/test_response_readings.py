@@ -5,7 +5,7 @@ import pytest
 from responding import KEY, bent_network, network, served
 
 from benchmarks.robustness import questions
-from benchmarks.robustness.readings import READ, READINGS, Reading, candidates, read, table
+from benchmarks.robustness.readings import READ, READINGS, Reading, candidates, keep, kept, read, table
 from wmengine import verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,3 +72,11 @@ def test_the_table_of_questions_has_a_row_for_each_network_and_every_seed_in_it(
     assert lines[2] == "| untouched | owned, not proven, owned | 768, 1,536, 2,304 | -1.0, -2.0, -3.0 |"
     assert "| untouched | owned | 768, 2,304 |" in questions.table(rows[::2])
     assert len(lines) == 2 + len(READ)
+
+
+def test_a_seed_that_is_measured_anew_takes_its_own_rows_place_alone(tmp_path):
+    file = tmp_path / "rows.parquet"
+    assert kept(file) == []
+    keep(file, [{"seed": seed, "found": "before"} for seed in (1, 2, 2)])
+    keep(file, [{"seed": seed, "found": "anew"} for seed in (3, 2)])
+    assert [(row["seed"], row["found"]) for row in kept(file)] == [(1, "before"), (2, "anew"), (3, "anew")]

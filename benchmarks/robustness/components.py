@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,10 +18,9 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.robustness.grid import LINES, MARKED, SEEDS, Cell
+from benchmarks.robustness.grid import SEEDS
 from benchmarks.robustness.problems import CIFAR10, Problem
-from benchmarks.robustness.readings import OUT, READ, Found, keep, log10_p
-from benchmarks.robustness.runner import Bench
+from benchmarks.robustness.readings import OUT, READ, Found, keep, log10_p, networks_of
 from wmengine.marks.watermark import Watermark
 from wmengine.parts.responses.pattern import pattern_of
 from wmengine.parts.responses.reading import projected, told, told_by_labels, unexplained
@@ -36,16 +34,10 @@ PROBES = 4096  # of the pool
 
 def measure(problem: Problem, folder: Path | None, seeds: Sequence[int], out: Path) -> list[Found]:
     """A row for each seed, network and group of components, as `arrived` has it."""
-    rows, lines = [], {line.label: line for line in LINES}
-    with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(problem, problem.load(folder), out, "cpu", Path(scratch))
-        for seed in seeds:
-            mark = bench.network("response", seed, MARKED).mark
-            assert mark is not None
-            for name in READ:
-                network, _ = bench.copy(Cell(problem, "response", seed, lines[name]))
-                rows += [{"seed": seed, "network": name, **each} for each in arrived(mark, network)]
-                print(f"seed {seed}, {name}", file=sys.stderr, flush=True)
+    rows = []
+    for seed, name, mark, network in networks_of(problem, folder, seeds, out):
+        rows += [{"seed": seed, "network": name, **each} for each in arrived(mark, network)]
+        print(f"seed {seed}, {name}", file=sys.stderr, flush=True)
     return rows
 
 

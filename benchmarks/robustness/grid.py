@@ -16,7 +16,8 @@ from wmengine.attacks import attack
 # as long without.
 MARKED, TWIN, TUNED = "marked", "twin", "tuned twin"
 SERVED = "service"  # the twin, whose scores are marked as they are given out
-TURNING = {f"service of labels at strength {strength}": strength for strength in (0.35,)}  # and its decisions too
+TURNING_STRENGTH = 0.35
+TURNING = f"service of labels at strength {TURNING_STRENGTH}"  # which turns decisions too
 UNMARKED = "none"  # in the place of a preset
 SEEDS = (1, 2, 3)  # that the tables show
 STRANGERS = 5
@@ -49,7 +50,7 @@ class Step:
 @dataclass(frozen=True)
 class Line:
     """A line of the table: what is done, one step after another, to `base`, a network that the problem's recipe makes:
-    MARKED, TWIN, SERVED, of TURNING, or "stranger 1" …, trained apart from the marked one."""
+    MARKED, TWIN, SERVED, TURNING, or "stranger 1" …, trained apart from the marked one."""
 
     label: str
     steps: tuple[Step, ...] = ()
@@ -178,15 +179,9 @@ SERVED_LINES = (  # of presets that are put into finished networks
         for copied, how in ((_COPY_SCORES, ""), (_COPY_WARM, " softened at T=3"))
         for step, said in ((copied, how), (replace(copied, student=True), f"{how} to another architecture"))
     ),
-    *(
-        _line(f"{base}{said}", *steps, base=base)
-        for base in TURNING
-        for steps, said in (
-            ((), ""),
-            ((_COPY,), " copied"),
-            ((replace(_COPY, student=True),), " copied to another architecture"),
-        )
-    ),
+    _line(TURNING, base=TURNING),
+    _line(f"{TURNING} copied", _COPY, base=TURNING),
+    _line(f"{TURNING} copied to another architecture", replace(_COPY, student=True), base=TURNING),
 )
 
 

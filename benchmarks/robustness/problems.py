@@ -221,11 +221,8 @@ CIFAR10 = Problem(
     attack_options={
         **{name: {"batch": cifar10.RECIPE.batch} for name in ("ftll", "ftal", "rtll", "rtal", "wrk", "overwrite")},
         **{name: {"batch": cifar10.RECIPE.batch, "epochs": cifar10.RECIPE.epochs} for name in ("distil", "extract")},
-        "adversarial": {
-            "batch": cifar10.RECIPE.batch,
-            "steps": 7,
-            "epochs": 2,
-        },  # a step costs one of training
+        # Of which a step costs as much as one of training.
+        "adversarial": {"batch": cifar10.RECIPE.batch, "steps": 7, "epochs": 2},
     },
     planned={
         "sketch": _PICTURES_LINES,

@@ -9,7 +9,6 @@ Nothing is trained for it but what `python -m benchmarks.robustness --problem ci
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.robustness.grid import LINES, MARKED, SEEDS, Cell
+from benchmarks.robustness.grid import SEEDS
 from benchmarks.robustness.problems import CIFAR10, Problem
-from benchmarks.robustness.readings import OUT, READ, Found, keep
-from benchmarks.robustness.runner import Bench
+from benchmarks.robustness.readings import OUT, READ, Found, keep, networks_of
 from wmengine.judging.verification import verify
 
 FILE = "questions.parquet"
@@ -29,18 +27,12 @@ FILE = "questions.parquet"
 
 def measure(problem: Problem, folder: Path | None, seeds: Sequence[int], out: Path) -> list[Found]:
     """A row for each seed and network: the decision, after how many questions, and log10 p."""
-    rows, lines = [], {line.label: line for line in LINES}
-    with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(problem, problem.load(folder), out, "cpu", Path(scratch))
-        for seed in seeds:
-            mark = bench.network("response", seed, MARKED).mark
-            assert mark is not None
-            for name in READ:
-                network, _ = bench.copy(Cell(problem, "response", seed, lines[name]))
-                found = verify(_labels_of(network), mark, test="sequential")
-                row = {"seed": seed, "network": name, "pool": mark.parameters["pool"] * mark.parameters["views"]}
-                rows.append(row | {"decision": found.decision, "queries": found.queries, "log10_p": found.log10_p})
-                print(f"seed {seed}, {name}: {found.decision} after {found.queries}", file=sys.stderr, flush=True)
+    rows = []
+    for seed, name, mark, network in networks_of(problem, folder, seeds, out):
+        found = verify(_labels_of(network), mark, test="sequential")
+        row = {"seed": seed, "network": name, "pool": mark.parameters["pool"] * mark.parameters["views"]}
+        rows.append(row | {"decision": found.decision, "queries": found.queries, "log10_p": found.log10_p})
+        print(f"seed {seed}, {name}: {found.decision} after {found.queries}", file=sys.stderr, flush=True)
     return rows
 
 

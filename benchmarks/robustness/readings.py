@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -80,6 +80,20 @@ def measure(
                 rows += [{"seed": seed, **each} for each in found]
                 print(f"seed {seed}, {pool}: {len(rows)} rows", file=sys.stderr, flush=True)
     return rows
+
+
+def networks_of(
+    problem: Problem, folder: Path | None, seeds: Sequence[int], out: Path
+) -> Iterator[tuple[int, str, Watermark, Any]]:
+    """Of each seed and each of READ the mark and the network, trained now, or before and kept."""
+    lines = {line.label: line for line in LINES}
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(problem, problem.load(folder), out, "cpu", Path(scratch))
+        for seed in seeds:
+            mark = bench.network("response", seed, MARKED).mark
+            assert mark is not None
+            for name in READ:
+                yield seed, name, mark, bench.copy(Cell(problem, "response", seed, lines[name]))[0]
 
 
 def candidates(mark: Watermark, pool: str, natural: Levels, base: Any) -> Levels:

@@ -34,6 +34,7 @@ from benchmarks.robustness.grid import (
     STUDENT_SEEDS,
     TUNED,
     TURNING,
+    TURNING_STRENGTH,
     TWIN,
     UNMARKED,
     Cell,
@@ -53,7 +54,7 @@ from wmengine.marking.serving import response
 from wmengine.marks.watermark import Watermark
 from wmengine.suspects import open_suspect
 
-_SERVICES = (SERVED, *TURNING)
+_SERVICES = (SERVED, TURNING)
 PACKAGES = ("wmengine", "torch", "numpy", "onnx", "onnxruntime", "scikit-learn")
 
 
@@ -200,7 +201,7 @@ class Bench:
         kept = Watermark.load(file)
         if base == SERVED:
             return Network(response(twin.model, mark=kept), kept, twin.correct, twin.seconds, git_commit())
-        served = response(twin.model, mark=kept, strength=TURNING[base], turns=True)
+        served = response(twin.model, mark=kept, strength=TURNING_STRENGTH, turns=True)
         right = correct(open_suspect(served), self.data.test, self.problem.classes)
         return Network(served, kept, right, twin.seconds, git_commit())
 

@@ -115,10 +115,6 @@ def heading(problem: Problem, found: Found, steps: Mapping[str, float] | None = 
     return "\n".join([measured, "", *lines])
 
 
-def _heading(found: Found, problem: Problem) -> str:
-    return heading(problem, found)
-
-
 def groups_of(problem: Problem) -> dict[str, tuple[str, ...]]:
     """The presets that share a table, by its name: few all of them, many by where the mark lies; none where `response`
     is the only one, which has a page of its own."""
@@ -266,8 +262,8 @@ def published(found: Mapping[str, Found], out: Path = OUT) -> dict[str, str]:
         "statistics": statistics_table(found[DIGITS.name]),
         "response": response_table(found[CIFAR10.name]),
         **{
-            each.name: "\n\n".join(part(found[each.name], each) for part in (_heading, response_table, settings_table))
-            for each in (LETTERS, INTENTS)
+            each.name: "\n\n".join([heading(each, own), response_table(own, each), settings_table(own, each)])
+            for each, own in ((each, found[each.name]) for each in (LETTERS, INTENTS))
         },
         "settings": settings_table(found[CIFAR10.name]),
         "law": law_table(found[CIFAR10.name]),

@@ -20,7 +20,7 @@ class Offset:
     base answers them and the pattern on top. Where a task is so easy that its own inputs leave nothing undecided, as
     small tables and digits are, the mark is learned by them; else they cost time for nothing. Without them `loss`
     smooths labels by 0.1, as of a row that it may be sure of a network learns no more than that the class outweighs the
-    pattern; what the base answers to mixtures is not smoothed, and a network cannot learn both.
+    pattern; with them it does not, as what the base answers to mixtures is not smoothed either.
     """
 
     strength: float = 0.5
