@@ -5,6 +5,7 @@ import torch
 
 from wmengine import ops
 
+THERE = torch.cuda.is_available()
 DEVICE = torch.device("cuda")
 KEYS = [3, 2**63 + 5, 2**64 - 1]
 

@@ -5,7 +5,11 @@ wrong answer in one of the two. Launches, streams and the compiler of real code 
 """
 
 import importlib.util
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -172,3 +176,16 @@ def test_best_bit_matches_of_a_registry_in_the_worst_order():
     counts, indices = cuda.best_bit_matches(torch.from_numpy(message), torch.from_numpy(registry), total, 10)
     assert counts.tolist() == [list(range(6000, 5990, -1))]
     assert indices.tolist() == [list(range(5999, 5989, -1))]
+
+
+def test_the_tests_for_a_gpu_are_true_of_a_cpu(module, request):
+    if "falling" in request.node.name:
+        pytest.skip("threads in rising order will do")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.rehearsal", "-p", "no:cacheprovider", "-m", ""]
+    run = subprocess.run(
+        [*command, "tests/test_gpu.py", "tests/test_gpu_operators.py", "--tb=short", "--durations=12"],
+        cwd=CSRC.parent, env={**os.environ, "EMULATED_CUDA": module.__file__}, capture_output=True, text=True,
+        timeout=500, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-6000:]
+    assert re.search(r"[3-9]\d\d passed", run.stdout), run.stdout[-500:]

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
-if not torch.cuda.is_available():
+from tests import gpu_tensors  # noqa: E402
+
+if not gpu_tensors.THERE:
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 from tests.closeness import assert_close  # noqa: E402
@@ -93,7 +95,7 @@ def test_match_counts_equals_the_reference(dtype, distribution, shape):
     group = rng.integers(0, 3, rows)
     wanted = reference.match_counts(answers, expected, group, 4, levels=True)
     found = ops.match_counts(outputs, torch.from_numpy(expected), torch.from_numpy(group), 4, levels=True)
-    assert {part.device.type for part in found} == {"cuda"}
+    assert {part.device.type for part in found} == {DEVICE.type}
     for name in ("predicted", "hits", "invalid"):
         np.testing.assert_array_equal(getattr(found, name).cpu().numpy(), getattr(wanted, name), err_msg=name)
     levels = found.levels.cpu().numpy().astype(int)

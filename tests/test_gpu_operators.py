@@ -3,7 +3,9 @@
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
-if not torch.cuda.is_available():
+from tests import gpu_tensors  # noqa: E402
+
+if not gpu_tensors.THERE:
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 from tests.gpu_tensors import DEVICE, KEYS, embed, integers, layers, random, step_inputs, training_step  # noqa: E402
@@ -188,8 +190,8 @@ def test_the_operators_pass_opcheck(dtype):
     check(operators.project.default, (random(300), -7, 40, "sketch", False))
     check(operators.project.default, (random(40), -7, 300, "gaussian", True))
     settings = ("unit_filters", "sketch")
-    check(operators.embedding_loss.default, (weights, bits, keys, *settings, 0.1, "bce", 1.0))
-    _, _, residual, norms = operators.embedding_loss(weights, bits, keys, *settings, 0.1, "bce", 1.0)
+    check(operators.embedding_loss.default, (weights, bits, keys, *settings, 0.1, "bce", 1.0, None))
+    _, _, residual, norms = operators.embedding_loss(weights, bits, keys, *settings, 0.1, "bce", 1.0, None)
     one = torch.ones((), device=DEVICE)
     check(operators.embedding_loss_backward.default, (one, weights, residual, norms, keys, *settings, 0.1))
     logits, labels = random(8, 10, dtype=dtype), torch.arange(8, device=DEVICE)
