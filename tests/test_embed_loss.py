@@ -180,7 +180,7 @@ def test_the_compiled_loss_is_compiled_once_and_counts_as_the_other(backend):
     for _ in range(20):
         _, y = emb.mix(*batch(64))
         step(functional.one_hot(y % CLASSES, CLASSES).float(), y)
-    assert len(graphs) <= 2  # the second, because the first step had no projections before it
+    assert len(graphs) == (backend == "eager")
     assert (emb.metrics["adi"]["matched"], emb.metrics["adi"]["total"]) == (40, 40)
 
 

@@ -165,13 +165,13 @@ class Embedder:
         self._smoothing = max([getattr(course, "smoothing", 0.0) for course in self._offsets], default=0.0)
         totals = [0, *(mark.watermark.total * members_of(mark.watermark) for mark in self._by_group)]
         # Hits and rows [2, groups] since each mark's triggers began anew, and those of the last full pass; of fixed
-        # size, as torch.compile guards it.
-        self._passes = torch.tensor(totals)
+        # size and where the model is, as torch.compile guards both.
+        device = next(iter(self._batches.example(self._model).values())).device
+        self._passes = torch.tensor(totals, device=device)
         self._mixed = False
         read = [each.watermark.scheme for each in self._marks if isinstance(each.watermark.preset.source, ReadTriggers)]
         self._reads = read[0] if read else None
-        self._seen = torch.zeros(2, len(totals), dtype=torch.int64)
-        self._full = torch.zeros(2, len(totals), dtype=torch.int64)
+        self._seen, self._full = (torch.zeros(2, len(totals), dtype=torch.int64, device=device) for _ in range(2))
 
     @property
     def num_classes(self) -> int | None:
@@ -257,10 +257,13 @@ class Embedder:
             if not (self._mixed or torch.compiler.is_compiling()):
                 self._mixed = True
                 warnings.warn("loss was called before any mix, which is what adds the triggers", stacklevel=3)
+            if self._seen.device != group.device:
+                kept = (self._passes, self._seen, self._full)
+                self._passes, self._seen, self._full = (each.to(group.device) for each in kept)
             rows = (group == torch.arange(groups, device=group.device)[:, None]).sum(dim=1)
-            seen = self._seen.to(group.device, non_blocking=True) + torch.stack([hits.detach(), rows])
-            full = seen[1] >= self._passes.to(group.device, non_blocking=True)
-            self._full = torch.where(full, seen, self._full.to(group.device, non_blocking=True))
+            seen = self._seen + torch.stack([hits.detach(), rows])
+            full = seen[1] >= self._passes
+            self._full = torch.where(full, seen, self._full)
             self._seen = torch.where(full, 0, seen)
         return loss
 

@@ -33,8 +33,9 @@ class WeightTerm:
             )
         self._carriers = carriers_in(setting.model, setting.example, setting.preset_name, parameters)
         self._keys = [int(key) for key in setting.mark.arrays["carrier_keys"]]
-        self._bits = torch.from_numpy(setting.mark.arrays[setting.symbols.name].copy())
-        self._placed: dict[torch.device, torch.Tensor] = {}
+        bits = torch.from_numpy(setting.mark.arrays[setting.symbols.name].copy())
+        # Where the weights are: to move it in a step would have torch.compile compile again.
+        self._bits = bits.to(self._carriers[0].weight.device)
         self._scale = _standard_scale(self._carrier, self._projection, shapes, parameters["bits"])
         if link == "stdm":
             self._scale = parameters["beta"] / STDM_BETA  # the operator's own β is fixed
@@ -53,12 +54,12 @@ class WeightTerm:
             ones = torch.ones(max(map(len, weights)), device=device)
             pairs = zip(weights, factors, strict=True)
             signs = torch.cat([ones[: len(w)] if f is None else f.detach().sign().float() for w, f in pairs])
-        if device not in self._placed:
-            self._placed[device] = self._bits.to(device)
+        if self._bits.device != device:
+            self._bits = self._bits.to(device)
         term, y = ops.embedding_loss(
             weights,
             self._keys,
-            self._placed[device],
+            self._bits,
             carrier=self._carrier,
             projection=self._projection,
             link=self._link,
