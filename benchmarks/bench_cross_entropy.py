@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import harness
-from benchmarks.harness import Aim, Case, Contender, compiled
+from benchmarks.harness import COPYING, Aim, Case, Contender, compiled
 from wmengine import _cpu, ops
 
 
@@ -33,6 +33,12 @@ SIZES = [
     Size(1024, 32000),
     Size(128, 262144),
     Size(1024, 32000, "bfloat16"),
+]
+GPU_SIZES = [
+    Size(32768, 1000, "bfloat16"),
+    Size(8192, 32000, "bfloat16"),
+    Size(4096, 128256, "bfloat16"),
+    Size(2048, 262144, "bfloat16"),
 ]
 QUICK_SIZES = [Size(16, 10), Size(32, 100), Size(32, 100, "bfloat16")]
 ONCE = "F.cross_entropy once"
@@ -138,6 +144,7 @@ def test_marked_cross_entropy(size: Size, compare: Callable[[Case], None], devic
             left_out=left_out,
             aims=AIMS.get(size, []),
             headline=size.classes >= 1000,
+            gpu_bound=COPYING,
         )
     )
 

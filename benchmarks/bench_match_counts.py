@@ -10,20 +10,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.harness import Aim, Case, Contender
+from benchmarks.harness import COPYING, Aim, Case, Contender, compiled
 from wmengine import ops
 
 GROUP = 16  # rows of a mark in one look
 
 
 class Size(NamedTuple):
-    """Rows of scores for so many classes: 16 rows are the first look of one mark."""
+    """Rows of scores for so many classes, or of probabilities: 16 rows are the first look of one mark."""
 
     rows: int
     classes: int
+    probabilities: bool = False
 
 
 SIZES = [Size(16_000, 10), Size(1600, 10), Size(16, 10), Size(6400, 1000)]
+GPU_SIZES = [
+    Size(4_000_000, 10),
+    Size(65_536, 1000),
+    Size(65_536, 1000, probabilities=True),
+    Size(1024, 128_256),
+]
 QUICK_SIZES = [Size(32, 10), Size(8, 100)]
 NUMPY = "NumPy argmax, gather and standardisation"
 AIMS = {size: [Aim(NUMPY, 2.0)] for size in (SIZES[0], SIZES[3])}
@@ -52,7 +59,8 @@ def torch_levels(outputs: Tensor, expected: Tensor) -> tuple[Tensor, ...]:
 
 def test_match_counts(size: Size, compare: Callable[[Case], None], device: str) -> None:
     torch.manual_seed(1)
-    outputs = torch.randn(size.rows, size.classes, device=device)
+    scores = torch.randn(size.rows, size.classes, device=device)
+    outputs = scores.softmax(dim=1) if size.probabilities else scores
     expected = torch.randint(0, size.classes, (size.rows,), device=device)
     group = torch.arange(size.rows, device=device) // GROUP
     array, labels, marks = (tensor.cpu().numpy() for tensor in (outputs, expected, group))
@@ -64,23 +72,28 @@ def test_match_counts(size: Size, compare: Callable[[Case], None], device: str) 
         found: ops.MatchCounts = ops.match_counts(*inputs, groups)
         return found
 
-    found = [torch.as_tensor(part).cpu().numpy() for part in ours()[:5]]
-    hits, at, histogram = numpy_levels(array, labels)
-    assert np.array_equal(found[3], hits)
-    assert not found[4].any()
-    assert np.abs(found[1] - at).max() <= 1  # float32's rounding
-    assert np.abs(found[2] - histogram).sum() <= 0.001 * array.size
+    def by_torch() -> tuple[Tensor, ...]:
+        return torch_levels(outputs.log() if size.probabilities else outputs, expected)
 
-    opponents = [Contender("torch argmax, gather and standardisation", lambda: torch_levels(outputs, expected))]
+    _, levels, counted, right, invalid = (torch.as_tensor(part).to(device) for part in ours()[:5])
+    hits, at, histogram = by_torch()
+    assert torch.equal(right.long(), hits)
+    assert not invalid.any()
+    assert (levels.long() - at).abs().max() <= 1  # float32's rounding
+    assert (counted.long() - histogram).abs().sum() <= 0.001 * outputs.numel()
+
+    opponents = [Contender("torch argmax, gather and standardisation", by_torch)]
     left_out = {}
     if device == "cpu":
         opponents.insert(0, Contender(NUMPY, lambda: numpy_levels(array, labels)))
     else:
+        fused = compiled(by_torch)
+        opponents.append(Contender("torch.compile", lambda: fused(), may_fail=True))
         left_out[NUMPY] = "the scores are on the GPU"
     compare(
         Case(
             operator="match_counts",
-            what=f"match_counts, C={size.classes}",
+            what=f"match_counts, C={size.classes}" + ", probabilities" * size.probabilities,
             size=f"{size.rows} × {size.classes}",
             bytes_moved=outputs.numel() * 4,
             ours=ours,
@@ -89,6 +102,7 @@ def test_match_counts(size: Size, compare: Callable[[Case], None], device: str) 
             left_out=left_out,
             aims=AIMS.get(size, []),
             headline=size in (SIZES[0], SIZES[3]),
+            gpu_bound=COPYING,
             operations=outputs.numel(),
             axis=("rows", size.rows),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from benchmarks.harness import Aim, Case
+from benchmarks.harness import COPYING, Aim, Case
 from benchmarks.projections import COPY, EAGER, compare_pair
 
 
@@ -21,6 +21,7 @@ SIZES = [
     *(Size(1 << log2, 256) for log2 in (12, 15, 18)),
     Size(1 << 18, 4096),
 ]
+GPU_SIZES = [Size(1 << 28, bits) for bits in (256, 4096)]
 QUICK_SIZES = [Size(5000, 40), Size(10000, 256)]
 AIMS = {Size(1 << 22, 256): [Aim(COPY, 3.0), Aim(EAGER, 100.0)]}
 
@@ -28,5 +29,5 @@ AIMS = {Size(1 << 22, 256): [Aim(COPY, 3.0), Aim(EAGER, 100.0)]}
 def test_sketch(size: Size, compare: Callable[[Case], None], device: str) -> None:
     operations = 2 * size.weights  # one signed addition a weight each way
     headline = size.weights >= 1 << 22 and size.bits == 256
-    aims = AIMS.get(size, [])
-    compare_pair(compare, device, "sketch", *size, aims=aims, headline=headline, operations=operations)
+    given = {"aims": AIMS.get(size, []), "headline": headline, "operations": operations, "gpu_bound": COPYING}
+    compare_pair(compare, device, "sketch", *size, **given)

@@ -34,10 +34,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`size` runs over the module's SIZES, or its QUICK_SIZES."""
+    """`size` runs over the module's SIZES, on a GPU its GPU_SIZES too; or over its QUICK_SIZES."""
     if "size" in metafunc.fixturenames:
         name = "QUICK_SIZES" if metafunc.config.getoption("--quick") else "SIZES"
-        metafunc.parametrize("size", getattr(metafunc.module, name), ids=lambda size: "-".join(map(str, size)))
+        sizes = list(getattr(metafunc.module, name))
+        if name == "SIZES" and metafunc.config.stash[DEVICE] != "cpu":
+            sizes += getattr(metafunc.module, "GPU_SIZES", [])
+        metafunc.parametrize("size", sizes, ids=lambda size: "-".join(map(str, size)))
 
 
 class Measurements:
@@ -57,12 +60,12 @@ class Measurements:
             item.add_marker(pytest.mark.benchmark(timer=self.clock, disable_gc=True, group=item.path.stem))
 
     def measure(self, benchmark: Any, case: harness.Case) -> None:
-        """Aims were set for full sizes on a CPU, so other runs carry none.
+        """A quick run's sizes carry no aims, and a GPU has its own.
 
         The device's roofs are measured before the first case of every operator: a shared machine's memory drifts too.
         """
         if self.quick or self.device != "cpu":
-            case = dataclasses.replace(case, aims=())
+            case = dataclasses.replace(case, aims=() if self.quick else harness.aims_on_a_gpu(case))
         if not self.rows and not benchmark.disabled:
             self.roofs = harness.measure_roofs(self.device, self.clock, self.quick)
         row = harness.compare(case, benchmark, self.clock, self.quick, self.device)

@@ -21,6 +21,8 @@ import numpy as np
 from benchmarks import environment
 
 QUICK_REASON = "not part of a quick run"
+STREAMED = 64_000_000  # bytes from which a GPU's launches and caches no longer count
+COPYING = 1.25  # what an operator that only streams may take on a GPU: 80 % of what a copy reaches
 SETTLED_S = 0.1  # a call this long pays for caches and threads that others left behind without showing it
 
 Run = Callable[[], object]
@@ -58,7 +60,8 @@ class Case:
     that a scaling curve runs over and gives its value, such as ("rows", 4096): rows with the same `what` and the same
     name form one curve. `left_out` maps the name of a peer that cannot run here to the reason. `processes`: every call
     is of a whole process, for seconds, so its memory is not this one's, and no case repeats it more than it must.
-    `seconds` to be measured for, at least.
+    `seconds` to be measured for, at least. `gpu_bound`: the most that ours may take of the floor on a GPU, where the
+    call moves enough bytes to be bound by memory, or is a whole step.
     """
 
     operator: str
@@ -75,6 +78,7 @@ class Case:
     axis: tuple[str, int] | None = None
     processes: bool = False
     seconds: float = 0.0
+    gpu_bound: float | None = None
 
 
 def device_clock(device: str) -> Clock:
@@ -169,6 +173,14 @@ class Turn:
         self.seconds.append(sample(self.run, self.calls, self.clock))
 
 
+def aims_on_a_gpu(case: Case) -> list[Aim]:
+    """What is promised there: the bound, and to be no slower than what torch.compile or Liger-Kernel makes of it."""
+    large = case.bytes_moved >= STREAMED
+    bound = [Aim(case.floor.name, case.gpu_bound)] if case.gpu_bound and (large or not case.bytes_moved) else []
+    rivals = [peer.name for peer in case.peers if "torch.compile" in peer.name or "Liger" in peer.name]
+    return bound + [Aim(name, 1.0) for name in rivals if large]
+
+
 def measure_roofs(device: str, clock: Clock, quick: bool = False) -> dict[str, float]:
     """What this device reaches at its best in this very run, through torch and with the threads it was given.
 
@@ -183,9 +195,9 @@ def measure_roofs(device: str, clock: Clock, quick: bool = False) -> dict[str, f
     work: dict[str, tuple[float, Run]] = {}  # billions of bytes or operations, and what does them
     for name, count in (("copy_gb_s", large), ("cache_gb_s", small)):
         target = torch.ones(count, device=device)
-        work[name] = 8e-9 * count, functools.partial(target.copy_, torch.ones(count, device=device))
+        work[name] = 8e-9 * count, functools.partial(target.copy_, torch.rand(count, device=device))
     for name in ("float32",) if device == "cpu" else ("float32", "bfloat16"):
-        matrix = torch.ones(side, side, device=device, dtype=getattr(torch, name))
+        matrix = torch.rand(side, side, device=device).to(getattr(torch, name))  # constants run cooler, and faster
         work[f"{name}_gflop_s"] = 2e-9 * side**3, functools.partial(torch.mm, matrix, matrix)
     for _, run in work.values():
         run()  # starts the threads that separated_threads then sends to their processors
@@ -225,7 +237,8 @@ def compare(case: Case, benchmark: Any, clock: Clock, quick: bool, device: str =
 
     `benchmark` is pytest-benchmark's fixture. It times our operator (its rounds are our rounds, its iterations our
     calls a sample); between two of its rounds the floor and the peers are timed the same way. A headline has 4 s,
-    another case 1.5 s, so that all cases on two cores stay below ten minutes.
+    another case 1.5 s, so that all cases on two cores stay below ten minutes; a third of that on a GPU, which is
+    steady and lent by the minute.
     """
     peers, left_out = warm_up(case, quick)
     if benchmark.disabled:
@@ -238,7 +251,7 @@ def compare(case: Case, benchmark: Any, clock: Clock, quick: bool, device: str =
         del leaves  # it would keep alive what the case lets go
     turns = [Turn(one.run, clock, 2e-4 if quick else 0.01, case.processes) for one in contenders]
     ours, *others = turns
-    limit_s = max(case.seconds, 4.0 if case.headline else 1.5)
+    limit_s = max(case.seconds, 4.0 if case.headline else 1.5) * (1.0 if device == "cpu" else 1.0 / 3.0)
     rounds = 3
     if not quick and not case.processes:
         rounds = max(5, min(40, int(limit_s / sum(turn.round_s for turn in turns))))
