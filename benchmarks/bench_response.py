@@ -81,10 +81,10 @@ def service(model: torch.nn.Module, probes: int) -> Any:
 
 
 @pytest.mark.parametrize("batch", [1, BATCH])
-def test_service(batch: int, compare: Callable[[Case], None], quick: bool) -> None:
+def test_service(batch: int, compare: Callable[[Case], None], device: str, quick: bool) -> None:
     if quick and batch == BATCH:
         pytest.skip("a quick run serves one picture at a time")
-    model, x = resnet(1).eval(), pictures(batch)
+    model, x = resnet(1).to(device).eval(), pictures(batch).to(device)
     served = service(model, 256)
 
     def plain() -> None:
@@ -105,7 +105,9 @@ def test_service(batch: int, compare: Callable[[Case], None], quick: bool) -> No
     )
 
 
-def test_reading(compare: Callable[[Case], None], quick: bool) -> None:
+def test_reading(compare: Callable[[Case], None], device: str, quick: bool) -> None:
+    if device != "cpu":
+        pytest.skip("answers are read on the CPU")
     count, model = 256 if quick else PROBES, resnet(1).eval()
     mark = service(model, count).watermark()
     rows = np.array(next(iter(mark.preset.source.examples(mark).values())))
@@ -129,8 +131,10 @@ def test_reading(compare: Callable[[Case], None], quick: bool) -> None:
     )
 
 
-def test_reading_of_answers(compare: Callable[[Case], None], quick: bool) -> None:
+def test_reading_of_answers(compare: Callable[[Case], None], device: str, quick: bool) -> None:
     """What `verify` adds to a model's own answers: 10,000 probes in six views, three controls."""
+    if device != "cpu":
+        pytest.skip("answers are read on the CPU")
     count, random = (512 if quick else 60_000), np.random.default_rng(0)
     preset = wmengine.scheme("response")
     bits, features = preset.options["bits"], preset.options["features"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("wmengine", "numpy", "torch", "triton", "faiss-cpu", "numkong", "liger-kernel", "fast_jl", "sjlt")
+PACKAGES = ("numpy", "torch", "triton", "faiss-cpu", "numkong", "liger-kernel", "fast_jl", "sjlt")
 
 
 def choose_device(wanted: str) -> str:
@@ -151,7 +151,10 @@ def peak_memory(run: Callable[[], object], device: str, differentiated: Sequence
 
 
 def git_commit() -> str:
-    """Short hash, with '+' when sources of engine or benchmarks differ from it; 'unknown' outside a checkout."""
+    """Short hash, with '+' when sources of engine or benchmarks differ from it.
+
+    Outside a checkout what WMENGINE_COMMIT says, or 'unknown'.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -161,7 +164,7 @@ def git_commit() -> str:
         changed = git("status", "--porcelain", "csrc", "wmengine", ":(glob)benchmarks/**/*.py")
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("WMENGINE_COMMIT", "unknown")
 
 
 def other_seconds() -> float | None:
@@ -185,6 +188,8 @@ def describe(device: str, threads: int) -> dict[str, Any]:
 
     `slug` starts a result's file name: 'cpu', 'cpu-avx2' where it is held to that, or the GPU's name with dashes.
     """
+    import wmengine
+
     sets, held = instruction_sets()
     name = device_name(device)
     described: dict[str, Any] = {
@@ -196,9 +201,12 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "governor": _find("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "(.+)"),
         "python": platform.python_version(),
         "versions": {
-            name: importlib.metadata.version(name)
-            for name in PACKAGES
-            if any(importlib.metadata.distributions(name=name))
+            "wmengine": wmengine.__version__,
+            **{
+                name: importlib.metadata.version(name)
+                for name in PACKAGES
+                if any(importlib.metadata.distributions(name=name))
+            },
         },
         "commit": git_commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -52,7 +52,9 @@ def test_a_dry_run_prints_every_command_and_runs_none(monkeypatch, capsys, tmp_p
     assert (gpu.ROOT / "tests" / "test_gpu.py").read_text().count(gpu.LARGE) >= 5
     for name in gpu.SANITIZERS:
         assert f"/cuda/bin/compute-sanitizer --tool {name} " in printed
-    for name in results.ORDER:
+    assert set(gpu.OPERATORS) < set(results.ORDER)
+    for name in gpu.OPERATORS:
+        assert (f"--device cuda benchmarks/bench_{name}.py" in printed) == (name != "scan")
         assert f"-m benchmarks --device cuda --out {tmp_path / 'out' / 'results'} {name}" in printed
     assert not (tmp_path / "out").exists()
 
@@ -62,7 +64,8 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
     assert gpu.main([str(tmp_path), "--only", "check", "--only", "measure", "sketch"]) == 2
     printed = capsys.readouterr().out
     assert "there is no GPU here" in printed
-    assert printed.count("left out: no GPU") == len(gpu.TESTS) + 2 + len(gpu.SANITIZERS) + 1
+    steps = len(gpu.TESTS) + 2 + len(gpu.SANITIZERS) + len(gpu.OPERATORS) - 1 + 1
+    assert printed.count("left out: no GPU") == steps
 
 
 def test_a_failure_shows_in_the_exit_status(monkeypatch, tmp_path):
