@@ -39,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         name = "QUICK_SIZES" if metafunc.config.getoption("--quick") else "SIZES"
         sizes = list(getattr(metafunc.module, name))
         if name == "SIZES" and metafunc.config.stash[DEVICE] != "cpu":
-            sizes += getattr(metafunc.module, "GPU_SIZES", [])
+            sizes = [*getattr(metafunc.module, "GPU_SIZES", []), *sizes]
         metafunc.parametrize("size", sizes, ids=lambda size: "-".join(map(str, size)))
 
 
@@ -60,12 +60,15 @@ class Measurements:
             item.add_marker(pytest.mark.benchmark(timer=self.clock, disable_gc=True, group=item.path.stem))
 
     def measure(self, benchmark: Any, case: harness.Case) -> None:
-        """A quick run's sizes carry no aims, and a GPU has its own.
+        """A quick run's sizes carry no aims; a GPU has its own, and what fills it is a headline.
 
         The device's roofs are measured before the first case of every operator: a shared machine's memory drifts too.
         """
-        if self.quick or self.device != "cpu":
-            case = dataclasses.replace(case, aims=() if self.quick else harness.aims_on_a_gpu(case))
+        if self.device != "cpu":
+            filled = case.bytes_moved >= harness.STREAMED
+            case = dataclasses.replace(case, aims=harness.aims_on_a_gpu(case), headline=case.headline or filled)
+        if self.quick:
+            case = dataclasses.replace(case, aims=())
         if not self.rows and not benchmark.disabled:
             self.roofs = harness.measure_roofs(self.device, self.clock, self.quick)
         row = harness.compare(case, benchmark, self.clock, self.quick, self.device)

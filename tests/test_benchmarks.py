@@ -83,6 +83,28 @@ def test_aims_are_judged_by_the_measured_ratio() -> None:
     assert (missing["reached"], missing["met"]) == (None, False)
 
 
+def test_on_a_gpu_large_cases_and_whole_steps_are_bound_and_no_compiler_is_to_be_faster() -> None:
+    peers = [Contender(name, lambda: None) for name in ("stored matrix, torch.compile", "Liger-Kernel", "NumPy")]
+
+    def aims(count: int, bound: float | None) -> list[Aim]:
+        floor = Contender("copy", lambda: None)
+        return harness.aims_on_a_gpu(
+            harness.Case("sketch", "sketch", "1 M weights", count, lambda: None, floor, peers, gpu_bound=bound)
+        )
+
+    rivals = [Aim("stored matrix, torch.compile", 1.0), Aim("Liger-Kernel", 1.0)]
+    assert aims(64_000_000, 1.25) == [Aim("copy", 1.25), *rivals]
+    assert aims(64_000_000, None) == rivals
+    assert aims(63_999_999, 1.25) == []  # launches and caches are what is measured there
+    assert aims(0, 1.03) == [Aim("copy", 1.03)]
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/performance.md", "docs/design.md"])
+def test_what_no_gpu_has_measured_is_said_until_one_has(document: str) -> None:
+    measured = any("cuda" in result["environment"] for result in results.load())
+    assert ("not yet measured" in (ROOT / document).read_text()) != measured
+
+
 def test_a_compiler_that_fails_is_left_out_with_its_reason_and_any_other_failure_is_raised() -> None:
     def broken() -> None:
         raise RuntimeError("no C++ compiler\nlong story")
