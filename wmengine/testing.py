@@ -141,8 +141,8 @@ def null_of(suspect: Any, mark: Watermark, key: Key, keys: int) -> dict[float, f
 
 def _train(network: Any, embedder: Any, sample: Any, num_classes: int, steps: int, task_loss: Any) -> None:
     """The sample with fixed random labels as a task: enough for a mark to be learned beside something else."""
-    count = len(next(iter(sample.values())) if isinstance(sample, Mapping) else sample)
-    labels = torch.randint(0, num_classes, (count,))
+    rows = next(iter(sample.values())) if isinstance(sample, Mapping) else sample
+    labels = torch.randint(0, num_classes, (len(rows),)).to(rows.device)
     optimizer = torch.optim.Adam(network.parameters(), 2e-3)
     network.train()
     for _ in range(steps):

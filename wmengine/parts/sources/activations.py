@@ -153,8 +153,10 @@ class _Term:
         from wmengine.suspects.weights import going_into
 
         like = next(model.parameters())
+        self._bits = self._bits.to(like.device)  # once: it stays there, as the inputs do
+        self._inputs = {name: rows.to(like.device) for name, rows in self._inputs.items()}
         # Copies: a model may write into its input.
-        inputs = {name: rows.to(like.device, like.dtype, copy=True) for name, rows in self._inputs.items()}
+        inputs = {name: rows.to(like.dtype, copy=True) for name, rows in self._inputs.items()}
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:
@@ -166,8 +168,7 @@ class _Term:
         self.projected = y.detach()
         grouped = found.reshape(self._mark.parameters["groups"], self._mark.parameters["members"], -1)
         spread = (grouped - grouped.mean(1, keepdim=True)).square().mean()
-        bits = self._bits.to(found.device)
-        link = torch.nn.functional.binary_cross_entropy_with_logits(y, bits, reduction="sum")
+        link = torch.nn.functional.binary_cross_entropy_with_logits(y, self._bits, reduction="sum")
         return self._training.strength * link + self._training.pull * spread
 
     def state_dict(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class ClassPass(SecondPass):
         at = int(torch.randint(len(self._classes), (), generator=self._generator))
         triggers, samples = (self.some(ROWS, each) for each in self._classes[at])
         inputs, _ = self.trigger_rows(triggers, device)
-        own = self._on(self._samples, device, self._dtypes[self._name])[samples.to(device)]
+        own = self._on(self._samples, device, self._dtypes[self._name])[samples.to(device, non_blocking=True)]
         with keeping(model, self._paths) as features:
             logits_of(model, {self._name: torch.cat([inputs[self._name], own])})
         return features, len(triggers)

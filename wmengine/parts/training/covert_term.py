@@ -68,7 +68,7 @@ class CovertTerm(ExtractedTerm):
         part = len(weight) // self._levels
         levels = weight.sort().values[: part * self._levels].reshape(-1, part).mean(1) / size
         noise = NOISE * torch.randn(NOISY, self._levels, generator=self._generator)
-        judged: torch.Tensor = self._critic(levels + noise.to(levels.device))
+        judged: torch.Tensor = self._critic(levels + noise.to(levels.device, non_blocking=True))
         return judged
 
     def _learn(self, weight: torch.Tensor) -> None:

@@ -27,7 +27,7 @@ class MarginRows(SecondPass):
         inputs, labels = self.trigger_rows(self.some(ROWS), device)
         ((name, rows),) = inputs.items()
         along = [1, -1, *[1] * (rows.ndim - 2)]
-        low, high = (each.to(rows).reshape(along) for each in (self._low, self._high))
+        low, high = (self._on(each, device, rows.dtype).reshape(along) for each in (self._low, self._high))
         for _ in range(self._training.pushes):
             rows = rows.detach().requires_grad_()
             loss = functional.cross_entropy(logits_of(model, {name: rows.clone()}), labels)

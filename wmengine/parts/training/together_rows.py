@@ -55,7 +55,8 @@ class TogetherRows(SecondPass):
     ) -> torch.Tensor:
         samples = self._on(self._samples, device, self._dtypes[self._name])
         with torch.no_grad():
-            parts = logits_of(model, {self._name: samples[self._parts[chosen].flatten().to(device)]})
+            at = self._parts[chosen].flatten().to(device, non_blocking=True)
+            parts = logits_of(model, {self._name: samples[at]})
         wanted = functional.log_softmax(parts.reshape(len(chosen), 2, -1) / _TEMPERATURE, 2)
         said = functional.log_softmax(logits / _TEMPERATURE, 1)[:, None].expand_as(wanted)
         return (said.exp() * (said - wanted)).sum(2).mean()

@@ -1,0 +1,84 @@
+"""Every scheme on a device that is not the CPU: nothing is mixed, and no step of the loop waits for the device."""
+
+import copy
+
+import pytest
+import torch
+
+import wmengine
+from tests.pretended_device import NAME, pretended
+from tests.test_check_preset import OTHERWISE, POOL, SMALL, prepared, text
+from wmengine.marks.catalogue import SCHEMES, scheme
+from wmengine.parts.training.untouched import Untouched
+from wmengine.parts.triggers.samples import SampleTriggers
+from wmengine.testing import small_network
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+def moved(value):
+    if isinstance(value, torch.Tensor | torch.nn.Module):
+        return value.to(NAME)
+    if isinstance(value, dict):
+        return {name: moved(each) for name, each in value.items()}
+    return type(value)(moved(each) for each in value) if isinstance(value, tuple | list) else value
+
+
+@pytest.fixture
+def device(monkeypatch):
+    with pretended(monkeypatch) as found:
+        yield found
+
+
+def test_devices_are_not_mixed_and_waiting_is_counted(device):
+    x = torch.ones(3, device=NAME)
+    assert (x.device.type, (x + 1).device.type, x.cpu().device.type) == (NAME, NAME, "cpu")
+    with pytest.raises(RuntimeError, match="on pretended and of"):
+        x + torch.ones(3)
+    device.waits.clear()
+    x.to("cpu", non_blocking=True)
+    assert (x[torch.tensor([1, 2])] + torch.ones(())).shape == (2,)
+    assert not device.waits
+    assert float(x.sum()) == 3.0
+    assert list(device.waits.values()) == [1]
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEMES if name != "emmark"])
+def test_every_scheme_is_trained_where_the_model_is(device, name):
+    given = {"adi_tokens": text(), "deepipr_v1": {"model": prepared}, **OTHERWISE}.get(name, {}).copy()
+    if isinstance(scheme(name).source, SampleTriggers):
+        given |= {"samples": POOL, "controls": [small_network(seed) for seed in (7, 8, 9)]}
+    build, loss_of = given.pop("model", small_network), given.pop("loss", None)
+    sample = moved(given.pop("sample", POOL[0][:16]))
+    model = build(0).to(NAME)
+    options = {"num_classes": 10, "value_range": (0.0, 1.0)} | {key: moved(value) for key, value in given.items()}
+    emb = wmengine.Embedder(
+        model, wmengine.Key("K", bytes(32)), [scheme(name, **SMALL[name])], sample=sample, name="m", **options
+    )
+    rows = next(iter(sample.values())) if isinstance(sample, dict) else sample
+    labels = (torch.arange(len(rows)) % 10).to(NAME)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    waits = {}
+    for step in range(0 if isinstance(scheme(name).training, Untouched) else 4):
+        if step == 2:
+            device.waits.clear()  # the first steps may bring things there
+        inputs, targets = emb.mix(sample, labels)
+        answers = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+        if loss_of is None:
+            loss = emb.loss(answers, targets, inputs=inputs)
+        else:
+            loss = loss_of(answers, targets) + emb.regulariser()
+        optimizer.zero_grad()
+        loss.backward()
+        waits = dict(device.waits)
+        optimizer.step()
+    assert not waits
+    (mark,) = emb.watermarks()
+    model.eval()
+    found, told = wmengine.verify(model, mark), wmengine.verify(copy.deepcopy(model).cpu(), mark)
+    assert found.error is None, found.error
+    assert (found.matched, found.log10_p) == (told.matched, told.log10_p)
