@@ -82,3 +82,67 @@ def test_every_scheme_is_trained_where_the_model_is(device, name):
     found, told = wmengine.verify(model, mark), wmengine.verify(copy.deepcopy(model).cpu(), mark)
     assert found.error is None, found.error
     assert (found.matched, found.log10_p) == (told.matched, told.log10_p)
+
+
+def a_model(seed=0):
+    return small_network(seed).to(NAME).eval()
+
+
+def embedder(model, *schemes, sample=POOL[0][:16], **given):
+    options = {"num_classes": 10, "name": "m", "value_range": (0, 1)} | given
+    return wmengine.Embedder(model, wmengine.Key("K", bytes(32)), list(schemes), sample=sample, **options)
+
+
+def test_a_model_that_moves_takes_its_marks_along(device):
+    model = small_network()
+    emb = embedder(model, "adi", "sketch", scheme("riga", bits=64, width=256), "deepsigns")
+    model.to(NAME)
+    for _ in range(10):
+        inputs, labels = emb.mix(*moved(POOL))
+        emb.loss(model(inputs), labels).backward()
+    assert emb.metrics["adi"]["total"] == 100
+    other = wmengine.Embedder(model, marks=emb.watermarks(), sample=POOL[0][:16], num_classes=10, value_range=(0, 1))
+    other.load_state_dict(emb.state_dict())
+    inputs, labels = other.mix(*moved(POOL))
+    other.loss(model(inputs), labels).backward()
+
+
+def test_fit_takes_batches_from_the_cpu(device):
+    model = a_model()
+    emb = embedder(model, "adi")
+    (mark,) = emb.fit([(POOL[0][part], POOL[1][part]) for part in torch.arange(90).split(30)], epochs=30)
+    assert wmengine.verify(model, mark).owned
+
+
+@pytest.mark.parametrize("where", ["cpu", NAME])
+def test_what_is_made_of_a_model_there_takes_inputs_from_anywhere(device, where):
+    key, (inputs, labels) = wmengine.Key("K", bytes(32)), (each.to(where) for each in POOL)
+    served = wmengine.response(
+        a_model(), key, num_classes=10, sample=inputs[:8], name="m", probes=inputs,
+        scheme=scheme("response", probes=256, views=1),
+    )  # fmt: skip
+    assert served(inputs[:4]).device.type == where
+    assert wmengine.verify(served, served.watermark()).owned
+    controls = [a_model(seed) for seed in (1, 2)]
+    found = wmengine.fingerprint(
+        a_model(), key, "ipguard", samples=(inputs, labels), controls=controls, num_classes=10, name="m",
+        value_range=(0, 1),
+    )  # fmt: skip
+    assert wmengine.verify(a_model(), found).matched > wmengine.verify(controls[0], found).matched
+    prepared_one = wmengine.passport(a_model(), inputs[:2])
+    (mark,) = embedder(prepared_one, scheme("deepipr_v1", bits=64), sample=inputs[:16]).watermarks()
+    assert 0.0 <= wmengine.passport_accuracy(prepared_one, mark, inputs, labels) <= 1.0
+    (triggers,) = embedder(a_model(), scheme("adi", count=20), sample=inputs[:16]).watermarks()
+    assert wmengine.certify(a_model(), triggers, draws=3).total == 20
+
+
+@pytest.mark.parametrize("where", ["cpu", NAME])
+@pytest.mark.parametrize("name", [name for name, attack in wmengine.attacks.ATTACKS.items() if attack.takes != "file"])
+def test_every_attack_leaves_a_model_there(device, name, where):
+    known = wmengine.attacks.ATTACKS[name].defaults
+    few = {"epochs": 1, "steps": 3, "iterations": 3, "rounds": 1, "queries": 64, "count": 16, "restarts": 1}
+    model = a_model()
+    options = {option: value for option, value in few.items() if option in known}
+    attacked = wmengine.attacks.run(name, model, [each[:64].to(where) for each in POOL], seed=1, **options)
+    for each in (model, attacked):
+        assert {parameter.device.type for parameter in each.parameters()} == {NAME}

@@ -318,7 +318,7 @@ class Embedder:
         device; the loop itself never does. `watermarks()` judges as verification does.
         """
         found: dict[str, dict[str, float]] = {}
-        hits, rows = self._full.tolist()
+        hits, rows = self._full.cpu().tolist()
         for mark in self._marks:
             watermark = mark.watermark
             chance = watermark.preset.chance(watermark.parameters)

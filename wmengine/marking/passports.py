@@ -29,7 +29,7 @@ def passport(model: torch.nn.Module, sample: Any, marked: str | Sequence[int] = 
     from wmengine.suspects.weights import module_tensors, normalised_places, unwrap
 
     inner = unwrap(model)
-    every = module_tensors(inner, _named(sample))
+    every = module_tensors(inner, _named(sample, inner))
     places = normalised_places(inner, every)
     chosen = places if isinstance(marked, str) else sorted({int(place) for place in marked})
     if not chosen or not set(chosen) <= set(places):
@@ -70,15 +70,18 @@ def passport_accuracy(model: torch.nn.Module, mark: Watermark, inputs: Any, labe
     if not isinstance(training, PassportSigns):
         raise ValueError(f"a mark of the scheme {mark.scheme!r} has no passports")
     inner = unwrap(model)
-    rows = _named(inputs)
+    rows = _named(inputs, inner)
     carriers = carriers_in(inner, {name: values[:1] for name, values in rows.items()}, mark.scheme, mark.parameters)
     passports = [torch.from_numpy(each) for each in passports_of(mark)]
     with evaluating(inner):
         for carrier in carriers if training.branch == "separate" else ():
             inner.get_submodule(carrier.normalisation or "").train()
         answers = through_passports(inner, carriers, passports, {name: each.clone() for name, each in rows.items()})
-    return float((logits_of(answers).argmax(1) == labels).double().mean())
+    found = logits_of(answers).argmax(1)
+    return float((found == labels.to(found.device)).double().mean())
 
 
-def _named(rows: Any) -> dict[str, torch.Tensor]:
-    return dict(rows) if isinstance(rows, dict) else {"input": rows}
+def _named(rows: Any, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """By name, where the model is."""
+    device = next(model.parameters()).device
+    return {name: each.to(device) for name, each in (rows if isinstance(rows, dict) else {"input": rows}).items()}
