@@ -174,7 +174,10 @@ def test_dtypes_may_be_mixed_and_gradients_come_back_in_each(carrier):
 @pytest.mark.parametrize("count", [1, 16, 17])
 def test_addresses_are_those_of_the_tensors_and_never_zero(count):
     tensors = [torch.empty(0 if index == 3 else 5, device=DEVICE) for index in range(count)]
-    table = address_table(tensors, torch.device(DEVICE)).tolist()
+    kept = address_table(tensors, torch.device(DEVICE))
+    assert address_table(tensors, torch.device(DEVICE)) is kept
+    assert address_table([torch.empty(5, device=DEVICE), *tensors[1:]], torch.device(DEVICE)) is not kept
+    table = kept.tolist()
     assert len(table) == -(-count // 16) * 16
     for tensor, address in zip(tensors, table, strict=False):
         assert address == tensor.data_ptr() or tensor.numel() == 0

@@ -9,6 +9,7 @@ item's number with the first item of each.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,20 +89,33 @@ def addresses_kernel(table, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a1
     tl.store(table + 15, a15)
 
 
+# Tables by device, the stream that wrote them, and what they hold: in a training loop most tensors lie where they lay.
+_TABLES: dict[tuple[Any, ...], Tensor] = {}
+_MOST_TABLES = 256
+
+
 def address_table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """int64 addresses of `tensors` on the device, written on the current stream.
+    """int64 addresses of `tensors` on the device, written on the current stream, by this call or one before.
 
     Places that no tensor needs, and those of empty tensors, hold an address too: Triton takes 0 for an int32, and would
     compile the kernel again for every number of tensors.
     """
-    groups = -(-len(tensors) // 16)
-    table = torch.empty(16 * groups, dtype=torch.int64, device=device)
+    on_gpu = device.type == "cuda"
+    capturing = on_gpu and torch.cuda.is_current_stream_capturing()  # then only a replay writes the table
     addresses = [tensor.data_ptr() for tensor in tensors]
-    spare = max(addresses)
+    key = (device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0, *addresses)
+    if key in _TABLES and not capturing:
+        return _TABLES[key]
+    groups, spare = -(-len(tensors) // 16), max(addresses)
+    table = torch.empty(16 * groups, dtype=torch.int64, device=device)
     addresses = [address or spare for address in addresses] + [spare] * (16 * groups - len(tensors))
     options = launches.chosen("addresses").options()
     for first in range(0, len(tensors), 16):
         addresses_kernel[(1,)](table[first:], *addresses[first : first + 16], **options)
+    if not capturing:
+        if len(_TABLES) >= _MOST_TABLES:
+            _TABLES.clear()
+        _TABLES[key] = table
     return table
 
 
