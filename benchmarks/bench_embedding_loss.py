@@ -7,12 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import harness
-from benchmarks.harness import Case, Contender, compiled, quantity
+from benchmarks.harness import Case, Contender, captured, compiled, quantity
 from benchmarks.projections import stored_signs
 from wmengine import ops
 from wmengine.ops import reference
@@ -67,7 +68,10 @@ def signs_and_buckets(key: int, weight: Tensor, drawn: bool) -> tuple[Tensor, Te
     return torch.randn(count, device=device).sign(), torch.randint(0, BITS, (count,), device=device)
 
 
-def test_embedding_loss(size: Size, compare: Callable[[Case], None], device: str) -> None:
+@pytest.mark.parametrize("graph", [False, True], ids=["", "in a graph"])
+def test_embedding_loss(size: Size, graph: bool, compare: Callable[[Case], None], device: str) -> None:
+    if graph and device == "cpu":
+        pytest.skip("CUDA graphs need a GPU")
     torch.manual_seed(1)
     shapes, dtype = NETWORKS[size.network], getattr(torch, size.dtype)
     weights = [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
@@ -111,16 +115,18 @@ def test_embedding_loss(size: Size, compare: Callable[[Case], None], device: str
             return functional.relu(MARGIN - side * scale * (matrix @ torch.cat(unit_filters()))).sum()
 
         opponents.append(Contender(DENSE, lambda: differentiate(dense()), holds=4 * matrix.numel()))
+    kind = ", in a CUDA graph" * graph + f", {size.dtype}" * (size.dtype != "float32")
+    as_is: Callable[[harness.Run], harness.Run] = captured if graph else lambda run: run
     compare(
         Case(
             operator="embedding_loss",
-            what="embedding_loss, forward + backward by autograd" + f", {size.dtype}" * (size.dtype != "float32"),
+            what=f"embedding_loss, forward + backward by autograd{kind}",
             size=f"{size.network}: {quantity(total)} weights in {len(weights)} layers, T={BITS}",
             bytes_moved=2 * dtype.itemsize * total,
-            ours=ours,
-            floor=Contender("copy into fresh memory", lambda: [weight.detach().clone() for weight in weights]),
-            peers=opponents,
-            left_out=left_out,
+            ours=as_is(ours),
+            floor=Contender("copy into fresh memory", as_is(lambda: [weight.detach().clone() for weight in weights])),
+            peers=[] if graph else opponents,
+            left_out={} if graph else left_out,
             headline=size.network == "ResNet-18",
             gpu_bound=2.0,
             operations=8 * total,  # a square, a scaling and a signed addition; a dot product, a scaling, a projection
