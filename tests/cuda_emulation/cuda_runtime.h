@@ -46,11 +46,13 @@ namespace emulation {
 void launch(unsigned grid, unsigned block, const std::function<void()>& kernel);
 
 void block_barrier();
+void warp_barrier();
 uint64_t shuffle(uint64_t value, int source);
 
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::block_barrier(); }
+inline void __syncwarp() { emulation::warp_barrier(); }
 
 template <typename T>
 T __shfl_sync(unsigned, T value, int source) {
@@ -66,12 +68,21 @@ T __shfl_xor_sync(unsigned mask, T value, int step) {
     return __shfl_sync(mask, value, static_cast<int>(threadIdx.x % 32) ^ step);
 }
 
+inline int __any_sync(unsigned mask, int predicate) {
+    for (int step = 16; step > 0; step >>= 1) {
+        predicate |= __shfl_xor_sync(mask, predicate, step);
+    }
+    return predicate;
+}
+
 template <typename T>
 T atomicAdd(T* at, T value) {
     const T old = *at;
     *at = old + value;
     return old;
 }
+
+inline float __saturatef(float value) { return value > 0.0f ? min(value, 1.0f) : 0.0f; }  // of NaN too
 
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 

@@ -94,6 +94,8 @@ void run_block(unsigned threads, bool backwards) {
 
 void block_barrier() { wait(block, blockDim.x); }
 
+void warp_barrier() { wait(warps[threadIdx.x / kWarp], kWarp); }
+
 uint64_t shuffle(uint64_t value, int source) {
     const unsigned thread = threadIdx.x, warp = thread / kWarp;
     exchanged[thread] = value;
