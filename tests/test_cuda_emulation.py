@@ -196,6 +196,9 @@ def test_label_matches(dtype, shape):
     if rows > 2 and sets:
         expected[0, :3] = [2**32 + 1, 2**40, -(2**32) + 1]  # none of them is the int32 that its low bits spell
         predicted[0, :3] = [1, 0, 1] if dtype == np.int32 else [2**32 + 1, 0, -(2**32) + 1]
+    if rows > 34 and sets > 1:  # the second 32 of a row may be wider than the first
+        expected[1, 32:35] = predicted[1, 32:35] = 1000, 2**31 - 1, -(2**31)
+        expected[1, rows - 1] = predicted[1, rows - 1] = 2**31 - 1 if dtype == np.int32 else 2**63 - 1
     wanted = ((predicted[:, None] == expected[None]) & (predicted[:, None] >= 0)).sum(axis=-1)
     counts = cuda.label_matches(torch.from_numpy(predicted), torch.from_numpy(expected))
     assert counts.dtype == torch.int32

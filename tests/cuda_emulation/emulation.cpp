@@ -105,6 +105,18 @@ uint64_t shuffle(uint64_t value, int source) {
     return result;
 }
 
+unsigned warp_or(unsigned value) {
+    const unsigned thread = threadIdx.x, warp = thread / kWarp;
+    exchanged[thread] = value;
+    wait(warps[warp], kWarp);
+    unsigned result = 0;
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+        result |= static_cast<unsigned>(exchanged[warp * kWarp + lane]);
+    }
+    wait(warps[warp], kWarp);
+    return result;
+}
+
 void launch(unsigned grid, unsigned threads, const std::function<void()>& kernel) {
     if (grid == 0 || threads % kWarp != 0 || threads > kMostThreads) {
         std::fprintf(stderr, "no GPU takes a grid of %u blocks of %u threads\n", grid, threads);
