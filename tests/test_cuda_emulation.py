@@ -217,7 +217,7 @@ def packed(rng, rows, total):
     return bits[:, :total], torch.from_numpy(np.packbits(bits, axis=1, bitorder="little"))
 
 
-@pytest.mark.parametrize("total", [1, 31, 32, 100, 160, 256, 300])
+@pytest.mark.parametrize("total", [1, 31, 32, 100, 160, 250, 256, 300, 1000, 4090])
 @pytest.mark.parametrize(("suspects", "registered"), [(1, 1), (9, 300), (3, 0), (0, 3)])
 def test_bit_matches(total, suspects, registered):
     rng = np.random.default_rng(total)
@@ -231,7 +231,15 @@ def test_bit_matches(total, suspects, registered):
 
 @pytest.mark.parametrize(
     ("suspects", "registered", "total", "best"),
-    [(1, 1, 9, 1), (3, 300, 12, 5), (9, 700, 64, 256), (2, 9000, 8, 3), (1, 9000, 128, 300), (3, 2500, 20, 1024)],
+    [
+        (1, 1, 9, 1),
+        (3, 300, 12, 5),
+        (9, 700, 64, 256),
+        (2, 9000, 8, 3),
+        (1, 9000, 128, 300),
+        (3, 2500, 20, 1024),
+        (13, 5000, 250, 10),
+    ],
 )
 def test_best_bit_matches(suspects, registered, total, best):
     rng = np.random.default_rng(best)
