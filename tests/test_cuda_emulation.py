@@ -150,6 +150,17 @@ def test_levels_halfway_go_to_the_even_one(dtype, classes):
     np.testing.assert_array_equal(found.histogram.numpy(), [np.bincount(r + 30, minlength=61) for r in found.levels])
 
 
+@pytest.mark.parametrize("classes", [10, 1000, 20_000])
+def test_levels_of_scores_that_hardly_differ_are_those_of_doubles(classes):
+    steps = random(3, classes).mul(3).round()
+    steps[1] = steps[1] > 2
+    steps[2] = 0
+    steps[2, 1] = 1
+    outputs = 2.0**23 + steps  # neighbouring numbers
+    found = cuda.match_counts(outputs, torch.zeros(3, dtype=torch.int64), None, 1, True)
+    assert_right(found.levels[::2], unrounded(outputs.double().numpy()[::2]), 1e-6)
+
+
 @pytest.mark.parametrize("classes", [1, 2, 10, 300, 5000])
 @pytest.mark.parametrize("value", [0.0, -0.0, 0.1, -3e38, 3e38, 1e-45])
 def test_equal_scores_are_all_at_level_0(classes, value):

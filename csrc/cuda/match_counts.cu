@@ -21,14 +21,14 @@
 namespace wmengine::cuda {
 namespace {
 
-constexpr int kThreads = 256;      // of a block, unless a row has more
+constexpr int kThreads = 256;      // of a block whose warps have rows of their own
 constexpr int kMostThreads = 512;  // of a row
 constexpr int kInvalid = -1;
 constexpr int kMostLevel = 30, kLevels = 2 * kMostLevel + 1;
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer, ties to even
 
 template <int kMembers>
-constexpr int kBlock = kMembers < kThreads ? kThreads : kMembers;  // threads of a block
+constexpr int kBlock = kMembers > kLanes ? kMembers : kThreads;  // threads of a block
 
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
@@ -50,7 +50,7 @@ __device__ __forceinline__ void each(const T* __restrict__ row, int classes, int
             uint4 bits;
             T values[kLine];
         } line;
-        line.bits = body[at];
+        line.bits = __ldg(body + at);
         float scores[kLine];
 #pragma unroll
         for (int j = 0; j < kLine; ++j) {
@@ -99,21 +99,30 @@ struct Sums {
     }
 };
 
-// Folds over `kMembers` <= 32 neighbouring lanes, with the same bits for all of them.
-template <int kMembers>
+// Folds over `kMembers` <= 32 neighbouring lanes, with the same bits for all of them. Of the first pass's sums `count`
+// is 0, of the others' the extremes are those of none.
+template <int kMembers, bool kFirst>
 __device__ __forceinline__ void fold_lanes(Sums& sums) {
 #pragma unroll
     for (int step = kMembers / 2; step > 0; step >>= 1) {
-        sums.fold({__shfl_xor_sync(kFullWarp, sums.sum, step), __shfl_xor_sync(kFullWarp, sums.squares, step),
-                   __shfl_xor_sync(kFullWarp, sums.top, step), __shfl_xor_sync(kFullWarp, sums.least, step),
-                   __shfl_xor_sync(kFullWarp, sums.line, step), __shfl_xor_sync(kFullWarp, sums.count, step)});
+        Sums other = Sums::none();
+        other.sum = __shfl_xor_sync(kFullWarp, sums.sum, step);
+        other.squares = __shfl_xor_sync(kFullWarp, sums.squares, step);
+        if constexpr (kFirst) {
+            other.top = __shfl_xor_sync(kFullWarp, sums.top, step);
+            other.least = __shfl_xor_sync(kFullWarp, sums.least, step);
+            other.line = __shfl_xor_sync(kFullWarp, sums.line, step);
+        } else {
+            other.count = __shfl_xor_sync(kFullWarp, sums.count, step);
+        }
+        sums.fold(other);
     }
 }
 
 // Folds over the members of a row; every thread of the block calls it.
-template <int kMembers>
+template <int kMembers, bool kFirst>
 __device__ __forceinline__ void fold_members(Sums& sums) {
-    fold_lanes < kMembers<kLanes ? kMembers : kLanes>(sums);
+    fold_lanes < kMembers<kLanes ? kMembers : kLanes, kFirst>(sums);
     if constexpr (kMembers > kLanes) {
         constexpr int kWarps = kMembers / kLanes;
         __shared__ Sums parts[kWarps];
@@ -123,7 +132,7 @@ __device__ __forceinline__ void fold_members(Sums& sums) {
         __syncthreads();
         sums = parts[threadIdx.x % kWarps];
         __syncthreads();
-        fold_lanes<kWarps>(sums);
+        fold_lanes<kWarps, kFirst>(sums);
     }
 }
 
@@ -165,8 +174,9 @@ private:
 //
 // In float32 it is 60 w with w = (z - center) scale / 60 + offset, cut to 0 ... 1. With |rest| <= 16 and a level of at
 // most 30.5 the product is at most 46.5 / 60, and 60 w is wrong by less than (2 * 46.5 + 46 + 30 + 1) 2^-24 < 2^-16:
-// two roundings of the product's factors, one of the offset, one of w, and what doubles are wrong by. So it is on the
-// right side of an edge which is 2^-16 away or more; and what is cut is wrong by as little or far past the last edge.
+// two roundings of the product's factors, one of the offset, one of w, and what doubles of at most 2^28 are wrong by.
+// So it is on the right side of an edge which is 2^-16 away or more; and what is cut is wrong by as little or far past
+// the last edge.
 class Rule {
 public:
     // `share` is 1 over the number of scores.
@@ -175,11 +185,12 @@ public:
         constexpr double kUnit = 1.0 / (2.0 * kMostLevel);
         const double variance = sums.squares * share - mean_ * mean_;
         scale_ = variance > 0.0 ? 10.0 / sqrt(variance) : 0.0;
-        center_ = static_cast<float>(shift + mean_);
-        const double rest = (center_ - (shift + mean_)) * scale_;
+        const double middle = shift + mean_;
+        center_ = static_cast<float>(middle);
+        const double rest = (center_ - middle) * scale_;
         factor_ = static_cast<float>(scale_ * kUnit);
         offset_ = static_cast<float>(0.5 + rest * kUnit);
-        const bool fits = scale_ >= 1e-30 && scale_ <= 1e30 && fabs(rest) <= 16.0;
+        const bool fits = scale_ >= 1e-30 && scale_ <= 1e30 && fabs(rest) <= 16.0 && fabs(middle) * scale_ <= 0x1p28;
         most_ = fits ? 0.5f - 0x1p-16f : -1.0f;
     }
 
@@ -309,21 +320,20 @@ __global__ void __launch_bounds__(kBlock<kMembers>, 1024 / kBlock<kMembers>)
                 sums.line = line;
             }
         });
-        fold_members<kMembers>(sums);
+        fold_members<kMembers, true>(sums);
         const float top = sums.top;
         const int line = sums.line;
         const bool distribution = sums.least >= 0.0f && fabs(sums.sum + shift * classes - 1.0) <= 1e-3;
         const bool again = distribution || !(fabs(sums.sum) < INFINITY);
-        const Logarithm logarithm(top);
         double share = whole;
         if (__any_sync(kFullWarp, again)) {
             Sums present = Sums::none();
             if (distribution) {
-                add_present<kMembers>(row, classes, member, logarithm, 0.0, present);
+                add_present<kMembers>(row, classes, member, Logarithm(top), 0.0, present);
             } else {
                 add_present<kMembers>(row, classes, member, Same{}, top, present);
             }
-            fold_members<kMembers>(present);
+            fold_members<kMembers, false>(present);
             if (again) {
                 sums = present;
                 share = 1.0 / present.count;
@@ -355,7 +365,7 @@ __global__ void __launch_bounds__(kBlock<kMembers>, 1024 / kBlock<kMembers>)
                 histogram[kMostLevel] = static_cast<uint32_t>(classes);
             }
         } else if (distribution) {
-            find_levels<kMembers>(row, classes, member, logarithm, rule, histogram, levels);
+            find_levels<kMembers>(row, classes, member, Logarithm(top), rule, histogram, levels);
         } else {
             find_levels<kMembers>(row, classes, member, Same{}, rule, histogram, levels);
         }
@@ -364,7 +374,7 @@ __global__ void __launch_bounds__(kBlock<kMembers>, 1024 / kBlock<kMembers>)
             int at = 0;
             if (valid && label >= 0 && label < classes) {
                 const float score = to_float(row[label]);
-                at = rule.exact(distribution ? logarithm(score) : score) - kMostLevel;
+                at = rule.exact(distribution ? Logarithm(top)(score) : score) - kMostLevel;
             }
             found.at[n] = static_cast<int8_t>(at);
             if ((!valid || predicted == label) && group >= 0 && group < given.groups) {
@@ -394,13 +404,15 @@ template <typename T>
 void launch(const Matching& given, const Matches& found, cudaStream_t stream) {
     const int64_t bytes = given.classes * static_cast<int64_t>(sizeof(T));
     if (bytes <= 128) {
-        launch<T, 4>(given, found, stream);
+        launch<T, 2>(given, found, stream);
     } else if (bytes <= 1024) {
         launch<T, 8>(given, found, stream);
-    } else if (bytes <= 8192) {
+    } else if (bytes <= 4096) {
+        launch<T, 16>(given, found, stream);
+    } else if (bytes <= 12288) {
         launch<T, kLanes>(given, found, stream);
-    } else if (bytes <= 65536) {
-        launch<T, kThreads>(given, found, stream);
+    } else if (bytes <= 32768) {
+        launch<T, 128>(given, found, stream);
     } else {
         launch<T, kMostThreads>(given, found, stream);
     }

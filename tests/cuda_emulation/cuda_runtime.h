@@ -84,6 +84,11 @@ T atomicAdd(T* at, T value) {
     return old;
 }
 
+template <typename T>
+T __ldg(const T* at) {
+    return *at;
+}
+
 inline unsigned atomicOr(unsigned* at, unsigned value) {
     const unsigned old = *at;
     *at = old | value;
