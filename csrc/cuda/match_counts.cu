@@ -15,6 +15,7 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "launch.h"
 
@@ -48,13 +49,19 @@ __device__ __forceinline__ void each(const T* __restrict__ row, int classes, int
         const int at = kBackwards ? lines - 1 - i : i;
         union {
             uint4 bits;
+            uint32_t words[4];
             T values[kLine];
         } line;
         line.bits = __ldg(body + at);
         float scores[kLine];
 #pragma unroll
         for (int j = 0; j < kLine; ++j) {
-            scores[j] = to_float(line.values[j]);
+            if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // its bits are the upper half of a float's
+                const uint32_t pair = line.words[j / 2];
+                scores[j] = __uint_as_float(j % 2 == 0 ? pair << 16 : pair & 0xFFFF0000u);
+            } else {
+                scores[j] = to_float(line.values[j]);
+            }
         }
         f(scores, head + at * kLine);
     }
