@@ -106,7 +106,7 @@ def assert_right(levels, exact, edge):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("classes", [7, 30, 31, 32, 65, 255, 257, 1023, 2050, 4099, 16_387, 32_771])
+@pytest.mark.parametrize("classes", [7, 30, 31, 32, 65, 255, 257, 1023, 2050, 4099, 10_001, 16_387, 32_771])
 def test_levels_at_any_address_are_those_of_doubles(dtype, classes):
     scores = 5 * random(3, classes, seed=classes) + 100
     scores[1] = (scores[1] / 5 - 20).exp()  # one score is all the deviation

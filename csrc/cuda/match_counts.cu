@@ -349,12 +349,12 @@ __global__ void __launch_bounds__(kBlock<kMembers>, 1024 / kBlock<kMembers>)
         }
         const bool valid = top > -INFINITY && fabs(sums.sum) < INFINITY;
         int predicted = kInvalid;
-        if (valid) {
-            for (predicted = line; to_float(row[predicted]) != top;) {
-                ++predicted;
-            }
-        }
         if (own && member == 0) {
+            if (valid) {
+                for (predicted = line; to_float(row[predicted]) != top;) {
+                    ++predicted;
+                }
+            }
             found.predicted[n] = predicted;
         }
         if (given.expected == nullptr && found.levels == nullptr) {
@@ -420,6 +420,8 @@ void launch(const Matching& given, const Matches& found, cudaStream_t stream) {
         launch<T, kLanes>(given, found, stream);
     } else if (bytes <= 32768) {
         launch<T, 128>(given, found, stream);
+    } else if (bytes <= 65536) {
+        launch<T, 256>(given, found, stream);
     } else {
         launch<T, kMostThreads>(given, found, stream);
     }
