@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kBlock<kMembers>, 1024 / kBlock<kMembers>)
     constexpr int kRows = kBlock<kMembers> / kMembers;
     constexpr int kTeam = kMembers < kLanes ? kLanes : kMembers;  // threads that share rows
     constexpr int kTeamRows = kTeam / kMembers;
-    __shared__ uint32_t histograms[kRows * kLevels];
+    alignas(16) __shared__ uint32_t histograms[kRows * kLevels];
     const int member = threadIdx.x % kMembers, place = threadIdx.x / kMembers;
     const int mate = threadIdx.x % kTeam, team = threadIdx.x / kTeam;
     const int classes = static_cast<int>(given.classes);
@@ -390,12 +390,23 @@ __global__ void __launch_bounds__(kBlock<kMembers>, 1024 / kBlock<kMembers>)
         }
         synchronize<kMembers>();
         const int64_t team_first = first + team * kTeamRows;
-        const int64_t here = given.expected == nullptr ? 0 : min(given.rows - team_first, int64_t{kTeamRows}) * kLevels;
-        for (int i = mate; i < kTeamRows * kLevels; i += kTeam) {
-            if (i < here) {
-                found.histogram[team_first * kLevels + i] = shared[i];
+        uint32_t* const to = found.histogram + team_first * kLevels;
+        const int64_t rows = given.expected == nullptr ? 0 : min(given.rows - team_first, int64_t{kTeamRows});
+        if (kTeamRows % 4 == 0 && rows == kTeamRows && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+#pragma unroll 4
+            for (int i = mate; i < kTeamRows * kLevels / 4; i += kTeam) {
+                uint4* const line = reinterpret_cast<uint4*>(shared) + i;
+                reinterpret_cast<uint4*>(to)[i] = *line;
+                *line = {0, 0, 0, 0};
             }
-            shared[i] = 0;
+        } else {
+            const int here = static_cast<int>(rows) * kLevels;
+            for (int i = mate; i < kTeamRows * kLevels; i += kTeam) {
+                if (i < here) {
+                    to[i] = shared[i];
+                }
+                shared[i] = 0;
+            }
         }
     }
 }
