@@ -84,8 +84,9 @@ def test_match_counts(dtype, kind, shape):
     np.testing.assert_array_equal(
         found.at.numpy(), np.where(known, levels[np.arange(rows), np.where(known, expected, 0)], 0)
     )
-    everything = cuda.match_counts(outputs, torch.from_numpy(expected), None, 1, False)
-    assert (everything.hits.tolist(), everything.levels) == ([wanted.hits.sum()], None)
+    everything = cuda.match_counts(outputs, torch.from_numpy(expected), None, 2, False)
+    assert (everything.hits.tolist(), everything.levels) == ([wanted.hits.sum(), 0], None)
+    assert everything.invalid.tolist() == [wanted.invalid.sum(), 0]
 
 
 def unrounded(scores):
@@ -250,6 +251,7 @@ def test_bit_matches(total, suspects, registered):
         (1, 9000, 128, 300),
         (3, 2500, 20, 1024),
         (13, 5000, 250, 10),
+        (1, 20_000, 16, 300),
     ],
 )
 def test_best_bit_matches(suspects, registered, total, best):

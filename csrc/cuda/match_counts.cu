@@ -36,7 +36,7 @@ __device__ __forceinline__ float to_float(__half value) { return __half2float(va
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 // f(scores, the class of the first) for what thread `member` of `kMembers` sees of a row: whole lines of 16 bytes, then
-// single scores of the ends. All calls for the same row give a thread the same scores.
+// single scores of the ends. All calls in one direction give a thread the same scores.
 template <int kMembers, bool kBackwards = false, int kUnrolled = 4, typename T, typename F>
 __device__ __forceinline__ void each(const T* __restrict__ row, int classes, int member, F f) {
     constexpr int kLine = 16 / sizeof(T);
@@ -129,7 +129,8 @@ __device__ __forceinline__ void fold_lanes(Sums& sums) {
 // Folds over the members of a row; every thread of the block calls it.
 template <int kMembers, bool kFirst>
 __device__ __forceinline__ void fold_members(Sums& sums) {
-    fold_lanes < kMembers<kLanes ? kMembers : kLanes, kFirst>(sums);
+    constexpr int kInWarp = kMembers < kLanes ? kMembers : kLanes;
+    fold_lanes<kInWarp, kFirst>(sums);
     if constexpr (kMembers > kLanes) {
         constexpr int kWarps = kMembers / kLanes;
         __shared__ Sums parts[kWarps];
@@ -306,6 +307,7 @@ __global__ void __launch_bounds__(kBlock<kMembers>, 1024 / kBlock<kMembers>)
     for (int i = mate; i < kTeamRows * kLevels; i += kTeam) {
         shared[i] = 0;
     }
+    int hits = 0, invalid = 0;  // of the only group: additions to one address would wait for each other
     for (int64_t first = int64_t{blockIdx.x} * kRows; first < given.rows; first += int64_t{gridDim.x} * kRows) {
         const bool own = first + place < given.rows;
         const int64_t n = own ? first + place : given.rows - 1;  // whoever has no row reads the last one too
@@ -377,15 +379,21 @@ __global__ void __launch_bounds__(kBlock<kMembers>, 1024 / kBlock<kMembers>)
             find_levels<kMembers>(row, classes, member, Same{}, rule, histogram, levels);
         }
         if (own && member == 0 && given.expected != nullptr) {
-            const int64_t label = given.expected[n], group = given.group == nullptr ? 0 : given.group[n];
+            const int64_t label = given.expected[n];
             int at = 0;
             if (valid && label >= 0 && label < classes) {
                 const float score = to_float(row[label]);
                 at = rule.exact(distribution ? Logarithm(top)(score) : score) - kMostLevel;
             }
             found.at[n] = static_cast<int8_t>(at);
-            if ((!valid || predicted == label) && group >= 0 && group < given.groups) {
-                atomicAdd(valid ? &found.hits[group] : &found.invalid[group], 1);
+            if (given.group == nullptr) {
+                hits += valid && predicted == label;
+                invalid += !valid;
+            } else if (!valid || predicted == label) {
+                const int64_t group = given.group[n];
+                if (group >= 0 && group < given.groups) {
+                    atomicAdd(valid ? &found.hits[group] : &found.invalid[group], 1);
+                }
             }
         }
         synchronize<kMembers>();
@@ -407,6 +415,16 @@ __global__ void __launch_bounds__(kBlock<kMembers>, 1024 / kBlock<kMembers>)
                 }
                 shared[i] = 0;
             }
+        }
+    }
+    if (given.group == nullptr && given.groups > 0) {
+        hits = __reduce_add_sync(kFullWarp, hits);
+        invalid = __reduce_add_sync(kFullWarp, invalid);
+        if (threadIdx.x % kLanes == 0 && hits > 0) {
+            atomicAdd(found.hits, hits);
+        }
+        if (threadIdx.x % kLanes == 0 && invalid > 0) {
+            atomicAdd(found.invalid, invalid);
         }
     }
 }

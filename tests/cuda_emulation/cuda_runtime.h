@@ -71,6 +71,13 @@ T __shfl_xor_sync(unsigned mask, T value, int step) {
 
 inline unsigned __reduce_or_sync(unsigned, unsigned value) { return emulation::warp_or(value); }
 
+inline int __reduce_add_sync(unsigned mask, int value) {
+    for (int step = 16; step > 0; step >>= 1) {
+        value += __shfl_xor_sync(mask, value, step);
+    }
+    return value;
+}
+
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
     return __reduce_or_sync(mask, predicate ? 1u << threadIdx.x % 32 : 0u);
 }
