@@ -441,7 +441,7 @@ void launch(const Matching& given, const Matches& found, cudaStream_t stream) {
     const int64_t bytes = given.classes * static_cast<int64_t>(sizeof(T));
     if (bytes <= 128) {
         launch<T, 2>(given, found, stream);
-    } else if (bytes <= 1024) {
+    } else if (bytes <= 2048) {
         launch<T, 8>(given, found, stream);
     } else if (bytes <= 4096) {
         launch<T, 16>(given, found, stream);
