@@ -149,7 +149,7 @@ struct Same {
     __device__ __forceinline__ float operator()(float score) const { return score; }
 };
 
-// ln(p / top) of 0 <= p <= top, within 2^-22 of itself; all it does is exact or rounded as IEEE 754 has it.
+// ln(p / top) of 0 <= p <= top, within 2^-21 of itself; all it does is exact or rounded as IEEE 754 has it.
 //
 // p = 2^k u with u from 2/3 to 4/3 of top, so that u - top is exact, and so is what is 0.
 class Logarithm {
