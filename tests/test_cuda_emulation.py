@@ -65,7 +65,7 @@ KINDS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(9, 1), (45, 10), (5, 1001), (3, 5003)])
+@pytest.mark.parametrize("shape", [(9, 1), (45, 10), (70, 33), (5, 1001), (3, 5003), (3, 33_001)])
 def test_match_counts(dtype, kind, shape):
     rows, classes = shape
     outputs = KINDS[kind](random(rows, classes)).to(dtype)
@@ -88,8 +88,97 @@ def test_match_counts(dtype, kind, shape):
     np.testing.assert_array_equal(
         found.at.numpy(), np.where(known, levels[np.arange(rows), np.where(known, expected, 0)], 0)
     )
-    everything = cuda.match_counts(outputs, torch.from_numpy(expected), None, 1, False)
-    assert (everything.hits.tolist(), everything.levels) == ([wanted.hits.sum()], None)
+    everything = cuda.match_counts(outputs, torch.from_numpy(expected), None, 2, False)
+    assert (everything.hits.tolist(), everything.levels) == ([wanted.hits.sum(), 0], None)
+    assert everything.invalid.tolist() == [wanted.invalid.sum(), 0]
+
+
+def unrounded(scores):
+    """float64[N, C]: what `match_counts` rounds, of rows of finite scores or of logarithms with -Inf."""
+    there = np.isfinite(scores)
+    z = np.where(there, scores, 0.0)
+    count = there.sum(axis=1, keepdims=True)
+    from_mean = z - z.sum(axis=1, keepdims=True) / count
+    deviation = np.sqrt((np.where(there, from_mean, 0.0) ** 2).sum(axis=1, keepdims=True) / count)
+    return np.where(there, np.clip(10 * from_mean / deviation, -30, 30), -30.0)
+
+
+def assert_right(levels, exact, edge):
+    """All levels are the nearest integers; within `edge` of an edge of rounding they may be the next."""
+    levels = levels.numpy().astype(float)
+    np.testing.assert_array_less(np.abs(levels - exact), 0.5 + edge)
+    assert (levels == np.rint(exact)).mean() > 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("classes", [7, 30, 31, 32, 65, 255, 257, 1023, 2050, 4099, 10_001, 16_387, 32_771])
+def test_levels_at_any_address_are_those_of_doubles(dtype, classes):
+    scores = 5 * random(3, classes, seed=classes) + 100
+    scores[1] = (scores[1] / 5 - 20).exp()  # one score is all the deviation
+    if classes > 1000:
+        scores[2, ::5] = -torch.inf
+    for offset in range(8) if classes < 300 else (0, 3):
+        outputs = torch.empty(3 * classes + offset, dtype=dtype)[offset:].view(3, classes).copy_(scores)
+        outputs[1, classes // 2] = 1e4
+        found = cuda.match_counts(outputs, torch.zeros(3, dtype=torch.int64), None, 1, True)
+        assert_right(found.levels, unrounded(outputs.double().numpy()), 1e-10)
+        assert found.predicted.tolist() == outputs.argmax(dim=1).tolist()
+        assert found.at.tolist() == found.levels[:, 0].tolist()
+
+
+@pytest.mark.parametrize("classes", [10, 100, 1000, 5000])
+@pytest.mark.parametrize("spread", [1e-5, 1e-3, 1.0, 20.0])
+def test_levels_of_distributions_are_those_of_their_logarithms(classes, spread):
+    outputs = (spread * random(6, classes)).softmax(dim=1)  # to subnormal chances and to 0
+    outputs[1, :5] = 0
+    outputs[1] /= outputs[1].sum()
+    outputs[2] = 1.0 / classes
+    outputs[3] = 1e-42
+    outputs[3, 3] = 1
+    outputs[4] = 0
+    outputs[4, 1:] = torch.tensor([0.75, 0.25] + [0.0] * (classes - 3))
+    found = cuda.match_counts(outputs, torch.zeros(6, dtype=torch.int64), None, 1, True)
+    assert not found.levels[2].any()
+    kept = [0, 1, 3, 4, 5]
+    with np.errstate(divide="ignore"):
+        assert_right(found.levels[kept], unrounded(np.log(outputs.double().numpy()[kept])), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [16, 64, 512, 4096, 32_768])
+def test_levels_halfway_go_to_the_even_one(dtype, classes):
+    half = torch.tensor([39, 39, 11, 5, 3, 1, 1, 1])  # squares add up to 8 * 20^2: levels are halves of these
+    scores = torch.cat([half, -half]).repeat(classes // 16)[torch.randperm(classes)].repeat(2, 1)
+    outputs = (scores * torch.tensor([[1.0], [2.0**100]])).to(dtype)
+    found = cuda.match_counts(outputs, torch.zeros(2, dtype=torch.int64), None, 1, True)
+    np.testing.assert_array_equal(found.levels.numpy(), np.rint(scores.numpy() / 2))
+    np.testing.assert_array_equal(found.histogram.numpy(), [np.bincount(r + 30, minlength=61) for r in found.levels])
+
+
+@pytest.mark.parametrize("classes", [10, 1000, 20_000])
+def test_levels_of_scores_that_hardly_differ_are_those_of_doubles(classes):
+    steps = random(3, classes).mul(3).round()
+    steps[1] = steps[1] > 2
+    steps[2] = 0
+    steps[2, 1] = 1
+    outputs = 2.0**23 + steps  # neighbouring numbers
+    found = cuda.match_counts(outputs, torch.zeros(3, dtype=torch.int64), None, 1, True)
+    assert_right(found.levels[::2], unrounded(outputs.double().numpy()[::2]), 1e-6)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 300, 5000])
+@pytest.mark.parametrize("value", [0.0, -0.0, 0.1, -3e38, 3e38, 1e-45])
+def test_equal_scores_are_all_at_level_0(classes, value):
+    outputs = torch.full((5, classes), value)
+    outputs[1:3, 0] = -torch.inf if classes > 1 else value
+    outputs[4] = 3e38 * torch.linspace(-1, 1, classes)
+    found = cuda.match_counts(outputs, torch.zeros(5, dtype=torch.int64), None, 1, True)
+    assert not found.levels[0].any()
+    assert not found.levels[1:3, 1:].any()
+    assert found.predicted[:4].tolist() == [0, *[1 if classes > 1 else 0] * 2, 0]
+    if classes > 2:
+        assert_right(found.levels[4:], unrounded(outputs[4:].double().numpy()), 1e-10)
+        assert found.at.tolist()[1:3] == [-30] * 2
 
 
 def test_match_counts_of_nothing_and_of_groups_that_are_none():
@@ -123,6 +212,9 @@ def test_label_matches(dtype, shape):
     if rows > 2 and sets:
         expected[0, :3] = [2**32 + 1, 2**40, -(2**32) + 1]  # none of them is the int32 that its low bits spell
         predicted[0, :3] = [1, 0, 1] if dtype == np.int32 else [2**32 + 1, 0, -(2**32) + 1]
+    if rows > 34 and sets > 1:  # the second 32 of a row may be wider than the first
+        expected[1, 32:35] = predicted[1, 32:35] = 1000, 2**31 - 1, -(2**31)
+        expected[1, rows - 1] = predicted[1, rows - 1] = 2**31 - 1 if dtype == np.int32 else 2**63 - 1
     wanted = ((predicted[:, None] == expected[None]) & (predicted[:, None] >= 0)).sum(axis=-1)
     counts = cuda.label_matches(torch.from_numpy(predicted), torch.from_numpy(expected))
     assert counts.dtype == torch.int32
@@ -141,7 +233,7 @@ def packed(rng, rows, total):
     return bits[:, :total], torch.from_numpy(np.packbits(bits, axis=1, bitorder="little"))
 
 
-@pytest.mark.parametrize("total", [1, 31, 32, 100, 160, 256, 300])
+@pytest.mark.parametrize("total", [1, 31, 32, 100, 160, 250, 256, 300, 1000, 4090])
 @pytest.mark.parametrize(("suspects", "registered"), [(1, 1), (9, 300), (3, 0), (0, 3)])
 def test_bit_matches(total, suspects, registered):
     rng = np.random.default_rng(total)
@@ -155,7 +247,16 @@ def test_bit_matches(total, suspects, registered):
 
 @pytest.mark.parametrize(
     ("suspects", "registered", "total", "best"),
-    [(1, 1, 9, 1), (3, 300, 12, 5), (9, 700, 64, 256), (2, 9000, 8, 3), (1, 9000, 128, 300), (3, 2500, 20, 1024)],
+    [
+        (1, 1, 9, 1),
+        (3, 300, 12, 5),
+        (9, 700, 64, 256),
+        (2, 9000, 8, 3),
+        (1, 9000, 128, 300),
+        (3, 2500, 20, 1024),
+        (13, 5000, 250, 10),
+        (1, 20_000, 16, 300),
+    ],
 )
 def test_best_bit_matches(suspects, registered, total, best):
     rng = np.random.default_rng(best)

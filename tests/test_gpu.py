@@ -83,7 +83,9 @@ def test_sketches_of_more_than_two_to_the_31_weights(total):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("distribution", [False, True])
-@pytest.mark.parametrize("shape", [(9, 1), (1000, 10), (18, 33), (6, 1001), (3, 40_003), (5000, 3)])
+@pytest.mark.parametrize(
+    "shape", [(9, 1), (1000, 10), (18, 33), (6, 1001), (7, 2801), (5, 6007), (4, 15_001), (3, 40_003), (5000, 3)]
+)
 def test_match_counts_equals_the_reference(dtype, distribution, shape):
     rows, classes = shape
     scores = random(rows, classes)

@@ -18,10 +18,12 @@ namespace wmengine::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kResident = 3;     // thread blocks that a multiprocessor runs at a time
 constexpr int kMessages = 8;     // messages that a thread meets with a registered one when all counts are wanted
+constexpr int kAhead = 8;        // keys that a thread of the merge has on their way
 constexpr int kIndexBits = 40;   // of a key; the count has the other 24
 constexpr int kMostBest = 1024;  // the largest buffer holds twice as many keys
-constexpr int64_t kLeastRegistry = 4096;  // registered messages below which a list of its own is not worth merging
+constexpr int64_t kLeastRegistry = 2048;  // registered messages below which a list of its own is not worth merging
 
 // The 32 bits that begin at byte 4 * word of a row, without those from `total` on; a row is ceil(total / 8) bytes.
 __device__ __forceinline__ uint32_t used_bits(int word, int total) {
@@ -53,16 +55,17 @@ struct Words {
 };
 
 // Different bits of one registered row with each of `present` <= kCount messages, one after the other in memory.
-template <typename Piece, int kCount>
+//
+// Bits are counted at a quarter of the pace of other operations, so what is left over of two words and of all before
+// them, and what is carried, stand for the words: half as many are counted.
+template <typename Piece, bool kAll, int kCount>
 __device__ __forceinline__ void differences(const uint8_t* __restrict__ messages, int present,
                                             const uint8_t* __restrict__ row, int bytes, int total,
                                             int (&different)[kCount]) {
     constexpr int kWords = Words<Piece>::kCount;
     const int pieces = (bytes + 4 * kWords - 1) / (4 * kWords);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-        different[i] = 0;
-    }
+    uint32_t over[kCount] = {};
+    int pairs[kCount] = {};
     Words<Piece> next(row, 0, bytes);
     for (int piece = 0; piece < pieces; ++piece) {
         const Words<Piece> registered = next;
@@ -76,19 +79,37 @@ __device__ __forceinline__ void differences(const uint8_t* __restrict__ messages
         }
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-            if (i < present) {
+            if (kAll || i < present) {
                 const Words<Piece> message(messages + i * bytes, piece, bytes);
+                const auto bits = [&](int j) { return (registered.values[j] ^ message.values[j]) & used[j]; };
 #pragma unroll
-                for (int j = 0; j < kWords; ++j) {
-                    different[i] += __popc((registered.values[j] ^ message.values[j]) & used[j]);
+                for (int j = 0; j < kWords; j += 2) {
+                    const uint32_t a = bits(j), b = j + 1 < kWords ? bits(j + 1) : 0;
+                    pairs[i] += __popc((a & b) | (over[i] & (a | b)));
+                    over[i] ^= a ^ b;
                 }
             }
         }
     }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        different[i] = 2 * pairs[i] + __popc(over[i]);
+    }
+}
+
+template <typename Piece, int kCount>
+__device__ __forceinline__ void differences(const uint8_t* __restrict__ messages, int present,
+                                            const uint8_t* __restrict__ row, int bytes, int total,
+                                            int (&different)[kCount]) {
+    if (present == kCount) {
+        differences<Piece, true>(messages, present, row, bytes, total, different);
+    } else {
+        differences<Piece, false>(messages, present, row, bytes, total, different);
+    }
 }
 
 template <typename Piece>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kResident)
     counts_kernel(const uint8_t* __restrict__ messages, int64_t suspects, const uint8_t* __restrict__ registry,
                   int64_t registered, int total, int32_t* __restrict__ counts) {
     const int bytes = (total + 7) / 8;
@@ -110,8 +131,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
 }
 
-// The greatest keys of one message, in shared memory; 0 is no key.
-template <int kCapacity>
+// The greatest keys of one message, in shared memory; 0 is no key. kTeam threads sort them, a warp or a whole block.
+template <int kCapacity, int kTeam>
 struct Selection {
     uint64_t keys[kCapacity];
     uint64_t least;  // a key that does not exceed it is not among the best
@@ -130,16 +151,22 @@ struct Selection {
         }
     }
 
-    // Sorts the keys, greatest first, and keeps `best`; every thread of the block calls it, behind a barrier.
+    // Sorts the keys, greatest first, and keeps `best`; every thread of the team calls it, behind a barrier.
     __device__ __forceinline__ void cut(int best) {
-        for (int i = count + static_cast<int>(threadIdx.x); i < kCapacity; i += kThreads) {
+        const int member = threadIdx.x % kTeam, held = count;
+        int sorted = 2;
+        while (sorted < max(held, best)) {
+            sorted *= 2;
+        }
+        for (int i = held + member; i < sorted; i += kTeam) {
             keys[i] = 0;
         }
-        __syncthreads();
-        for (int size = 2; size <= kCapacity; size *= 2) {
+        synchronize(true);
+        for (int size = 2; size <= sorted; size *= 2) {
             for (int distance = size / 2; distance > 0; distance /= 2) {
-                for (int pair = threadIdx.x; pair < kCapacity / 2; pair += kThreads) {
-                    const int low = pair / distance * distance * 2 + pair % distance, high = low + distance;
+#pragma unroll 2
+                for (int pair = member; pair < sorted / 2; pair += kTeam) {
+                    const int low = 2 * pair - (pair & (distance - 1)), high = low + distance;
                     const bool descending = (low & size) == 0;
                     const uint64_t a = keys[low], b = keys[high];
                     if ((a < b) == descending) {
@@ -147,30 +174,43 @@ struct Selection {
                         keys[high] = a;
                     }
                 }
-                __syncthreads();
+                // The 32 pairs of a warp are the same 64 keys at all distances up to 32.
+                synchronize(distance > kLanes || (distance == 1 && size > kLanes));
             }
         }
-        if (threadIdx.x == 0) {
-            count = min(count, best);
+        if (member == 0) {
+            count = min(held, best);
             least = keys[best - 1];
         }
-        __syncthreads();
+        synchronize(true);
     }
 
-    // Room for another round in which every thread offers one key at most; call it between two barriers.
+    // Room for another round in which every thread offers one key at most, and a first `least` as soon as there can be
+    // one; call it between two barriers.
     __device__ __forceinline__ void make_room(int best) {
-        if (count > kCapacity - kThreads) {
+        if (count + (least == 0) > kCapacity - kThreads) {
             cut(best);
+        }
+    }
+
+private:
+    __device__ __forceinline__ static void synchronize(bool across_warps) {
+        if (kTeam > kLanes && across_warps) {
+            __syncthreads();
+        } else {
+            __syncwarp();
         }
     }
 };
 
 // lists[suspects, groups, best]: the greatest keys of each message in each group's part of the registry.
-template <typename Piece, int kCount, int kCapacity>
-__global__ void __launch_bounds__(kThreads, 3)
+template <typename Piece, int kCount, int kCapacity, int kTeam>
+__global__ void __launch_bounds__(kThreads, kResident)
     best_kernel(const uint8_t* __restrict__ messages, int64_t suspects, const uint8_t* __restrict__ registry,
                 int64_t registered, int total, int best, int64_t groups, uint64_t* __restrict__ lists) {
-    __shared__ Selection<kCapacity> selections[kCount];
+    __shared__ Selection<kCapacity, kTeam> selections[kCount];
+    const int team = threadIdx.x / kTeam;
+    constexpr int kTeams = kThreads / kTeam, kTogether = kCount < 4 ? kCount : 4;
     const int bytes = (total + 7) / 8;
     const int64_t items = (suspects + kCount - 1) / kCount * groups;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
@@ -184,27 +224,31 @@ __global__ void __launch_bounds__(kThreads, 3)
         for (int64_t round = begin; round < end; round += kThreads) {
             const int64_t index = round + threadIdx.x;
             if (index < end) {
-                int different[kCount];
-                differences<Piece>(messages + first * bytes, present, registry + index * bytes, bytes, total,
-                                   different);
                 const uint64_t below = (uint64_t{1} << kIndexBits) - 1 - static_cast<uint64_t>(index);
+#pragma unroll 1
+                for (int part = 0; part < present; part += kTogether) {
+                    int different[kTogether];
+                    differences<Piece, false>(messages + (first + part) * bytes, min(present - part, kTogether),
+                                              registry + index * bytes, bytes, total, different);
 #pragma unroll
-                for (int i = 0; i < kCount; ++i) {
-                    if (i < present) {
-                        selections[i].offer(static_cast<uint64_t>(total - different[i]) << kIndexBits | below);
+                    for (int i = 0; i < kTogether; ++i) {
+                        if (part + i < present) {
+                            selections[part + i].offer(static_cast<uint64_t>(total - different[i]) << kIndexBits |
+                                                       below);
+                        }
                     }
                 }
             }
             __syncthreads();
-            for (int i = 0; i < present; ++i) {
+            for (int i = team; i < present; i += kTeams) {
                 selections[i].make_room(best);
             }
             __syncthreads();
         }
-        for (int i = 0; i < present; ++i) {
+        for (int i = team; i < present; i += kTeams) {
             selections[i].cut(best);
             uint64_t* list = lists + ((first + i) * groups + group) * best;
-            for (int place = threadIdx.x; place < best; place += kThreads) {
+            for (int place = threadIdx.x % kTeam; place < best; place += kTeam) {
                 list[place] = selections[i].keys[place];
             }
         }
@@ -216,17 +260,25 @@ template <int kCapacity>
 __global__ void __launch_bounds__(kThreads)
     merge_kernel(const uint64_t* __restrict__ lists, int64_t suspects, int64_t groups, int best,
                  int32_t* __restrict__ counts, int64_t* __restrict__ indices) {
-    __shared__ Selection<kCapacity> selection;
+    __shared__ Selection<kCapacity, kThreads> selection;
     const int64_t keys = groups * best;
     for (int64_t suspect = blockIdx.x; suspect < suspects; suspect += gridDim.x) {
         selection.clear();
         __syncthreads();
-        for (int64_t round = 0; round < keys; round += kThreads) {
-            const int64_t at = round + threadIdx.x;
-            selection.offer(at < keys ? lists[suspect * keys + at] : 0);
-            __syncthreads();
-            selection.make_room(best);
-            __syncthreads();
+        for (int64_t first = threadIdx.x; first - threadIdx.x < keys; first += kAhead * kThreads) {
+            uint64_t ahead[kAhead];
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                const int64_t at = first + i * kThreads;
+                ahead[i] = at < keys ? lists[suspect * keys + at] : 0;
+            }
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                selection.offer(ahead[i]);
+                __syncthreads();
+                selection.make_room(best);
+                __syncthreads();
+            }
         }
         selection.cut(best);
         for (int place = threadIdx.x; place < best; place += kThreads) {
@@ -275,7 +327,7 @@ constexpr int kFewBest = 256, kFewMessages = 8, kManyMessages = 2;
 
 int64_t groups_of(int64_t suspects, int64_t registered, int64_t best) {
     const int64_t tiles = ceil_div(suspects, best <= kFewBest ? kFewMessages : kManyMessages);
-    const int64_t wanted = ceil_div(4 * kMultiprocessors, std::max<int64_t>(tiles, 1));
+    const int64_t wanted = ceil_div(kResident * kMultiprocessors, std::max<int64_t>(tiles, 1));
     return std::max<int64_t>(std::min(wanted, registered / std::max(kLeastRegistry, 8 * best)), 1);
 }
 
@@ -318,11 +370,11 @@ void best_bit_matches(Place place, const uint8_t* messages, int64_t suspects, co
     with_piece(messages, registry, ceil_div(total, 8), [&](auto piece) {
         using Piece = decltype(piece);
         if (best <= kFewBest) {
-            best_kernel<Piece, kFewMessages, 512>
+            best_kernel<Piece, kFewMessages, 512, kLanes>
                 <<<grid_for(ceil_div(suspects, kFewMessages) * groups, 1), kThreads, 0, stream>>>(
                     messages, suspects, registry, registered, bits, wanted, groups, workspace);
         } else {
-            best_kernel<Piece, kManyMessages, 2 * kMostBest>
+            best_kernel<Piece, kManyMessages, 2 * kMostBest, kThreads>
                 <<<grid_for(ceil_div(suspects, kManyMessages) * groups, 1), kThreads, 0, stream>>>(
                     messages, suspects, registry, registered, bits, wanted, groups, workspace);
         }

@@ -46,11 +46,14 @@ namespace emulation {
 void launch(unsigned grid, unsigned block, const std::function<void()>& kernel);
 
 void block_barrier();
+void warp_barrier();
 uint64_t shuffle(uint64_t value, int source);
+unsigned warp_or(unsigned value);
 
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::block_barrier(); }
+inline void __syncwarp() { emulation::warp_barrier(); }
 
 template <typename T>
 T __shfl_sync(unsigned, T value, int source) {
@@ -66,6 +69,21 @@ T __shfl_xor_sync(unsigned mask, T value, int step) {
     return __shfl_sync(mask, value, static_cast<int>(threadIdx.x % 32) ^ step);
 }
 
+inline unsigned __reduce_or_sync(unsigned, unsigned value) { return emulation::warp_or(value); }
+
+inline int __reduce_add_sync(unsigned mask, int value) {
+    for (int step = 16; step > 0; step >>= 1) {
+        value += __shfl_xor_sync(mask, value, step);
+    }
+    return value;
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+    return __reduce_or_sync(mask, predicate ? 1u << threadIdx.x % 32 : 0u);
+}
+
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+
 template <typename T>
 T atomicAdd(T* at, T value) {
     const T old = *at;
@@ -73,7 +91,22 @@ T atomicAdd(T* at, T value) {
     return old;
 }
 
+template <typename T>
+T __ldg(const T* at) {
+    return *at;
+}
+
+inline unsigned atomicOr(unsigned* at, unsigned value) {
+    const unsigned old = *at;
+    *at = old | value;
+    return old;
+}
+
+inline float __saturatef(float value) { return value > 0.0f ? min(value, 1.0f) : 0.0f; }  // of NaN too
+
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+
+inline int __clz(uint32_t bits) { return bits == 0 ? 32 : __builtin_clz(bits); }
 
 inline float __uint_as_float(uint32_t bits) {
     float value;

@@ -94,11 +94,25 @@ void run_block(unsigned threads, bool backwards) {
 
 void block_barrier() { wait(block, blockDim.x); }
 
+void warp_barrier() { wait(warps[threadIdx.x / kWarp], kWarp); }
+
 uint64_t shuffle(uint64_t value, int source) {
     const unsigned thread = threadIdx.x, warp = thread / kWarp;
     exchanged[thread] = value;
     wait(warps[warp], kWarp);
     const uint64_t result = exchanged[warp * kWarp + source];
+    wait(warps[warp], kWarp);
+    return result;
+}
+
+unsigned warp_or(unsigned value) {
+    const unsigned thread = threadIdx.x, warp = thread / kWarp;
+    exchanged[thread] = value;
+    wait(warps[warp], kWarp);
+    unsigned result = 0;
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+        result |= static_cast<unsigned>(exchanged[warp * kWarp + lane]);
+    }
     wait(warps[warp], kWarp);
     return result;
 }
