@@ -154,8 +154,11 @@ struct Same {
 // p = 2^k u with u from 2/3 to 4/3 of top, so that u - top is exact, and so is what is 0.
 class Logarithm {
 public:
-    __device__ __forceinline__ explicit Logarithm(float top)
-        : top_(top * kNormal), inverse_(1.0f / top_), low_(__float_as_uint(top_ * (2.0f / 3.0f))) {}
+    __device__ __forceinline__ explicit Logarithm(float top) {
+        top_ = top * kNormal;
+        inverse_ = 1.0f / top_;
+        low_ = __float_as_uint(top_ * (2.0f / 3.0f));
+    }
 
     __device__ __forceinline__ float operator()(float p) const {
         const uint32_t bits = __float_as_uint(p * kNormal), exponent = (bits - low_) & 0xFF800000u;
