@@ -274,12 +274,14 @@ import json, re, subprocess, sys, tempfile
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from wmengine.kernels import carriers, cross_entropy, embedding_loss, layers, projection, soft_nearest_neighbor
+from wmengine.kernels import (
+    carriers, cross_entropy, embedding_loss, launches, layers, projection, soft_nearest_neighbor)
 
 LAYERS = {"LAYERS": 32, "DTYPE": tl.float32}
 VALUES = [LAYERS | {"SCRATCH": False, "UNIT": True}, LAYERS | {"DTYPE": tl.bfloat16, "SCRATCH": True, "UNIT": False}]
-TILES = [("fp32", 16, 16, {}), ("fp32", 1, 1024, {}), ("fp32", 1, 4096, {}), ("bf16", 1, 4096, {}),
-         ("fp32", 16, 16, {"rows": 1, "classes": 1, "stride": 1})]
+TILES = [(x, launches.chosen("cross_entropy", classes), classes, vector, one) for x, classes, vector, one in (
+    ("fp32", 10, 2, {}), ("fp32", 1000, 4, {}), ("bf16", 1000, 8, {}), ("bf16", 8191, 1, {}), ("fp32", 32000, 4, {}),
+    ("bf16", 32000, 8, {}), ("bf16", 50257, 1, {}), ("fp32", 1, 1, {"rows": 1, "classes": 1, "stride": 1}))]
 KERNELS = [
     (layers.addresses_kernel, 1, "*i64" + 16 * " i64", [{}]),
     (projection.sketch_tables_kernel, 1, "*i64 *i32 *i32", [{"LAYERS": 1, "BUCKETS": n} for n in (32, 256, 8192)]),
@@ -300,16 +302,17 @@ KERNELS = [
                       (False, 2, tl.uint32))]),
     (embedding_loss.total_kernel, 4, "*fp32 *fp32 i32 i32 i32 fp32", [{}, {"groups": 1, "width": 1, "total": 1}]),
     (embedding_loss.link_kernel, 4, "*fp32 *u8 *fp32 *fp32 i32 fp32", [{"LINK": link} for link in range(4)]),
-    *[(cross_entropy.rows_kernel, 8 if step > 1024 else 4,
+    *[(cross_entropy.rows_kernel, tiles.warps,
        f"*{x} *i64 *fp32 *i64 *fp32 *fp32 *fp32 *i8 i32 i32 i32 i32 fp32 i32",
-       [{"WEIGHTED": True, "GROUPED": True, "SMOOTH": True, "TILE": tile, "STEP": step} | one])
-      for x, tile, step, one in TILES],
-    *[(cross_entropy.gradient_kernel, 8 if step > 1024 else 4,
+       [{"WEIGHTED": True, "GROUPED": True, "SMOOTH": smooth} | tiles.blocks
+        | cross_entropy.row_blocks(tiles, classes, vector) | one for smooth in (False, True)])
+      for x, tiles, classes, vector, one in TILES],
+    *[(cross_entropy.gradient_kernel, tiles.warps,
        f"*fp32 *{x} *i64 *fp32 *fp32 *fp32 *{x} i32 i32 i32 fp32 i32",
-       [{"WEIGHTED": False, "TILE": tile, "STEP": step} | one])
-      for x, tile, step, one in TILES],
+       [{"WEIGHTED": False, "VECTOR": vector} | tiles.blocks | one])
+      for x, tiles, classes, vector, one in TILES],
     (cross_entropy.gradient_kernel, 8, "*fp32 *fp32 *i64 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 fp32 i32",
-     [{"WEIGHTED": True, "TILE": 1, "STEP": 4096}]),
+     [{"WEIGHTED": True, "VECTOR": 1, "TILE": 1, "STEP": 4096}]),
     (cross_entropy.finish_kernel, 4, "*fp32 *fp32 *i8 *i64 *fp32 *fp32 *fp32 *i64 *fp32 *i32 i32 i32",
      [{"GROUPED": True, "MEAN": True, "ALONE": False}, {"GROUPED": True, "MEAN": True, "ALONE": True},
       {"GROUPED": False, "MEAN": False, "ALONE": True, "rows": 1, "groups": 1}]),
