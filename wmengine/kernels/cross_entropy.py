@@ -81,20 +81,23 @@ def rows_kernel(
     if GROUPED:
         own = tl.load(group + row, mask=kept, other=0)
         known = known & (own >= 0) & (own < groups)
-    line = logits + row * stride
-    chosen = tl.load(line + label, mask=known, other=float("nan")).to(tl.float32)
-    place = tl.arange(0, STEP // WIDTH)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+    chosen = tl.load(logits + row * stride + label, mask=known, other=float("nan")).to(tl.float32)
+    # Steps are read as [parts · rows, width], which gives a row to as few warps as can be, and then taken apart.
+    part = tl.arange(0, STEP // WIDTH * TILE)
+    line = logits + (tl.program_id(0).to(tl.int64) * TILE + part % TILE) * stride
+    column = (part // TILE * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
+    place = tl.reshape(column, (STEP // WIDTH, TILE, WIDTH))
     top = tl.full((TILE,), float("-inf"), tl.float32)
     before = top  # the largest logit of the steps before the label's
     exponentials = tl.zeros((TILE,), tl.float32)
     mean = tl.zeros((TILE,), tl.float32)  # Σ (x − top) / C, in halves, so that no difference overflows
     twice = 2.0 / classes
     first = 0
-    read = row < rows
+    inside = (tl.program_id(0) * TILE + part % TILE < rows)[:, None]
     if LONG:
         LANES: tl.constexpr = WIDTH // VECTOR
         first = (classes - 1) // STEP * STEP
-        read = known
+        inside = inside & known[:, None]
         tops = tl.full((LANES,), float("-inf"), tl.float32)
         befores = tops
         sums = tl.zeros((LANES,), tl.float32)
@@ -102,7 +105,7 @@ def rows_kernel(
         end = tl.max(tl.where(known, first, 0), axis=0)
         label_at = tl.max(label, axis=0)
         for begin in tl.range(0, end, STEP, num_stages=STAGES):
-            x = tl.load(line[None, :, None] + begin + place).to(tl.float32)
+            x = tl.load(line[:, None] + begin + column).to(tl.float32)
             x = tl.reshape(x, (STEP // WIDTH, LANES, VECTOR))
             new_tops = tl.maximum(tops, tl.max(tl.max(x, axis=0), axis=1))
             befores = tl.where(begin + STEP <= label_at, new_tops, befores)
@@ -121,8 +124,9 @@ def rows_kernel(
         if SMOOTH:
             risen = tl.where(tops == float("-inf"), 0.0, 0.5 * tops - 0.5 * shift)
             mean += tl.sum(risen * (end // LANES * twice) + means, axis=0)
-    inside = (first + place < classes) & read[None, :, None]
-    x = tl.load(line[None, :, None] + first + place, mask=inside, other=float("-inf")).to(tl.float32)
+    inside = inside & (first + column < classes)
+    x = tl.load(line[:, None] + first + column, mask=inside, other=float("-inf")).to(tl.float32)
+    x, inside = tl.reshape(x, (STEP // WIDTH, TILE, WIDTH)), tl.reshape(inside, (STEP // WIDTH, TILE, WIDTH))
     new_top = tl.maximum(top, largest(x))
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)
     exponentials = exponentials * exponential(top, shift) + added(exponential(x, shift[None, :, None]))
@@ -131,10 +135,10 @@ def rows_kernel(
         below = tl.where(inside, (0.5 * x - 0.5 * shift[None, :, None]) * twice, 0.0)
         mean += risen * (first * twice) + added(below)
     if LONG:  # the step of the label once more
-        begin = tl.where(known, label // STEP * STEP, 0).to(tl.int32)
-        label = label - begin
-        inside = (begin[None, :, None] + place < classes) & known[None, :, None]
-        x = tl.load(line[None, :, None] + begin[None, :, None] + place, mask=inside, other=float("-inf")).to(tl.float32)
+        begin = label_at // STEP * STEP
+        inside = known[:, None] & (begin + column < classes)
+        x = tl.load(line[:, None] + begin + column, mask=inside, other=float("-inf")).to(tl.float32)
+        x, label = tl.reshape(x, (STEP // WIDTH, TILE, WIDTH)), label - begin
     at = tl.where(x == new_top[None, :, None], place, STEP)
     logarithm = tl.log(exponentials)
     top = tl.where(known & (new_top != float("-inf")), new_top, float("nan"))
