@@ -103,9 +103,9 @@ def rows_kernel(
         sums = tl.zeros((LANES,), tl.float32)
         means = tl.zeros((LANES,), tl.float32)
         end = tl.max(tl.where(known, first, 0), axis=0)
-        label_at = tl.max(label, axis=0)
+        label_at = tl.max(tl.where(known, label, 0), axis=0).to(tl.int32)
         for begin in tl.range(0, end, STEP, num_stages=STAGES):
-            x = tl.load(line[:, None] + begin + column).to(tl.float32)
+            x = tl.load(line[:, None] + (begin + column)).to(tl.float32)
             x = tl.reshape(x, (STEP // WIDTH, LANES, VECTOR))
             new_tops = tl.maximum(tops, tl.max(tl.max(x, axis=0), axis=1))
             befores = tl.where(begin + STEP <= label_at, new_tops, befores)
@@ -125,7 +125,7 @@ def rows_kernel(
             risen = tl.where(tops == float("-inf"), 0.0, 0.5 * tops - 0.5 * shift)
             mean += tl.sum(risen * (end // LANES * twice) + means, axis=0)
     inside = inside & (first + column < classes)
-    x = tl.load(line[:, None] + first + column, mask=inside, other=float("-inf")).to(tl.float32)
+    x = tl.load(line[:, None] + (first + column), mask=inside, other=float("-inf")).to(tl.float32)
     x, inside = tl.reshape(x, (STEP // WIDTH, TILE, WIDTH)), tl.reshape(inside, (STEP // WIDTH, TILE, WIDTH))
     new_top = tl.maximum(top, largest(x))
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -137,7 +137,7 @@ def rows_kernel(
     if LONG:  # the step of the label once more
         begin = label_at // STEP * STEP
         inside = known[:, None] & (begin + column < classes)
-        x = tl.load(line[:, None] + begin + column, mask=inside, other=float("-inf")).to(tl.float32)
+        x = tl.load(line[:, None] + (begin + column), mask=inside, other=float("-inf")).to(tl.float32)
         x, label = tl.reshape(x, (STEP // WIDTH, TILE, WIDTH)), label - begin
     at = tl.where(x == new_top[None, :, None], place, STEP)
     logarithm = tl.log(exponentials)
