@@ -66,7 +66,7 @@ TABLE: dict[str, tuple[SizeClass, ...]] = {
     "sketch_tables": _always(Launch(1)),
     "sketch_sums": _always(Launch(8)),
     "dense_sums": _always(Launch(2)),
-    "total": _always(Launch(4)),
+    "total": _always(Launch(8)),
     "link": _always(Launch(4)),
     "inverse_norms": _always(Launch(4)),
     "column_means": _always(Launch(4)),

@@ -113,7 +113,6 @@ class Batch:
     dtype: torch.dtype
     table: Tensor
     layers: int
-    largest: int
     blocks: int
     groups: int
     filter_tiles: int
@@ -219,7 +218,6 @@ def make_plan(
                 dtype=dtype,
                 table=_upload(table, device),
                 layers=layers,
-                largest=int(counts[own].max()),
                 blocks=int(blocks[own].sum()),
                 groups=int(groups[own].sum()),
                 filter_tiles=int(filter_tiles.sum()),

@@ -43,13 +43,19 @@ DENSE_TILE = tl.constexpr(32)  # rows of a dense matrix that one program meets
 
 @triton.jit
 def load_values(base, norms, first, at, count, columns, UNIT: tl.constexpr):
-    """float32 values ``first + at`` (``at`` is int32) of a layer, 0 past its end; over their filters' norms if UNIT."""
-    inside = at < tl.minimum(count - first, 1 << 30).to(tl.int32)
+    """float32 values ``first + at`` of a layer, 0 past its end; over their filters' norms if UNIT.
+
+    ``at`` is int32 and below 4096. So a filter that is longer may as well begin 4096 before its end, and below 8192 a
+    quotient is a product with the inverse, in units of 2⁻³¹.
+    """
+    inside = at < tl.minimum(count - first, BLOCK).to(tl.int32)
     values = tl.load(base + first + at, mask=inside, other=0.0).to(tl.float32)
     if UNIT:
         row = first // columns
-        rest = (first - row * columns).to(tl.uint32)
-        rows = ((rest + at.to(tl.uint32)) // columns.to(tl.uint32)).to(tl.int32)
+        span = tl.minimum(columns, BLOCK)
+        rest = tl.maximum(first - row * columns - (columns - span), 0).to(tl.uint32)
+        inverse = (1 << 31) // span.to(tl.uint32) + 1
+        rows = tl.umulhi(2 * (at.to(tl.uint32) + rest), inverse).to(tl.int32)
         values = values * tl.load(norms + row + rows, mask=inside, other=0.0)
     return values
 
@@ -108,22 +114,26 @@ def sketch_sums_kernel(
     groups = field(table, GROUPS, layer, LAYERS)
     layer_norms = norms + field(table, FIRST_FILTER, layer, LAYERS)
     base = layer_values(pointers, scratch, table, layer, DTYPE, SCRATCH, LAYERS)
-    run = tl.arange(0, RUNS)
-    bucket = tl.arange(0, TILE)
-    sums = tl.zeros((RUNS, TILE), tl.float32)
+    # Gathers are of one axis, so that a warp's are 32 neighbours. A word's signs go to slots 32 apart: 4 of a thread's.
+    slot = tl.arange(0, BLOCK)
+    quarter = tl.arange(0, 1024)
+    quarter = quarter // 256 * 1024 + quarter % 256
+    sums = tl.zeros((4, 4, 256), tl.float32)
     for unit in range(start, tl.cdiv(count, BLOCK * TILES), groups):
         block = unit * TILES
         if TILES > 1:
             block = block + (tile ^ (tl.load(offsets + first_block + block) // BLOCK))
         exists = block * BLOCK < count
-        offset = tl.load(offsets + (first_block + block) * RUNS + run, mask=exists, other=0) & (TILE - 1)
-        at = run[:, None] * TILE + (bucket[None, :] ^ offset[:, None])
-        place = at.to(tl.uint32)  # for which quotients and remainders are shifts and masks
-        word_at = ((place // 1024) * 32 + place % 32).to(tl.int32)
+        own_offsets = offsets + (first_block + block) * RUNS
+        at = slot ^ (tl.load(own_offsets + slot // TILE, mask=exists, other=0) & (TILE - 1))
+        word_at = quarter ^ (tl.load(own_offsets + quarter // TILE, mask=exists, other=0) & (TILE - 1))
+        word_at = word_at // 1024 * 32 + word_at % 32
         word = tl.load(words + (first_block + block) * 128 + word_at, mask=exists, other=0)
         values = load_values(base, layer_norms, block * BLOCK, at, count, columns, UNIT)
-        sums += flip(values, word.to(tl.uint32, bitcast=True), (place // 32) % 32)
-    tl.store(partials + group * BUCKETS + tile * TILE + bucket, tl.sum(sums, axis=0))
+        values, bit = tl.reshape(values, (4, 4, 256)), tl.reshape(at // 32 % 32, (4, 4, 256))
+        sums += flip(values, tl.reshape(word, (4, 1, 256)).to(tl.uint32, bitcast=True), bit)
+    bucket = tl.arange(0, TILE)
+    tl.store(partials + group * BUCKETS + tile * TILE + bucket, tl.sum(tl.reshape(sums, (RUNS, TILE)), axis=0))
 
 
 @triton.jit
@@ -217,11 +227,11 @@ def adjoint_kernel(
     lane = tl.arange(0, 32)
     if PROJECTION == SKETCH:
         at = tl.arange(0, BLOCK)
-        word = tl.load(words + item * 128 + (at // 1024) * 32 + at % 32)
-        offset = tl.load(offsets + item * RUNS + at // (BLOCK // RUNS))
-        bucket = ((block * BLOCK + at) & (BUCKETS - 1)).to(tl.int32) ^ offset
-        value = tl.load(residual + bucket, mask=bucket < total, other=0.0) * slope
-        value = flip(value, word.to(tl.uint32, bitcast=True), (at // 32) % 32)
+        word = tl.reshape(tl.load(words + item * 128 + tl.arange(0, 128)), (4, 1, 32)).to(tl.uint32, bitcast=True)
+        offset = tl.load(offsets + item * RUNS + at // (BLOCK // RUNS)) & (BUCKETS - 1)
+        bucket = ((block * BLOCK).to(tl.int32) + at) & (BUCKETS - 1) ^ offset
+        value = tl.reshape(tl.load(residual + bucket) * slope, (4, 32, 32))
+        value = tl.reshape(flip(value, word, tl.arange(0, 32)[None, :, None]), (BLOCK,))
         tl.store(target + at, value, mask=at < left)
     elif PROJECTION == RADEMACHER:
         bit = tl.arange(0, 32)[:, None]
