@@ -56,7 +56,9 @@ def load_values(base, norms, first, at, count, columns, UNIT: tl.constexpr):
         rest = tl.maximum(first - row * columns - (columns - span), 0).to(tl.uint32)
         inverse = (1 << 31) // span.to(tl.uint32) + 1
         rows = tl.umulhi(2 * (at.to(tl.uint32) + rest), inverse).to(tl.int32)
-        values = values * tl.load(norms + row + rows, mask=inside, other=0.0)
+        # Of one axis: Triton 3.6 would otherwise spread a warp over the axis that it thinks of first.
+        own = tl.load(norms + row + tl.reshape(rows, (at.numel,)), mask=tl.reshape(inside, (at.numel,)), other=0.0)
+        values = values * tl.reshape(own, at.shape)
     return values
 
 
@@ -125,14 +127,15 @@ def sketch_sums_kernel(
             block = block + (tile ^ (tl.load(offsets + first_block + block) // BLOCK))
         exists = block * BLOCK < count
         own_offsets = offsets + (first_block + block) * RUNS
-        at = slot ^ (tl.load(own_offsets + slot // TILE, mask=exists, other=0) & (TILE - 1))
-        word_at = quarter ^ (tl.load(own_offsets + quarter // TILE, mask=exists, other=0) & (TILE - 1))
+        at = slot ^ (tl.load(own_offsets + (slot // TILE if RUNS > 1 else 0), mask=exists, other=0) & (TILE - 1))
+        word_offset = tl.load(own_offsets + (quarter // TILE if RUNS > 1 else 0), mask=exists, other=0)
+        word_at = quarter ^ (word_offset & (TILE - 1))
         word_at = word_at // 1024 * 32 + word_at % 32
         word = tl.load(words + (first_block + block) * 128 + word_at, mask=exists, other=0)
         values = load_values(base, layer_norms, block * BLOCK, at, count, columns, UNIT)
         values, bit = tl.reshape(values, (4, 4, 256)), tl.reshape(at // 32 % 32, (4, 4, 256))
         sums += flip(values, tl.reshape(word, (4, 1, 256)).to(tl.uint32, bitcast=True), bit)
-    bucket = tl.arange(0, TILE)
+    bucket = tl.max_contiguous(tl.arange(0, TILE), 1)  # else the gathers are laid out as suits a wide store
     tl.store(partials + group * BUCKETS + tile * TILE + bucket, tl.sum(tl.reshape(sums, (RUNS, TILE)), axis=0))
 
 
