@@ -20,8 +20,8 @@ from wmengine.kernels import launches
 
 Tensor = torch.Tensor
 
-ROWS_STEP = tl.constexpr(1024)  # rows, or chunks of rows, that are added at a time
-CHUNK = tl.constexpr(8192)  # rows that one program adds
+ROWS_STEP = tl.constexpr(4096)  # rows, or chunks of rows, that are added at a time
+CHUNK = tl.constexpr(16384)  # rows that one program adds
 STAGES = tl.constexpr(4)  # steps of a long row in flight
 
 
