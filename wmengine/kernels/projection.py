@@ -42,14 +42,14 @@ DENSE_TILE = tl.constexpr(32)  # rows of a dense matrix that one program meets
 
 
 @triton.jit
-def load_values(base, norms, first, at, count, columns, UNIT: tl.constexpr):
-    """float32 values ``first + at`` of a layer, 0 past its end; over their filters' norms if UNIT.
+def load_values(base, norms, first, at, count, columns, UNIT: tl.constexpr, WHOLE: tl.constexpr = False):
+    """float32 values ``first + at`` of a layer; over their filters' norms if UNIT; 0 past its end unless all are WHOLE.
 
     ``at`` is int32 and below 4096. So a filter that is longer may as well begin 4096 before its end, and below 8192 a
     quotient is a product with the inverse, in units of 2⁻³¹.
     """
-    inside = at < tl.minimum(count - first, BLOCK).to(tl.int32)
-    values = tl.load(base + first + at, mask=inside, other=0.0).to(tl.float32)
+    inside = at < (BLOCK if WHOLE else tl.minimum(count - first, BLOCK).to(tl.int32))
+    values = tl.load(base + first + at, mask=None if WHOLE else inside, other=None if WHOLE else 0.0).to(tl.float32)
     if UNIT:
         row = first // columns
         span = tl.minimum(columns, BLOCK)
@@ -57,9 +57,34 @@ def load_values(base, norms, first, at, count, columns, UNIT: tl.constexpr):
         inverse = (1 << 31) // span.to(tl.uint32) + 1
         rows = tl.umulhi(2 * (at.to(tl.uint32) + rest), inverse).to(tl.int32)
         # Of one axis: Triton 3.6 would otherwise spread a warp over the axis that it thinks of first.
-        own = tl.load(norms + row + tl.reshape(rows, (at.numel,)), mask=tl.reshape(inside, (at.numel,)), other=0.0)
-        values = values * tl.reshape(own, at.shape)
+        own = norms + row + tl.reshape(rows, (at.numel,))
+        inverses = tl.load(own) if WHOLE else tl.load(own, mask=tl.reshape(inside, (at.numel,)), other=0.0)
+        values = values * tl.reshape(inverses, at.shape)
     return values
+
+
+@triton.jit
+def signed_values(
+    base, norms, words, offsets, block, count, columns, BUCKETS: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr
+):
+    """One block's signed values [4, 4, 256], slot after slot of its runs of buckets.
+
+    Gathers are of one axis, so that a warp's are 32 neighbours. A word has the signs of slots 32 apart, of which a
+    thread has 4.
+    """
+    TILE: tl.constexpr = BUCKETS if BUCKETS < BLOCK else BLOCK
+    RUNS: tl.constexpr = BLOCK // TILE
+    slot = tl.arange(0, BLOCK)
+    quarter = tl.arange(0, 1024)
+    quarter = quarter // 256 * 1024 + quarter % 256
+    known = tl.where(block * BLOCK < count, block, 0)  # a block that is none has no values, whatever their signs
+    offsets += known * RUNS
+    at = slot ^ (tl.load(offsets + (slot // TILE if RUNS > 1 else 0)) & (TILE - 1))
+    word_at = quarter ^ (tl.load(offsets + (quarter // TILE if RUNS > 1 else 0)) & (TILE - 1))
+    word = tl.load(words + known * 128 + word_at // 1024 * 32 + word_at % 32)
+    values = load_values(base, norms, block * BLOCK, at, count, columns, UNIT, WHOLE)
+    values, bit = tl.reshape(values, (4, 4, 256)), tl.reshape(at // 32 % 32, (4, 4, 256))
+    return flip(values, tl.reshape(word, (4, 1, 256)).to(tl.uint32, bitcast=True), bit)
 
 
 @triton.jit
@@ -106,7 +131,6 @@ def sketch_sums_kernel(
     """
     TILE: tl.constexpr = BUCKETS if BUCKETS < BLOCK else BLOCK
     TILES: tl.constexpr = BUCKETS // TILE
-    RUNS: tl.constexpr = BLOCK // TILE
     group = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     layer, start = find_layer(table, FIRST_GROUP, group, LAYERS)
@@ -114,29 +138,24 @@ def sketch_sums_kernel(
     columns = field(table, COLUMNS, layer, LAYERS)
     first_block = field(table, FIRST_BLOCK, layer, LAYERS)
     groups = field(table, GROUPS, layer, LAYERS)
-    layer_norms = norms + field(table, FIRST_FILTER, layer, LAYERS)
+    norms += field(table, FIRST_FILTER, layer, LAYERS)
+    words += first_block * 128
+    offsets += first_block * (BLOCK // TILE)
     base = layer_values(pointers, scratch, table, layer, DTYPE, SCRATCH, LAYERS)
-    # Gathers are of one axis, so that a warp's are 32 neighbours. A word's signs go to slots 32 apart: 4 of a thread's.
-    slot = tl.arange(0, BLOCK)
-    quarter = tl.arange(0, 1024)
-    quarter = quarter // 256 * 1024 + quarter % 256
     sums = tl.zeros((4, 4, 256), tl.float32)
-    for unit in range(start, tl.cdiv(count, BLOCK * TILES), groups):
+    whole = count // (BLOCK * TILES)
+    for unit in range(start, whole, groups):
         block = unit * TILES
         if TILES > 1:
-            block = block + (tile ^ (tl.load(offsets + first_block + block) // BLOCK))
-        exists = block * BLOCK < count
-        own_offsets = offsets + (first_block + block) * RUNS
-        at = slot ^ (tl.load(own_offsets + (slot // TILE if RUNS > 1 else 0), mask=exists, other=0) & (TILE - 1))
-        word_offset = tl.load(own_offsets + (quarter // TILE if RUNS > 1 else 0), mask=exists, other=0)
-        word_at = quarter ^ (word_offset & (TILE - 1))
-        word_at = word_at // 1024 * 32 + word_at % 32
-        word = tl.load(words + (first_block + block) * 128 + word_at, mask=exists, other=0)
-        values = load_values(base, layer_norms, block * BLOCK, at, count, columns, UNIT)
-        values, bit = tl.reshape(values, (4, 4, 256)), tl.reshape(at // 32 % 32, (4, 4, 256))
-        sums += flip(values, tl.reshape(word, (4, 1, 256)).to(tl.uint32, bitcast=True), bit)
+            block = block + (tile ^ (tl.load(offsets + block) // BLOCK))
+        sums += signed_values(base, norms, words, offsets, block, count, columns, BUCKETS, UNIT, True)
+    if (whole * (BLOCK * TILES) < count) & ((whole - start) % groups == 0):  # the last unit, which is none
+        block = whole * TILES
+        if TILES > 1:
+            block = block + (tile ^ (tl.load(offsets + block) // BLOCK))
+        sums += signed_values(base, norms, words, offsets, block, count, columns, BUCKETS, UNIT, False)
     bucket = tl.max_contiguous(tl.arange(0, TILE), 1)  # else the gathers are laid out as suits a wide store
-    tl.store(partials + group * BUCKETS + tile * TILE + bucket, tl.sum(tl.reshape(sums, (RUNS, TILE)), axis=0))
+    tl.store(partials + group * BUCKETS + tile * TILE + bucket, tl.sum(tl.reshape(sums, (BLOCK // TILE, TILE)), axis=0))
 
 
 @triton.jit
