@@ -299,7 +299,8 @@ LAYERS = {"LAYERS": 32, "DTYPE": tl.float32}
 VALUES = [LAYERS | {"SCRATCH": False, "UNIT": True}, LAYERS | {"DTYPE": tl.bfloat16, "SCRATCH": True, "UNIT": False}]
 TILES = [(x, launches.chosen("cross_entropy", classes), classes, vector, one) for x, classes, vector, one in (
     ("fp32", 10, 2, {}), ("fp32", 1000, 4, {}), ("bf16", 1000, 8, {}), ("bf16", 8191, 1, {}), ("fp32", 32000, 4, {}),
-    ("bf16", 32000, 8, {}), ("bf16", 50257, 1, {}), ("fp32", 1, 1, {"rows": 1, "classes": 1, "stride": 1}))]
+    ("bf16", 50257, 1, {}), ("fp32", 10**5, 4, {}), ("bf16", 10**5, 8, {}), ("bf16", 10**5 + 1, 1, {}),
+    ("fp32", 1, 1, {"rows": 1, "classes": 1, "stride": 1}))]
 KERNELS = [
     (layers.addresses_kernel, 1, "*i64" + 16 * " i64", [{}]),
     (projection.sketch_tables_kernel, 1, "*i64 *i32 *i32", [{"LAYERS": 1, "BUCKETS": n} for n in (32, 256, 8192)]),

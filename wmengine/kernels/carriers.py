@@ -24,7 +24,7 @@ from wmengine.kernels.layers import (
 )
 from wmengine.kernels.philox import flip
 
-FILTER_STEP = tl.constexpr(256)  # weights of each filter that a program of the norms takes at a time
+FILTER_STEP = tl.constexpr(512)  # weights of each filter that a program of the norms takes at a time
 COLUMN_STEP = tl.constexpr(64)  # filters of each column that a program takes at a time
 CHUNK = tl.constexpr(512)  # values, of which a lane of a filter's gradient has every 32nd:
 STEPS = tl.constexpr(16)  # so many

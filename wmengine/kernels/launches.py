@@ -78,7 +78,8 @@ TABLE: dict[str, tuple[SizeClass, ...]] = {
         SizeClass(math.inf, Launch(4), (Launch(2), Launch(8))),
     ),
     "dense_adjoint": _always(Launch(4), Launch(8)),  # two warps would not have the registers for 4096 sums
-    # Rows and classes of one program. Size: classes.
+    # Rows and classes of one program. Size: classes. Up to 1024 a row is a warp's, so that nothing waits for another
+    # warp; above 8192 it is read by steps, wide ones where a step more or less at its end is little.
     "cross_entropy": (
         SizeClass(16, _tile(16, 16, 4)),
         SizeClass(32, _tile(16, 32, 4)),
@@ -90,6 +91,7 @@ TABLE: dict[str, tuple[SizeClass, ...]] = {
         SizeClass(2048, _tile(2, 2048, 4)),
         SizeClass(4096, _tile(1, 4096, 4)),
         SizeClass(8192, _tile(1, 8192, 8)),
+        SizeClass(65536, _tile(1, 4096, 8)),
         SizeClass(math.inf, _tile(1, 8192, 16)),
     ),
     "cross_entropy_sums": _always(Launch(8)),

@@ -45,8 +45,8 @@ DENSE_TILE = tl.constexpr(32)  # rows of a dense matrix that one program meets
 def load_values(base, norms, first, at, count, columns, UNIT: tl.constexpr, WHOLE: tl.constexpr = False):
     """float32 values ``first + at`` of a layer; over their filters' norms if UNIT; 0 past its end unless all are WHOLE.
 
-    ``at`` is int32 and below 4096. So a filter that is longer may as well begin 4096 before its end, and below 8192 a
-    quotient is a product with the inverse, in units of 2⁻³¹.
+    ``at`` is int32 and below 4096. So a filter that is longer may as well begin 4096 before its end, and below 8192 the
+    quotient x // span is ⌊(x + 1) · ⌊(2³² − 1) / span⌋ / 2³²⌋.
     """
     inside = at < (BLOCK if WHOLE else tl.minimum(count - first, BLOCK).to(tl.int32))
     values = tl.load(base + first + at, mask=None if WHOLE else inside, other=None if WHOLE else 0.0).to(tl.float32)
@@ -54,8 +54,7 @@ def load_values(base, norms, first, at, count, columns, UNIT: tl.constexpr, WHOL
         row = first // columns
         span = tl.minimum(columns, BLOCK)
         rest = tl.maximum(first - row * columns - (columns - span), 0).to(tl.uint32)
-        inverse = (1 << 31) // span.to(tl.uint32) + 1
-        rows = tl.umulhi(2 * (at.to(tl.uint32) + rest), inverse).to(tl.int32)
+        rows = tl.umulhi(at.to(tl.uint32) + (rest + 1), 0xFFFF_FFFF // span.to(tl.uint32)).to(tl.int32)
         # Of one axis: Triton 3.6 would otherwise spread a warp over the axis that it thinks of first.
         own = norms + row + tl.reshape(rows, (at.numel,))
         inverses = tl.load(own) if WHOLE else tl.load(own, mask=tl.reshape(inside, (at.numel,)), other=0.0)
