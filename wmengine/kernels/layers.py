@@ -88,20 +88,36 @@ def addresses_kernel(table, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a1
     tl.store(table + 15, a15)
 
 
+@triton.jit(do_not_specialize=[f"a{index}" for index in range(64)])
+def many_addresses_kernel(
+    table, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15, a16, a17, a18, a19, a20, a21,
+    a22, a23, a24, a25, a26, a27, a28, a29, a30, a31, a32, a33, a34, a35, a36, a37, a38, a39, a40, a41, a42,
+    a43, a44, a45, a46, a47, a48, a49, a50, a51, a52, a53, a54, a55, a56, a57, a58, a59, a60, a61, a62, a63,
+):  # fmt: skip
+    """table[0 … 63] = the addresses."""
+    addresses_kernel(table, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15)
+    addresses_kernel(table + 16, a16, a17, a18, a19, a20, a21, a22, a23, a24, a25, a26, a27, a28, a29, a30, a31)
+    addresses_kernel(table + 32, a32, a33, a34, a35, a36, a37, a38, a39, a40, a41, a42, a43, a44, a45, a46, a47)
+    addresses_kernel(table + 48, a48, a49, a50, a51, a52, a53, a54, a55, a56, a57, a58, a59, a60, a61, a62, a63)
+
+
 def address_table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """int64 addresses of `tensors` on the device, written on the current stream.
 
     Places that no tensor needs, and those of empty tensors, hold an address too: Triton takes 0 for an int32, and would
     compile the kernel again for every number of tensors.
     """
-    groups = -(-len(tensors) // 16)
-    table = torch.empty(16 * groups, dtype=torch.int64, device=device)
+    name, kernel, width = "addresses", addresses_kernel, 16
+    if len(tensors) > width:
+        name, kernel, width = "many_addresses", many_addresses_kernel, 64
+    size = -(-len(tensors) // width) * width
+    table = torch.empty(size, dtype=torch.int64, device=device)
     addresses = [tensor.data_ptr() for tensor in tensors]
     spare = max(addresses)
-    addresses = [address or spare for address in addresses] + [spare] * (16 * groups - len(tensors))
-    options = launches.chosen("addresses").options()
-    for first in range(0, len(tensors), 16):
-        addresses_kernel[(1,)](table[first:], *addresses[first : first + 16], **options)
+    addresses = [address or spare for address in addresses] + [spare] * (size - len(tensors))
+    options = launches.chosen(name).options()
+    for first in range(0, size, width):
+        kernel[(1,)](table[first:], *addresses[first : first + width], **options)
     return table
 
 
