@@ -88,28 +88,31 @@ def column_means_kernel(pointers, table, norms, values, LAYERS: tl.constexpr, DT
 
 @triton.jit
 def direction(
-    values, residual, words, offsets, begin, end, first, place, inside, BUCKETS: tl.constexpr, SOURCE: tl.constexpr
-):
+    values, residual, words, offsets, begin, end, first, place, inside, BUCKETS: tl.constexpr, SOURCE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
     """d[steps, lanes] of one chunk, unscaled: the derivative by the value that each weight gives to the carrier."""
+    other: tl.constexpr = None if WHOLE else 0.0
     if SOURCE == FROM_SKETCH:
         RUNS: tl.constexpr = CHUNK // BUCKETS if BUCKETS < CHUNK else 1
         SPAN: tl.constexpr = BUCKETS if BUCKETS < BLOCK else BLOCK
         lane = tl.arange(0, LANES) % 32
         m = begin + first
         chunk = (m - lane).to(tl.uint64)  # quotients and remainders are then shifts and masks
-        word = tl.load(words + chunk // 1024 * 32 + lane, mask=m < end, other=0).to(tl.uint32, bitcast=True)
+        if not WHOLE:
+            chunk = tl.where(m < end, chunk, 0)  # past a filter's end nothing is asked for, and any signs will do
+        word = tl.load(words + chunk // 1024 * 32 + lane).to(tl.uint32, bitcast=True)
         # Loads of one axis, so that a warp's are of 32 neighbours.
         run = tl.reshape((chunk // SPAN)[None, :] + tl.arange(0, RUNS)[:, None], (RUNS * LANES,))
-        exists = tl.reshape(tl.broadcast_to((m < end)[None, :], (RUNS, LANES)), (RUNS * LANES,))
-        offset = tl.reshape(tl.load(offsets + run, mask=exists, other=0), (RUNS, 1, LANES))
+        offset = tl.reshape(tl.load(offsets + run), (RUNS, 1, LANES))
         bucket = (m.to(tl.int32)[None, None, :] ^ offset) & (BUCKETS - 1)  # of a run's first step, and then of each
         bucket = tl.reshape(bucket ^ (tl.arange(0, STEPS // RUNS) * 32)[None, :, None], (STEPS * LANES,))
         d = tl.reshape(tl.load(residual + bucket), (STEPS, LANES))
         d = flip(d, (word >> (chunk // 32 % 32).to(tl.uint32))[None, :], tl.arange(0, STEPS)[:, None])
     elif SOURCE == FROM_VALUES:
-        d = tl.load(values + (begin + first)[None, :] + tl.arange(0, STEPS)[:, None] * 32, mask=inside, other=0.0)
+        d = tl.load(values + (begin + first)[None, :] + tl.arange(0, STEPS)[:, None] * 32, mask=inside, other=other)
     else:
-        d = tl.load(values + first + place, mask=inside, other=0.0)
+        d = tl.load(values + first + place, mask=inside, other=other)
     return d
 
 
@@ -119,6 +122,44 @@ def within(first, place, columns):
     ahead = tl.minimum(first, CHUNK)
     end = tl.maximum(tl.minimum(columns - first, 1 << 30) + ahead, 0)
     return (place + ahead.to(tl.int32)).to(tl.uint32) < end.to(tl.uint32)
+
+
+@triton.jit
+def tile_gradients(
+    base, target, values, residual, words, offsets, norms, slope, row, filters, columns, BUCKETS: tl.constexpr,
+    UNIT: tl.constexpr, SOURCE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the filters that the lanes' rows name; WHOLE where all of them exist and consist of whole chunks."""
+    other: tl.constexpr = None if WHOLE else 0.0
+    lane = tl.arange(0, LANES) % 32
+    skipped = (row * columns % CHUNK).to(tl.int32)
+    begin, end = row * columns - skipped + lane, tl.where(row < filters, (row + 1) * columns, 0)
+    step = (tl.arange(0, STEPS) * 32)[:, None]
+    place = step + (lane - skipped)[None, :]
+    walked = columns + tl.max(skipped, axis=0)
+    present = tl.where(row < filters, columns, 0)[None, :]
+    if UNIT:
+        inverse = tl.load(norms + row, mask=row < filters, other=0.0)
+        dots = tl.zeros((STEPS, LANES), tl.float32)
+        for first in range(0, walked, CHUNK):
+            inside = None if WHOLE else within(first, place, present)
+            w = tl.load(base + (begin + first)[None, :] + step, mask=inside, other=other).to(tl.float32)
+            d = direction(
+                values, residual, words, offsets, begin, end, first, place, inside, BUCKETS, SOURCE, WHOLE
+            )  # fmt: skip
+            product = w * inverse[None, :] * d
+            dots += product if WHOLE else tl.where(inside, product, 0.0)
+        dot = tl.sum(tl.reshape(tl.sum(dots, axis=0), (FILTER_TILE, 32)), axis=1)
+        dot = tl.reshape(tl.broadcast_to(dot[:, None], (FILTER_TILE, 32)), (LANES,))
+    for first in range(0, walked, CHUNK):
+        inside = None if WHOLE else within(first, place, present)
+        g = direction(values, residual, words, offsets, begin, end, first, place, inside, BUCKETS, SOURCE, WHOLE)
+        if UNIT:
+            w = tl.load(base + (begin + first)[None, :] + step, mask=inside, other=other).to(tl.float32)
+            g = inverse[None, :] * (slope * (g - w * inverse[None, :] * dot[None, :]))
+        else:
+            g = slope * g
+        tl.store(target + (begin + first)[None, :] + step, g, mask=inside)
 
 
 @triton.jit
@@ -149,41 +190,24 @@ def filter_gradients_kernel(
     columns = field(table, COLUMNS, layer, LAYERS)
     first_block = field(table, FIRST_BLOCK, layer, LAYERS)
     base = tl.load(pointers + layer).to(tl.pointer_type(DTYPE))
-    own_values = values + field(table, FIRST_VALUE, layer, LAYERS)
-    own_words = words + first_block * 128
-    own_offsets = offsets + first_block * (BLOCK // BUCKETS if BUCKETS < BLOCK else 1)
+    values += field(table, FIRST_VALUE, layer, LAYERS)
+    words += first_block * 128
+    offsets += first_block * (BLOCK // BUCKETS if BUCKETS < BLOCK else 1)
     target = tl.load(outputs + layer).to(tl.pointer_type(DTYPE))
     slope = 1.0
     if SOURCE == FROM_SKETCH:
         slope = tl.load(factor) * scale
     if SOURCE == FROM_MEANS:
         slope = 1.0 / filters.to(tl.float32)
-    lane = tl.arange(0, LANES) % 32
+    norms += field(table, FIRST_FILTER, layer, LAYERS)
     row = tile * FILTER_TILE + tl.arange(0, LANES) // 32
-    skipped = (row * columns % CHUNK).to(tl.int32)
-    begin, end = row * columns - skipped + lane, tl.where(row < filters, (row + 1) * columns, 0)
-    step = (tl.arange(0, STEPS) * 32)[:, None]
-    place = step + (lane - skipped)[None, :]
-    walked = columns + tl.max(skipped, axis=0)
-    present = tl.where(row < filters, columns, 0)[None, :]
-    if UNIT:
-        inverse = tl.load(norms + field(table, FIRST_FILTER, layer, LAYERS) + row, mask=row < filters, other=0.0)
-        dots = tl.zeros((STEPS, LANES), tl.float32)
-        for first in range(0, walked, CHUNK):
-            inside = within(first, place, present)
-            w = tl.load(base + (begin + first)[None, :] + step, mask=inside, other=0.0).to(tl.float32)
-            d = direction(
-                own_values, residual, own_words, own_offsets, begin, end, first, place, inside, BUCKETS, SOURCE
-            )
-            dots += tl.where(inside, w * inverse[None, :] * d, 0.0)
-        dot = tl.sum(tl.reshape(tl.sum(dots, axis=0), (FILTER_TILE, 32)), axis=1)
-        dot = tl.reshape(tl.broadcast_to(dot[:, None], (FILTER_TILE, 32)), (LANES,))
-    for first in range(0, walked, CHUNK):
-        inside = within(first, place, present)
-        g = direction(own_values, residual, own_words, own_offsets, begin, end, first, place, inside, BUCKETS, SOURCE)
-        if UNIT:
-            w = tl.load(base + (begin + first)[None, :] + step, mask=inside, other=0.0).to(tl.float32)
-            g = inverse[None, :] * (slope * (g - w * inverse[None, :] * dot[None, :]))
-        else:
-            g = slope * g
-        tl.store(target + (begin + first)[None, :] + step, g, mask=inside)
+    if (columns % CHUNK == 0) & ((tile + 1) * FILTER_TILE <= filters):
+        tile_gradients(
+            base, target, values, residual, words, offsets, norms, slope, row, filters, columns,
+            BUCKETS, UNIT, SOURCE, True,
+        )  # fmt: skip
+    else:
+        tile_gradients(
+            base, target, values, residual, words, offsets, norms, slope, row, filters, columns,
+            BUCKETS, UNIT, SOURCE, False,
+        )  # fmt: skip
