@@ -185,7 +185,8 @@ def filter_gradients_kernel(
     A filter has 32 lanes, which walk the chunks of the layer's values that hold it: a lane's values in a chunk are 32
     apart and have their signs in one word.
     """
-    layer, tile = find_layer(table, FIRST_FILTER_TILE, tl.program_id(0).to(tl.int64), LAYERS)
+    item = tl.num_programs(0) - 1 - tl.program_id(0)  # first what the forward pass read last: it may be in the cache
+    layer, tile = find_layer(table, FIRST_FILTER_TILE, item.to(tl.int64), LAYERS)
     filters = field(table, FILTERS, layer, LAYERS)
     columns = field(table, COLUMNS, layer, LAYERS)
     first_block = field(table, FIRST_BLOCK, layer, LAYERS)
