@@ -160,6 +160,24 @@ def test_sketches_of_any_length_equal_the_reference(carrier, total):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("total", [1, 64, 300, 512, 2000, 8192])
+@pytest.mark.parametrize("carrier", ["unit_filters", "unit_filter_mean"])
+def test_filters_of_any_length_equal_the_reference(carrier, total):
+    # shorter and longer than a block of signs and than what a filter's lanes take at a time, as long, and of one weight
+    for sizes in (
+        [(41, 1), (6, 31), (5, 32), (9, 100), (2, 511)],
+        [(5, 512), (3, 513), (3, 4096), (3, 4097), (1, 9001)],
+    ):
+        weights = [random(*size, seed=seed) for seed, size in enumerate(sizes)]
+        loss, y, gradients = embed(weights, bits_of(total), carrier, "sketch")
+        expected_loss, expected_y, expected = embed_reference(weights, bits_of(total), carrier, "sketch")
+        assert_close(loss, expected_loss, 1e-5)
+        assert_close(y, expected_y, 1e-5)
+        for gradient, wanted in zip(gradients, expected, strict=True):
+            assert_close(gradient, wanted, 1e-5, at_least=1.0)  # that of a filter of one weight is 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("projection", "total"), [("rademacher", 37), ("gaussian", 33)])
 def test_dense_matrices_of_more_rows_than_a_program_takes(projection, total):
     assert_embeds_as_the_reference([random(3, 50)], bits_of(total), "flat", projection)
@@ -277,12 +295,15 @@ import json, re, subprocess, sys, tempfile
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from wmengine.kernels import carriers, cross_entropy, embedding_loss, layers, projection, soft_nearest_neighbor
+from wmengine.kernels import (
+    carriers, cross_entropy, embedding_loss, launches, layers, projection, soft_nearest_neighbor)
 
 LAYERS = {"LAYERS": 32, "DTYPE": tl.float32}
 VALUES = [LAYERS | {"SCRATCH": False, "UNIT": True}, LAYERS | {"DTYPE": tl.bfloat16, "SCRATCH": True, "UNIT": False}]
-TILES = [("fp32", 16, 16, {}), ("fp32", 1, 1024, {}), ("fp32", 1, 4096, {}), ("bf16", 1, 4096, {}),
-         ("fp32", 16, 16, {"rows": 1, "classes": 1, "stride": 1})]
+TILES = [(x, launches.chosen("cross_entropy", classes), classes, vector, one) for x, classes, vector, one in (
+    ("fp32", 10, 2, {}), ("fp32", 1000, 4, {}), ("bf16", 1000, 8, {}), ("bf16", 8191, 1, {}), ("fp32", 32000, 4, {}),
+    ("bf16", 50257, 1, {}), ("fp32", 10**5, 4, {}), ("bf16", 10**5, 8, {}), ("bf16", 10**5 + 1, 1, {}),
+    ("fp32", 1, 1, {"rows": 1, "classes": 1, "stride": 1}))]
 KERNELS = [
     (layers.addresses_kernel, 1, "*i64" + 16 * " i64", [{}]),
     (projection.sketch_tables_kernel, 1, "*i64 *i32 *i32", [{"LAYERS": 1, "BUCKETS": n} for n in (32, 256, 8192)]),
@@ -297,26 +318,26 @@ KERNELS = [
      [LAYERS | {"BUCKETS": 32, "SCRATCH": False, "PROJECTION": 1, "total": 1}]),
     (carriers.inverse_norms_kernel, 4, "*i64 *i64 *fp32", [LAYERS]),
     (carriers.column_means_kernel, 4, "*i64 *i64 *fp32 *fp32", [LAYERS | {"UNIT": u} for u in (False, True)]),
-    (carriers.filter_gradients_kernel, 4, "*fp32 fp32 *fp32 *i64 *i64 *i64 *fp32 *fp32 *i32 *i32 i32",
-     [LAYERS | {"BUCKETS": 256, "UNIT": u, "SOURCE": s, "INDEX": i}
-      for u, s, i in ((True, 0, tl.uint32), (True, 0, tl.int64), (True, 1, tl.uint32), (True, 2, tl.uint32),
-                      (False, 2, tl.uint32))]),
-    (embedding_loss.total_kernel, 4, "*fp32 *fp32 i32 i32 i32 fp32", [{}, {"groups": 1, "width": 1, "total": 1}]),
+    (carriers.filter_gradients_kernel, 4, "*fp32 fp32 *fp32 *i64 *i64 *i64 *fp32 *fp32 *i32 *i32",
+     [LAYERS | {"BUCKETS": n, "UNIT": u, "SOURCE": s} for n, u, s in (
+         (32, True, 0), (256, True, 0), (8192, True, 0), (256, True, 1), (256, True, 2), (256, False, 2))]),
+    (embedding_loss.total_kernel, 8, "*fp32 *fp32 i32 i32 i32 fp32", [{}, {"groups": 1, "width": 1, "total": 1}]),
     (embedding_loss.link_kernel, 4, "*fp32 *u8 *fp32 *fp32 i32 fp32", [{"LINK": link} for link in range(4)]),
-    *[(cross_entropy.rows_kernel, 8 if step > 1024 else 4,
+    *[(cross_entropy.rows_kernel, tiles.warps,
        f"*{x} *i64 *fp32 *i64 *fp32 *fp32 *fp32 *i8 i32 i32 i32 i32 fp32 i32",
-       [{"WEIGHTED": True, "GROUPED": True, "SMOOTH": True, "TILE": tile, "STEP": step} | one])
-      for x, tile, step, one in TILES],
-    *[(cross_entropy.gradient_kernel, 8 if step > 1024 else 4,
+       [{"WEIGHTED": True, "GROUPED": True, "SMOOTH": smooth} | tiles.blocks
+        | cross_entropy.row_blocks(tiles, classes, vector) | one for smooth in (False, True)])
+      for x, tiles, classes, vector, one in TILES],
+    *[(cross_entropy.gradient_kernel, tiles.warps,
        f"*fp32 *{x} *i64 *fp32 *fp32 *fp32 *{x} i32 i32 i32 fp32 i32",
-       [{"WEIGHTED": False, "TILE": tile, "STEP": step} | one])
-      for x, tile, step, one in TILES],
+       [{"WEIGHTED": False, "VECTOR": vector} | tiles.blocks | one])
+      for x, tiles, classes, vector, one in TILES],
     (cross_entropy.gradient_kernel, 8, "*fp32 *fp32 *i64 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 fp32 i32",
-     [{"WEIGHTED": True, "TILE": 1, "STEP": 4096}]),
-    (cross_entropy.finish_kernel, 4, "*fp32 *fp32 *i8 *i64 *fp32 *fp32 *fp32 *i64 *fp32 *i32 i32 i32",
+     [{"WEIGHTED": True, "VECTOR": 1, "TILE": 1, "STEP": 4096}]),
+    (cross_entropy.finish_kernel, 8, "*fp32 *fp32 *i8 *i64 *fp32 *fp32 *fp32 *i64 *fp32 *i32 i32 i32",
      [{"GROUPED": True, "MEAN": True, "ALONE": False}, {"GROUPED": True, "MEAN": True, "ALONE": True},
       {"GROUPED": False, "MEAN": False, "ALONE": True, "rows": 1, "groups": 1}]),
-    (cross_entropy.chunks_kernel, 4, "*fp32 *i32 *fp32 *fp32 *fp32 *i64 i32 i32",
+    (cross_entropy.chunks_kernel, 8, "*fp32 *i32 *fp32 *fp32 *fp32 *i64 i32 i32",
      [{"MEAN": True}, {"MEAN": False, "groups": 1}]),
     *[(soft_nearest_neighbor.distances_kernel, tile // 8, "*fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 i32",
        [{"TILE": tile, "STEP": 32}]) for tile in (16, 64)],

@@ -58,7 +58,7 @@ def batch(rows, classes, dtype=torch.float32):
     return logits, labels, weight, torch.from_numpy(rng.integers(0, 3, size=rows)).to(DEVICE)
 
 
-@pytest.mark.parametrize("classes", [1, 2, 10, 33, 1000, 5000, 9001])
+@pytest.mark.parametrize("classes", [1, 2, 10, 33, 1000, 5000, 9001, 30000, 70000])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_cross_entropy_of_any_number_of_classes_equals_the_reference(classes, smoothing):
     logits, labels, weight, group = batch(5, classes)
@@ -76,13 +76,13 @@ def test_weights_groups_and_reductions(reduction, weighted, grouped):
 
 
 def test_more_rows_than_the_finishing_kernel_adds_at_a_time():
-    assert_entropy_is_the_references(*batch(1030, 3))
+    assert_entropy_is_the_references(*batch(4100, 3))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_more_rows_than_one_program_adds(reduction):
-    assert_entropy_is_the_references(*batch(8192 + 40, 3), reduction=reduction)
+    assert_entropy_is_the_references(*batch(16384 + 40, 3), reduction=reduction)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -123,10 +123,51 @@ def test_infinite_logits_are_treated_as_the_reference_treats_them():
     assert_entropy_is_the_references(logits, labels, weight, group)
 
 
-def test_ties_go_to_the_first_class():
-    logits = torch.zeros(3, 5, device=DEVICE)
-    labels = torch.tensor([0, 1, 4], device=DEVICE)
-    assert cross_entropy.forward(logits, labels, None, None, 1, 0.0, -100, True)[2].tolist() == [1]
+@pytest.mark.parametrize("classes", [5, 1000, 8192, 8193, 30000, 70000])
+def test_ties_go_to_the_first_class(classes):
+    """Wherever the equal logits stand: beside each other, in another step of a long row, first and last."""
+    places = sorted({0, 1, 4, classes // 2, classes - 8, classes - 2, classes - 1} & set(range(classes)))
+    pairs = [(first, second) for first in places for second in places if first < second]
+    logits = random(2 * len(pairs), classes).clamp(max=4.0)
+    labels = torch.tensor([place for pair in pairs for place in pair], device=DEVICE)
+    for row, pair in enumerate(pairs):
+        for place in pair:
+            logits[2 * row : 2 * row + 2, place] = 5.0
+    group = torch.arange(len(labels), device=DEVICE) % 2
+    assert cross_entropy.forward(logits, labels, None, group, 2, 0.0, -100, True)[2].tolist() == [len(pairs), 0]
+    zeros = torch.zeros(3, classes, device=DEVICE)
+    labels = torch.tensor([0, 1, classes - 1], device=DEVICE)
+    assert cross_entropy.forward(zeros, labels, None, None, 1, 0.0, -100, True)[2].tolist() == [1]
+
+
+@pytest.mark.parametrize("place", [0, 9000, 20000, 29999])
+def test_a_long_row_with_nan_or_infinity_in_any_step_is_never_a_hit(place):
+    for bad in (float("nan"), float("inf")):
+        logits = random(3, 30000)
+        labels = logits.argmax(dim=1)
+        logits[1, place] = bad
+        labels[2] = -100
+        loss, _, hits, normalizers, _ = cross_entropy.forward(logits, labels, None, None, 1, 0.0, -100, True)
+        assert torch.isnan(loss)
+        assert hits.tolist() == [1]
+        assert torch.isnan(normalizers).any(dim=1).tolist() == [False, True, True]
+
+
+def test_a_long_row_of_minus_infinity_but_for_one_step_is_the_references():
+    for place in (0, 9000, 29999):
+        logits = torch.full((2, 30000), float("-inf"), device=DEVICE)
+        logits[0, place] = 1.0
+        labels = torch.tensor([place, -100], device=DEVICE)
+        assert_entropy_is_the_references(logits, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1000, 1004, 1002, 1001, 20000, 20001])
+def test_rows_that_begin_at_any_address(width, dtype):
+    logits, labels, weight, group = batch(6, 1024 * 20, dtype)
+    logits = logits.flatten()[: 5 * width + 1][1:].reshape(5, width)
+    labels = labels[:5].clamp(max=width - 1)
+    assert_entropy_is_the_references(logits, labels, weight[:5], group[:5], tolerance=0.01)
 
 
 @pytest.mark.parametrize("label", [-1, 5, 2**40])

@@ -1,13 +1,16 @@
 """Cross entropy of task and trigger rows: one pass over the logits forward, one read and one write backward.
 
-Forward, a program takes a tile of rows and walks their classes with a running maximum and sum of exponentials; of each
-row it keeps the two: their merger, the log-sum-exp, would lose what a shift of all logits must not change. A row is a
-hit where no logit beats its label's: none is greater, none before it is equal, and the sum is a number. A second
-kernel, for each group and once for all, adds the rows of a chunk in a fixed order; a third adds the chunks where there
-are several, so that no program walks a million rows. Backward runs on a grid of (rows, classes): every logit is read
-once, every gradient factor · w · (softmax − target) written once.
+Forward, a program takes a tile of rows at once, or one long row by steps, the next ones on their way, with a running
+maximum and sum of exponentials in each thread; of each row it keeps the two: their merger, the log-sum-exp, would lose
+what a shift of all logits must not change. A row is a hit where no logit beats its label's: none is greater, none
+before it is equal, and the sum is a number. A second kernel, for each group and once for all, adds the rows of a chunk
+in a fixed order; a third adds the chunks where there are several, so that no program walks a million rows. Backward, a
+program has a tile of rows and classes: every logit is read once, every gradient factor · w · (softmax − target) written
+once.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
+import math
 
 import torch
 import triton
@@ -17,8 +20,27 @@ from wmengine.kernels import launches
 
 Tensor = torch.Tensor
 
-ROWS_STEP = tl.constexpr(1024)  # rows, or chunks of rows, that are added at a time
-CHUNK = tl.constexpr(8192)  # rows that one program adds
+ROWS_STEP = tl.constexpr(4096)  # rows, or chunks of rows, that are added at a time
+CHUNK = tl.constexpr(16384)  # rows that one program adds
+STAGES = tl.constexpr(4)  # steps of a long row in flight
+
+
+@triton.jit
+def exponential(x, top):
+    """exp(x − top), as the power of two that is one instruction: what is below 2⁻¹²⁶ is 0."""
+    return tl.exp2((x - top) * 1.4426950408889634)
+
+
+@triton.jit
+def largest(x):
+    """By row of x[steps, rows, width]: first within a thread, then across threads."""
+    return tl.max(tl.max(x, axis=0), axis=1)
+
+
+@triton.jit
+def added(x):
+    """By row of x[steps, rows, width]: first within a thread, then across threads."""
+    return tl.sum(tl.sum(x, axis=0), axis=1)
 
 
 @triton.jit
@@ -40,13 +62,18 @@ def rows_kernel(
     WEIGHTED: tl.constexpr,
     GROUPED: tl.constexpr,
     SMOOTH: tl.constexpr,
+    LONG: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """Per row: top and Σ exp(x − top), weighted loss, weight (0 where ignored) and hit.
 
-    A label outside 0..C−1 or a group outside 0..G−1 gives NaN.
+    A label outside 0..C−1 or a group outside 0..G−1 gives NaN. A row of several steps (LONG) is alone in its program,
+    and each thread keeps a top and a sum of its own until the last step; such a row is not read where it is ignored.
     """
+    classes, stride = classes // VECTOR * VECTOR, stride // VECTOR * VECTOR  # so much the compiler may rely on
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     label = tl.load(labels + row, mask=row < rows, other=0)
     kept = (row < rows) & (label != ignore_index)
@@ -54,35 +81,72 @@ def rows_kernel(
     if GROUPED:
         own = tl.load(group + row, mask=kept, other=0)
         known = known & (own >= 0) & (own < groups)
-    line = logits + row * stride
-    chosen = tl.load(line + label, mask=known, other=float("nan")).to(tl.float32)
+    chosen = tl.load(logits + row * stride + label, mask=known, other=float("nan")).to(tl.float32)
+    # Steps are read as [parts · rows, width], which gives a row to as few warps as can be, and then taken apart.
+    part = tl.arange(0, STEP // WIDTH * TILE)
+    line = logits + (tl.program_id(0).to(tl.int64) * TILE + part % TILE) * stride
+    column = (part // TILE * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
+    place = tl.reshape(column, (STEP // WIDTH, TILE, WIDTH))
     top = tl.full((TILE,), float("-inf"), tl.float32)
+    before = top  # the largest logit of the steps before the label's
     exponentials = tl.zeros((TILE,), tl.float32)
     mean = tl.zeros((TILE,), tl.float32)  # Σ (x − top) / C, in halves, so that no difference overflows
     twice = 2.0 / classes
-    beaten = tl.zeros((TILE, STEP), tl.int32)
-    step = tl.arange(0, STEP)
-    for first in range(0, classes, STEP):
-        column = first + step
-        inside = known[:, None] & (column < classes)[None, :]
-        x = tl.load(line[:, None] + column[None, :], mask=inside, other=float("-inf")).to(tl.float32)
-        before = column[None, :] < label[:, None]
-        beaten |= ((x > chosen[:, None]) | ((x == chosen[:, None]) & before)).to(tl.int32)
-        new_top = tl.maximum(top, tl.max(x, axis=1))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        exponentials = exponentials * tl.exp(top - shift) + tl.sum(tl.exp(x - shift[:, None]), axis=1)
+    first = 0
+    inside = (tl.program_id(0) * TILE + part % TILE < rows)[:, None]
+    if LONG:
+        LANES: tl.constexpr = WIDTH // VECTOR
+        first = (classes - 1) // STEP * STEP
+        inside = inside & known[:, None]
+        tops = tl.full((LANES,), float("-inf"), tl.float32)
+        befores = tops
+        sums = tl.zeros((LANES,), tl.float32)
+        means = tl.zeros((LANES,), tl.float32)
+        end = tl.max(tl.where(known, first, 0), axis=0)
+        label_at = tl.max(tl.where(known, label, 0), axis=0).to(tl.int32)
+        for begin in tl.range(0, end, STEP, num_stages=STAGES):
+            x = tl.load(line[:, None] + (begin + column)).to(tl.float32)
+            x = tl.reshape(x, (STEP // WIDTH, LANES, VECTOR))
+            new_tops = tl.maximum(tops, tl.max(tl.max(x, axis=0), axis=1))
+            befores = tl.where(begin + STEP <= label_at, new_tops, befores)
+            shift = tl.where(new_tops == float("-inf"), 0.0, new_tops)
+            e = exponential(x, shift[None, :, None])
+            sums = sums * exponential(tops, shift) + tl.sum(tl.sum(e, axis=0), axis=1)
+            if SMOOTH:
+                risen = tl.where(tops == float("-inf"), 0.0, 0.5 * tops - 0.5 * shift)
+                below = (0.5 * x - 0.5 * shift[None, :, None]) * twice
+                means += risen * (begin // LANES * twice) + tl.sum(tl.sum(below, axis=0), axis=1)
+            tops = new_tops
+        top = tl.maximum(top, tl.max(tops, axis=0))
+        before = tl.maximum(before, tl.max(befores, axis=0))
+        shift = tl.max(tl.where(top == float("-inf"), 0.0, top), axis=0)
+        exponentials += tl.sum(sums * exponential(tops, shift), axis=0)
         if SMOOTH:
-            risen = tl.where(top == float("-inf"), 0.0, 0.5 * top - 0.5 * shift)
-            below = tl.where(inside, 0.5 * x - 0.5 * shift[:, None], 0.0)
-            mean += risen * (first * twice) + tl.sum(below * twice, axis=1)
-        top = new_top
-    top = tl.where(top == float("-inf"), float("nan"), top)
+            risen = tl.where(tops == float("-inf"), 0.0, 0.5 * tops - 0.5 * shift)
+            mean += tl.sum(risen * (end // LANES * twice) + means, axis=0)
+    inside = inside & (first + column < classes)
+    x = tl.load(line[:, None] + (first + column), mask=inside, other=float("-inf")).to(tl.float32)
+    x, inside = tl.reshape(x, (STEP // WIDTH, TILE, WIDTH)), tl.reshape(inside, (STEP // WIDTH, TILE, WIDTH))
+    new_top = tl.maximum(top, largest(x))
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    exponentials = exponentials * exponential(top, shift) + added(exponential(x, shift[None, :, None]))
+    if SMOOTH:
+        risen = tl.where(top == float("-inf"), 0.0, 0.5 * top - 0.5 * shift)
+        below = tl.where(inside, (0.5 * x - 0.5 * shift[None, :, None]) * twice, 0.0)
+        mean += risen * (first * twice) + added(below)
+    if LONG:  # the step of the label once more
+        begin = label_at // STEP * STEP
+        inside = known[:, None] & (begin + column < classes)
+        x = tl.load(line[:, None] + (begin + column), mask=inside, other=float("-inf")).to(tl.float32)
+        x, label = tl.reshape(x, (STEP // WIDTH, TILE, WIDTH)), label - begin
+    at = tl.where(x == new_top[None, :, None], place, STEP)
     logarithm = tl.log(exponentials)
+    top = tl.where(known & (new_top != float("-inf")), new_top, float("nan"))
+    hit = (logarithm == logarithm) & (before < top) & (tl.min(tl.min(at, axis=0), axis=1) == label)
     loss = logarithm + (top - chosen)
     if SMOOTH:  # both parts are at least 0: neither takes from the other
         loss = (1.0 - label_smoothing) * loss + label_smoothing * (logarithm - mean)
     w = tl.where(kept, tl.load(weight + row, mask=kept, other=0.0), 0.0) if WEIGHTED else tl.where(kept, 1.0, 0.0)
-    hit = known & (top == top) & (logarithm == logarithm) & (tl.max(beaten, axis=1) == 0)
     tl.store(normalizers + 2 * row, top, mask=row < rows)
     tl.store(normalizers + 2 * row + 1, exponentials, mask=row < rows)
     tl.store(losses + row, tl.where(kept, w * loss, 0.0), mask=row < rows)
@@ -186,24 +250,30 @@ def gradient_kernel(
     label_smoothing,
     ignore_index,
     WEIGHTED: tl.constexpr,
+    VECTOR: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """gradient[rows, classes] = factor / denominator · w · (softmax − target), 0 where the row is ignored."""
-    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    column = tl.program_id(1) * STEP + tl.arange(0, STEP)
+    """gradient[rows, classes] = factor / denominator · w · (softmax − target), 0 where the row is ignored.
+
+    Programs begin with the logits that the forward pass read last: they may still be in the cache.
+    """
+    classes, stride = classes // VECTOR * VECTOR, stride // VECTOR * VECTOR  # so much the compiler may rely on
+    program, tiles = tl.num_programs(0) - 1 - tl.program_id(0), tl.cdiv(classes, STEP)
+    row = (program // tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
+    column = program % tiles * STEP + tl.arange(0, STEP)
     present = row < rows
     label = tl.load(labels + row, mask=present, other=0)
     kept = present & (label != ignore_index)
     slope = tl.load(factor) / tl.load(denominator)
-    w = tl.load(weight + row, mask=kept, other=0.0) * slope if WEIGHTED else tl.where(kept, slope, 0.0)
+    w = tl.where(kept, tl.load(weight + row, mask=kept, other=0.0) * slope if WEIGHTED else slope, 0.0)
     top = tl.load(normalizers + 2 * row, mask=kept, other=0.0)
-    inverse = 1.0 / tl.load(normalizers + 2 * row + 1, mask=kept, other=1.0)
+    scaled = w / tl.load(normalizers + 2 * row + 1, mask=kept, other=1.0)
     inside = present[:, None] & (column < classes)[None, :]
     x = tl.load(logits + (row * stride)[:, None] + column[None, :], mask=inside & kept[:, None], other=0.0)
-    softmax = tl.exp(x.to(tl.float32) - top[:, None]) * inverse[:, None]
-    target = tl.where(column[None, :] == label[:, None], 1.0 - label_smoothing, 0.0) + label_smoothing / classes
-    value = tl.where(kept[:, None], w[:, None] * (softmax - target), 0.0)
+    value = exponential(x.to(tl.float32), top[:, None]) * scaled[:, None] - (w * (label_smoothing / classes))[:, None]
+    own = column[None, :] == label.to(tl.int32)[:, None]  # a label that is no int32 has top NaN
+    value = tl.where(own, value - (w * (1.0 - label_smoothing))[:, None], value)
     tl.store(gradient + (row * classes)[:, None] + column[None, :], value, mask=inside)
 
 
@@ -214,6 +284,19 @@ def _rows(
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     weight, group = (None if each is None else each.contiguous() for each in (weight, group))
     return logits, labels.contiguous(), weight, group
+
+
+def _vector(logits: Tensor) -> int:
+    """How many logits side by side the GPU reads at once: 16 bytes of them, where every row begins and ends so."""
+    size = logits.element_size()
+    return math.gcd(16 // size, logits.data_ptr() // size, *logits.shape[1:], logits.stride(0))
+
+
+def row_blocks(tiles: launches.Launch, classes: int, vector: int) -> dict[str, int]:
+    """How the rows kernel takes a step apart: WIDTH logits are what a row's threads read at once, VECTOR each."""
+    step = tiles.blocks["STEP"]
+    width = min(step, 32 * tiles.warps // tiles.blocks["TILE"] * vector)
+    return {"LONG": classes > step, "VECTOR": vector, "WIDTH": width}
 
 
 def forward(
@@ -258,6 +341,7 @@ def forward(
             WEIGHTED=weight is not None,
             GROUPED=group is not None,
             SMOOTH=label_smoothing > 0,
+            **row_blocks(tiles, classes, _vector(logits)),
             **tiles.options(),
         )
     chunks = max(1, triton.cdiv(rows, CHUNK.value))
@@ -301,7 +385,7 @@ def backward(
     gradient = torch.empty((rows, classes), dtype=logits.dtype, device=logits.device)
     tiles = launches.chosen("cross_entropy", classes)
     if rows:
-        gradient_kernel[(triton.cdiv(rows, tiles.blocks["TILE"]), triton.cdiv(classes, tiles.blocks["STEP"]))](
+        gradient_kernel[(triton.cdiv(rows, tiles.blocks["TILE"]) * triton.cdiv(classes, tiles.blocks["STEP"]),)](
             factor.float(),
             logits,
             labels,
@@ -315,6 +399,7 @@ def backward(
             label_smoothing,
             ignore_index,
             WEIGHTED=weight is not None,
+            VECTOR=_vector(logits),
             **tiles.options(),
         )
     return gradient

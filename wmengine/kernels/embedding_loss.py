@@ -20,6 +20,8 @@ from wmengine.kernels import projection as projections
 
 Tensor = torch.Tensor
 
+GROUPS_STEP = tl.constexpr(256)  # partial sums of each column that a program takes at a time
+
 BCE = tl.constexpr(0)
 HINGE = tl.constexpr(1)
 MSE = tl.constexpr(2)
@@ -42,9 +44,9 @@ _TYPES: dict[torch.dtype, Any] = {
 def total_kernel(partials, y, groups, width, total, scale):
     """y[t] = scale · Σ partials[groups, width] by column, 32 columns a program, always in the same order."""
     column = tl.program_id(0) * 32 + tl.arange(0, 32)
-    step = tl.arange(0, 32)
-    sums = tl.zeros((32, 32), tl.float32)
-    for first in range(0, groups, 32):
+    step = tl.arange(0, GROUPS_STEP)
+    sums = tl.zeros((GROUPS_STEP, 32), tl.float32)
+    for first in range(0, groups, GROUPS_STEP):
         group = first + step
         inside = (group < groups)[:, None] & (column < total)[None, :]
         sums += tl.load(partials + group.to(tl.int64)[:, None] * width + column[None, :], mask=inside, other=0.0)
@@ -116,6 +118,11 @@ class _Call:
 
     def addresses(self, batch: layers.Batch, tensors: Sequence[Tensor]) -> Tensor:
         return layers.address_table([tensors[index] for index in batch.indices], self.device)
+
+    def padded(self, residual: Tensor) -> Tensor:
+        """A residual as long as a sketch has buckets: what those past the last bit receive, they give to no weight."""
+        missing = self.plan.buckets - self.total if self.projection == layers.SKETCH.value else 0
+        return torch.nn.functional.pad(residual, (0, missing)) if missing else residual.contiguous()
 
     def sketch_tables(self, batch: layers.Batch) -> tuple[Tensor, Tensor]:
         """Sign words and bucket offsets of a sketch, empty for a dense projection."""
@@ -276,8 +283,8 @@ def backward(
 
     ``factor`` is the outer gradient, a scalar on the device: it is never read on the host.
     """
-    factor, residual = factor.float(), residual.contiguous()
     call = _Call(weights, keys, residual.numel(), carrier, projection, scale)
+    factor, residual = factor.float(), call.padded(residual)
     gradients = [torch.empty(weight.shape, dtype=weight.dtype, device=call.device) for weight in call.weights]
     sketched = call.projection == layers.SKETCH.value
     stored = call.mean or (call.unit and not sketched)
@@ -300,13 +307,11 @@ def backward(
                 residual if values is None else values,
                 words,
                 offsets,
-                call.total,
                 BUCKETS=call.plan.buckets,
                 LAYERS=batch.layers,
                 DTYPE=_TYPES[batch.dtype],
                 UNIT=call.unit,
                 SOURCE=source.value,
-                INDEX=tl.uint32 if batch.largest < 2**31 - 2**20 else tl.int64,
                 **launches.chosen("filter_gradients").options(),
             )
     return gradients
@@ -322,5 +327,5 @@ def project_adjoint(gradient: Tensor, key: int, count: int, projection: str, sca
     result = gradient.new_empty((1, count))
     call = _Call([result], [key], gradient.numel(), "flat", projection, scale)
     (batch,) = call.plan.batches
-    call.adjoint(batch, gradient.new_ones(()), gradient.contiguous(), call.addresses(batch, [result]), None)
+    call.adjoint(batch, gradient.new_ones(()), call.padded(gradient), call.addresses(batch, [result]), None)
     return result[0]

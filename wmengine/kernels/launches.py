@@ -66,7 +66,7 @@ TABLE: dict[str, tuple[SizeClass, ...]] = {
     "sketch_tables": _always(Launch(1)),
     "sketch_sums": _always(Launch(8)),
     "dense_sums": _always(Launch(2)),
-    "total": _always(Launch(4)),
+    "total": _always(Launch(8)),
     "link": _always(Launch(4)),
     "inverse_norms": _always(Launch(4)),
     "column_means": _always(Launch(4)),
@@ -78,19 +78,23 @@ TABLE: dict[str, tuple[SizeClass, ...]] = {
         SizeClass(math.inf, Launch(4), (Launch(2), Launch(8))),
     ),
     "dense_adjoint": _always(Launch(4), Launch(8)),  # two warps would not have the registers for 4096 sums
-    # Rows and classes of one program. Size: classes.
+    # Rows and classes of one program. Size: classes. Up to 1024 a row is a warp's, so that nothing waits for another
+    # warp; above 8192 it is read by steps, wide ones where a step more or less at its end is little.
     "cross_entropy": (
         SizeClass(16, _tile(16, 16, 4)),
         SizeClass(32, _tile(16, 32, 4)),
         SizeClass(64, _tile(16, 64, 4)),
-        SizeClass(128, _tile(8, 128, 4)),
-        SizeClass(256, _tile(4, 256, 4)),
-        SizeClass(512, _tile(2, 512, 4)),
-        SizeClass(1024, _tile(1, 1024, 4)),
-        SizeClass(2048, _tile(1, 2048, 8)),
-        SizeClass(math.inf, _tile(1, 4096, 8)),
+        SizeClass(128, _tile(16, 128, 4)),
+        SizeClass(256, _tile(16, 256, 4)),
+        SizeClass(512, _tile(8, 512, 4)),
+        SizeClass(1024, _tile(4, 1024, 4)),
+        SizeClass(2048, _tile(2, 2048, 4)),
+        SizeClass(4096, _tile(1, 4096, 4)),
+        SizeClass(8192, _tile(1, 8192, 8)),
+        SizeClass(65536, _tile(1, 4096, 8)),
+        SizeClass(math.inf, _tile(1, 8192, 16)),
     ),
-    "cross_entropy_sums": _always(Launch(4)),
+    "cross_entropy_sums": _always(Launch(8)),
     # Tiles of the matrix of distances, and of its product with the features. Size: rows.
     "soft_neighbor_tiles": (SizeClass(32, _tile(16, 32, 2)), SizeClass(math.inf, _tile(64, 32, 8))),
     # One row of that matrix, so many of its columns at a time. Size: rows.

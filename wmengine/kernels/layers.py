@@ -127,7 +127,6 @@ class Batch:
     dtype: torch.dtype
     table: Tensor
     layers: int
-    largest: int
     blocks: int
     groups: int
     filter_tiles: int
@@ -202,8 +201,9 @@ def make_plan(
     unit = GAUSSIAN_UNIT.value if projection == GAUSSIAN.value else max(buckets, BLOCK.value)
     units = -(-counts // unit)
     # About 8 programs for each of an H100's 132 multiprocessors, fewer where partial sums are wide: their traffic must
-    # stay small beside the weights'. Fixed, so that a result does not depend on the card.
-    most = min(1056, max(1, 2**19 // (buckets if sketch else total)))
+    # stay small beside the weights', but 4 are needed to hide what loads wait for. Fixed, so that a result does not
+    # depend on the card.
+    most = min(1056, max(1, 2**21 // (buckets if sketch else total)))
     groups = np.minimum(units, np.maximum(1, most * units // max(1, int(units.sum()))))
     batches = []
     for dtype in dict.fromkeys(dtypes):
@@ -233,7 +233,6 @@ def make_plan(
                 dtype=dtype,
                 table=_upload(table, device),
                 layers=layers,
-                largest=int(counts[own].max()),
                 blocks=int(blocks[own].sum()),
                 groups=int(groups[own].sum()),
                 filter_tiles=int(filter_tiles.sum()),

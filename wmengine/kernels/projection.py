@@ -42,16 +42,48 @@ DENSE_TILE = tl.constexpr(32)  # rows of a dense matrix that one program meets
 
 
 @triton.jit
-def load_values(base, norms, first, at, count, columns, UNIT: tl.constexpr):
-    """float32 values ``first + at`` (``at`` is int32) of a layer, 0 past its end; over their filters' norms if UNIT."""
-    inside = at < tl.minimum(count - first, 1 << 30).to(tl.int32)
-    values = tl.load(base + first + at, mask=inside, other=0.0).to(tl.float32)
+def load_values(base, norms, first, at, count, columns, UNIT: tl.constexpr, WHOLE: tl.constexpr = False):
+    """float32 values ``first + at`` of a layer; over their filters' norms if UNIT; 0 past its end unless all are WHOLE.
+
+    ``at`` is int32 and below 4096. So a filter that is longer may as well begin 4096 before its end, and below 8192 the
+    quotient x // span is ⌊(x + 1) · ⌊(2³² − 1) / span⌋ / 2³²⌋.
+    """
+    inside = at < (BLOCK if WHOLE else tl.minimum(count - first, BLOCK).to(tl.int32))
+    values = tl.load(base + first + at, mask=None if WHOLE else inside, other=None if WHOLE else 0.0).to(tl.float32)
     if UNIT:
         row = first // columns
-        rest = (first - row * columns).to(tl.uint32)
-        rows = ((rest + at.to(tl.uint32)) // columns.to(tl.uint32)).to(tl.int32)
-        values = values * tl.load(norms + row + rows, mask=inside, other=0.0)
+        span = tl.minimum(columns, BLOCK)
+        rest = tl.maximum(first - row * columns - (columns - span), 0).to(tl.uint32)
+        rows = tl.umulhi(at.to(tl.uint32) + (rest + 1), 0xFFFF_FFFF // span.to(tl.uint32)).to(tl.int32)
+        # Of one axis: Triton 3.6 would otherwise spread a warp over the axis that it thinks of first.
+        own = norms + row + tl.reshape(rows, (at.numel,))
+        inverses = tl.load(own) if WHOLE else tl.load(own, mask=tl.reshape(inside, (at.numel,)), other=0.0)
+        values = values * tl.reshape(inverses, at.shape)
     return values
+
+
+@triton.jit
+def signed_values(
+    base, norms, words, offsets, block, count, columns, BUCKETS: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr
+):
+    """One block's signed values [4, 4, 256], slot after slot of its runs of buckets.
+
+    Gathers are of one axis, so that a warp's are 32 neighbours. A word has the signs of slots 32 apart, of which a
+    thread has 4.
+    """
+    TILE: tl.constexpr = BUCKETS if BUCKETS < BLOCK else BLOCK
+    RUNS: tl.constexpr = BLOCK // TILE
+    slot = tl.arange(0, BLOCK)
+    quarter = tl.arange(0, 1024)
+    quarter = quarter // 256 * 1024 + quarter % 256
+    known = tl.where(block * BLOCK < count, block, 0)  # a block that is none has no values, whatever their signs
+    offsets += known * RUNS
+    at = slot ^ (tl.load(offsets + (slot // TILE if RUNS > 1 else 0)) & (TILE - 1))
+    word_at = quarter ^ (tl.load(offsets + (quarter // TILE if RUNS > 1 else 0)) & (TILE - 1))
+    word = tl.load(words + known * 128 + word_at // 1024 * 32 + word_at % 32)
+    values = load_values(base, norms, block * BLOCK, at, count, columns, UNIT, WHOLE)
+    values, bit = tl.reshape(values, (4, 4, 256)), tl.reshape(at // 32 % 32, (4, 4, 256))
+    return flip(values, tl.reshape(word, (4, 1, 256)).to(tl.uint32, bitcast=True), bit)
 
 
 @triton.jit
@@ -98,7 +130,6 @@ def sketch_sums_kernel(
     """
     TILE: tl.constexpr = BUCKETS if BUCKETS < BLOCK else BLOCK
     TILES: tl.constexpr = BUCKETS // TILE
-    RUNS: tl.constexpr = BLOCK // TILE
     group = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     layer, start = find_layer(table, FIRST_GROUP, group, LAYERS)
@@ -106,24 +137,24 @@ def sketch_sums_kernel(
     columns = field(table, COLUMNS, layer, LAYERS)
     first_block = field(table, FIRST_BLOCK, layer, LAYERS)
     groups = field(table, GROUPS, layer, LAYERS)
-    layer_norms = norms + field(table, FIRST_FILTER, layer, LAYERS)
+    norms += field(table, FIRST_FILTER, layer, LAYERS)
+    words += first_block * 128
+    offsets += first_block * (BLOCK // TILE)
     base = layer_values(pointers, scratch, table, layer, DTYPE, SCRATCH, LAYERS)
-    run = tl.arange(0, RUNS)
-    bucket = tl.arange(0, TILE)
-    sums = tl.zeros((RUNS, TILE), tl.float32)
-    for unit in range(start, tl.cdiv(count, BLOCK * TILES), groups):
+    sums = tl.zeros((4, 4, 256), tl.float32)
+    whole = count // (BLOCK * TILES)
+    for unit in range(start, whole, groups):
         block = unit * TILES
         if TILES > 1:
-            block = block + (tile ^ (tl.load(offsets + first_block + block) // BLOCK))
-        exists = block * BLOCK < count
-        offset = tl.load(offsets + (first_block + block) * RUNS + run, mask=exists, other=0) & (TILE - 1)
-        at = run[:, None] * TILE + (bucket[None, :] ^ offset[:, None])
-        place = at.to(tl.uint32)  # for which quotients and remainders are shifts and masks
-        word_at = ((place // 1024) * 32 + place % 32).to(tl.int32)
-        word = tl.load(words + (first_block + block) * 128 + word_at, mask=exists, other=0)
-        values = load_values(base, layer_norms, block * BLOCK, at, count, columns, UNIT)
-        sums += flip(values, word.to(tl.uint32, bitcast=True), (place // 32) % 32)
-    tl.store(partials + group * BUCKETS + tile * TILE + bucket, tl.sum(sums, axis=0))
+            block = block + (tile ^ (tl.load(offsets + block) // BLOCK))
+        sums += signed_values(base, norms, words, offsets, block, count, columns, BUCKETS, UNIT, True)
+    if (whole * (BLOCK * TILES) < count) & ((whole - start) % groups == 0):  # the last unit, which is none
+        block = whole * TILES
+        if TILES > 1:
+            block = block + (tile ^ (tl.load(offsets + block) // BLOCK))
+        sums += signed_values(base, norms, words, offsets, block, count, columns, BUCKETS, UNIT, False)
+    bucket = tl.max_contiguous(tl.arange(0, TILE), 1)  # else the gathers are laid out as suits a wide store
+    tl.store(partials + group * BUCKETS + tile * TILE + bucket, tl.sum(tl.reshape(sums, (BLOCK // TILE, TILE)), axis=0))
 
 
 @triton.jit
@@ -217,11 +248,11 @@ def adjoint_kernel(
     lane = tl.arange(0, 32)
     if PROJECTION == SKETCH:
         at = tl.arange(0, BLOCK)
-        word = tl.load(words + item * 128 + (at // 1024) * 32 + at % 32)
-        offset = tl.load(offsets + item * RUNS + at // (BLOCK // RUNS))
-        bucket = ((block * BLOCK + at) & (BUCKETS - 1)).to(tl.int32) ^ offset
-        value = tl.load(residual + bucket, mask=bucket < total, other=0.0) * slope
-        value = flip(value, word.to(tl.uint32, bitcast=True), (at // 32) % 32)
+        word = tl.reshape(tl.load(words + item * 128 + tl.arange(0, 128)), (4, 1, 32)).to(tl.uint32, bitcast=True)
+        offset = tl.load(offsets + item * RUNS + at // (BLOCK // RUNS)) & (BUCKETS - 1)
+        bucket = ((block * BLOCK).to(tl.int32) + at) & (BUCKETS - 1) ^ offset
+        value = tl.reshape(tl.load(residual + bucket) * slope, (4, 32, 32))
+        value = tl.reshape(flip(value, word, tl.arange(0, 32)[None, :, None]), (BLOCK,))
         tl.store(target + at, value, mask=at < left)
     elif PROJECTION == RADEMACHER:
         bit = tl.arange(0, 32)[:, None]
