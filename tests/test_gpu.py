@@ -365,7 +365,7 @@ def test_cross_entropy_of_more_than_two_to_the_31_logits():
     logits[-3:] = random(3, classes, dtype=torch.bfloat16)
     labels = torch.full((rows,), -100, device=DEVICE)
     labels[-3:] = torch.tensor([5, 31_999, 7], device=DEVICE)
-    loss, _, _, normalizers, denominator = cross_entropy.forward(logits, labels, None, None, 1, 0.0, -100, True)
+    loss, _, _, normalizers, denominator = cross_entropy.forward(logits, labels, None, None, 1, 0.0, -100, True, False)
     one = torch.ones((), device=DEVICE)
     tail = cross_entropy.backward(one, logits, labels, None, normalizers, denominator, 0.0, -100)[-3:]
     last = logits[-3:].float().requires_grad_()
@@ -373,6 +373,10 @@ def test_cross_entropy_of_more_than_two_to_the_31_logits():
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(tail.float(), last.grad, rtol=0.01, atol=1e-6)
+    kept = cross_entropy.forward(logits, labels, None, None, 1, 0.0, -100, True, True)[3]
+    cross_entropy.scale(kept, 2.0 * one)
+    assert not kept[:-3].any()
+    torch.testing.assert_close(kept[-3:], 2.0 * tail)
 
 
 # soft_nearest_neighbor

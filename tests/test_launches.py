@@ -53,7 +53,7 @@ def test_every_kernel_of_the_embedding_loss_has_its_launch():
     modules = (carriers, embedding_loss, layers, projection)
     written = {name.removesuffix("_kernel") for module in modules for name in vars(module) if name.endswith("_kernel")}
     adjoints = {"sketch_adjoint", "dense_adjoint"}
-    losses = {"cross_entropy", "cross_entropy_sums", "soft_neighbor_tiles", "soft_neighbor_rows"}
+    losses = {"cross_entropy", "cross_entropy_sums", "cross_entropy_scale", "soft_neighbor_tiles", "soft_neighbor_rows"}
     assert written - {"adjoint"} | adjoints | losses == set(launches.TABLE)
 
 

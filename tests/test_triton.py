@@ -324,9 +324,9 @@ KERNELS = [
     (embedding_loss.total_kernel, 8, "*fp32 *fp32 i32 i32 i32 fp32", [{}, {"groups": 1, "width": 1, "total": 1}]),
     (embedding_loss.link_kernel, 4, "*fp32 *u8 *fp32 *fp32 i32 fp32", [{"LINK": link} for link in range(4)]),
     *[(cross_entropy.rows_kernel, tiles.warps,
-       f"*{x} *i64 *fp32 *i64 *fp32 *fp32 *fp32 *i8 i32 i32 i32 i32 fp32 i32",
-       [{"WEIGHTED": True, "GROUPED": True, "SMOOTH": smooth} | tiles.blocks
-        | cross_entropy.row_blocks(tiles, classes, vector) | one for smooth in (False, True)])
+       f"*{x} *i64 *fp32 *i64 *fp32 *fp32 *fp32 *i8 *{x} i32 i32 i32 i32 fp32 i32",
+       [{"WEIGHTED": True, "GROUPED": True, "SMOOTH": kind, "GRADIENT": not kind} | tiles.blocks
+        | cross_entropy.row_blocks(tiles, classes, vector) | one for kind in (False, True)])
       for x, tiles, classes, vector, one in TILES],
     *[(cross_entropy.gradient_kernel, tiles.warps,
        f"*fp32 *{x} *i64 *fp32 *fp32 *fp32 *{x} i32 i32 i32 fp32 i32",
@@ -334,11 +334,12 @@ KERNELS = [
       for x, tiles, classes, vector, one in TILES],
     (cross_entropy.gradient_kernel, 8, "*fp32 *fp32 *i64 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 fp32 i32",
      [{"WEIGHTED": True, "VECTOR": 1, "TILE": 1, "STEP": 4096}]),
-    (cross_entropy.finish_kernel, 8, "*fp32 *fp32 *i8 *i64 *fp32 *fp32 *fp32 *i64 *fp32 *i32 i32 i32",
-     [{"GROUPED": True, "MEAN": True, "ALONE": False}, {"GROUPED": True, "MEAN": True, "ALONE": True},
-      {"GROUPED": False, "MEAN": False, "ALONE": True, "rows": 1, "groups": 1}]),
-    (cross_entropy.chunks_kernel, 8, "*fp32 *i32 *fp32 *fp32 *fp32 *i64 i32 i32",
-     [{"MEAN": True}, {"MEAN": False, "groups": 1}]),
+    (cross_entropy.weights_kernel, 8, "*i64 *fp32 *fp32 i32 i32",
+     [{"LABELLED": True, "WEIGHTED": False}, {"LABELLED": False, "WEIGHTED": True}]),
+    (cross_entropy.finish_kernel, 8, "*fp32 *i8 *i64 *fp32 *fp32 *fp32 *i64 *fp32 *i32 i32 i32",
+     [{"GROUPED": True, "ALONE": False}, {"GROUPED": False, "ALONE": True, "rows": 1, "groups": 1}]),
+    (cross_entropy.chunks_kernel, 8, "*fp32 *i32 *fp32 *fp32 *fp32 *i64 i32 i32", [{}, {"groups": 1}]),
+    *[(cross_entropy.scale_kernel, 8, f"*{x} *fp32 i32", [{"BLOCK": 4096}]) for x in ("fp32", "bf16")],
     *[(soft_nearest_neighbor.distances_kernel, tile // 8, "*fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 i32",
        [{"TILE": tile, "STEP": 32}]) for tile in (16, 64)],
     (soft_nearest_neighbor.rows_kernel, 4, "*fp32 *i64 *fp32 *fp32 *fp32 *fp32 i32 i32",

@@ -24,11 +24,20 @@ def random(*shape, seed=0, dtype=torch.float32):
 def assert_entropy_is_the_references(
     logits, labels, weight=None, group=None, groups=3, smoothing=0.0, reduction="mean", tolerance=1e-5
 ):
-    loss, group_loss, group_hits, normalizers, denominator = cross_entropy.forward(
-        logits, labels, weight, group, groups, smoothing, -100, reduction == "mean"
-    )
+    given = logits, labels, weight, group, groups, smoothing, -100, reduction == "mean"
+    loss, group_loss, group_hits, normalizers, denominator = cross_entropy.forward(*given, False)
     outer = torch.tensor(2.0, device=DEVICE)
     gradient = cross_entropy.backward(outer, logits, labels, weight, normalizers, denominator, smoothing, -100)
+    if logits.dtype != torch.float16:  # the gradient of the forward pass, and all else is the same
+        again, *others, kept, divisor = cross_entropy.forward(*given, True)
+        results = loss, group_loss, group_hits, denominator
+        torch.testing.assert_close((again, *others, divisor), results, rtol=0, atol=0, equal_nan=True)
+        plain = kept.clone()
+        cross_entropy.scale(kept, torch.ones((), device=DEVICE))
+        assert torch.equal(kept.nan_to_num(7.0), plain.nan_to_num(7.0))
+        cross_entropy.scale(kept, outer)
+        rounding = 0.02 if logits.dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(kept, gradient, rtol=rounding, atol=1e-9, equal_nan=True)
     with np.errstate(all="ignore"):
         expected = reference.marked_cross_entropy(
             logits.cpu().float().numpy(),
@@ -108,7 +117,7 @@ def test_a_row_with_nan_makes_the_loss_nan_and_is_never_a_hit():
     logits, labels, _, _ = batch(4, 6)
     labels[:] = logits.argmax(dim=1)
     logits[2, 5] = float("nan")
-    loss, _, hits, normalizers, _ = cross_entropy.forward(logits, labels, None, None, 1, 0.0, -100, True)
+    loss, _, hits, normalizers, _ = cross_entropy.forward(logits, labels, None, None, 1, 0.0, -100, True, False)
     assert torch.isnan(loss)
     assert hits.tolist() == [3]
     assert torch.isnan(normalizers).any(dim=1).tolist() == [False, False, True, False]
@@ -134,10 +143,10 @@ def test_ties_go_to_the_first_class(classes):
         for place in pair:
             logits[2 * row : 2 * row + 2, place] = 5.0
     group = torch.arange(len(labels), device=DEVICE) % 2
-    assert cross_entropy.forward(logits, labels, None, group, 2, 0.0, -100, True)[2].tolist() == [len(pairs), 0]
+    assert cross_entropy.forward(logits, labels, None, group, 2, 0.0, -100, True, False)[2].tolist() == [len(pairs), 0]
     zeros = torch.zeros(3, classes, device=DEVICE)
     labels = torch.tensor([0, 1, classes - 1], device=DEVICE)
-    assert cross_entropy.forward(zeros, labels, None, None, 1, 0.0, -100, True)[2].tolist() == [1]
+    assert cross_entropy.forward(zeros, labels, None, None, 1, 0.0, -100, True, False)[2].tolist() == [1]
 
 
 @pytest.mark.parametrize("place", [0, 9000, 20000, 29999])
@@ -147,7 +156,7 @@ def test_a_long_row_with_nan_or_infinity_in_any_step_is_never_a_hit(place):
         labels = logits.argmax(dim=1)
         logits[1, place] = bad
         labels[2] = -100
-        loss, _, hits, normalizers, _ = cross_entropy.forward(logits, labels, None, None, 1, 0.0, -100, True)
+        loss, _, hits, normalizers, _ = cross_entropy.forward(logits, labels, None, None, 1, 0.0, -100, True, False)
         assert torch.isnan(loss)
         assert hits.tolist() == [1]
         assert torch.isnan(normalizers).any(dim=1).tolist() == [False, True, True]
@@ -174,13 +183,17 @@ def test_rows_that_begin_at_any_address(width, dtype):
 def test_a_label_that_is_no_class_makes_loss_and_gradient_nan(label):
     logits, labels, _, _ = batch(3, 5)
     labels[:] = torch.tensor([0, label, 1])
-    loss, _, hits, normalizers, denominator = cross_entropy.forward(logits, labels, None, None, 1, 0.0, -100, False)
+    loss, _, hits, normalizers, denominator = cross_entropy.forward(
+        logits, labels, None, None, 1, 0.0, -100, False, False
+    )
     gradient = cross_entropy.backward(
         torch.ones((), device=DEVICE), logits, labels, None, normalizers, denominator, 0.0, -100
     )
+    kept = cross_entropy.forward(logits, labels, None, None, 1, 0.0, -100, False, True)[3]
     assert torch.isnan(loss)
     assert hits.item() <= 2
-    assert torch.isnan(gradient).all(dim=1).tolist() == [False, True, False]
+    for each in (gradient, kept):
+        assert torch.isnan(each).all(dim=1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("group", [-1, 3, 2**40])
@@ -188,13 +201,17 @@ def test_a_group_that_is_none_makes_loss_and_gradient_nan(group):
     logits, labels, _, groups = batch(4, 5)
     groups[:] = torch.tensor([0, group, group, 1])  # the second row is ignored
     labels[:] = torch.tensor([0, -100, 2, 1])
-    loss, _, hits, normalizers, denominator = cross_entropy.forward(logits, labels, None, groups, 3, 0.0, -100, False)
+    loss, _, hits, normalizers, denominator = cross_entropy.forward(
+        logits, labels, None, groups, 3, 0.0, -100, False, False
+    )
     gradient = cross_entropy.backward(
         torch.ones((), device=DEVICE), logits, labels, None, normalizers, denominator, 0.0, -100
     )
+    kept = cross_entropy.forward(logits, labels, None, groups, 3, 0.0, -100, False, True)[3]
     assert torch.isnan(loss)
     assert hits.sum().item() <= 2
-    assert torch.isnan(gradient).all(dim=1).tolist() == [False, False, True, False]
+    for each in (gradient, kept):
+        assert torch.isnan(each).all(dim=1).tolist() == [False, False, True, False]
 
 
 def test_more_groups_than_the_second_axis_of_a_grid_takes(monkeypatch):
@@ -207,7 +224,7 @@ def test_more_groups_than_the_second_axis_of_a_grid_takes(monkeypatch):
 
     monkeypatch.setattr(cross_entropy, "finish_kernel", Recorded())
     logits, labels, _, group = batch(2, 3)
-    cross_entropy.forward(logits, labels, None, group, 70_000, 0.0, -100, True)
+    cross_entropy.forward(logits, labels, None, group, 70_000, 0.0, -100, True, False)
     assert grids == [(70_001,)]
 
 
@@ -238,6 +255,6 @@ def test_smoothed_infinite_logits_are_torchs(place, smoothing):
         logits[1, :5000] = bad
         for row in range(3):
             one = logits[row : row + 1], labels[row : row + 1]
-            loss = cross_entropy.forward(*one, None, None, 1, smoothing, -100, False)[0]
+            loss = cross_entropy.forward(*one, None, None, 1, smoothing, -100, False, False)[0]
             expected = torch.nn.functional.cross_entropy(*one, label_smoothing=smoothing)
             torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5, equal_nan=True)

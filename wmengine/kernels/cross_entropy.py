@@ -1,13 +1,14 @@
-"""Cross entropy of task and trigger rows: one pass over the logits forward, one read and one write backward.
+"""Cross entropy of task and trigger rows: every logit is read from memory once, every gradient written once.
 
-Forward, a program takes a tile of rows at once, or one long row by steps, the next ones on their way, with a running
-maximum and sum of exponentials in each thread; of each row it keeps the two: their merger, the log-sum-exp, would lose
-what a shift of all logits must not change. A row is a hit where no logit beats its label's: none is greater, none
-before it is equal, and the sum is a number. A second kernel, for each group and once for all, adds the rows of a chunk
-in a fixed order; a third adds the chunks where there are several, so that no program walks a million rows. Backward, a
-program has a tile of rows and classes: every logit is read once, every gradient factor · w · (softmax − target) written
-once.
-"""
+First the weights of all rows are added, by which the loss is divided. Forward, a program takes a tile of rows at once,
+or one long row by steps, the next ones on their way, with a running maximum and sum of exponentials in each thread; of
+each row it keeps the two: their merger, the log-sum-exp, would lose what a shift of all logits must not change. A row
+is a hit where no logit beats its label's: none is greater, none before it is equal, and the sum is a number. Where the
+gradient w · (softmax − target) is wanted, the program reads its rows again, from the cache, and writes it; backward has
+nothing to do then but to look whether the outer gradient is 1. Else backward reads every logit once more: where a
+compiler has the graph, which would scale in a pass of its own, and of float16, whose small gradients would round to
+zero. Another kernel, for each group and once for all, adds the losses of a chunk of rows in a fixed order; a last one
+adds the chunks where there are several, so that no program walks a million rows."""
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
 import math
@@ -44,15 +45,43 @@ def added(x):
 
 
 @triton.jit
+def gradient_of(x, top, scaled, w, own, label_smoothing, classes):
+    """w · (softmax − target) of logits, with scaled = w / Σ exp(x − top), and `own` where x is the label's."""
+    value = exponential(x, top) * scaled - w * (label_smoothing / classes)
+    return tl.where(own, value - w * (1.0 - label_smoothing), value)
+
+
+@triton.jit
+def by_part(values, PARTS: tl.constexpr, TILE: tl.constexpr):
+    """values[rows] for each row of [parts · rows, width]."""
+    return tl.reshape(tl.broadcast_to(values[None, :], (PARTS, TILE)), (PARTS * TILE,))
+
+
+@triton.jit
+def weights_kernel(labels, weight, sums, rows, ignore_index, LABELLED: tl.constexpr, WEIGHTED: tl.constexpr):
+    """sums[chunk] = Σ weight of the chunk's rows that are not ignored."""
+    begin = tl.program_id(0).to(tl.int64) * CHUNK
+    step = tl.arange(0, ROWS_STEP)
+    weights = tl.zeros((ROWS_STEP,), tl.float32)
+    for first in range(begin, tl.minimum(begin + CHUNK, rows), ROWS_STEP):
+        kept = first + step < rows
+        if LABELLED:
+            kept = kept & (tl.load(labels + first + step, mask=kept, other=ignore_index) != ignore_index)
+        weights += tl.load(weight + first + step, mask=kept, other=0.0) if WEIGHTED else tl.where(kept, 1.0, 0.0)
+    tl.store(sums + tl.program_id(0), tl.sum(weights, axis=0))
+
+
+@triton.jit
 def rows_kernel(
     logits,
     labels,
     weight,
     group,
+    denominator,
     normalizers,
     losses,
-    denominators,
     hits,
+    gradient,
     rows,
     classes,
     stride,
@@ -62,13 +91,14 @@ def rows_kernel(
     WEIGHTED: tl.constexpr,
     GROUPED: tl.constexpr,
     SMOOTH: tl.constexpr,
+    GRADIENT: tl.constexpr,
     LONG: tl.constexpr,
     VECTOR: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Per row: top and Σ exp(x − top), weighted loss, weight (0 where ignored) and hit.
+    """Per row: top and Σ exp(x − top), or the gradient by its logits; weighted loss, and hit.
 
     A label outside 0..C−1 or a group outside 0..G−1 gives NaN. A row of several steps (LONG) is alone in its program,
     and each thread keeps a top and a sum of its own until the last step; such a row is not read where it is ignored.
@@ -93,7 +123,8 @@ def rows_kernel(
     mean = tl.zeros((TILE,), tl.float32)  # Σ (x − top) / C, in halves, so that no difference overflows
     twice = 2.0 / classes
     first = 0
-    inside = (tl.program_id(0) * TILE + part % TILE < rows)[:, None]
+    present = (tl.program_id(0).to(tl.int64) * TILE + part % TILE < rows)[:, None]
+    inside = present
     if LONG:
         LANES: tl.constexpr = WIDTH // VECTOR
         first = (classes - 1) // STEP * STEP
@@ -138,30 +169,43 @@ def rows_kernel(
         begin = label_at // STEP * STEP
         inside = known[:, None] & (begin + column < classes)
         x = tl.load(line[:, None] + (begin + column), mask=inside, other=float("-inf")).to(tl.float32)
-        x, label = tl.reshape(x, (STEP // WIDTH, TILE, WIDTH)), label - begin
+        x, first = tl.reshape(x, (STEP // WIDTH, TILE, WIDTH)), begin
     at = tl.where(x == new_top[None, :, None], place, STEP)
     logarithm = tl.log(exponentials)
     top = tl.where(known & (new_top != float("-inf")), new_top, float("nan"))
-    hit = (logarithm == logarithm) & (before < top) & (tl.min(tl.min(at, axis=0), axis=1) == label)
+    hit = (logarithm == logarithm) & (before < top) & (tl.min(tl.min(at, axis=0), axis=1) == label - first)
     loss = logarithm + (top - chosen)
     if SMOOTH:  # both parts are at least 0: neither takes from the other
         loss = (1.0 - label_smoothing) * loss + label_smoothing * (logarithm - mean)
     w = tl.where(kept, tl.load(weight + row, mask=kept, other=0.0), 0.0) if WEIGHTED else tl.where(kept, 1.0, 0.0)
-    tl.store(normalizers + 2 * row, top, mask=row < rows)
-    tl.store(normalizers + 2 * row + 1, exponentials, mask=row < rows)
     tl.store(losses + row, tl.where(kept, w * loss, 0.0), mask=row < rows)
-    tl.store(denominators + row, w, mask=row < rows)
     tl.store(hits + row, hit.to(tl.int8), mask=row < rows)
+    if GRADIENT:
+        PARTS: tl.constexpr = STEP // WIDTH
+        w = tl.where(kept, w * (1.0 / tl.load(denominator)), 0.0)
+        scaled = by_part(w / tl.where(kept, exponentials, 1.0), PARTS, TILE)[:, None]
+        top, w = by_part(tl.where(kept, top, 0.0), PARTS, TILE)[:, None], by_part(w, PARTS, TILE)[:, None]
+        own = by_part(label.to(tl.int32), PARTS, TILE)[:, None]  # a label that is no int32 has top NaN
+        read = by_part(kept, PARTS, TILE)[:, None]
+        target = gradient + (tl.program_id(0).to(tl.int64) * TILE + part % TILE) * classes
+        for start in range(0, classes, STEP):
+            at_once = start + column
+            here = present & (at_once < classes)
+            again = tl.load(line[:, None] + at_once, mask=here & read, other=0.0).to(tl.float32)
+            value = gradient_of(again, top, scaled, w, at_once == own, label_smoothing, classes)
+            tl.store(target[:, None] + at_once, value, mask=here)
+    else:
+        tl.store(normalizers + 2 * row, top, mask=row < rows)
+        tl.store(normalizers + 2 * row + 1, exponentials, mask=row < rows)
 
 
 @triton.jit
 def finish_kernel(
     losses,
-    denominators,
     hits,
     group,
-    loss,
     denominator,
+    loss,
     group_loss,
     group_hits,
     sums,
@@ -169,12 +213,11 @@ def finish_kernel(
     rows,
     groups,
     GROUPED: tl.constexpr,
-    MEAN: tl.constexpr,
     ALONE: tl.constexpr,
 ):
-    """Of each chunk, program g < groups adds its group's losses and hits, program ``groups`` all losses and weights.
+    """Of each chunk, program g < groups adds its group's losses and hits, program ``groups`` all losses.
 
-    They are the results where there is one chunk (ALONE), else sums[groups + 2, chunks] and counts[groups, chunks].
+    They are the results where there is one chunk (ALONE), else sums[groups + 1, chunks] and counts[groups, chunks].
     """
     chunk, own = tl.program_id(0) // (groups + 1), tl.program_id(0) % (groups + 1)
     chunks = tl.num_programs(0) // (groups + 1)  # all on one axis: the others take 65535 programs
@@ -182,7 +225,6 @@ def finish_kernel(
     end = tl.minimum(begin + CHUNK, rows)
     step = tl.arange(0, ROWS_STEP)
     total = tl.zeros((ROWS_STEP,), tl.float32)
-    weights = tl.zeros((ROWS_STEP,), tl.float32)
     count = tl.zeros((ROWS_STEP,), tl.int32)
     for first in range(begin, end, ROWS_STEP):
         row = first + step
@@ -190,49 +232,49 @@ def finish_kernel(
         if own < groups:
             member = member & (tl.load(group + row, mask=member, other=-1) == own if GROUPED else own == 0)
             count += tl.load(hits + row, mask=member, other=0).to(tl.int32)
-        else:
-            weights += tl.load(denominators + row, mask=member, other=0.0)
         total += tl.load(losses + row, mask=member, other=0.0)
-    added = tl.sum(total, axis=0)
+    added_up, counted = tl.sum(total, axis=0), tl.sum(count, axis=0)
     if ALONE:
         if own < groups:
-            tl.store(group_loss + own, added)
-            tl.store(group_hits + own, tl.sum(count, axis=0).to(tl.int64))
+            tl.store(group_loss + own, added_up)
+            tl.store(group_hits + own, counted.to(tl.int64))
         else:
-            divisor = tl.sum(weights, axis=0) if MEAN else 1.0
-            tl.store(loss, added / divisor)
-            tl.store(denominator, divisor)
+            tl.store(loss, added_up / tl.load(denominator))
     else:
-        tl.store(sums + own * chunks + chunk, added)
+        tl.store(sums + own * chunks + chunk, added_up)
         if own < groups:
-            tl.store(counts + own * chunks + chunk, tl.sum(count, axis=0))
-        else:
-            tl.store(sums + (groups + 1) * chunks + chunk, tl.sum(weights, axis=0))
+            tl.store(counts + own * chunks + chunk, counted)
 
 
 @triton.jit
-def chunks_kernel(sums, counts, loss, denominator, group_loss, group_hits, chunks, groups, MEAN: tl.constexpr):
-    """Program g < groups adds the chunks of its group, program ``groups`` those of the loss and of its weights."""
+def chunks_kernel(sums, counts, denominator, loss, group_loss, group_hits, chunks, groups):
+    """Program g < groups adds the chunks of its group, program ``groups`` those of the loss."""
     own = tl.program_id(0)
     step = tl.arange(0, ROWS_STEP)
     total = tl.zeros((ROWS_STEP,), tl.float32)
-    weights = tl.zeros((ROWS_STEP,), tl.float32)
     count = tl.zeros((ROWS_STEP,), tl.int64)
     for first in range(0, chunks, ROWS_STEP):
         chunk = first + step
         total += tl.load(sums + own * chunks + chunk, mask=chunk < chunks, other=0.0)
         if own < groups:
             count += tl.load(counts + own * chunks + chunk, mask=chunk < chunks, other=0).to(tl.int64)
-        else:
-            weights += tl.load(sums + (own + 1) * chunks + chunk, mask=chunk < chunks, other=0.0)
-    added = tl.sum(total, axis=0)
+    added_up = tl.sum(total, axis=0)
     if own < groups:
-        tl.store(group_loss + own, added)
+        tl.store(group_loss + own, added_up)
         tl.store(group_hits + own, tl.sum(count, axis=0))
     else:
-        divisor = tl.sum(weights, axis=0) if MEAN else 1.0
-        tl.store(loss, added / divisor)
-        tl.store(denominator, divisor)
+        tl.store(loss, added_up / tl.load(denominator))
+
+
+@triton.jit
+def scale_kernel(gradient, factor, count, BLOCK: tl.constexpr):
+    """gradient[count] times the factor, which is read on the device and is hardly ever anything but 1."""
+    by = tl.load(factor)
+    if by != 1.0:
+        for first in range(tl.program_id(0).to(tl.int64) * BLOCK, count, tl.num_programs(0).to(tl.int64) * BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            value = tl.load(gradient + at, mask=at < count, other=0.0).to(tl.float32)
+            tl.store(gradient + at, value * by, mask=at < count)
 
 
 @triton.jit
@@ -271,9 +313,8 @@ def gradient_kernel(
     scaled = w / tl.load(normalizers + 2 * row + 1, mask=kept, other=1.0)
     inside = present[:, None] & (column < classes)[None, :]
     x = tl.load(logits + (row * stride)[:, None] + column[None, :], mask=inside & kept[:, None], other=0.0)
-    value = exponential(x.to(tl.float32), top[:, None]) * scaled[:, None] - (w * (label_smoothing / classes))[:, None]
     own = column[None, :] == label.to(tl.int32)[:, None]  # a label that is no int32 has top NaN
-    value = tl.where(own, value - (w * (1.0 - label_smoothing))[:, None], value)
+    value = gradient_of(x.to(tl.float32), top[:, None], scaled[:, None], w[:, None], own, label_smoothing, classes)
     tl.store(gradient + (row * classes)[:, None] + column[None, :], value, mask=inside)
 
 
@@ -299,6 +340,25 @@ def row_blocks(tiles: launches.Launch, classes: int, vector: int) -> dict[str, i
     return {"LONG": classes > step, "VECTOR": vector, "WIDTH": width}
 
 
+def _denominator(labels: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """Σ weight of the rows that are not ignored, float32[1]."""
+    sums, labelled = labels if weight is None else weight, True
+    while labelled or len(sums) > 1:
+        target = torch.empty(max(1, triton.cdiv(len(sums), CHUNK.value)), dtype=torch.float32, device=labels.device)
+        weights_kernel[(len(target),)](
+            labels,
+            sums,
+            target,
+            len(sums),
+            ignore_index,
+            LABELLED=labelled,
+            WEIGHTED=weight is not None or not labelled,
+            **launches.chosen("cross_entropy_sums").options(),
+        )
+        sums, labelled = target, False
+    return sums
+
+
 def forward(
     logits: Tensor,
     labels: Tensor,
@@ -308,19 +368,25 @@ def forward(
     label_smoothing: float,
     ignore_index: int,
     mean: bool,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, group_loss[G], group_hits int64[G], normalizers[N, 2], denominator) of logits[N, C]; others are float32.
+    """(loss, group_loss[G], group_hits int64[G], kept, denominator) of logits[N, C]; kept is the gradient by the
+    logits, in their dtype, or, without one or of float16, what `backward` needs, normalizers[N, 2]; others are float32.
 
     A label outside 0..C−1 or a group outside 0..G−1, in a row that is not ignored, makes the loss NaN: a GPU cannot
     raise without waiting.
     """
     logits, labels, weight, group = _rows(logits, labels, weight, group)
     rows, classes = logits.shape
-    loss, denominator = logits.new_empty((), dtype=torch.float32), logits.new_empty((), dtype=torch.float32)
+    with_gradient = with_gradient and logits.dtype != torch.float16
+    loss, losses = logits.new_empty((), dtype=torch.float32), logits.new_empty(rows, dtype=torch.float32)
     group_loss, group_hits = logits.new_empty(groups, dtype=torch.float32), logits.new_empty(groups, dtype=torch.int64)
-    losses, denominators = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    normalizers = logits.new_empty((rows, 2), dtype=torch.float32)
     hits = logits.new_empty(rows, dtype=torch.int8)
+    if with_gradient:
+        kept = torch.empty((rows, classes), dtype=logits.dtype, device=logits.device)
+    else:
+        kept = logits.new_empty((rows, 2), dtype=torch.float32)
+    denominator = _denominator(labels, weight, ignore_index)[0] if mean else logits.new_ones((), dtype=torch.float32)
     tiles, sums_options = launches.chosen("cross_entropy", classes), launches.chosen("cross_entropy_sums").options()
     if rows:
         rows_kernel[(triton.cdiv(rows, tiles.blocks["TILE"]),)](
@@ -328,10 +394,11 @@ def forward(
             labels,
             losses if weight is None else weight,
             labels if group is None else group,
-            normalizers,
+            denominator,
+            losses if with_gradient else kept,
             losses,
-            denominators,
             hits,
+            kept if with_gradient else logits,
             rows,
             classes,
             logits.stride(0),
@@ -341,17 +408,17 @@ def forward(
             WEIGHTED=weight is not None,
             GROUPED=group is not None,
             SMOOTH=label_smoothing > 0,
+            GRADIENT=with_gradient,
             **row_blocks(tiles, classes, _vector(logits)),
             **tiles.options(),
         )
     chunks = max(1, triton.cdiv(rows, CHUNK.value))
     alone = chunks == 1
-    sums = losses if alone else logits.new_empty((groups + 2, chunks), dtype=torch.float32)
+    sums = losses if alone else logits.new_empty((groups + 1, chunks), dtype=torch.float32)
     counts = hits if alone else logits.new_empty((groups, chunks), dtype=torch.int32)
-    results = loss, denominator, group_loss, group_hits
+    results = denominator, loss, group_loss, group_hits
     finish_kernel[(chunks * (groups + 1),)](
         losses,
-        denominators,
         hits,
         labels if group is None else group,
         *results,
@@ -360,13 +427,22 @@ def forward(
         rows,
         groups,
         GROUPED=group is not None,
-        MEAN=mean,
         ALONE=alone,
         **sums_options,
     )
     if not alone:
-        chunks_kernel[(groups + 1,)](sums, counts, *results, chunks, groups, MEAN=mean, **sums_options)
-    return loss, group_loss, group_hits, normalizers, denominator
+        chunks_kernel[(groups + 1,)](sums, counts, *results, chunks, groups, **sums_options)
+    return loss, group_loss, group_hits, kept, denominator
+
+
+def scale(gradient: Tensor, factor: Tensor) -> None:
+    """The gradient that `forward` kept times the outer one, a scalar on the device, in place; costs nothing where that
+    is 1."""
+    options = launches.chosen("cross_entropy_scale").options()
+    count = gradient.numel()
+    if count:
+        programs = min(triton.cdiv(count, options["BLOCK"]), 132 * 8)
+        scale_kernel[(programs,)](gradient, factor.float(), count, **options)
 
 
 def backward(

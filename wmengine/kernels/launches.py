@@ -95,6 +95,7 @@ TABLE: dict[str, tuple[SizeClass, ...]] = {
         SizeClass(math.inf, _tile(1, 8192, 16)),
     ),
     "cross_entropy_sums": _always(Launch(8)),
+    "cross_entropy_scale": _always(Launch(8, blocks={"BLOCK": 4096})),
     # Tiles of the matrix of distances, and of its product with the features. Size: rows.
     "soft_neighbor_tiles": (SizeClass(32, _tile(16, 32, 2)), SizeClass(math.inf, _tile(64, 32, 8))),
     # One row of that matrix, so many of its columns at a time. Size: rows.

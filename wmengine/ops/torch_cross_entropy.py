@@ -1,8 +1,10 @@
 """marked_cross_entropy for torch tensors: task rows and trigger rows in one pass.
 
-On a CPU the forward pass writes the gradient while each row of logits is in the cache, and keeps that. On a GPU it
-keeps the normalizers of each row, top and Σ exp(z − top), and the backward pass reads the logits again; so it does for
-float16 on a CPU, where a gradient that has not met the loss's scale yet would be rounded to zero.
+The forward pass writes the gradient while each row of logits is in the cache, and keeps that. Of float16, where a
+gradient that has not met the loss's scale yet would be rounded to zero, it keeps the normalizers of each row, top and
+Σ exp(z − top), and the backward pass reads the logits again. So it does on a GPU in a graph that torch.compile makes,
+which would multiply the gradient by the outer one in a pass of its own: outside of one, a kernel looks whether that is
+1, and nobody waits for the answer.
 """
 
 from __future__ import annotations
@@ -33,9 +35,9 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _keeps_gradient(logits: Tensor) -> bool:
+def _keeps_gradient(logits: Tensor, with_gradient: bool) -> bool:
     """Whether the forward pass writes the gradient; else it keeps the normalizers of each row."""
-    return logits.device.type == "cpu" and logits.dtype != torch.float16
+    return with_gradient and logits.dtype != torch.float16
 
 
 def _rows(
@@ -59,10 +61,10 @@ def _results(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, group_loss, group_hits, what backward needs, denominator), still to be filled."""
-    if not _keeps_gradient(logits):
-        kept = logits.new_empty((logits.shape[0], 2), dtype=torch.float32)
+    if _keeps_gradient(logits, with_gradient):
+        kept = logits.new_empty(logits.shape)
     else:
-        kept = logits.new_empty(logits.shape if with_gradient else 0)
+        kept = logits.new_empty((logits.shape[0], 2), dtype=torch.float32)
     return (
         logits.new_empty((), dtype=torch.float32),
         logits.new_empty(groups, dtype=torch.float32),
@@ -79,7 +81,7 @@ def _on_cpu(
     results = _results(logits, labels, weight, group, *settings)
     loss, group_loss, group_hits, kept, denominator = results
     groups, label_smoothing, ignore_index, mean, with_gradient = settings
-    gradient = _keeps_gradient(logits)
+    gradient = _keeps_gradient(logits, with_gradient)
     _cpu.marked_cross_entropy(
         logits.data_ptr(),
         _STORED[logits.dtype],
@@ -98,19 +100,13 @@ def _on_cpu(
         group_hits.data_ptr(),
         0 if gradient else kept.data_ptr(),
         denominator.data_ptr(),
-        kept.data_ptr() if gradient and with_gradient else 0,
+        kept.data_ptr() if gradient else 0,
     )
     return results
 
 
-_on_cuda = kernel("cross_entropy", "forward")
-
-define(
-    schema("marked_cross_entropy", _results),
-    _on_cpu,
-    lambda *arguments: _on_cuda(*arguments[:-1]),  # a GPU keeps the same with and without a gradient
-    _results,
-)
+define(schema("marked_cross_entropy", _results), _on_cpu, kernel("cross_entropy", "forward"), _results)
+_scale_on_cuda = kernel("cross_entropy", "scale")
 
 
 def _backward_on_cpu(
@@ -162,7 +158,7 @@ class _MarkedCrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.settings = settings[1:3]
         ctx.others = 3 + len(settings)
-        if _keeps_gradient(logits):
+        if _keeps_gradient(logits, settings[-1]):
             ctx.save_for_backward(kept)
         else:
             ctx.save_for_backward(kept, denominator, logits, labels, weight)
@@ -185,7 +181,12 @@ def _gradient(ctx: Any, outer: Tensor) -> Tensor:
         return result
     # The usual outer gradient is 1: then a whole pass over the array is saved (not while a graph is traced).
     gradient: Tensor = kept
-    return gradient * outer if torch.compiler.is_compiling() or outer.item() != 1.0 else _handed_over(gradient)
+    if torch.compiler.is_compiling() or (kept.is_cpu and outer.item() != 1.0):
+        return gradient * outer
+    gradient = _handed_over(gradient)
+    if gradient.is_cuda:
+        _scale_on_cuda(gradient, outer)
+    return gradient
 
 
 def _handed_over(kept: Tensor) -> Tensor:
@@ -261,6 +262,7 @@ def marked_cross_entropy(
         return MarkedCrossEntropy(*torch_reference.marked_cross_entropy(logits, labels, weight, group, *settings))
     weight = None if weight is None else weight.detach().float()
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
+    with_gradient = with_gradient and (logits.is_cpu or not torch.compiler.is_compiling())
     return MarkedCrossEntropy(
         *_MarkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
             logits, labels, weight, group, *settings, with_gradient
