@@ -1,9 +1,10 @@
 """How each Triton kernel is launched: warps, pipeline stages and, where they may differ, block sizes, by size class.
 
 What is fixed and what may be tuned. A reduction inside a program adds in an order that follows from its block sizes and
-its warps. So every kernel that adds across threads has one launch for a size class, the same on every card: a mark is
-read through such sums, and tuning must not move its last bit. Kernels that compute each element alone list `others`,
-which give the same bits; they are tried only where the environment says ``WMENGINE_AUTOTUNE=1``. The fastest is kept in
+its warps (that of a cross entropy also from where rows begin, as its loads are as wide as this allows). So every kernel
+that adds across threads has one launch for a size class, the same on every card: a mark is read through such sums, and
+tuning must not move its last bit. Kernels that compute each element alone list `others`, which give the same bits; they
+are tried only where the environment says ``WMENGINE_AUTOTUNE=1``. The fastest is kept in
 ``$XDG_CACHE_HOME/wmengine/launches.json`` (``~/.cache`` without it), by kernel, size class, dtype, card, and the
 versions of Triton and wmengine. Sizes that belong to the layout, such as the 4096 values of a block of signs, are the
 same everywhere and stand with the kernels.
