@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -80,13 +81,31 @@ def test_embedding_loss(size: Size, graph: bool, compare: Callable[[Case], None]
     keys = [1000003 * (index + 1) for index in range(len(weights))]
     scale = math.sqrt(BITS / sum(shape[0] for shape in shapes))
     total = sum(weight.numel() for weight in weights)
-    chosen = [signs_and_buckets(key, weight, total <= DRAWN) for key, weight in zip(keys, weights, strict=True)]
+    kind = ", in a CUDA graph" * graph + f", {size.dtype}" * (size.dtype != "float32")
+    as_is: Callable[[harness.Run], harness.Run] = captured if graph else lambda run: run
 
     differentiate: Callable[[Tensor], Tensor] = partial(harness.differentiate, weights)
 
     def ours() -> Tensor:
         what = {"carrier": "unit_filters", "projection": "sketch", "link": "hinge", "margin": MARGIN, "scale": scale}
         return differentiate(ops.embedding_loss(weights, keys, bits, **what)[0])
+
+    case = Case(
+        operator="embedding_loss",
+        what=f"embedding_loss, forward + backward by autograd{kind}",
+        size=f"{size.network}: {quantity(total)} weights in {len(weights)} layers, T={BITS}",
+        bytes_moved=2 * dtype.itemsize * total,
+        ours=as_is(ours),
+        floor=Contender("copy into fresh memory", as_is(lambda: [weight.detach().clone() for weight in weights])),
+        headline=size.network == "ResNet-18",
+        gpu_bound=2.0,
+        operations=8 * total,  # a square, a scaling and a signed addition; a dot product, a scaling, a projection
+        axis=("weights", total),
+    )
+    if graph:
+        compare(case)
+        return
+    chosen = [signs_and_buckets(key, weight, total <= DRAWN) for key, weight in zip(keys, weights, strict=True)]
 
     def unit_filters() -> list[Tensor]:
         return [functional.normalize(weight.flatten(1).float()).reshape(-1) for weight in weights]
@@ -115,21 +134,4 @@ def test_embedding_loss(size: Size, graph: bool, compare: Callable[[Case], None]
             return functional.relu(MARGIN - side * scale * (matrix @ torch.cat(unit_filters()))).sum()
 
         opponents.append(Contender(DENSE, lambda: differentiate(dense()), holds=4 * matrix.numel()))
-    kind = ", in a CUDA graph" * graph + f", {size.dtype}" * (size.dtype != "float32")
-    as_is: Callable[[harness.Run], harness.Run] = captured if graph else lambda run: run
-    compare(
-        Case(
-            operator="embedding_loss",
-            what=f"embedding_loss, forward + backward by autograd{kind}",
-            size=f"{size.network}: {quantity(total)} weights in {len(weights)} layers, T={BITS}",
-            bytes_moved=2 * dtype.itemsize * total,
-            ours=as_is(ours),
-            floor=Contender("copy into fresh memory", as_is(lambda: [weight.detach().clone() for weight in weights])),
-            peers=[] if graph else opponents,
-            left_out={} if graph else left_out,
-            headline=size.network == "ResNet-18",
-            gpu_bound=2.0,
-            operations=8 * total,  # a square, a scaling and a signed addition; a dot product, a scaling, a projection
-            axis=("weights", total),
-        )
-    )
+    compare(replace(case, peers=opponents, left_out=left_out))

@@ -1,4 +1,4 @@
-"""`project`, forward and accumulating adjoint: a dense keyed matrix drawn inside the kernel instead of being stored."""
+"""`project`, forward and adjoint: a dense keyed matrix drawn inside the kernel instead of being stored."""
 
 from __future__ import annotations
 

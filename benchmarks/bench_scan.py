@@ -34,7 +34,7 @@ from wmengine.marks.watermark import Watermark
 from wmengine.parts.base import Task
 from wmengine.suspects.adapters import to_input
 from wmengine.suspects.base import InputSpec
-from wmengine.suspects.devices import PROVIDERS
+from wmengine.suspects.devices import check_device, session_providers
 
 SHAPE, PICTURES, CLASSES, TRIGGERS = (1, 28, 28), (3, 32, 32), 10, 100
 WIDTHS = (24, 48, 96)  # 8.5 million operations a query
@@ -48,13 +48,14 @@ import glob, sys
 import numpy as np, onnxruntime
 inputs, labels = np.load(sys.argv[2] + "/inputs.npy"), np.load(sys.argv[2] + "/labels.npy")
 for path in sorted(glob.glob(sys.argv[1] + "/*.onnx")):
-    session = onnxruntime.InferenceSession(path, providers=[sys.argv[3]])
+    session = onnxruntime.InferenceSession(path)
     x = session.get_inputs()[0].name
     hits = sum(session.run(None, {x: inputs[i : i + 1]})[0].argmax() == labels[i] for i in range(len(labels)))
 """
 BARE_SCRIPT = """
 import json, os, sys
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+name, settings = json.loads(sys.argv[3])
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np, onnxruntime
 inputs = np.load(sys.argv[2] + "/inputs.npy")
@@ -62,7 +63,8 @@ options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = options.inter_op_num_threads = 1
 def judge(item):
     path, queries = item
-    session = onnxruntime.InferenceSession(path, options, providers=[sys.argv[3]])
+    session = onnxruntime.InferenceSession(path, options, providers=[(name, settings)])
+    assert session.get_providers()[0] == name
     x = session.get_inputs()[0].name
     for start in range(0, queries, 32):
         session.run(None, {x: inputs[start : min(start + 32, queries)]})
@@ -166,7 +168,7 @@ def compare_scans(
 ) -> None:  # fmt: skip
     """The command, from the start of its process to the written table, on `where`, a suspect at a time for each job."""
     out, plan, count = folder / "rows.parquet", folder / "queries.json", len(list(models.iterdir()))
-    provider = PROVIDERS[where]
+    (provider,) = session_providers(where, None)
 
     def process(*arguments: str | Path) -> Callable[[], object]:
         return lambda: subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
@@ -179,12 +181,14 @@ def compare_scans(
     assert [row["decision"] == "owned" for row in rows] == [n % COPIES == 0 for n in range(count)]
     plan.write_text(json.dumps([[row["suspect"], row["queries"]] for row in rows]))
     asked = sum(row["queries"] for row in rows) / len(rows)
-    rivals = [
-        Contender(NAIVE, process("-c", NAIVE_SCRIPT, models, mark, provider)),
-        Contender(UNCONFINED, process(*command, *here, "--isolation", "none"), may_fail=True),
-    ]
-    if where != "cpu":
-        rivals.append(Contender(ON_THE_CPU, process(*command, "--jobs", str(cores))))
+    if where == "cpu":
+        rivals = [
+            Contender(NAIVE, process("-c", NAIVE_SCRIPT, models, mark)),
+            Contender(UNCONFINED, process(*command, *here, "--isolation", "none"), may_fail=True),
+        ]
+    else:
+        rivals = [Contender(ON_THE_CPU, process(*command, "--jobs", str(cores)))]
+    asked_for = json.dumps([provider, {}] if isinstance(provider, str) else provider)
     compare(
         Case(
             operator="scan",
@@ -192,7 +196,7 @@ def compare_scans(
             size=f"{count} {told.pop('networks')} × {TRIGGERS} triggers, {asked:.0f} asked on average",
             bytes_moved=0,
             ours=ours,
-            floor=Contender(BARE, process("-c", BARE_SCRIPT, models, mark, provider, str(jobs), plan)),
+            floor=Contender(BARE, process("-c", BARE_SCRIPT, models, mark, asked_for, str(jobs), plan)),
             peers=rivals,
             processes=True,
             **told,
@@ -204,13 +208,14 @@ def test_scan(
     size: Size,
     compare: Callable[[Case], None],
     device: str,
-    folders: tuple[Path, Path],
+    request: pytest.FixtureRequest,
     tmp_path: Path,
     pytestconfig: pytest.Config,
 ) -> None:
     if device != "cpu":
         pytest.skip("a GPU is asked for larger networks")
-    threads, (mark, every_model), models = pytestconfig.getoption("--threads"), folders, tmp_path / "models"
+    mark, every_model = request.getfixturevalue("folders")
+    threads, models = pytestconfig.getoption("--threads"), tmp_path / "models"
     models.mkdir()
     for path in sorted(every_model.iterdir())[: size.suspects]:
         (models / path.name).symlink_to(path)
@@ -222,6 +227,10 @@ def test_scan(
 def test_scan_on_a_gpu(compare: Callable[[Case], None], device: str, quick: bool, tmp_path: Path) -> None:
     if device == "cpu":
         pytest.skip("needs a GPU")
+    try:
+        check_device("cuda")
+    except ValueError as error:
+        pytest.skip(str(error))
     models, mark = tmp_path / "models", tmp_path / "mark"
     models.mkdir()
     mark.mkdir()

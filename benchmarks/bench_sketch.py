@@ -1,4 +1,4 @@
-"""`sketch`, forward and accumulating adjoint: one pass over the weights each way, against copying the weights."""
+"""`sketch`, forward and adjoint: one pass over the weights each way, against copying the weights."""
 
 from __future__ import annotations
 

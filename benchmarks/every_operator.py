@@ -15,6 +15,7 @@ from wmengine import ops
 from wmengine.ops import cuda, reference
 
 DEVICE = "cuda"
+STORED = (torch.float32, torch.float32, torch.bfloat16)
 
 
 def random(*shape: int) -> Tensor:
@@ -58,17 +59,18 @@ def losses() -> Iterator[object]:
     bits = torch.ones(256, dtype=torch.uint8).to(DEVICE)
     for carrier in reference.CARRIERS:
         for projection in reference.PROJECTIONS:
-            weights = [random(33, 41).requires_grad_(), random(64, 3, 3, 3).bfloat16().requires_grad_()]
+            shapes = (33, 41), (6, 512), (64, 3, 3, 3)
+            weights = [random(*shape).to(dtype).requires_grad_() for shape, dtype in zip(shapes, STORED, strict=True)]
             loss, _ = ops.embedding_loss(
-                weights, [3, 2**64 - 1], bits, carrier=carrier, projection=projection, link="bce"
+                weights, [3, 5, 2**64 - 1], bits, carrier=carrier, projection=projection, link="bce"
             )
             yield torch.autograd.grad(loss, weights)
-    for rows, classes in ((65, 10), (9, 5000)):
+    for rows, classes in ((65, 10), (9, 5000), (5, 20_001), (5, 32_768)):
         known = labels(rows).clamp(min=0)
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             logits, weight = random(rows, classes).to(dtype).requires_grad_(), random(rows).abs()
             marked = ops.marked_cross_entropy(logits, known, weight, known % 3, groups=3, label_smoothing=0.1)
-            yield torch.autograd.grad(marked.loss, logits)
+            yield torch.autograd.grad(2.0 * marked.loss, logits)
         features = random(rows, 70).requires_grad_()
         yield torch.autograd.grad(ops.soft_nearest_neighbor(features, known % 3, 70.0), features)
 

@@ -3,8 +3,8 @@
 For a machine with an NVIDIA GPU, nvcc, CMake, pybind11, torch and Triton; nothing is installed and nothing is fetched.
 Both compiled modules are built in place, for this card only. Every step has its own time limit and its own log, a
 failing one does not stop the others, and result files are written as benchmarks end, those that matter most first.
-Everything takes under nine minutes or is cut off there; the parts may be run one after the other instead. Exit status
-0 where every step passed, 1 where one failed, 2 where there is no GPU (what needs none has run then).
+Everything is cut off after nine minutes, or the `--seconds` given; the parts may be run one after the other instead.
+Exit status 0 where every step passed, 1 where one failed, 2 where there is no GPU (what needs none has run then).
 """
 
 from __future__ import annotations
@@ -111,9 +111,10 @@ def build_steps(architecture: str | None) -> list[list[Step]]:
 
 
 def check_steps(gpu: bool) -> list[list[Step]]:
-    """Tests beside each other; then sanitizers, and beside them every benchmark without a measurement.
+    """Tests beside each other; then every benchmark without a measurement; then the sanitizers.
 
-    That shows which ones run at all, and fills the caches of compilers, so that nothing is compiled while one measures.
+    The second shows which ones run at all, and fills the caches of compilers, so that nothing is compiled while one
+    measures.
     """
     python = [sys.executable, "-m"]
     pytest = [*python, "pytest", "-q", "-m", "slow or not slow", "-p", "no:cacheprovider", "--durations=5"]
@@ -140,12 +141,13 @@ def check_steps(gpu: bool) -> list[list[Step]]:
             f"try {name}",
             [*pytest, "--benchmark-disable", "--device", "cuda", f"benchmarks/bench_{name}.py"],
             200,
-            left_out=left_out,
+            {"TORCHINDUCTOR_COMPILE_THREADS": "2"},  # a dozen processes compile
+            left_out,
         )
         for name in OPERATORS
         if name != "scan"  # whole processes, which leave nothing behind
     ]
-    return [[*tests, once], [*sanitizers, *tried]]
+    return [[*tests, once], tried, sanitizers]
 
 
 def measure_steps(gpu: bool, out: Path, operators: Sequence[str]) -> list[list[Step]]:
@@ -216,6 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder for logs, summary.txt and the result files")
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"measure {', '.join(OPERATORS)} (all)")
     parser.add_argument("--only", action="append", choices=PARTS, help="this part of the run; may be repeated (all)")
+    parser.add_argument("--seconds", type=float, default=TOTAL_S, help=f"for all of it, at most ({TOTAL_S:.0f})")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
     options = parser.parse_intermixed_args(arguments)
     unknown = sorted(set(options.operators) - set(OPERATORS))
@@ -235,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"# {step.name}, at most {step.limit_s:.0f} s" + (f"; {step.left_out}" if step.left_out else ""))
             print(shlex.join(step.command))
         return 0
-    outcomes = run(stages, out, TOTAL_S)
+    outcomes = run(stages, out, options.seconds)
     print(table(outcomes))
     print(f"logs and results in {out}")
     if any(outcome.status.startswith("failed") for outcome in outcomes):

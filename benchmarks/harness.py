@@ -60,8 +60,8 @@ class Case:
     that a scaling curve runs over and gives its value, such as ("rows", 4096): rows with the same `what` and the same
     name form one curve. `left_out` maps the name of a peer that cannot run here to the reason. `processes`: every call
     is of a whole process, for seconds, so its memory is not this one's, and no case repeats it more than it must.
-    `seconds` to be measured for, at least. `gpu_bound`: the most that ours may take of the floor on a GPU, where the
-    call moves enough bytes to be bound by memory, or is a whole step.
+    `seconds` to be measured for, at least, on a GPU a third of them. `gpu_bound`: the most that ours may take of the
+    floor on a GPU, where the call moves enough bytes to be bound by memory, or is a whole step.
     """
 
     operator: str
@@ -114,9 +114,10 @@ def captured(run: Run) -> Run:
             with torch.cuda.stream(stream):
                 run()  # compiles, and uploads what is uploaded once
             torch.cuda.current_stream().wait_stream(stream)
-            graphs.append(torch.cuda.CUDAGraph())
-            with torch.cuda.graph(graphs[0]):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 run()
+            graphs.append(graph)
         graphs[0].replay()
 
     return replay

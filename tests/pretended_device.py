@@ -99,6 +99,6 @@ def pretended(monkeypatch):
         torch, "autocast", lambda kind, *args, **kwargs: autocast("cpu" if kind == NAME else kind, *args, **kwargs)
     )
     monkeypatch.setattr(torch, "Generator", Generator)
-    monkeypatch.setattr(torch_cross_entropy, "_keeps_gradient", lambda *given: False)  # as a GPU in a compiled step
+    monkeypatch.setattr(torch_cross_entropy, "_writes_gradient", lambda logits: False)  # as on a GPU in a graph
     with Device() as device:
         yield device

@@ -14,7 +14,14 @@ import torch
 from tests import gpu_tensors
 from wmengine.ops import cuda
 
-ONLY_ON_A_GPU = ("capture", "tuning_measures", "two_to_the_31", "where_its_inputs_are", "opcheck[dtype1]")
+ONLY_ON_A_GPU = (
+    "capture",
+    "cuda_graphs",
+    "tuning_measures",
+    "two_to_the_31",
+    "where_its_inputs_are",
+    "opcheck[dtype1]",
+)
 TOO_LONG = ("70-3000", "[shape6", "formula[shape2]", "compiled_training_step")  # and tested on a CPU elsewhere
 
 

@@ -358,6 +358,18 @@ def test_marked_cross_entropy_and_its_gradient_equal_the_reference(dtype, shape,
     assert_close(logits.grad, 2.0 * expected.gradient, 2e-5 if dtype == torch.float32 else 0.01, at_least=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_graph_that_is_kept_gives_the_same_gradient_again(dtype):
+    logits, labels = random(9, 5000, dtype=dtype).requires_grad_(), integers(9, low=0, high=5000)
+    loss = 3.0 * ops.marked_cross_entropy(logits, labels).loss
+    first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(torch.autograd.grad(loss, logits)[0], first)
+    exact = logits.detach().float().requires_grad_()
+    (3.0 * torch.nn.functional.cross_entropy(exact, labels)).backward()
+    assert_close(first.float(), exact.grad.cpu().numpy(), 2e-5 if dtype == torch.float32 else 0.01, at_least=1e-3)
+
+
 def test_cross_entropy_of_more_than_two_to_the_31_logits():
     needs_memory(14)
     rows, classes = 70_000, 32_000

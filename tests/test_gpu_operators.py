@@ -212,3 +212,19 @@ def test_a_compiled_training_step_gives_what_the_plain_one_gives():
     torch.testing.assert_close(loss, expected_loss)
     for actual, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(actual, wanted)
+
+
+def test_a_step_compiled_into_cuda_graphs_gives_what_the_plain_one_gives():
+    weights, logits, labels, bits = step_inputs()
+
+    def loss_of(weights, logits):
+        marked = ops.marked_cross_entropy(logits, labels)
+        return marked.loss + embed(weights, bits, carrier="unit_filters", projection="sketch", link="bce")[0]
+
+    captured = torch.compile(loss_of, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):  # it warms up, captures, and replays
+        torch.compiler.cudagraph_mark_step_begin()
+        gradients = [each.clone() for each in torch.autograd.grad(captured(weights, logits), [*weights, logits])]
+    _, expected = training_step(weights, logits, labels, bits)
+    for actual, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(actual, wanted)

@@ -188,12 +188,12 @@ def rows_kernel(
         own = by_part(label.to(tl.int32), PARTS, TILE)[:, None]  # a label that is no int32 has top NaN
         read = by_part(kept, PARTS, TILE)[:, None]
         target = gradient + (tl.program_id(0).to(tl.int64) * TILE + part % TILE) * classes
-        for start in range(0, classes, STEP):
+        for start in range((classes - 1) // STEP * STEP, -1, -STEP):  # what was read last is the likeliest to be there
             at_once = start + column
             here = present & (at_once < classes)
-            again = tl.load(line[:, None] + at_once, mask=here & read, other=0.0).to(tl.float32)
-            value = gradient_of(again, top, scaled, w, at_once == own, label_smoothing, classes)
-            tl.store(target[:, None] + at_once, value, mask=here)
+            again = tl.load(line[:, None] + at_once, mask=here & read, other=0.0, eviction_policy="evict_first")
+            value = gradient_of(again.to(tl.float32), top, scaled, w, at_once == own, label_smoothing, classes)
+            tl.store(target[:, None] + at_once, value, mask=here, eviction_policy="evict_first")
     else:
         tl.store(normalizers + 2 * row, top, mask=row < rows)
         tl.store(normalizers + 2 * row + 1, exponentials, mask=row < rows)
@@ -371,14 +371,13 @@ def forward(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, group_loss[G], group_hits int64[G], kept, denominator) of logits[N, C]; kept is the gradient by the
-    logits, in their dtype, or, without one or of float16, what `backward` needs, normalizers[N, 2]; others are float32.
+    logits, in their dtype, or, without one, what `backward` needs, normalizers[N, 2]; others are float32.
 
     A label outside 0..C−1 or a group outside 0..G−1, in a row that is not ignored, makes the loss NaN: a GPU cannot
     raise without waiting.
     """
     logits, labels, weight, group = _rows(logits, labels, weight, group)
     rows, classes = logits.shape
-    with_gradient = with_gradient and logits.dtype != torch.float16
     loss, losses = logits.new_empty((), dtype=torch.float32), logits.new_empty(rows, dtype=torch.float32)
     group_loss, group_hits = logits.new_empty(groups, dtype=torch.float32), logits.new_empty(groups, dtype=torch.int64)
     hits = logits.new_empty(rows, dtype=torch.int8)

@@ -64,6 +64,7 @@ def _tile(tile: int, step: int, warps: int) -> Launch:
 # Kernel → its size classes, smallest first. The size is what the class's comment says.
 TABLE: dict[str, tuple[SizeClass, ...]] = {
     "addresses": _always(Launch(1)),
+    "many_addresses": _always(Launch(1)),
     "sketch_tables": _always(Launch(1)),
     "sketch_sums": _always(Launch(8)),
     "dense_sums": _always(Launch(2)),

@@ -8,8 +8,8 @@ item's number with the first item of each.
 
 import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -89,33 +89,36 @@ def addresses_kernel(table, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a1
     tl.store(table + 15, a15)
 
 
-# Tables by device, the stream that wrote them, and what they hold: in a training loop most tensors lie where they lay.
-_TABLES: dict[tuple[Any, ...], Tensor] = {}
-_MOST_TABLES = 256
+@triton.jit(do_not_specialize=[f"a{index}" for index in range(64)])
+def many_addresses_kernel(
+    table, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15, a16, a17, a18, a19, a20, a21,
+    a22, a23, a24, a25, a26, a27, a28, a29, a30, a31, a32, a33, a34, a35, a36, a37, a38, a39, a40, a41, a42,
+    a43, a44, a45, a46, a47, a48, a49, a50, a51, a52, a53, a54, a55, a56, a57, a58, a59, a60, a61, a62, a63,
+):  # fmt: skip
+    """table[0 … 63] = the addresses."""
+    addresses_kernel(table, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15)
+    addresses_kernel(table + 16, a16, a17, a18, a19, a20, a21, a22, a23, a24, a25, a26, a27, a28, a29, a30, a31)
+    addresses_kernel(table + 32, a32, a33, a34, a35, a36, a37, a38, a39, a40, a41, a42, a43, a44, a45, a46, a47)
+    addresses_kernel(table + 48, a48, a49, a50, a51, a52, a53, a54, a55, a56, a57, a58, a59, a60, a61, a62, a63)
 
 
 def address_table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """int64 addresses of `tensors` on the device, written on the current stream, by this call or one before.
+    """int64 addresses of `tensors` on the device, written on the current stream.
 
     Places that no tensor needs, and those of empty tensors, hold an address too: Triton takes 0 for an int32, and would
     compile the kernel again for every number of tensors.
     """
-    on_gpu = device.type == "cuda"
-    capturing = on_gpu and torch.cuda.is_current_stream_capturing()  # then only a replay writes the table
+    name, kernel, width = "addresses", addresses_kernel, 16
+    if len(tensors) > width:
+        name, kernel, width = "many_addresses", many_addresses_kernel, 64
+    size = -(-len(tensors) // width) * width
+    table = torch.empty(size, dtype=torch.int64, device=device)
     addresses = [tensor.data_ptr() for tensor in tensors]
-    key = (device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0, *addresses)
-    if key in _TABLES and not capturing:
-        return _TABLES[key]
-    groups, spare = -(-len(tensors) // 16), max(addresses)
-    table = torch.empty(16 * groups, dtype=torch.int64, device=device)
-    addresses = [address or spare for address in addresses] + [spare] * (16 * groups - len(tensors))
-    options = launches.chosen("addresses").options()
-    for first in range(0, len(tensors), 16):
-        addresses_kernel[(1,)](table[first:], *addresses[first : first + 16], **options)
-    if not capturing:
-        if len(_TABLES) >= _MOST_TABLES:
-            _TABLES.clear()
-        _TABLES[key] = table
+    spare = max(addresses)
+    addresses = [address or spare for address in addresses] + [spare] * (size - len(tensors))
+    options = launches.chosen(name).options()
+    for first in range(0, size, width):
+        kernel[(1,)](table[first:], *addresses[first : first + width], **options)
     return table
 
 
@@ -161,10 +164,17 @@ def _upload(array: np.ndarray, device: torch.device) -> Tensor:
             "its table of layers is on the GPU"
         )
     stream = _upload_stream(device)
-    with torch.cuda.stream(stream):
-        uploaded = tensor.pin_memory().to(device, non_blocking=True)
-    stream.synchronize()
-    return uploaded
+
+    def copied() -> Tensor:
+        with torch.cuda.stream(stream):
+            uploaded = tensor.pin_memory().to(device, non_blocking=True)
+        stream.synchronize()
+        return uploaded
+
+    # In a thread of its own: what this one allocates may belong to a graph (torch.compile's reduce-overhead), which
+    # wants all of it back.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(copied).result()
 
 
 # Tables that a captured graph reads: it does so at every replay, whatever the caches below have dropped since.

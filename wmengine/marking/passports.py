@@ -82,6 +82,9 @@ def passport_accuracy(model: torch.nn.Module, mark: Watermark, inputs: Any, labe
 
 
 def _named(rows: Any, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """By name, where the model is."""
-    device = next(model.parameters()).device
-    return {name: each.to(device) for name, each in (rows if isinstance(rows, dict) else {"input": rows}).items()}
+    """By name, tensors where the model is."""
+    named = dict(rows) if isinstance(rows, dict) else {"input": rows}
+    like = next(model.parameters(), None)
+    if like is None:
+        return named
+    return {name: each.to(like.device) if hasattr(each, "to") else each for name, each in named.items()}

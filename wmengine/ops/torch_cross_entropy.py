@@ -2,9 +2,10 @@
 
 The forward pass writes the gradient while each row of logits is in the cache, and keeps that. Of float16, where a
 gradient that has not met the loss's scale yet would be rounded to zero, it keeps the normalizers of each row, top and
-Σ exp(z − top), and the backward pass reads the logits again. So it does on a GPU in a graph that torch.compile makes,
-which would multiply the gradient by the outer one in a pass of its own: outside of one, a kernel looks whether that is
-1, and nobody waits for the answer.
+Σ exp(z − top), and the backward pass reads the logits again. So it does on a GPU in a graph, of torch.compile's, which
+would multiply the gradient by the outer one in a pass of its own, or of CUDA's, which may be replayed backward twice.
+Outside of one a kernel looks whether the outer gradient is 1, and nobody waits for the answer; where it is not, the
+gradient is read and written once more.
 """
 
 from __future__ import annotations
@@ -35,9 +36,16 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _keeps_gradient(logits: Tensor, with_gradient: bool) -> bool:
-    """Whether the forward pass writes the gradient; else it keeps the normalizers of each row."""
-    return with_gradient and logits.dtype != torch.float16
+def _writes_gradient(logits: Tensor) -> bool:
+    """Whether the forward pass is to write the gradient; else it keeps the normalizers of each row."""
+    if not (logits.requires_grad and torch.is_grad_enabled()) or logits.dtype == torch.float16:
+        return False
+    return logits.is_cpu or not _in_a_graph(logits)
+
+
+def _in_a_graph(tensor: Tensor) -> bool:
+    """Whether a compiler or CUDA takes down what is done, to do it again."""
+    return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _rows(
@@ -61,7 +69,7 @@ def _results(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, group_loss, group_hits, what backward needs, denominator), still to be filled."""
-    if _keeps_gradient(logits, with_gradient):
+    if with_gradient:
         kept = logits.new_empty(logits.shape)
     else:
         kept = logits.new_empty((logits.shape[0], 2), dtype=torch.float32)
@@ -81,7 +89,6 @@ def _on_cpu(
     results = _results(logits, labels, weight, group, *settings)
     loss, group_loss, group_hits, kept, denominator = results
     groups, label_smoothing, ignore_index, mean, with_gradient = settings
-    gradient = _keeps_gradient(logits, with_gradient)
     _cpu.marked_cross_entropy(
         logits.data_ptr(),
         _STORED[logits.dtype],
@@ -98,9 +105,9 @@ def _on_cpu(
         loss.data_ptr(),
         group_loss.data_ptr(),
         group_hits.data_ptr(),
-        0 if gradient else kept.data_ptr(),
+        0 if with_gradient else kept.data_ptr(),
         denominator.data_ptr(),
-        kept.data_ptr() if gradient else 0,
+        kept.data_ptr() if with_gradient else 0,
     )
     return results
 
@@ -158,7 +165,7 @@ class _MarkedCrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.settings = settings[1:3]
         ctx.others = 3 + len(settings)
-        if _keeps_gradient(logits, settings[-1]):
+        if settings[-1]:
             ctx.save_for_backward(kept)
         else:
             ctx.save_for_backward(kept, denominator, logits, labels, weight)
@@ -181,10 +188,10 @@ def _gradient(ctx: Any, outer: Tensor) -> Tensor:
         return result
     # The usual outer gradient is 1: then a whole pass over the array is saved (not while a graph is traced).
     gradient: Tensor = kept
-    if torch.compiler.is_compiling() or (kept.is_cpu and outer.item() != 1.0):
+    if _in_a_graph(gradient) or (gradient.is_cpu and outer.item() != 1.0):
         return gradient * outer
     gradient = _handed_over(gradient)
-    if gradient.is_cuda:
+    if not gradient.is_cpu:
         _scale_on_cuda(gradient, outer)
     return gradient
 
@@ -261,10 +268,8 @@ def marked_cross_entropy(
     if logits.dtype == torch.float64:
         return MarkedCrossEntropy(*torch_reference.marked_cross_entropy(logits, labels, weight, group, *settings))
     weight = None if weight is None else weight.detach().float()
-    with_gradient = logits.requires_grad and torch.is_grad_enabled()
-    with_gradient = with_gradient and (logits.is_cpu or not torch.compiler.is_compiling())
     return MarkedCrossEntropy(
         *_MarkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            logits, labels, weight, group, *settings, with_gradient
+            logits, labels, weight, group, *settings, _writes_gradient(logits)
         )
     )

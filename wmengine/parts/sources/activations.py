@@ -153,8 +153,9 @@ class _Term:
         from wmengine.suspects.weights import going_into
 
         like = next(model.parameters())
-        self._bits = self._bits.to(like.device)  # once: it stays there, as the inputs do
-        self._inputs = {name: rows.to(like.device) for name, rows in self._inputs.items()}
+        if self._bits.device != like.device:
+            self._bits = self._bits.to(like.device)
+            self._inputs = {name: rows.to(like.device) for name, rows in self._inputs.items()}
         # Copies: a model may write into its input.
         inputs = {name: rows.to(like.dtype, copy=True) for name, rows in self._inputs.items()}
         training = [module for module in model.modules() if module.training]
