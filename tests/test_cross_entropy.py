@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.pretended_device import NAME, pretended
 from wmengine import _cpu, ops
-from wmengine.ops import reference, torch_cross_entropy
+from wmengine.ops import reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Half a unit in the last place of the stored gradient, and some float32 roundings.
@@ -359,27 +358,3 @@ def test_bad_arguments_are_named(arguments, error, words, dtype):
     arguments = {"labels": torch.tensor([0, 1, 2]), **arguments}
     with pytest.raises(error, match=words):
         ops.marked_cross_entropy(torch.randn(3, 5, dtype=dtype), **arguments)
-
-
-def test_off_the_cpu_the_kept_gradient_is_scaled_in_place_and_stays_what_it_was_for_another_backward(monkeypatch):
-    """The path of a GPU, on a device that pretends to be one."""
-    scaled = []
-
-    def scale(gradient, outer):
-        scaled.append(float(outer))
-        gradient.mul_(outer)
-
-    logits, labels, weight, _ = batch(6, 5)
-    logits.requires_grad_()
-    expected = torch.autograd.grad(3.0 * ops.marked_cross_entropy(logits, labels, weight).loss, logits)[0]
-    writes_gradient = torch_cross_entropy._writes_gradient
-    with pretended(monkeypatch):
-        monkeypatch.setattr(torch_cross_entropy, "_writes_gradient", writes_gradient)
-        monkeypatch.setattr(torch_cross_entropy, "_scale_on_cuda", scale)
-        leaf = logits.detach().to(NAME).requires_grad_()
-        loss = 3.0 * ops.marked_cross_entropy(leaf, labels.to(NAME), weight.to(NAME)).loss
-        first, second = (torch.autograd.grad(loss, leaf, retain_graph=True)[0].cpu() for _ in range(2))
-        last = torch.autograd.grad(loss, leaf)[0].cpu()
-    assert scaled == [3.0] * 3
-    for gradient in (first, second, last):
-        torch.testing.assert_close(gradient, expected)

@@ -188,8 +188,8 @@ def rows_kernel(
         own = by_part(label.to(tl.int32), PARTS, TILE)[:, None]  # a label that is no int32 has top NaN
         read = by_part(kept, PARTS, TILE)[:, None]
         target = gradient + (tl.program_id(0).to(tl.int64) * TILE + part % TILE) * classes
-        for start in range((classes - 1) // STEP * STEP, -1, -STEP):  # what was read last is the likeliest to be there
-            at_once = start + column
+        for back in range(0, classes, STEP):  # what was read last is the likeliest to be there
+            at_once = (classes - 1) // STEP * STEP - back + column
             here = present & (at_once < classes)
             again = tl.load(line[:, None] + at_once, mask=here & read, other=0.0, eviction_policy="evict_first")
             value = gradient_of(again.to(tl.float32), top, scaled, w, at_once == own, label_smoothing, classes)
