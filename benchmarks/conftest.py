@@ -76,7 +76,7 @@ class Measurements:
         row = harness.compare(case, benchmark, self.clock, self.quick, self.device)
         if row is not None:
             self.rows.append(row)
-            if self.device != "cpu":  # a GPU is lent by the minute: what was measured is kept, whatever comes after
+            if self.device != "cpu":  # a GPU is dear: what was measured is kept, whatever comes after
                 self.write(case.operator)
 
     @pytest.hookimpl(wrapper=True)

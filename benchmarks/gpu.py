@@ -37,7 +37,7 @@ TESTS = (
     "test_launches",
     "test_devices",
 )
-# What is measured, first what the card was asked for; nothing a scheme costs on a network as small as the digits'.
+# What is measured, first the operators that have aims; not what a scheme costs on a network as small as the digits'.
 OPERATORS = (
     *("cross_entropy", "sketch", "embedding_loss", "match_counts", "label_matches", "bit_matches", "resnet_step"),
     *("scan", "soft_nearest_neighbor", "project", "response", "training_step"),

